@@ -1,0 +1,83 @@
+"""Sampling: each prompt and its image prefilled once, then G rollouts of it decoded token by token over a shared prefix.
+
+A rollout depends on its prompt, its seed and its place in the group alone, not on the batch it runs in: token k of rollout g draws one
+number from a counter-based generator at (seed, g, k) and inverts the distribution function there. (Rounding differs with the batch; a draw
+that close to a boundary may fall on the other side.) Temperature and the ids that can't be sampled are `QwenVL.distribution`, the same in scoring.
+"""
+import torch
+
+CHECK_EVERY = 8                   # tokens between looks at who has finished: each look waits for the device
+
+
+@torch.no_grad()
+def generate(model, prompts, group, max_new_tokens, temperature, seeds):
+    """prompts: Q of data.Prompt, group: rollouts G of each, temperature 0 is greedy, seeds (Q,) long
+    -> tokens (Q, G, L) long, logprobs (Q, G, L) float32, lengths (Q, G); L is the longest rollout, what lies behind a length is 0.
+
+    A rollout ends with a stop token, which is part of it, or at max_new_tokens. Log-probabilities are those at the sampling temperature
+    (at 1 where greedy)."""
+    Q, R, dev = len(prompts), len(prompts) * group, model.device
+    logits, cache, position = model.prefill(prompts, group, max_new_tokens)
+    logits, position = logits.repeat_interleave(group, 0), position.repeat_interleave(group)
+    slots = torch.arange(R, device=dev)                                  # which rollout a row of the batch is
+    seed, place = seeds.to(dev).repeat_interleave(group), slots % group
+    done, stop = torch.zeros(R, dtype=torch.bool, device=dev), torch.tensor(model.stop_ids, device=dev)
+    tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=dev)
+    logprobs, lengths = torch.zeros(R, max_new_tokens, device=dev), torch.zeros(R, dtype=torch.long, device=dev)
+    for k in range(max_new_tokens):
+        logp = model.distribution(logits, temperature or 1.0)
+        token = draw(logp, uniform(seed, place, k)) if temperature else logp.argmax(-1)
+        live = ~done
+        tokens[slots, k] = token * live
+        logprobs[slots, k] = logp.gather(-1, token[:, None])[:, 0] * live
+        lengths[slots] += live
+        done = done | torch.isin(token, stop)
+        if (k + 1) % CHECK_EVERY == 0:
+            rows = unfinished(done.view(len(cache.blocked), -1))
+            if rows is not None:
+                if not rows.numel():
+                    break
+                questions = rows[:, 0] // (len(done) // len(cache.blocked))
+                cache.keep(questions, rows.flatten())
+                slots, seed, place, done, token, position = (x[rows.flatten()] for x in (slots, seed, place, done, token, position))
+        if k + 1 < max_new_tokens:
+            logits = model.decode(token, position + k, cache)
+    longest = int(lengths.max())
+    return tokens[:, :longest].view(Q, group, -1), logprobs[:, :longest].view(Q, group, -1), lengths.view(Q, group)
+
+
+def unfinished(done):
+    """done (Q', G') -> rows (Q'', G'') of the batch to go on with, or None where too little would be saved by leaving the others out.
+
+    Questions that are through are dropped, the others keep as many rows as the one with most unfinished rollouts needs."""
+    questions = (~done).any(1).nonzero()[:, 0]
+    width = int((~done).sum(1).max())
+    if len(questions) * width > 0.75 * done.numel():
+        return None
+    unfinished_first = done[questions].long().argsort(1, stable=True)[:, :width]
+    return questions[:, None] * done.shape[1] + unfinished_first
+
+
+def draw(logp, u):
+    """Inverse of the distribution function: logp (R, V), u (R,) in [0, 1) -> ids (R,). An id without probability has no width."""
+    cdf = logp.double().exp().cumsum(-1)
+    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+
+
+def uniform(seed, place, k):
+    """One number in [0, 1) for each (seed, place in the group, token): SplitMix64's finaliser over a counter; (R,) long -> (R,) double."""
+    x = seed * -7046029254386353131                                      # odd constants, modulo 2^64
+    for part in (place, torch.full_like(place, k)):
+        x = mix(x + (part + 1) * -4658895280553007687)
+    return shifted(x, 12).double() * 2.0 ** -52
+
+
+def mix(x):
+    x = (x ^ shifted(x, 30)) * -4658895280553007687
+    x = (x ^ shifted(x, 27)) * -7723592293110705685
+    return x ^ shifted(x, 31)
+
+
+def shifted(x, n):
+    """Logical right shift of int64."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
