@@ -2,7 +2,8 @@
 
 A rollout depends on its prompt, its seed and its place in the group alone, not on the batch it runs in: token k of rollout g draws one
 number from a counter-based generator at (seed, g, k) and inverts the distribution function there. (Rounding differs with the batch; a draw
-that close to a boundary may fall on the other side.) Temperature and the ids that can't be sampled are `QwenVL.distribution`, the same in scoring.
+that close to a boundary may fall on the other side.) Temperature and the ids that can't be sampled are `QwenVL.distribution`'s, here and in
+scoring.
 """
 import torch
 
@@ -54,7 +55,7 @@ def unfinished(done):
     width = int((~done).sum(1).max())
     if len(questions) * width > 0.75 * done.numel():
         return None
-    unfinished_first = done[questions].long().argsort(1, stable=True)[:, :width]
+    unfinished_first = done[questions].long().argsort(dim=1, stable=True)[:, :width]
     return questions[:, None] * done.shape[1] + unfinished_first
 
 

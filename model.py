@@ -248,14 +248,24 @@ def flash(q, k, v, causal):
     """q (S, H, L, hd), k and v (S, KV, M, hd) -> out like q, log-sum-exp (S, H, L) float32."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    return plain(q, k, v, causal)
+
+
+def flash_backward(grad, q, k, v, out, lse, causal):
+    """Gradients of q, k, v, where out and lse are those over everything that the queries see, these keys and others."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
+    return plain_backward(grad, q, k, v, out, lse, causal)
+
+
+def plain(q, k, v, causal):
+    """The same spelled out: for devices and dtypes without a kernel, and to test the kernels against."""
     scores = scored(q, k, causal)
     return (scores.softmax(-1) @ v.float().repeat_interleave(q.shape[1] // v.shape[1], 1)).to(q.dtype), scores.logsumexp(-1)
 
 
-def flash_backward(grad, q, k, v, out, lse, causal):
+def plain_backward(grad, q, k, v, out, lse, causal):
     H, KV = q.shape[1], k.shape[1]
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
     p = (scored(q, k, causal) - lse[..., None]).exp()                                                 # softmax over everything seen
     k_full, v_full = (x.float().repeat_interleave(H // KV, 1) for x in (k, v))
     ds = p * (grad.float() @ v_full.transpose(2, 3) - (grad * out).float().sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
@@ -430,7 +440,8 @@ class LanguageModel(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config, self.checkpointing = c, False
-        self.embed_tokens = nn.Embedding(c.vocab, c.hidden)
+        # zeros: they come from a checkpoint or from toy/pretrain.py (and a random start on the meta device imports 70 MB of torch)
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(c.vocab, c.hidden), freeze=False)
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.layers))
         self.norm = RMSNorm(c.hidden, c.eps)
 
@@ -608,10 +619,10 @@ class QwenVL(nn.Module):
                         shape = tuple(tensors.get_slice(name).get_shape())
                         if name in wanted and shape != tuple(wanted[name]):
                             raise CheckpointError(f"{file}: {name} is {shape}, but config.json asks for {tuple(wanted[name])}")
-                        stored = tensors.get_tensor(name)
+                        tensor = read(tensors, name, dtype)
                         if name == "model.embed_tokens.weight":
-                            model.stored_dtype = stored.dtype
-                        (found if name in wanted else surplus)[name] = stored.to(device=device, dtype=dtype or stored.dtype)
+                            model.stored_dtype = tensors.get_slice(name)[:0].dtype
+                        (found if name in wanted else surplus)[name] = tensor.to(device)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: not a whole safetensors file ({error}); download it again") from None
         copy = surplus.pop("lm_head.weight", None) if model.config.tied else None
@@ -658,6 +669,19 @@ def folder(path):
     if not (here / "config.json").exists():
         raise CheckpointError(f"no checkpoint at {path}: neither {path / 'config.json'} nor {path / 'latest' / 'config.json'} is there")
     return here
+
+
+def read(tensors, name, dtype):
+    """One tensor of an open safetensors file in this dtype (None: its own); converted piece by piece, so that it never exists twice."""
+    part = tensors.get_slice(name)
+    shape = part.get_shape()
+    if not shape or dtype in (None, part[:0].dtype):
+        return tensors.get_tensor(name).to(dtype=dtype)
+    out = torch.empty(shape, dtype=dtype)
+    rows = max(1, 2 ** 22 * shape[0] // max(1, out.numel()))
+    for i in range(0, shape[0], rows):
+        out[i:i + rows] = part[i:i + rows]
+    return out
 
 
 def weight_files(path):
