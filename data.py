@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 PROMPT = ('Locate the object that is described: {text}\nFirst reason about positions in the image in <think> </think> tags, then answer '
@@ -153,8 +153,8 @@ def dior_indices(root):
             raise DataError(f"{file}: not one index a line ({error})") from None
     for name, indices in splits.items():
         if len(indices) == DIOR_WITHDRAWN[name]:
-            raise DataError(f"{root / name}.txt has {len(indices)} lines: the split generation withdrawn by the authors in 2023, which leaks "
-                            "test into train beside the current one; download the current train.txt, val.txt, test.txt")
+            raise DataError(f"{root / name}.txt has {len(indices)} lines: the split generation withdrawn by its authors in 2023, which "
+                            "leaks test into train beside the current one; download the current train.txt, val.txt, test.txt")
     every = [i for indices in splits.values() for i in indices]
     if len(set(every)) < len(every) or min(every, default=0) < 0:
         twice = sorted(i for i in set(every) if every.count(i) > 1)[:3] if len(every) < 10_000 else "some"
@@ -385,3 +385,61 @@ def read_tokenizer(path):
         if tokenizer.token_to_id(token["content"]) != int(i):
             raise DataError(f"{path / 'tokenizer_config.json'}: {token['content']} is to be {i}, but vocab.json leaves another id for it")
     return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------------------------ pictures
+
+def draw_boxes(image, boxes, caption="", width=336):
+    """PIL image, boxes as (xyxy in its pixels, colour) -> PIL image of this width with the boxes on it and the caption beneath."""
+    scale = width / image.width
+    picture = image.resize((width, round(image.height * scale)), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(picture)
+    for box, colour in boxes:
+        pen.rectangle([v * scale for v in box], outline=colour, width=2)
+    font, lines = ImageFont.load_default(13), [""]
+    for word in caption.encode("ascii", "replace").decode().split():
+        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if font.getlength(f"{lines[-1]} {word}") < width - 8 else [*lines, word]
+    whole = Image.new("RGB", (width, picture.height + 16 * len(lines) + 6), "white")
+    whole.paste(picture)
+    ImageDraw.Draw(whole).text((4, picture.height + 2), "\n".join(lines), fill="black", font=font, spacing=2)
+    return whole
+
+
+def contact_sheet(pictures, columns=4):
+    """PIL images of one width -> one, in rows."""
+    rows = [pictures[i:i + columns] for i in range(0, len(pictures), columns)]
+    heights = [max(p.height for p in row) for row in rows]
+    sheet = Image.new("RGB", (max(len(row) for row in rows) * (pictures[0].width + 8), sum(heights) + 8 * len(rows)), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            sheet.paste(picture, (j * (picture.width + 8), sum(heights[:i]) + 8 * i))
+    return sheet
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Checks a data set: counts, refused records by reason, a contact sheet")
+    parser.add_argument("name", help=f"one of {', '.join(READERS)}")
+    parser.add_argument("--root", help="its folder; default data/<name>")
+    parser.add_argument("--split", nargs="+", default=["train", "val", "test"], help="splits to check")
+    parser.add_argument("--show", type=int, default=12, help="records of the first split on the contact sheet")
+    parser.add_argument("--out", default="data_check.png", help="where the contact sheet goes")
+    args = parser.parse_args()
+    try:
+        for split in args.split:
+            records = load(args.name, args.root, split)
+            refused = sum(map(len, records.refused.values()))
+            print(f"{args.name} {split}: {len(records):,} records, {refused:,} refused, {len(set(r.image for r in records)):,} images, "
+                  f"{len(set(r.category for r in records))} categories, hash {records.hash}")
+            for reason, places in records.refused.items():
+                print(f"  {reason}: {len(places)}", *(f"    {place}" for place in places), sep="\n")
+            if split == args.split[0] and records:
+                shown = records[::max(1, len(records) // args.show)][:args.show]
+                contact_sheet([draw_boxes(open_image(r), [(r.box, "red")], r.text) for r in shown]).save(args.out)
+                print(f"  {len(shown)} of them with their boxes: {args.out}")
+    except DataError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""What both training stages call: processes, sharding, optimizer, checkpoints and resume, the log. Functions; the loops stand in the stages.
+
+Precision: trained parameters, their moments and gradient sums are float32; CUDA computes in bfloat16, the CPU in float32. Gradients are
+summed over processes, not averaged: a loss is divided by the token count of the whole step, so the number of processes changes rounding only.
+"""
+import argparse
+import faulthandler
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from data import DataError, prompt_hash
+from model import CheckpointError
+
+STUCK_AFTER = 1800                # seconds without a step: every process prints where it is
+STOP_AFTER_SKIPPED = 5            # non-finite steps in a row: something is broken
+
+
+# ------------------------------------------------------------------------------------------------------------------ flags and mistakes
+
+class Parser(argparse.ArgumentParser):
+    """A wrong flag is one line, exit status 2."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        fail(f"{message}; {self.prog} --help explains every flag")
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return value
+
+
+def add_common_flags(parser, stage, init, steps):
+    """The flags that mean the same in every stage."""
+    add = parser.add_argument_group("run").add_argument
+    add("--data", default="synth", help="data set: a name that data.py knows")
+    add("--root", help="its folder; default data/<name>")
+    add("--init", default=init, help="checkpoint to start from: a folder in hub layout, or a stage's")
+    add("--out", default=f"ckpt/{stage}", help="folder for checkpoints, log and pictures")
+    add("--steps", type=positive, default=steps, help="optimizer steps")
+    add("--seed", type=int, default=0, help="of data order and sampling")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+
+
+def fail(message):
+    """A user's mistake: one line, from the first process alone, exit status 2."""
+    if rank() == 0:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(stage):
+    """Runs a script's main function."""
+    try:
+        stage()
+    except (DataError, CheckpointError) as error:
+        fail(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------------------ processes
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(device):
+    """Joins the other processes that torchrun started (NCCL or gloo) -> this process's device. CUDA is sharded even alone: that is where
+    bfloat16 compute copies of float32 parameters come from."""
+    faulthandler.enable()
+    if device not in ("cpu", "cuda"):
+        fail(f"--device {device} is neither cuda nor cpu")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            fail("--device cuda, but torch sees no CUDA device; use --device cpu")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device = f"cuda:{torch.cuda.current_device()}"
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if world() > 1 or device != "cpu":
+        backend = "gloo" if device == "cpu" else "nccl"
+        alone = {} if "RANK" in os.environ else {"init_method": f"file://{os.path.abspath(f'.rendezvous_{os.getpid()}')}",
+                                                 "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(seconds=2 * STUCK_AFTER), **alone)
+    return torch.device(device)
+
+
+def all_sum(x):
+    """Sum of a tensor over all processes."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def all_max(x):
+    """Maximum of a tensor over all processes."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def all_gather(x):
+    """The processes' (n, ...) tensors of one shape, one behind the other: (world * n, ...)."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------------------------ model and optimizer
+
+def prepare(model, device, freeze_vision=False):
+    """A loaded model -> the same, float32, on the device, sharded layer by layer (FSDP2) unless this is one process on a CPU."""
+    model.visual.requires_grad_(not freeze_vision)
+    if not dist.is_initialized():
+        return model.float().to(device)
+    compute = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if device.type == "cuda" else {}
+    policy = MixedPrecisionPolicy(**compute, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (world(),))
+    for module in (*model.visual.blocks, *model.model.layers, model.visual, model):
+        fully_shard(module.float(), mesh=mesh, mp_policy=policy)         # one float32 layer at a time exists unsharded
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)                           # sum, not mean
+    for name in ("score", "prefill", "decode"):
+        register_fsdp_forward_method(model, name)
+    return model
+
+
+def sharded_modules(model):
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+@contextmanager
+def gathered(model):
+    """Inside, every process holds all parameters: forward passes communicate nothing, so processes may make different numbers of them."""
+    modules = sharded_modules(model)
+    for m in modules:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    try:
+        yield
+    finally:
+        for m in modules:
+            m.reshard()
+            m.set_reshard_after_forward(m is not model, recurse=False)
+
+
+def sync_gradients(model, now):
+    """Reduce gradients over processes in the coming backward pass, or keep adding them up locally (all but a step's last micro-batch)."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+def print_parameters(model):
+    """Table of what is trained, once, on the first process."""
+    if rank():
+        return
+    parts = {"vision tower": "visual.", "embeddings": "model.embed_tokens", "language layers": "model.layers", "head and norm": ""}
+    counts = {name: [0, 0] for name in parts}
+    for name, p in model.named_parameters():
+        part = next(k for k, prefix in parts.items() if name.startswith(prefix))
+        counts[part][0] += p.numel()
+        counts[part][1] += p.numel() * p.requires_grad
+    for part, (n, trained) in counts.items():
+        print(f"  {part:16} {n:14,} parameters, {'trained' if trained else 'frozen'}")
+
+
+def optimizer(model, lr):
+    """AdamW on float32 parameters, without weight decay: fine-tuning runs are short."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=trained[0].is_cuda or None)
+
+
+def lr_at(step, steps, peak, warmup=0.03):
+    """Learning rate of step 0, 1, ..., steps - 1: linear warm-up over a share of the steps, then a cosine to a tenth of the peak."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))))
+
+
+def update(model, opt, lr, max_norm=1.0):
+    """Clips the gradient's norm over all parameters and processes, steps, clears -> the norm before clipping. A gradient that is not finite
+    changes nothing; the caller sees it in the norm."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if norm.isfinite():
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for g in grads:
+            (g.to_local() if isinstance(g, DTensor) else g).mul_(scale)
+        for group in opt.param_groups:
+            group["lr"] = lr
+        opt.step()
+    opt.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+# ------------------------------------------------------------------------------------------------------------------ data order and log
+
+def batch(records, step, size, seed):
+    """The `size` records of a step: epochs one behind the other, each in an order of its own. A pure function: a resume needs no state."""
+    places = range(step * size, (step + 1) * size)
+    return [records[order(len(records), seed, i // len(records))[i % len(records)]] for i in places]
+
+
+@functools.lru_cache(maxsize=2)
+def order(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def log(path, line):
+    """Appends a line to a JSONL file, on the first process; also feeds the watchdog that prints all stacks when steps stop coming."""
+    faulthandler.dump_traceback_later(STUCK_AFTER, repeat=True)
+    if rank() == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def cut_log(path, step):
+    """Removes what a run that went on past its last checkpoint has logged of later steps."""
+    if rank() == 0 and path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------------------------ checkpoints
+
+def check_output(out, resume):
+    """The output folder must be new, or be resumed."""
+    stands = (out / "latest").exists()
+    if stands and not resume:
+        fail(f"{out} already holds a run, up to {os.readlink(out / 'latest')}; go on with --resume, or name another --out")
+    if resume and not stands:
+        fail(f"--resume, but there is no checkpoint in {out}; leave --resume out, or name the --out of the run")
+    if not resume and out.exists() and any(out.iterdir()):
+        fail(f"{out} is not empty, but holds no checkpoint; remove it, or name another --out")
+
+
+def describe(args, stage, records):
+    """What run.json says of a run: all that is needed to do it again, and to evaluate it."""
+    here = {"capture_output": True, "text": True, "cwd": Path(__file__).parent, "check": False}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pillow", "safetensors", "tokenizers")}
+    return {"stage": stage, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit or None, "data": args.data,
+            "root": args.root, "records": len(records), "data_hash": records.hash, "prompt_hash": prompt_hash(), "versions": versions,
+            "processes": world(), "device": args.device, "flags": {k: v for k, v in vars(args).items() if k != "resume"}}
+
+
+def local(x):
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def first_row(p):
+    """Where this process's rows of a parameter begin (FSDP2 splits dimension 0 into equal parts, the last ones shorter or empty)."""
+    return min(rank() * -(-p.shape[0] // world()), p.shape[0]) if isinstance(p, DTensor) else 0
+
+
+def save(out, step, model, opt, processor, run):
+    """Writes out/step_000200: weights and tokenizer in hub layout, run.json, and state/, where each process puts its own rows of parameters and
+    moments. The folder appears whole or not at all, and `latest` moves to it at once."""
+    name, temporary = f"step_{step:06d}", out / f".step_{step:06d}.tmp"
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "state").mkdir(parents=True)
+    barrier()
+    tensors, rows = {}, {}
+    for key, p in model.named_parameters():
+        rows[key] = {"shape": list(p.shape), "first": first_row(p)}
+        for kind, x in (("master", p), *((k, v) for k, v in opt.state.get(p, {}).items() if k != "step")):
+            tensors[f"{kind}/{key}"] = local(x.detach()).contiguous()
+    steps = next((int(s["step"]) for s in opt.state.values()), 0)
+    save_file(tensors, temporary / "state" / f"rank_{rank():05d}_of_{world():05d}.safetensors",
+              metadata={"rows": json.dumps(rows), "step": str(step), "optimizer_steps": str(steps)})
+    full = ((key, p.full_tensor() if isinstance(p, DTensor) else p) for key, p in model.state_dict().items())
+    if rank() == 0:
+        model.save_pretrained(temporary, full)
+        processor.save_pretrained(temporary)
+        (temporary / "run.json").write_text(json.dumps({**run, "step": step}, indent=2) + "\n", encoding="utf-8")
+    else:
+        for _ in full:                                                   # gathering takes every process
+            pass
+    barrier()
+    if rank() == 0:
+        shutil.rmtree(out / name, ignore_errors=True)
+        os.replace(temporary, out / name)
+        link = out / ".latest.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        os.replace(link, out / "latest")
+    barrier()
+
+
+def restore(out, model, opt):
+    """Fills parameters and optimizer from the newest checkpoint of out, written by any number of processes -> its step."""
+    files = sorted((out / "latest" / "state").glob("rank_*.safetensors"))
+    if not files or len(files) != int(files[0].stem.rsplit("_", 1)[1]):
+        raise CheckpointError(f"{out / 'latest' / 'state'}: the training state is not whole; start anew with --init {out / 'latest'}")
+    opened = [safe_open(f, "pt") for f in files]
+    meta = opened[0].metadata()
+    rows = [json.loads(f.metadata()["rows"]) for f in opened]
+    names = [set(f.keys()) for f in opened]
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if key not in rows[0] or rows[0][key]["shape"] != list(p.shape):
+                raise CheckpointError(f"{out / 'latest' / 'state'}: {key} does not fit this model; resume with the --init of the run")
+            targets = {"master": p.data}
+            if f"exp_avg/{key}" in names[0]:
+                opt.state[p] = {"step": torch.tensor(float(meta["optimizer_steps"])), "exp_avg": torch.zeros_like(p.data),
+                                "exp_avg_sq": torch.zeros_like(p.data)}
+                if p.is_cuda:
+                    opt.state[p]["step"] = opt.state[p]["step"].to(p.device)
+                targets |= {k: opt.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
+            for kind, target in targets.items():
+                mine, begin = local(target), first_row(p)
+                for f, layout in zip(opened, rows):
+                    part, first = f.get_slice(f"{kind}/{key}"), layout[key]["first"]
+                    if mine.ndim == 0:
+                        mine.copy_(f.get_tensor(f"{kind}/{key}"))
+                        continue
+                    low, high = max(begin, first), min(begin + len(mine), first + part.get_shape()[0])
+                    if low < high:
+                        mine[low - begin:high - begin] = part[low - first:high - first].to(mine.device)
+    return int(meta["step"])
