@@ -1,298 +1,367 @@
-"""Scores: every stage found under a checkpoint folder, side by side; or anyone's predictions.
+"""Scores: every stage found under a folder side by side, or anyone's predictions; a table, eval.json, raw predictions and pictures.
 
-Greedy answers by default; `--temperature 0 1` adds sampled ones. Every record counts, an answer without a valid box as IoU 0. Strict columns
-use the format that the reward uses; lenient ones the first box that can be found in the text, which a model that was never taught our format
-needs. Written: eval.json (the table), predictions.jsonl a stage (raw text, box, frame: anyone can score it again), pictures.
+All boxes are clamped to the image and compared in pixels of the original image, as floats (no +1 pixel); a box counts where IoU > t, strictly,
+as in DIOR-RSVG's own evaluation. Every record counts: what can't be parsed has IoU 0. The columns "lenient" read the same texts with
+`reward.parse_box_lenient`; they are for models that never saw our answer format. DIOR's own script also truncates the true boxes to whole
+pixels at its 640 px letterbox; that is not copied here.
 
-    python eval.py ckpt/
-    torchrun --nproc_per_node 8 eval.py ckpt/rft --data dior --split test
-    python eval.py --predictions theirs.jsonl --data dior --split test --coords original
+    python eval.py ckpt/                                         greedy; data set and root as in training, split test
+    python eval.py ckpt/ --temperature 0 1                       greedy and sampled, a row each
+    torchrun --nproc_per_node 8 eval.py ckpt/rft                 records dealt out to eight GPUs, the same report
+    python eval.py --predictions theirs.jsonl --data dior --coords original
+
+A predictions file has a line a record, {"id": ..., "text": ...} or {"id": ..., "box": [x1, y1, x2, y2] in original pixels, or null}. In whose
+coordinates a text speaks is said by the line's "frame" (our own files have it) or by --coords.
 """
+import itertools
 import json
+import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
 import reward
 import runtime
-from data import DataError
+from data import DataError, Frame
 from generate import generate
-from model import CheckpointError, QwenVL, folder
+from model import CheckpointError, QwenVL
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
-OUTSIDE = "outside the image"     # parsed, but no area of it lies on the image
-STAGES = ("base", "sft", "rft")   # the order of their rows
+FAILURES = (*reward.FAILURES, "outside image", "no prediction")
+STORY = ("base", "pretrain", "sft", "rft")                # order of the stages in the table; others behind them
+GREEN, RED = (64, 255, 64), (255, 64, 64)
 
 
-# ------------------------------------------------------------------------------------------------------------------ answers and metrics
+def flags():
+    parser = runtime.Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("ckpt", nargs="?", help="a checkpoint's folder, a stage's, or one that holds stages")
+    add("--data", help="data set; default: the one recorded in the checkpoint, else synth")
+    add("--root", help="its folder; default: as recorded, else data/<name>")
+    add("--split", default="test", help="of the data set")
+    add("--limit", type=runtime.positive, help="score the first LIMIT records only")
+    add("--out", help="folder of the report; default CKPT/eval, or the predictions file without its suffix")
+    add("--temperature", type=float, nargs="+", default=[0.0], help="one row each; 0 is greedy")
+    add("--max-new-tokens", type=runtime.positive, default=256, help="tokens of an answer, reasoning included")
+    add("--batch", type=runtime.positive, default=32, help="records answered at once")
+    add("--blind", action="store_true", help="show another record's image: what is scored then was not seen")
+    add("--predictions", help="score this JSONL file instead of running a model")
+    add("--coords", choices=("original", "resized", "1000"), help="coordinates of texts without a frame: pixels of the original image, pixels of "
+        "the image as CKPT's processor resizes it, or thousandths of its sides")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    return parser
 
-def read_answer(text, frame, parse=reward.parse):
-    """A completion's text -> (box in original pixels cut to the image, None) or (None, why there is none)."""
-    box, failure = parse(text)
-    if box is None:
-        return None, failure
-    box = reward.clamp_box(data.to_image_frame(box, frame), frame.original)
-    return box, None if box else OUTSIDE
 
-
-def lenient(text):
-    box = reward.parse_box_lenient(text)
-    return box, None if box else "no box found"
-
+# ------------------------------------------------------------------------------------------------------------------ scores
 
 def metrics(pred, gt, size):
-    """pred (N, 4) in original pixels, NaN where there is no box; gt (N, 4); size (N, 2) as width, height -> rates as fractions.
+    """pred, gt (N, 4) xyxy in original pixels, size (N, 2) as (W, H) -> dict of floats, rates as fractions. All boxes are clamped first; a
+    NaN row of pred, or one without area in the image, is a miss: its IoU is 0 and its target's area joins the union of cIoU.
 
-    Both are cut to the image first. Pr@t: share with IoU > t; mIoU; cIoU: sum of intersections over sum of unions, to which a miss adds its
-    target's area; center_error: mean distance of the centres as in the positional reward, over the rows that have a box."""
-    pred, gt, size = (torch.as_tensor(x, dtype=torch.float64) for x in (pred, gt, size))
-    limit = torch.cat((size, size), -1)
-    pred, gt = (torch.minimum(x.clamp(min=0), limit) for x in (pred, gt))
-    valid = reward.area(pred) > 0                                        # False for NaN as well
-    iou = reward.iou(pred, gt).where(valid, torch.zeros((), dtype=torch.float64))
-    areas, target = reward.area(pred).where(valid, torch.zeros((), dtype=torch.float64)), reward.area(gt)
-    inter = iou / (1 + iou) * (areas + target)
-    error = reward.centre_error(pred, gt, size)[valid]
-    return {**{f"Pr@{t}": (iou > t).double().mean().item() for t in THRESHOLDS}, "mIoU": iou.mean().item(),
-            "cIoU": (inter.sum() / (areas + target - inter).sum()).item(),
-            "center_error": error.mean().item() if len(error) else None, "n": len(iou)}
-
-
-def tensors(boxes, records):
-    """Boxes or None beside their records -> the arguments of `metrics`."""
-    nothing = (torch.nan,) * 4
-    return (torch.tensor([b or nothing for b in boxes], dtype=torch.float64), torch.tensor([r.box for r in records], dtype=torch.float64),
-            torch.tensor([r.size for r in records], dtype=torch.float64))
+    mIoU: mean IoU; Pr@t: share with IoU > t; cIoU: sum of intersections over sum of unions; center_error: mean `reward.center_distance`
+    over the valid rows, None where there is none; n: N."""
+    pred, gt, size = pred.double(), gt.double(), size.double()
+    pred, gt = (box.clamp(min=0).minimum(size.repeat(1, 2)) for box in (pred, gt))
+    valid = (pred[:, 2:] > pred[:, :2]).all(1)                           # (N,); False for NaN
+    pred = torch.where(valid[:, None], pred, gt[:, :2].repeat(1, 2))     # a miss is a box without area
+    inside, union = reward.intersection_union(pred, gt)
+    iou = reward.iou(pred, gt)
+    away = reward.center_distance(pred, gt, size)[valid]
+    n = len(gt)
+    return {"mIoU": iou.sum().item() / max(n, 1), **{f"Pr@{t}": (iou > t).sum().item() / max(n, 1) for t in THRESHOLDS},
+            "cIoU": inside.sum().item() / union.sum().item() if n else 0.0,
+            "center_error": away.mean().item() if len(away) else None, "n": n}
 
 
-def score(predictions, records):
-    """predictions beside their records -> the row's metrics: strict, lenient, failures by class."""
-    row = metrics(*tensors([p["box"] for p in predictions], records))
-    found = metrics(*tensors([p["lenient"] for p in predictions], records))
-    return {**row, "failures": dict(Counter(p["failure"] for p in predictions if p["failure"])),
-            "lenient": {name: found[name] for name in ("Pr@0.5", "mIoU")}}
+def locate(box, frame):
+    """A box in the model's frame, or None -> the same in original pixels, clamped, or None where nothing of it lies in the image."""
+    return box and reward.clamp_box(data.to_image_frame(box, frame), frame.original)
 
 
-# ------------------------------------------------------------------------------------------------------------------ asking a model
+def read_prediction(prediction, record):
+    """-> strict box, lenient box (original pixels, clamped, or None), and the failure of the strict one: None or one of FAILURES."""
+    if prediction is None:
+        return None, None, "no prediction"
+    if "text" in prediction:
+        text, frame = prediction["text"], Frame(**{k: v if k == "convention" else tuple(v) for k, v in prediction["frame"].items()})
+        box, lenient, why = locate(reward.parse_box(text), frame), locate(reward.parse_box_lenient(text), frame), reward.failure(text)
+    else:
+        written, why = reward.checked([float(x) for x in prediction["box"]]) if prediction["box"] else (None, "no answer")
+        box = lenient = written and reward.clamp_box(written, record.size)
+    return box, lenient, why or (None if box else "outside image")
 
-def another_image(records, i):
-    """For --blind: the next record's image that is not this one's, in this one's size."""
-    n = len(records)
-    other = next((records[j % n] for j in range(i + 1, i + n) if records[j % n].image != records[i].image), None)
-    if other is None:
-        raise DataError("--blind needs records on at least two images")
-    return data.open_image(other).resize(records[i].size)
+
+def score(records, predictions):
+    """N records, N predictions (dicts as `evaluate` gives them, or as a file holds them; None: no prediction) -> part of an eval.json row."""
+    strict, lenient, failures = zip(*(read_prediction(p, r) for p, r in zip(predictions, records, strict=True)))
+    target, size = (torch.tensor([getattr(r, name) for r in records], dtype=torch.float64) for name in ("box", "size"))
+    counts = Counter(failures)
+    ours, theirs = (metrics(torch.tensor([box or [math.nan] * 4 for box in boxes], dtype=torch.float64), target, size)
+                    for boxes in (strict, lenient))
+    return {**ours, "failures": {why: counts[why] for why in FAILURES}, "lenient": theirs}
 
 
-def evaluate(model, processor, records, temperature=0.0, max_new_tokens=256, size=16, seed=0, blind=False, name="eval"):
-    """Answers to all records, in their order, each process doing its share: dicts of id, text, box (original pixels or None), failure, lenient
-    (box or None), frame. temperature 0 is greedy; size: questions in a batch. Under `runtime.gathered` if the model is sharded."""
-    mine = list(range(len(records)))[runtime.rank()::runtime.world()]
-    out, hits = {}, 0.0
-    with tqdm(total=len(mine), desc=name, unit="q", disable=runtime.rank() > 0, leave=False) as bar:
-        for first in range(0, len(mine), size):
-            part = mine[first:first + size]
-            images = [another_image(records, i) if blind else data.open_image(records[i]) for i in part]
-            prompts = [processor(image, records[i].text) for image, i in zip(images, part)]
-            seeds = torch.tensor([seed * 1_000_003 + i for i in part])   # by the record's place: sharding changes no sample
+# ------------------------------------------------------------------------------------------------------------------ a model's answers
+
+def evaluate(model, processor, records, *, temperature=0.0, max_new_tokens=256, batch=32, seed=0, blind=False, label="eval"):
+    """One answer to each record -> on every process, in the order of records: {"id", "text", "box" (what is scored: original pixels, clamped,
+    or None), "frame"}. Processes take records rank, rank + world, ...; an answer depends on its record's place and the seed alone.
+
+    Runs under `runtime.gathered` where parameters are sharded. blind: see `strangers`."""
+    shown = strangers(records) if blind else records
+    mine = range(runtime.rank(), len(records), runtime.world())
+    batches = [mine[i:i + batch] for i in range(0, len(mine), batch)]
+    answers, total = [], 0.0
+
+    def prepare(i):
+        image = data.open_image(shown[i])
+        return processor(image.resize(records[i].size) if blind else image, records[i].text)
+
+    with ThreadPoolExecutor(8) as pool, tqdm(total=len(mine), desc=label, unit="rec", leave=False, disable=runtime.rank() > 0) as bar:
+        ahead = pool.map(prepare, batches[0] if batches else ())         # images of the next batch, while this one is answered
+        for places, following in itertools.zip_longest(batches, batches[1:], fillvalue=()):
+            prompts, ahead = list(ahead), pool.map(prepare, following)
+            seeds = torch.tensor([seed * 1_000_003 + i for i in places])
             tokens, _, lengths = generate(model, prompts, 1, max_new_tokens, temperature, seeds)
-            for i, prompt, t, n in zip(part, prompts, tokens[:, 0], lengths[:, 0]):
-                text = processor.decode(t[:n])
-                box, failure = read_answer(text, prompt.frame)
-                out[i] = {"id": records[i].id, "text": text, "box": box, "failure": failure,
-                          "lenient": read_answer(text, prompt.frame, lenient)[0], "frame": vars(prompt.frame)}
-                hits += reward.iou(torch.tensor(box), torch.tensor(records[i].box)).item() if box else 0.0
-            bar.update(len(part))
-            bar.set_postfix_str(f"mIoU {hits / len(out):.3f}")
-    if dist.is_initialized():
-        shares = [None] * runtime.world()
-        dist.all_gather_object(shares, out)
-        out = {i: p for share in shares for i, p in share.items()}
-    return [out[i] for i in range(len(records))]
+            for i, prompt, ids, n in zip(places, prompts, tokens[:, 0].cpu(), lengths[:, 0].tolist()):
+                text = processor.decode(ids[:n])
+                box = locate(reward.parse_box(text), prompt.frame)
+                answers.append({"id": records[i].id, "text": text, "box": box, "frame": asdict(prompt.frame)})
+                total += reward.iou(torch.tensor(box), torch.tensor(records[i].box)).item() if box else 0.0
+            bar.update(len(places))
+            bar.set_postfix(mIoU=f"{total / len(answers):.3f}")
+    if not dist.is_initialized():
+        return answers
+    shards = [None] * runtime.world()
+    dist.all_gather_object(shards, answers)
+    return [shards[i % len(shards)][i // len(shards)] for i in range(len(records))]
 
 
-# ------------------------------------------------------------------------------------------------------------------ anyone's predictions
+def validate(model, processor, records, args):
+    """Greedy scores on a few records during training -> what joins the log line; nothing without records."""
+    if not records:
+        return {}
+    with runtime.gathered(model):
+        row = score(records, evaluate(model, processor, records, max_new_tokens=args.max_new_tokens, label="val"))
+    return {"val_mIoU": row["mIoU"], "val_Pr@0.5": row["Pr@0.5"], "val_failed": sum(row["failures"].values()) / row["n"]}
 
-def read_predictions(path, records, coords):
-    """A JSONL of {"id", "text"} or {"id", "box"} -> predictions beside the records; a record without a line is a miss.
 
-    Boxes are xyxy in original pixels. Texts are in the frame of their line, or in `coords`: "original" pixels, "1000"; for "resized" a line
-    must carry its frame, because the size that its model saw is known to that model alone."""
-    known, found = {r.id: r for r in records}, {}
+def strangers(records):
+    """For each record the one whose image it is shown when blind: half the list further on, the first there with another image. That image is
+    scaled to the size of the record's own, so that the frame, and all else that is not seen, stays what it was."""
+    n = len(records)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return [next(other for k in range(n) if (other := records[(i + n // 2 + k) % n]).image != records[i].image) for i in range(n)]
+    except StopIteration:
+        raise DataError("--blind needs records of at least two images; score more records") from None
+
+
+# ------------------------------------------------------------------------------------------------------------------ anyone's answers
+
+def read_predictions(path, records, coords=None, processor=None):
+    """A predictions file -> dict id -> prediction, every text with its frame. One that does not fit these records is a DataError."""
+    by_id, found, path = {r.id: r for r in records}, {}, Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: unreadable predictions ({error})") from None
-    for n, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        where = f"{path}, line {n}"
-        try:
-            line = json.loads(text)
-            identity = str(line["id"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise DataError(f'{where}: not a JSON object with an "id" beside "text" or "box"') from None
-        if identity not in known:
-            raise DataError(f"{where}: no record of this split has the id {identity!r}; --data, --root and --split must be those of the file")
-        if identity in found:
-            raise DataError(f"{where}: the id {identity!r} stands there for the second time")
-        found[identity] = read_prediction(line, known[identity], coords, where)
-    missing = {"text": None, "box": None, "lenient": None, "failure": "no prediction"}
-    return [found.get(r.id) or {"id": r.id, **missing} for r in records]
-
-
-def read_prediction(line, record, coords, where):
-    """One line of a predictions file -> a prediction as `evaluate` makes it."""
-    if isinstance(line.get("text"), str):
-        if "frame" in line:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
             try:
-                frame = data.Frame(tuple(line["frame"]["original"]), tuple(line["frame"]["resized"]), line["frame"]["convention"])
-            except (KeyError, TypeError):
-                raise DataError(f'{where}: "frame" is an object of original, resized (width, height each) and convention') from None
-        elif coords in ("original", "1000"):
-            frame = data.Frame(record.size, record.size, "1000" if coords == "1000" else "absolute")
-        else:
-            raise DataError(f'{where}: a text without "frame"; say --coords original or 1000, or add the frame that its model saw')
-        box, failure = read_answer(line["text"], frame)
-        return {"id": record.id, "text": line["text"], "box": box, "failure": failure,
-                "lenient": read_answer(line["text"], frame, lenient)[0], "frame": vars(frame)}
-    box = line.get("box")
-    if "box" not in line or not (box is None or isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)):
-        raise DataError(f'{where}: neither a "text" nor a "box" that is null or four numbers')
-    box = box and reward.clamp_box(box, record.size)
-    return {"id": record.id, "text": None, "box": box, "lenient": box, "failure": None if box else "no box"}
+                prediction = read_line(line, by_id, found, coords, processor)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: {error}") from None
+            found[prediction["id"]] = prediction
+    return found
+
+
+def read_line(line, by_id, found, coords, processor):
+    """One line -> prediction; what is wrong with it is a ValueError."""
+    prediction = json.loads(line)
+    if not isinstance(prediction, dict) or not isinstance(prediction.get("id"), str):
+        raise ValueError('not a JSON object with an "id" that is a string')
+    record = by_id.get(prediction["id"])
+    if record is None:
+        raise ValueError(f"no record of this split has the id {prediction['id']!r}; check --data, --root and --split")
+    if record.id in found:
+        raise ValueError(f"the id {record.id!r} comes a second time; one line a record")
+    if isinstance(prediction.get("text"), str) and (prediction.get("frame") or coords):
+        frame = prediction.get("frame") or asdict(frame_of(record, coords, processor))
+        return {"id": record.id, "text": prediction["text"], "frame": check_frame(frame, record)}
+    if "box" not in prediction:
+        raise ValueError('a text without a "frame" needs --coords original, resized or 1000' if isinstance(prediction.get("text"), str)
+                         else 'neither a "text" nor a "box"')
+    box = prediction["box"]
+    if box is not None and not (isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)):
+        raise ValueError('"box" is neither four numbers nor null')
+    return {"id": record.id, "box": box}
+
+
+def frame_of(record, coords, processor):
+    """The frame of a text that carries none, from --coords."""
+    resized = record.size
+    if coords == "resized":
+        factor = processor.patch * processor.merge
+        resized = data.smart_resize(*record.size, factor, processor.min_pixels, processor.max_pixels)
+    return Frame(record.size, resized, "1000" if coords == "1000" else "absolute")
+
+
+def check_frame(frame, record):
+    def size(value):
+        return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(x) is int and x > 0 for x in value)
+    if not (isinstance(frame, dict) and frame.keys() == {"original", "resized", "convention"} and size(frame["original"])
+            and size(frame["resized"]) and frame["convention"] in ("absolute", "1000")):
+        raise ValueError('"frame" is not {"original": [W, H], "resized": [W, H], "convention": "absolute" or "1000"}')
+    if tuple(frame["original"]) != tuple(record.size):
+        raise ValueError(f"the frame is of an image of {frame['original']}, but the record's is {list(record.size)}; it belongs to other data")
+    return frame
+
+
+# ------------------------------------------------------------------------------------------------------------------ pictures
+
+def overlay(image, boxes, path=None):
+    """Draws (box in the image's pixels, label, colour) triples on a copy of a PIL image; written to path where one is given."""
+    image = image.convert("RGB")
+    draw, width = ImageDraw.Draw(image), max(1, round(max(image.size) / 200))
+    for (x1, y1, x2, y2), label, colour in boxes:
+        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=width)
+        caption(draw, (x1 + width, y1 + width), label, colour, max(10, max(image.size) // 40))
+    if path:
+        image.save(path)
+    return image
+
+
+def caption(draw, where, text, colour, height):
+    draw.text(where, text.encode("ascii", "replace").decode(), fill=colour, font=ImageFont.load_default(height))
+
+
+def contact_sheet(records, predictions, path, n=12, side=360, columns=4):
+    """Up to n records, evenly spread: the true box green, the predicted one red, the expression and the IoU below."""
+    chosen = [i * len(records) // min(n, len(records)) for i in range(min(n, len(records)))]
+    sheet = Image.new("RGB", (columns * side, -(-len(chosen) // columns) * (side + 32)))
+    draw = ImageDraw.Draw(sheet)
+    for k, i in enumerate(chosen):
+        record, box = records[i], read_prediction(predictions[i], records[i])[0]
+        boxes = [(record.box, "", GREEN)] + ([(box, "", RED)] if box else [])
+        image = overlay(data.open_image(record), boxes)
+        scale = side / max(image.size)
+        x, y = k % columns * side, k // columns * (side + 32)
+        sheet.paste(image.resize([max(1, round(v * scale)) for v in image.size]), (x, y))
+        iou = reward.iou(torch.tensor(box), torch.tensor(record.box)).item() if box else 0.0
+        caption(draw, (x + 4, y + side + 1), record.text[:60], (255, 255, 255), 12)
+        caption(draw, (x + 4, y + side + 16), f"IoU {iou:.2f}" if box else "no box", RED if iou <= 0.5 else GREEN, 12)
+    sheet.save(path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ the report
 
 def find_stages(path):
-    """Checkpoint folders to score: the path itself, or those in it -> name -> folder."""
+    """Folder -> [(name, checkpoint folder)]: itself, if it is a checkpoint or a stage, otherwise every one of its folders that is."""
     path = Path(path)
-    if (path / "config.json").exists() or (path / "latest").exists():
-        return {read_run(folder(path)).get("stage", path.resolve().name): path}
-    found = {p.name: p for p in sorted(path.iterdir()) if (p / "config.json").exists() or (p / "latest").exists()} if path.is_dir() else {}
-    if not found:
-        raise CheckpointError(f"no checkpoint at {path}: neither a config.json nor folders of stages (sft, rft) are there")
-    return dict(sorted(found.items(), key=lambda item: STAGES.index(item[0]) if item[0] in STAGES else len(STAGES)))
+    if (path / "config.json").exists():
+        here = path.resolve()
+        return [(f"{here.parent.name}_{here.name}" if here.name.startswith("step_") else here.name, path)]
+    inside = [path, *(sorted(path.iterdir()) if path.is_dir() else ())]
+    stages = [p for p in inside if (p / "config.json").exists() or (p / "latest" / "config.json").exists()]
+    if not stages:
+        raise CheckpointError(f"no checkpoint at {path}: neither config.json, nor latest/config.json, nor a folder that holds one of them; train one "
+                              "with sft.py, or name a downloaded one")
+    stages = stages[:1] if stages[0] == path else stages
+    known = {name: k for k, name in enumerate(STORY)}
+    return sorted(((p.resolve().name, newest(p)) for p in stages), key=lambda s: (known.get(s[0], len(known)), s[0]))
 
 
-def read_run(path):
-    return data.read_json(Path(path) / "run.json") or {}
+def newest(stage):
+    """A stage's folder -> that of its newest step."""
+    return stage if (stage / "config.json").exists() else stage / (stage / "latest").resolve().name
 
 
 def print_table(rows):
-    columns = [*(f"Pr@{t}" for t in THRESHOLDS), "mIoU", "cIoU", "center_error"]
-    print("  ".join([f"{'stage':12}{'T':>4}{'n':>7}", *(f"{c:>6}" if c != "center_error" else "centre" for c in columns), "unparsed",
-                     "lenient: Pr@0.5", "mIoU"]))
+    head = ("mIoU", *(f"Pr@{t}" for t in THRESHOLDS), "cIoU", "center", "failed", "lenient: mIoU", "Pr@0.5")
+    width = max(12, *(len(row["stage"]) for row in rows))
+    print(f"{'stage':{width}} {'T':>4} {'n':>6} " + " ".join(f"{h:>6}" for h in head))
     for row in rows:
-        numbers = [f"{row[c]:6.3f}" if row[c] is not None else "     -" for c in columns]
-        unparsed = sum(row["failures"].values()) / row["n"]
-        print("  ".join([f"{row['stage']:12}{row['temperature'] if row['temperature'] is not None else '-':>4}{row['n']:7}", *numbers,
-                         f"{unparsed:8.3f}", f"{row['lenient']['Pr@0.5']:15.3f}", f"{row['lenient']['mIoU']:4.3f}"]))
+        kind = "" if row["temperature"] is None else f"{row['temperature']:g}"
+        figures = [row["mIoU"], *(row[f"Pr@{t}"] for t in THRESHOLDS), row["cIoU"], row["center_error"],
+                   sum(row["failures"].values()) / row["n"], row["lenient"]["mIoU"], row["lenient"]["Pr@0.5"]]
+        cells = " ".join("-".rjust(max(6, len(h))) if x is None else f"{x:{max(6, len(h))}.3f}" for h, x in zip(head, figures))
+        print(f"{row['stage']:{width}} {kind:>4} {row['n']:>6} {cells}{'  (blind)' if row['blind'] else ''}")
     for row in rows:
-        if row["failures"]:
-            print(f"{row['stage']} at T {row['temperature']}: " + ", ".join(f"{n} {reason}" for reason, n in row["failures"].items()))
-
-
-def write_predictions(path, predictions):
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(p) + "\n" for p in predictions)
-
-
-def picture(predictions, records, n=12):
-    """Contact sheet of n records spread over the split: truth green, prediction red."""
-    pairs = list(zip(predictions, records))[::max(1, len(records) // n)][:n]
-    return data.contact_sheet([data.draw_boxes(data.open_image(r), [(r.box, "lime"), *([(p["box"], "red")] if p["box"] else [])], r.text)
-                               for p, r in pairs])
-
-
-def flags():
-    parser = runtime.Parser("Scores every stage found under a checkpoint folder, or anyone's predictions")
-    add = parser.add_argument
-    add("checkpoint", nargs="?", help="a folder of stages (ckpt/), a stage (ckpt/rft), or a checkpoint")
-    add("--data", help="data set; default: the one recorded in the checkpoint's run.json, else synth")
-    add("--root", help="its folder; default: the recorded one, else data/<name>")
-    add("--split", default="test", help="split to score")
-    add("--limit", type=runtime.positive, help="score this many records, spread over the split")
-    add("--out", help="folder of the report; default: the checkpoint's, or that of the predictions file")
-    add("--temperature", type=float, nargs="+", default=[0.0], help="of sampling; 0 is greedy; several make several rows")
-    add("--max-new-tokens", type=runtime.positive, default=256, help="tokens of an answer at most")
-    add("--batch", type=runtime.positive, default=16, help="questions asked at once")
-    add("--max-pixels", type=runtime.positive, help="area of the resized image at most; default: the checkpoint's own")
-    add("--seed", type=int, default=0, help="of sampling")
-    add("--blind", action="store_true", help="give every record another record's image: what can be had without looking")
-    add("--predictions", help="score this JSONL instead of a model")
-    add("--coords", choices=("original", "resized", "1000"), help="frame of its texts that carry none")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    return parser
-
-
-def load_records(name, root, split, limit):
-    records = data.load(name, root, split)
-    refused = sum(map(len, records.refused.values()))
-    if refused and runtime.rank() == 0:
-        print(f"{name} {split}: {refused} records refused; `python data.py {name}` lists them")
-    if not records:
-        raise DataError(f"{name} {split}: no usable record")
-    return [records[i * len(records) // limit] for i in range(limit)] if limit and limit < len(records) else list(records)
+        failed = ", ".join(f"{why} {n}" for why, n in row["failures"].items() if n)
+        if failed:
+            print(f"{row['stage']}{'' if row['temperature'] is None else ' T={:g}'.format(row['temperature'])}: {failed}")
 
 
 def main():
     args = flags().parse_args()
-    if (args.checkpoint is None) == (args.predictions is None):
-        runtime.fail("name a checkpoint folder or --predictions FILE, one of the two")
-    if args.predictions:
-        if not args.data:
-            runtime.fail("--predictions needs --data, the data set that they are for")
-        records = load_records(args.data, args.root, args.split, args.limit)
-        predictions = read_predictions(args.predictions, records, args.coords)
-        row = {"stage": Path(args.predictions).stem, "checkpoint": None, "data": args.data, "split": args.split, "temperature": None,
-               **score(predictions, records)}
-        out = Path(args.out or Path(args.predictions).parent)
-        report(out, [row])
-        picture(predictions, records).save(out / "overlays.png")
-        return
-    stages, rows = find_stages(args.checkpoint), []
-    runs = {name: read_run(folder(path)) for name, path in stages.items()}
+    check_flags(args)
+    stages = find_stages(args.ckpt) if args.ckpt else []
+    runs = {folder: data.read_json(folder / "run.json") or {} for _, folder in stages}
     recorded = next((run for run in reversed(runs.values()) if "data" in run), {})
-    loaded = {}
-    for name in stages:                                                  # data before weights
-        run = runs[name] if "data" in runs[name] else recorded
-        where = args.data or run.get("data", "synth"), args.root or (run.get("root") if args.data in (None, run.get("data")) else None)
-        if where not in loaded:
-            loaded[where] = load_records(*where, args.split, args.limit)
-        runs[name] = where
-    device = runtime.start(args.device)
-    out = Path(args.out or args.checkpoint)
-    for name, path in stages.items():
-        records = loaded[runs[name]]
-        model = QwenVL.from_pretrained(path, torch.float32 if device.type == "cpu" else torch.bfloat16, device)
-        processor = data.Processor.from_pretrained(path, max_pixels=args.max_pixels)
-        for temperature in args.temperature:
-            predictions = evaluate(model, processor, records, temperature, args.max_new_tokens, args.batch, args.seed, args.blind,
-                                   f"{name} T {temperature:g}")
-            row = {"stage": name, "checkpoint": str(path), "data": runs[name][0], "split": args.split, "temperature": temperature,
-                   "blind": args.blind, **score(predictions, records)}
-            rows.append(row)
-            if runtime.rank() == 0:
-                where = out / name if len(stages) > 1 else out
-                where.mkdir(parents=True, exist_ok=True)
-                suffix = ("_blind" if args.blind else "") + (f"_T{temperature:g}" if temperature else "")
-                write_predictions(where / f"predictions{suffix}.jsonl", predictions)
-                picture(predictions, records).save(where / f"overlays{suffix}.png")
+    name = args.data or recorded.get("data", "synth")
+    root = args.root or (recorded.get("root") if recorded.get("data") == name else None)
+    records = data.load(name, root, args.split)
+    if not records:
+        raise DataError(f"no usable record in the split {args.split} of {name}; python data.py {name} says why")
+    common = {"data": name, "split": args.split, "data_hash": records.hash, "blind": args.blind}
+    processor = data.Processor.from_pretrained(stages[-1][1]) if args.coords == "resized" else None
+    given = read_predictions(args.predictions, records, args.coords, processor) if args.predictions else None
+    records = list(records)[:args.limit]
+    out = Path(args.out or (Path(args.predictions).with_suffix("") if args.predictions else Path(args.ckpt) / "eval"))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the report can't be written to {out} ({error.strerror}); name another folder with --out") from None
+    rows = []
+
+    def report(stage, checkpoint, temperature, predictions):
+        rows.append({"stage": stage, "checkpoint": str(checkpoint), "temperature": temperature, **common, **score(records, predictions)})
+        if runtime.rank() == 0:
+            suffix = stage + (f"_T{temperature:g}" if temperature else "") + ("_blind" if args.blind else "")
+            if given is None:
+                text = "".join(json.dumps(p) + "\n" for p in predictions)
+                (out / f"predictions_{suffix}.jsonl").write_text(text, encoding="utf-8")
+            contact_sheet(records, predictions, out / f"overlays_{suffix}.png")
+            (out / "eval.json").write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+    if given is not None:
+        report(Path(args.predictions).stem.removeprefix("predictions_"), args.predictions, None, [given.get(r.id) for r in records])
+    else:
+        device = runtime.start(args.device)
+        for stage, folder in stages:
+            model = QwenVL.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+            processor = data.Processor.from_pretrained(folder)
+            if runs[folder].get("prompt_hash", data.prompt_hash()) != data.prompt_hash() and runtime.rank() == 0:
+                print(f"{folder}: trained with another prompt than data.PROMPT; expect lower scores")
+            for temperature in args.temperature:
+                report(stage, folder, temperature, evaluate(
+                    model, processor, records, temperature=temperature, max_new_tokens=args.max_new_tokens, batch=args.batch, seed=args.seed,
+                    blind=args.blind, label=f"{stage} T={temperature:g}"))
     if runtime.rank() == 0:
-        report(out, rows)
+        print_table(rows)
+        print(f"report, pictures{'' if args.predictions else ', predictions'}: {out}")
 
 
-def report(out, rows):
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "eval.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    print_table(rows)
-    print(f"written: {out / 'eval.json'}")
+def check_flags(args):
+    if not args.ckpt and not args.predictions:
+        runtime.fail("name a checkpoint's folder (python eval.py ckpt/), or a file with --predictions")
+    if args.coords == "resized" and not args.ckpt:
+        runtime.fail("--coords resized needs a checkpoint whose processor says how images were resized: python eval.py CKPT --predictions ...; or give "
+                     'each line its "frame"')
+    if args.coords and not args.predictions:
+        runtime.fail("--coords is about a file given with --predictions")
+    if args.predictions and (args.blind or args.temperature != [0.0]):
+        runtime.fail("--predictions scores answers as they are; --blind and --temperature belong to a checkpoint")
+    if min(args.temperature) < 0 or not all(map(math.isfinite, args.temperature)) or len(set(args.temperature)) < len(args.temperature):
+        runtime.fail(f"--temperature {args.temperature}: numbers from 0 up, each once")
 
 
 if __name__ == "__main__":

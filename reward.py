@@ -121,6 +121,7 @@ def centers(boxes, size):
 
 
 POSITIONAL = ("exp", "gaussian", "linear", "size-aware")
+WEIGHTINGS = ("coherent", "focus", "off")
 
 
 def positional(pred, gt, size, tau=0.1, kind="exp"):

@@ -11,15 +11,12 @@ scaled so that a step moves the policy as far as without it; otherwise its effec
     torchrun --nproc_per_node 8 rft.py --data dior               eight GPUs, the same result to rounding
     python rft.py                                                the embedded data on a laptop
 """
-import argparse
 import json
 import time
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import data
@@ -30,33 +27,31 @@ from generate import generate
 from model import QwenVL
 
 MAX_LOG_RATIO = 20.0              # exp() of more is of no use and may be infinite
-STOP_AFTER_SKIPPED = 5            # non-finite steps in a row: something is broken
 
 
 def flags():
-    parser = argparse.ArgumentParser(description="GRPO with a positional reward and consistency-weighted updates (stage 2)",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    runtime.add_common_flags(parser, "rft")
+    parser = runtime.Parser("GRPO with a positional reward and consistency-weighted updates (stage 2)")
+    runtime.add_common_flags(parser, "rft", "ckpt/sft", 500)
     add = parser.add_argument_group("policy gradient").add_argument
-    add("--prompts", type=int, default=16, help="questions Q a step, over all processes")
-    add("--group", type=int, default=8, help="rollouts G of each question")
-    add("--micro", type=int, default=1, help="groups in one forward and backward pass: memory against speed")
-    add("--max-new-tokens", type=int, default=256, help="tokens; a longer rollout is cut and counted as truncated")
+    add("--prompts", type=runtime.positive, default=16, help="questions Q a step, over all processes")
+    add("--group", type=runtime.positive, default=8, help="rollouts G of each question")
+    add("--micro", type=runtime.positive, default=1, help="groups in one forward and backward pass: memory against speed")
+    add("--max-new-tokens", type=runtime.positive, default=256, help="tokens; a longer rollout is cut and counted as truncated")
     add("--temperature", type=float, default=1.0, help="of sampling, and so of the scored log-probabilities")
     add("--lr", type=float, default=1e-6, help="peak learning rate; 1e-6 for a 3B model, about 1e-4 for the embedded one")
-    add("--updates", type=int, default=1, help="passes over a step's rollouts")
+    add("--updates", type=runtime.positive, default=1, help="passes over a step's rollouts")
     add("--clip", type=float, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"), help="the ratio is clipped to 1 - LOW .. 1 + HIGH")
     add("--beta", type=float, default=0.0, help="weight of the KL to the starting policy; at 0 no reference model is kept")
     add("--no-std", action="store_true", help="do not divide advantages by their group's standard deviation")
     add("--freeze-vision", action="store_true", help="train the language model alone")
+    add("--max-pixels", type=runtime.positive, help="area of the resized image at most; default: the checkpoint's own")
     add = parser.add_argument_group("reward").add_argument
     add("--weights", type=float, nargs=3, default=(1.0, 0.5, 0.5), metavar=("IOU", "POS", "FORMAT"), help="of the reward's terms")
     add("--positional", choices=reward.POSITIONAL, default="exp", help="shape of the positional term")
-    add("--tau", type=float, default=0.1, help="its scale, in image diagonals (target diagonals where size-aware)")
-    add("--weighting", choices=("coherent", "focus", "off", "shuffled"), default="coherent",
-        help="groups that agree count more, groups that scatter count more, all alike, or the coherent weights dealt out at random (control)")
-    add = parser.add_argument_group("watching").add_argument
-    add("--every", type=int, default=50, help="steps between checkpoints, pictures and validation")
+    add("--tau", type=float, default=0.1, help="its scale, in image sides (in target diagonals where size-aware: try 1)")
+    add("--weighting", choices=(*reward.WEIGHTINGS, "shuffled"), default="coherent",
+        help="of groups: more for those that agree, or that scatter (focus), none, or the coherent weights dealt at random (control)")
+    add("--every", type=runtime.positive, default=50, help="steps between checkpoints, pictures and validation")
     add("--val", type=int, default=64, help="records of the val split in a validation; 0 for none")
     return parser
 
@@ -98,50 +93,180 @@ def policy_loss(logp, logp_old, logp_ref, advantage, n_tokens, clip=(0.2, 0.2), 
 # ------------------------------------------------------------------------------------------------------------------ rollouts, rewards
 
 def rollout(model, processor, records, args, seeds):
-    """Q records -> prompts, completions (Q lists of G id tensors), sampled log-probabilities (packed), texts (Q lists of G)."""
+    """Q records -> prompts, completions (Q lists of G id tensors), sampled log-probabilities (tokens,), texts (Q lists of G)."""
     prompts = [processor(data.open_image(r), r.text) for r in records]
-    tokens, logprobs, lengths = generate(model, prompts, args.group, args.max_new_tokens, args.temperature, seeds)
+    with runtime.gathered(model):
+        tokens, logprobs, lengths = generate(model, prompts, args.group, args.max_new_tokens, args.temperature, seeds)
     completions = [[t[:n] for t, n in zip(*group)] for group in zip(tokens, lengths.tolist())]
-    sampled = torch.cat([lp[:n] for q, ns in zip(logprobs, lengths.tolist()) for lp, n in zip(q, ns)])
+    sampled = [[lp[:n] for lp, n in zip(*group)] for group in zip(logprobs, lengths.tolist())]
     return prompts, completions, sampled, [[processor.decode(c) for c in group] for group in completions]
 
 
 def grade(texts, prompts, records, args):
-    """texts (Q lists of G) -> rewards by term, each (Q, G); boxes (Q, G, 4) in original pixels, NaN where invalid; valid (Q, G)."""
-    boxes = torch.full((len(texts), args.group, 4), torch.nan)
-    for q, (group, prompt, record) in enumerate(zip(texts, prompts, records)):
-        for g, text in enumerate(group):
-            box = reward.parse_box(text)
-            box = box and reward.clamp_box(data.to_image_frame(box, prompt.frame), record.size)
-            if box:
-                boxes[q, g] = torch.tensor(box)
-    valid = ~boxes[..., 0].isnan()
+    """texts (Q lists of G) -> the reward and its terms, each (Q, G); boxes (Q, G, 4) in original pixels, NaN where invalid."""
+    nothing = (torch.nan,) * 4
+    boxes = torch.tensor([[evaluation.locate(reward.parse_box(t), p.frame) or nothing for t in group] for group, p in zip(texts, prompts)])
     target, size = (torch.tensor([getattr(r, name) for r in records], dtype=torch.float32)[:, None] for name in ("box", "size"))
     terms = {"iou": reward.iou(boxes, target), "positional": reward.positional(boxes, target, size, args.tau, args.positional),
              "format": torch.tensor([[float(reward.format_ok(t)) for t in group] for group in texts])}
-    terms = {name: term if name == "format" else term.where(valid, torch.zeros(())) for name, term in terms.items()}
-    terms["reward"] = sum(w * terms[name] for w, name in zip(args.weights, ("iou", "positional", "format")))
-    return terms, boxes, valid
+    return {"reward": sum(w * term for w, term in zip(args.weights, terms.values())), **terms}, boxes
 
 
-def group_weights(consistency, valid, args, generator):
-    """consistency (Q,), valid (Q, G) -> weight (Q,) of each group in the update."""
-    mode = "coherent" if args.weighting == "shuffled" else args.weighting
-    weight = reward.update_weight(consistency, valid.float().mean(1), mode)
-    if args.weighting == "shuffled":                                    # over the groups of all ranks, the same on each
-        everyone = runtime.all_gather(weight)
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        weight = everyone[torch.randperm(len(everyone), generator=generator)][rank * len(weight):][:len(weight)]
-    return weight
+def group_weights(consistency, valid_share, args, step):
+    """consistency (Q,), valid_share (Q,) -> weight (Q,) of each group in the update."""
+    if args.weighting != "shuffled":
+        return reward.update_weight(consistency, valid_share, args.weighting)
+    weights = runtime.all_gather(reward.update_weight(consistency, valid_share, "coherent"))          # of all ranks, the same on each
+    dealt = torch.randperm(len(weights), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+    return weights[dealt][runtime.rank() * len(consistency):][:len(consistency)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ the stage
 
 def main():
     args = flags().parse_args()
-    run = runtime.start(args, "rft")
-    records = data.load(args.data, args.root, "rft")
-    raise NotImplementedError
+    check(args)
+    records, val = data.load(args.data, args.root, "rft"), data.load(args.data, args.root, "val")[:args.val]
+    init, out = Path(args.init), Path(args.out)
+    model, processor = QwenVL.from_pretrained(init, dtype=None), data.Processor.from_pretrained(init, max_pixels=args.max_pixels)
+    runtime.check_output(out, args.resume)
+    device = runtime.start(args.device)
+    reference = None
+    if args.beta:                                                        # in the compute dtype, frozen
+        reference = QwenVL.from_pretrained(init, torch.bfloat16 if device.type == "cuda" else torch.float32, device).requires_grad_(False)
+    model = runtime.prepare(model, device, args.freeze_vision)
+    opt = runtime.optimizer(model, args.lr)
+    first = runtime.restore(out, model, opt) if args.resume else 0
+    run = runtime.describe(args, "rft", records)
+    runtime.begin(out, first, model, records, ("metrics.jsonl", "rollouts.jsonl"))
+    if not first:
+        canary(model, processor, records, args)
+    skipped = 0
+    with tqdm(range(first, args.steps), initial=first, total=args.steps, desc="rft", disable=runtime.rank() > 0) as bar:
+        for step in bar:
+            line, pictured = train_step(model, reference, opt, processor, records, args, step)
+            skipped = 0 if line["finite"] else skipped + 1
+            if (step + 1) % args.every == 0 or step + 1 == args.steps:
+                line |= evaluation.validate(model, processor, val, args)
+                runtime.save(out, step + 1, model, opt, processor, run)
+                if runtime.rank() == 0:
+                    pictured().save(out / f"rollouts_{step + 1:06d}.png")
+            runtime.log(out / "metrics.jsonl", line)
+            bar.set_postfix_str(f"reward {line['reward']:.3f} iou {line['iou']:.3f} tokens {line['length']:.0f} kl {line['kl']:.4f}")
+            if skipped == runtime.STOP_AFTER_SKIPPED:
+                runtime.fail(f"{skipped} steps in a row had a gradient that is not finite; lower --lr; the last checkpoint stands in {out}")
+
+
+def train_step(model, reference, opt, processor, records, args, step):
+    """One step: rollouts, rewards, weights, --updates passes of clipped policy gradient -> the log line, and who draws its picture."""
+    clock = [time.perf_counter()]
+    places = range(runtime.rank(), args.prompts, runtime.world())        # of this rank among the step's questions
+    questions = runtime.batch(records, step, args.prompts, args.seed)
+    questions = [questions[i] for i in places]
+    seeds = torch.tensor([(args.seed * 1_000_003 + step) * args.prompts + i for i in places])
+    prompts, completions, sampled, texts = rollout(model, processor, questions, args, seeds)
+    clock.append(time.perf_counter())
+
+    terms, boxes = grade(texts, prompts, questions, args)
+    valid, size = ~boxes[..., 0].isnan(), torch.tensor([r.size for r in questions], dtype=torch.float32)
+    consistency = reward.spatial_consistency(boxes, valid, size)
+    weight = group_weights(consistency, valid.float().mean(1), args, step)
+    advantage = advantages(terms["reward"], weight, not args.no_std)     # (Q, G)
+    lengths = torch.tensor([[len(c) for c in group] for group in completions])
+    n_tokens = runtime.all_sum(lengths.sum()).item()                     # once, before any micro-batch
+    clock.append(time.perf_counter())
+
+    micro = [slice(i, i + args.micro) for i in range(0, len(questions), args.micro)]
+    old, ref, sums, norms = {}, {}, Counter(), []
+    lr = runtime.lr_at(step, args.steps, args.lr)
+    for _ in range(args.updates):
+        for m in micro:
+            runtime.sync_gradients(model, m is micro[-1])
+            logp, entropy = model.score(prompts[m], completions[m], args.temperature)
+            if m.start not in old:                                       # the first pass: on policy by definition
+                old[m.start] = logp.detach()
+                apart = logp.detach() - torch.cat([lp for group in sampled[m] for lp in group])
+                sums["sampled_scored"] = max(sums["sampled_scored"], apart.abs().max().item())
+                if reference is not None:
+                    with torch.no_grad():
+                        ref[m.start] = reference.score(prompts[m], completions[m], args.temperature)[0]
+            each = advantage[m].flatten().repeat_interleave(lengths[m].flatten()).to(logp.device)
+            loss, logged = policy_loss(logp, old[m.start], ref.get(m.start), each, n_tokens, args.clip, args.beta)
+            loss.backward()
+            for name, value in (("loss", loss.detach()), ("entropy", entropy.sum()), *logged.items()):
+                sums[name] += value.item()
+        norms.append(runtime.update(model, opt, lr))
+    clock.append(time.perf_counter())
+    line = summary(step, terms, boxes, valid, size, consistency, weight, advantage, lengths, texts, sums, n_tokens, args)
+    line |= {"lr": lr, "grad_norm": norms[-1], "finite": all(n < float("inf") for n in norms),
+             **{f"seconds_{name}": b - a for name, a, b in zip(("rollout", "reward", "update"), clock, clock[1:])}}
+    keep_rollouts(Path(args.out), step, questions, texts, terms, boxes)
+    return line, lambda: picture(questions[0], boxes[0], terms["reward"][0])
+
+
+def summary(step, terms, boxes, valid, size, consistency, weight, advantage, lengths, texts, sums, n_tokens, args):
+    """What a step logs, over the groups of all ranks."""
+    scatter = reward.dispersion(boxes, valid, size)
+    n = args.prompts * args.group
+    local = {**{name: term.sum() / n for name, term in terms.items()},
+             **{f"{name}_group_std": term.std(1).nan_to_num().sum() / args.prompts for name, term in terms.items()},
+             "length": lengths.sum() / n, "truncated": (lengths == args.max_new_tokens).sum() / n, "unparsable": (~valid).sum() / n,
+             "no_overlap_groups": (terms["iou"].amax(1) == 0).sum() / args.prompts,
+             "zero_variance_groups": (terms["reward"].amax(1) == terms["reward"].amin(1)).sum() / args.prompts,
+             "unique": sum(len(set(group)) for group in texts) / n,
+             "consistency": consistency.sum() / args.prompts, "weight": weight.sum() / args.prompts, "advantage": advantage.abs().sum() / n,
+             "scattered": scatter.nan_to_num().sum(), "measured": (~scatter.isnan()).sum(),
+             "entropy": sums["entropy"] / (n_tokens * args.updates), "kl": sums["kl"] / (n_tokens * args.updates),
+             "clipped": sums["clipped"] / (n_tokens * args.updates), "loss": sums["loss"] / args.updates}
+    total = runtime.all_sum(torch.tensor([float(v) for v in local.values()], dtype=torch.float64)).tolist()
+    line = dict(zip(local, total))
+    line["dispersion"] = line.pop("scattered") / max(1.0, line.pop("measured"))
+    return {"step": step + 1, **line, "sampled_scored_max": runtime.all_max(torch.tensor(sums["sampled_scored"])).item()}
+
+
+def keep_rollouts(out, step, questions, texts, terms, boxes):
+    """Every rollout of the first rank with its rewards, a line a question."""
+    if runtime.rank():
+        return
+    with open(out / "rollouts.jsonl", "a", encoding="utf-8") as file:
+        for q, (record, group) in enumerate(zip(questions, texts)):
+            rewards = {name: [round(v, 4) for v in term[q].tolist()] for name, term in terms.items()}
+            valid = [None if b[0] != b[0] else [round(v, 1) for v in b] for b in boxes[q].tolist()]
+            line = {"step": step + 1, "id": record.id, "expression": record.text, "target": record.box, "boxes": valid, **rewards}
+            file.write(json.dumps({**line, "texts": group}) + "\n")
+
+
+def picture(record, boxes, rewards):
+    """One group's boxes over its image, the redder the less its reward; the target in green."""
+    low, high = rewards.min().item(), rewards.max().item()
+    shades = [int(255 * (r - low) / (high - low + 1e-6)) for r in rewards.tolist()]
+    drawn = [(b, (255, s, 0)) for b, s in zip(boxes.tolist(), shades) if b[0] == b[0]]
+    return data.draw_boxes(data.open_image(record), [*drawn, (record.box, "lime")], f"{record.text} (reward {low:.2f} to {high:.2f})")
+
+
+def canary(model, processor, records, args):
+    """Before step 1: what the starting policy answers, so that a reward that can't rise is seen now and not in an hour."""
+    questions = runtime.batch(records, 0, args.prompts, args.seed)[runtime.rank()::runtime.world()]
+    prompts, completions, _, texts = rollout(model, processor, questions, args, torch.arange(len(questions)) + 7_777 * (runtime.rank() + 1))
+    terms, _ = grade(texts, prompts, questions, args)
+    wrong = Counter(reward.failure(t) or "parsed" for group in texts for t in group)
+    seen = runtime.all_sum(torch.tensor([terms["iou"].sum(), terms["format"].sum(), terms["iou"].numel()]))
+    counts = runtime.all_sum(torch.tensor([wrong[name] for name in ("parsed", *reward.FAILURES)])).tolist()
+    if runtime.rank() == 0:
+        print(f"before step 1: mean IoU {seen[0] / seen[2]:.3f}, format {seen[1] / seen[2]:.3f} over {int(seen[2])} sampled answers; "
+              + ", ".join(f"{n} {name}" for name, n in zip(("parsed", *reward.FAILURES), counts) if n))
+        if seen[0] == 0:
+            print("warning: no answer touches its target; the IoU reward is silent until one does")
+
+
+def check(args):
+    """Flags that do not go together."""
+    if args.prompts % runtime.world():
+        runtime.fail(f"--prompts {args.prompts} is not a multiple of the {runtime.world()} processes")
+    if args.group < 2:
+        runtime.fail("--group 1 leaves nothing to compare a rollout with; use 2 or more")
+    if args.temperature <= 0:
+        runtime.fail(f"--temperature {args.temperature} samples nothing; it must be above 0")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What both training stages call: processes, sharding, optimizer, checkpoints and resume, the log. Functions; the loops stand in the stages.
+"""What both training stages call: processes, sharding, optimizer, checkpoints and resume, the log. The loops stand in the stages.
 
 Precision: trained parameters, their moments and gradient sums are float32; CUDA computes in bfloat16, the CPU in float32. Gradients are
-summed over processes, not averaged: a loss is divided by the token count of the whole step, so the number of processes changes rounding only.
+summed over processes, not averaged: a loss is divided by the token count of the whole step, so the number of processes changes rounding
+only.
 """
 import argparse
 import faulthandler
@@ -253,8 +254,8 @@ def log(path, line):
 
 
 def cut_log(path, step):
-    """Removes what a run that went on past its last checkpoint has logged of later steps."""
-    if rank() == 0 and path.exists():
+    """Removes from a JSONL what a run that went on past its last checkpoint has logged of later steps."""
+    if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         temporary = path.with_suffix(".tmp")
@@ -273,6 +274,18 @@ def check_output(out, resume):
         fail(f"--resume, but there is no checkpoint in {out}; leave --resume out, or name the --out of the run")
     if not resume and out.exists() and any(out.iterdir()):
         fail(f"{out} is not empty, but holds no checkpoint; remove it, or name another --out")
+
+
+def begin(out, step, model, records, logs=("metrics.jsonl",)):
+    """Prepares the output folder of a run that starts behind `step`: what was logged of later steps is cut off."""
+    print_parameters(model)
+    if rank() == 0:
+        refused = {reason: len(places) for reason, places in records.refused.items()}
+        print(f"{len(records):,} records" + (f", refused: {refused}" if refused else ""))
+        out.mkdir(parents=True, exist_ok=True)
+        for name in logs:
+            cut_log(out / name, step)
+    barrier()
 
 
 def describe(args, stage, records):
@@ -295,8 +308,8 @@ def first_row(p):
 
 
 def save(out, step, model, opt, processor, run):
-    """Writes out/step_000200: weights and tokenizer in hub layout, run.json, and state/, where each process puts its own rows of parameters and
-    moments. The folder appears whole or not at all, and `latest` moves to it at once."""
+    """Writes out/step_000200: weights and tokenizer in hub layout, run.json, and state/, where each process puts its own rows of parameters
+    and moments. The folder appears whole or not at all, and `latest` moves to it at once."""
     name, temporary = f"step_{step:06d}", out / f".step_{step:06d}.tmp"
     if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
