@@ -1,6 +1,6 @@
 """Scores: every stage found under a folder side by side, or anyone's predictions; a table, eval.json, raw predictions and pictures.
 
-All boxes are clamped to the image and compared in pixels of the original image, as floats (no +1 pixel); a box counts where IoU > t, strictly,
+Boxes are clamped to the image and compared in pixels of the original image, as floats (no +1 pixel); one counts where IoU > t, strictly,
 as in DIOR-RSVG's own evaluation. Every record counts: what can't be parsed has IoU 0. The columns "lenient" read the same texts with
 `reward.parse_box_lenient`; they are for models that never saw our answer format. DIOR's own script also truncates the true boxes to whole
 pixels at its 640 px letterbox; that is not copied here.
@@ -10,8 +10,8 @@ pixels at its 640 px letterbox; that is not copied here.
     torchrun --nproc_per_node 8 eval.py ckpt/rft                 records dealt out to eight GPUs, the same report
     python eval.py --predictions theirs.jsonl --data dior --coords original
 
-A predictions file has a line a record, {"id": ..., "text": ...} or {"id": ..., "box": [x1, y1, x2, y2] in original pixels, or null}. In whose
-coordinates a text speaks is said by the line's "frame" (our own files have it) or by --coords.
+A predictions file has a line a record, {"id": ..., "text": ...} or {"id": ..., "box": [x1, y1, x2, y2] in original pixels, or null}. In
+whose coordinates a text speaks is said by the line's "frame" (our own files have it) or by --coords.
 """
 import itertools
 import json
@@ -53,8 +53,8 @@ def flags():
     add("--batch", type=runtime.positive, default=32, help="records answered at once")
     add("--blind", action="store_true", help="show another record's image: what is scored then was not seen")
     add("--predictions", help="score this JSONL file instead of running a model")
-    add("--coords", choices=("original", "resized", "1000"), help="coordinates of texts without a frame: pixels of the original image, pixels of "
-        "the image as CKPT's processor resizes it, or thousandths of its sides")
+    add("--coords", choices=("original", "resized", "1000"), help="coordinates of texts without a frame: pixels of the original "
+        "image, pixels of the image as CKPT's processor resizes it, or thousandths of its sides")
     add("--seed", type=int, default=0, help="of sampling")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     return parser
@@ -77,7 +77,7 @@ def metrics(pred, gt, size):
     away = reward.center_distance(pred, gt, size)[valid]
     n = len(gt)
     return {"mIoU": iou.sum().item() / max(n, 1), **{f"Pr@{t}": (iou > t).sum().item() / max(n, 1) for t in THRESHOLDS},
-            "cIoU": inside.sum().item() / union.sum().item() if n else 0.0,
+            "cIoU": inside.sum().item() / max(union.sum().item(), 1e-12),
             "center_error": away.mean().item() if len(away) else None, "n": n}
 
 
@@ -94,13 +94,13 @@ def read_prediction(prediction, record):
         text, frame = prediction["text"], Frame(**{k: v if k == "convention" else tuple(v) for k, v in prediction["frame"].items()})
         box, lenient, why = locate(reward.parse_box(text), frame), locate(reward.parse_box_lenient(text), frame), reward.failure(text)
     else:
-        written, why = reward.checked([float(x) for x in prediction["box"]]) if prediction["box"] else (None, "no answer")
+        written, why = reward.checked(prediction["box"]) if prediction["box"] else (None, "no answer")
         box = lenient = written and reward.clamp_box(written, record.size)
     return box, lenient, why or (None if box else "outside image")
 
 
 def score(records, predictions):
-    """N records, N predictions (dicts as `evaluate` gives them, or as a file holds them; None: no prediction) -> part of an eval.json row."""
+    """N records, N predictions (dicts as `evaluate` and `read_predictions` give them; None: there is none) -> part of an eval.json row."""
     strict, lenient, failures = zip(*(read_prediction(p, r) for p, r in zip(predictions, records, strict=True)))
     target, size = (torch.tensor([getattr(r, name) for r in records], dtype=torch.float64) for name in ("box", "size"))
     counts = Counter(failures)
@@ -112,8 +112,8 @@ def score(records, predictions):
 # ------------------------------------------------------------------------------------------------------------------ a model's answers
 
 def evaluate(model, processor, records, *, temperature=0.0, max_new_tokens=256, batch=32, seed=0, blind=False, label="eval"):
-    """One answer to each record -> on every process, in the order of records: {"id", "text", "box" (what is scored: original pixels, clamped,
-    or None), "frame"}. Processes take records rank, rank + world, ...; an answer depends on its record's place and the seed alone.
+    """One answer to each record -> on every process, in the order of records: {"id", "text", "box" (original pixels, clamped, or None),
+    "frame"}. Processes take records rank, rank + world, ...; an answer depends on its record's place and the seed alone.
 
     Runs under `runtime.gathered` where parameters are sharded. blind: see `strangers`."""
     shown = strangers(records) if blind else records
@@ -155,8 +155,8 @@ def validate(model, processor, records, args):
 
 
 def strangers(records):
-    """For each record the one whose image it is shown when blind: half the list further on, the first there with another image. That image is
-    scaled to the size of the record's own, so that the frame, and all else that is not seen, stays what it was."""
+    """For each record the one whose image it is shown when blind: half the list further on, the first there with another image. That image
+    is scaled to the size of the record's own, so that the frame, and all else that is not seen, stays what it was."""
     n = len(records)
     try:
         return [next(other for k in range(n) if (other := records[(i + n // 2 + k) % n]).image != records[i].image) for i in range(n)]
@@ -177,7 +177,7 @@ def read_predictions(path, records, coords=None, processor=None):
         if line.strip():
             try:
                 prediction = read_line(line, by_id, found, coords, processor)
-            except (ValueError, RecursionError) as error:
+            except (ValueError, OverflowError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: {error}") from None
             found[prediction["id"]] = prediction
     return found
@@ -202,7 +202,7 @@ def read_line(line, by_id, found, coords, processor):
     box = prediction["box"]
     if box is not None and not (isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)):
         raise ValueError('"box" is neither four numbers nor null')
-    return {"id": record.id, "box": box}
+    return {"id": record.id, "box": box and [float(x) for x in box]}
 
 
 def frame_of(record, coords, processor):
@@ -216,12 +216,12 @@ def frame_of(record, coords, processor):
 
 def check_frame(frame, record):
     def size(value):
-        return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(x) is int and x > 0 for x in value)
+        return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(x) is int and 0 < x < 10 ** 6 for x in value)
     if not (isinstance(frame, dict) and frame.keys() == {"original", "resized", "convention"} and size(frame["original"])
             and size(frame["resized"]) and frame["convention"] in ("absolute", "1000")):
         raise ValueError('"frame" is not {"original": [W, H], "resized": [W, H], "convention": "absolute" or "1000"}')
     if tuple(frame["original"]) != tuple(record.size):
-        raise ValueError(f"the frame is of an image of {frame['original']}, but the record's is {list(record.size)}; it belongs to other data")
+        raise ValueError(f"the frame is of an image of {frame['original']}, the record's is {list(record.size)}: it belongs to other data")
     return frame
 
 
@@ -272,11 +272,11 @@ def find_stages(path):
     inside = [path, *(sorted(path.iterdir()) if path.is_dir() else ())]
     stages = [p for p in inside if (p / "config.json").exists() or (p / "latest" / "config.json").exists()]
     if not stages:
-        raise CheckpointError(f"no checkpoint at {path}: neither config.json, nor latest/config.json, nor a folder that holds one of them; train one "
-                              "with sft.py, or name a downloaded one")
+        raise CheckpointError(f"no checkpoint at {path}: neither config.json, nor latest/config.json, nor a folder that holds one of them; "
+                              "train one with sft.py, or name a downloaded one")
     stages = stages[:1] if stages[0] == path else stages
     known = {name: k for k, name in enumerate(STORY)}
-    return sorted(((p.resolve().name, newest(p)) for p in stages), key=lambda s: (known.get(s[0], len(known)), s[0]))
+    return sorted(((p.name or p.resolve().name, newest(p)) for p in stages), key=lambda s: (known.get(s[0], len(known)), s[0]))
 
 
 def newest(stage):
@@ -303,6 +303,7 @@ def print_table(rows):
 def main():
     args = flags().parse_args()
     check_flags(args)
+    device = None if args.predictions else runtime.start(args.device)
     stages = find_stages(args.ckpt) if args.ckpt else []
     runs = {folder: data.read_json(folder / "run.json") or {} for _, folder in stages}
     recorded = next((run for run in reversed(runs.values()) if "data" in run), {})
@@ -335,7 +336,6 @@ def main():
     if given is not None:
         report(Path(args.predictions).stem.removeprefix("predictions_"), args.predictions, None, [given.get(r.id) for r in records])
     else:
-        device = runtime.start(args.device)
         for stage, folder in stages:
             model = QwenVL.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
             processor = data.Processor.from_pretrained(folder)
@@ -343,8 +343,9 @@ def main():
                 print(f"{folder}: trained with another prompt than data.PROMPT; expect lower scores")
             for temperature in args.temperature:
                 report(stage, folder, temperature, evaluate(
-                    model, processor, records, temperature=temperature, max_new_tokens=args.max_new_tokens, batch=args.batch, seed=args.seed,
-                    blind=args.blind, label=f"{stage} T={temperature:g}"))
+                    model, processor, records, temperature=temperature, max_new_tokens=args.max_new_tokens, batch=args.batch,
+                    seed=args.seed, blind=args.blind, label=f"{stage} T={temperature:g}"))
+            del model                                                    # before the next one is loaded
     if runtime.rank() == 0:
         print_table(rows)
         print(f"report, pictures{'' if args.predictions else ', predictions'}: {out}")
@@ -354,8 +355,8 @@ def check_flags(args):
     if not args.ckpt and not args.predictions:
         runtime.fail("name a checkpoint's folder (python eval.py ckpt/), or a file with --predictions")
     if args.coords == "resized" and not args.ckpt:
-        runtime.fail("--coords resized needs a checkpoint whose processor says how images were resized: python eval.py CKPT --predictions ...; or give "
-                     'each line its "frame"')
+        runtime.fail("--coords resized needs a checkpoint, whose processor says how images were resized: python eval.py CKPT --predictions "
+                     '...; or give each line its "frame"')
     if args.coords and not args.predictions:
         runtime.fail("--coords is about a file given with --predictions")
     if args.predictions and (args.blind or args.temperature != [0.0]):

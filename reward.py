@@ -181,4 +181,4 @@ def update_weight(consistency, valid_share, mode="coherent", floor=0.2):
         return floor + (1 - floor) * (valid_share - consistency).where(consistency > 0, torch.zeros_like(consistency))
     if mode == "off":
         return torch.ones_like(consistency)
-    raise ValueError(f"weighting mode {mode!r}; there are coherent, focus, off")
+    raise ValueError(f"weighting mode {mode!r}; there are {', '.join(WEIGHTINGS)}")

@@ -206,7 +206,7 @@ def train_step(model, reference, opt, processor, records, args, step):
 
 def summary(step, terms, boxes, valid, size, consistency, weight, advantage, lengths, texts, sums, n_tokens, args):
     """What a step logs, over the groups of all ranks."""
-    scatter = reward.dispersion(boxes, valid, size)
+    scatter, measured = reward.dispersion(boxes, valid, size), valid.sum(1) >= 2
     n = args.prompts * args.group
     local = {**{name: term.sum() / n for name, term in terms.items()},
              **{f"{name}_group_std": term.std(1).nan_to_num().sum() / args.prompts for name, term in terms.items()},
@@ -215,7 +215,7 @@ def summary(step, terms, boxes, valid, size, consistency, weight, advantage, len
              "zero_variance_groups": (terms["reward"].amax(1) == terms["reward"].amin(1)).sum() / args.prompts,
              "unique": sum(len(set(group)) for group in texts) / n,
              "consistency": consistency.sum() / args.prompts, "weight": weight.sum() / args.prompts, "advantage": advantage.abs().sum() / n,
-             "scattered": scatter.nan_to_num().sum(), "measured": (~scatter.isnan()).sum(),
+             "scattered": scatter[measured].sum(), "measured": measured.sum(),
              "entropy": sums["entropy"] / (n_tokens * args.updates), "kl": sums["kl"] / (n_tokens * args.updates),
              "clipped": sums["clipped"] / (n_tokens * args.updates), "loss": sums["loss"] / args.updates}
     total = runtime.all_sum(torch.tensor([float(v) for v in local.values()], dtype=torch.float64)).tolist()

@@ -66,8 +66,9 @@ def add_common_flags(parser, stage, init, steps):
 
 
 def fail(message):
-    """A user's mistake: one line, from the first process alone, exit status 2."""
-    if rank() == 0:
+    """A user's mistake: one line, exit status 2. What every process meets before they join is said by the first alone; later a mistake
+    may be one process's own (an image that only it opens), so it speaks itself."""
+    if rank() == 0 or dist.is_initialized():
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -156,7 +157,8 @@ def prepare(model, device, freeze_vision=False):
     for module in (*model.visual.blocks, *model.model.layers, model.visual, model):
         fully_shard(module.float(), mesh=mesh, mp_policy=policy)         # one float32 layer at a time exists unsharded
     for module in sharded_modules(model):
-        module.set_gradient_divide_factor(1.0)                           # sum, not mean
+        module.set_gradient_divide_factor(1.0)                           # a sum, not a mean ...
+        module.set_force_sum_reduction_for_comms(True)                   # ... which gloo and NCCL know alike
     for name in ("score", "prefill", "decode"):
         register_fsdp_forward_method(model, name)
     return model

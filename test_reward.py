@@ -21,7 +21,7 @@ def box(x1, y1, x2, y2):
     return torch.tensor([x1, y1, x2, y2], dtype=torch.float32)
 
 
-# --------------------------------------------------------------------------------------------------------------------- one case each, by hand
+# ------------------------------------------------------------------------------------------------------- one case each, by hand
 
 def test_parse_by_hand():
     assert parse_box('<think>A ship.</think><answer>{"bbox_2d": [10, 20.5, 3e1, 40]}</answer>') == (10.0, 20.5, 30.0, 40.0)
@@ -36,7 +36,8 @@ def test_iou_by_hand():
     assert iou(box(0, 0, 10, 10), box(5, 0, 15, 10)).item() == pytest.approx(50 / 150)
 
 
-@pytest.mark.parametrize("kind, want", [("exp", math.exp(-0.5)), ("gaussian", math.exp(-0.125)), ("linear", 0.9), ("size-aware", math.exp(-1.0))])
+@pytest.mark.parametrize("kind, want", [("exp", math.exp(-0.5)), ("gaussian", math.exp(-0.125)), ("linear", 0.9),
+                                        ("size-aware", math.exp(-1.0))])
 def test_positional_by_hand(kind, want):
     # Centres (200, 200) and (280, 240): 0.1 of the width and 0.1 of the height apart, so d = sqrt(0.01 + 0.01) / sqrt(2) = 0.1.
     # In pixels sqrt(80^2 + 40^2) = 89.44; the target is 160 x 80, its diagonal sqrt(160^2 + 80^2) = 178.9: half of it.
@@ -61,7 +62,7 @@ def test_weight_by_hand(mode, want):
     assert reward.update_weight(torch.tensor([0.5, 0.0]), torch.tensor([0.75, 0.125]), mode).tolist() == pytest.approx(want)
 
 
-# --------------------------------------------------------------------------------------------------------------------- text to box
+# ---------------------------------------------------------------------------------------------------------- text to box
 
 @pytest.mark.parametrize("text, want", [
     (answer('{"bbox_2d": [1, 2, 3, 4], "label": "ship", "why": [[], {"bbox_2d": 0}]}'), (1, 2, 3, 4)),
@@ -156,8 +157,8 @@ def test_hostile_text_takes_no_time(hostile):
 def test_any_text_at_all():
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
-    pieces = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", '{"bbox_2d": [', "1, 2, 3, 4", "]}", "[", "{", '"', ",", "NaN", "1e999",
-                              "true", " ", "\ud800", "```json\n", GOOD])
+    pieces = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", '{"bbox_2d": [', "1, 2, 3, 4", "]}", "[", "{", '"', ",",
+                              "NaN", "1e999", "true", " ", "\ud800", "```json\n", GOOD])
     words = st.lists(st.one_of(pieces, st.text(max_size=5), st.floats().map(repr), st.integers().map(str)), max_size=20).map("".join)
 
     @hypothesis.settings(max_examples=1500, deadline=None)
@@ -236,7 +237,7 @@ def test_clamped_floats_do_not_overflow():
     assert clamp_box((-1e300, -1e300, 1e300, math.inf), (800, 400)) == (0.0, 0.0, 800.0, 400.0)
 
 
-# --------------------------------------------------------------------------------------------------------------------- rewards of a box
+# ----------------------------------------------------------------------------------------------------- rewards of a box
 
 def random_boxes(n, side=40, seed=0):
     x = torch.randint(0, side, (n, 2, 2), generator=torch.Generator().manual_seed(seed))
@@ -295,7 +296,7 @@ def test_wrong_names_are_refused():
         reward.update_weight(torch.ones(1), torch.ones(1), "coherence")
 
 
-# --------------------------------------------------------------------------------------------------------------------- consistency
+# ---------------------------------------------------------------------------------------------------------- consistency
 
 def groups(Q=64, G=8, seed=0):
     """Q groups of boxes within IMAGE, from tight to scattered, the odd box invalid."""

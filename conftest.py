@@ -1,0 +1,89 @@
+"""What several tests share: a small random checkpoint in hub layout, a folder in DIOR-RSVG's layout, and a way to run a script."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+
+import data
+from model import Config, QwenVL
+
+HERE = Path(__file__).parent
+ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+         "<|video_pad|>"]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A random Qwen2.5-VL of two layers with a tokenizer of single bytes; stored in float32. Ids 264 to 271 have no text."""
+    path = tmp_path_factory.mktemp("tiny")
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(data.WORDS), "isolated"),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ADDED])
+    tokenizer.save(str(path / "tokenizer.json"))
+    ids = {t: tokenizer.token_to_id(t) for t in ADDED}
+    config = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": "float32",
+              "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": 272,
+              "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "tie_word_embeddings": True, "eos_token_id": ids["<|im_end|>"], "image_token_id": ids["<|image_pad|>"],
+              "video_token_id": ids["<|video_pad|>"], "vision_start_token_id": ids["<|vision_start|>"],
+              "vision_end_token_id": ids["<|vision_end|>"],
+              "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "in_chans": 3,
+                                "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 56,
+                                "fullatt_block_indexes": [1]}}
+    processor = {"processor_class": "Qwen2_5_VLProcessor", "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136,
+                 "max_pixels": 100352, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    torch.manual_seed(0)
+    model = QwenVL(Config.from_json(path / "config.json"))
+    model.stored_dtype = torch.float32
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.1 if "embed" in name else p[0].numel() ** -0.5)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dior_root(tmp_path_factory):
+    """DIOR-RSVG's layout: 8 images of 120 x 90 with three rectangles each; every object in turn is for train, train, and val or test."""
+    root = tmp_path_factory.mktemp("dior")
+    (root / "Annotations").mkdir()
+    (root / "JPEGImages").mkdir()
+    rng, splits, index = np.random.default_rng(0), {"train": [], "val": [], "test": []}, 0
+    for i in range(1, 9):
+        image, tags = Image.new("RGB", (120, 90), (90, 110, 80)), ""
+        for j, color in enumerate(("red", "blue", "white")):
+            x, y, w, h = int(rng.integers(0, 80)), int(rng.integers(0, 60)), int(rng.integers(12, 40)), int(rng.integers(10, 30))
+            ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), fill=color)
+            tags += (f"<object><name>ship</name><bndbox><xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox>"
+                     f"<description>the {color} ship</description></object>")
+            splits[("train", "train", "val" if i % 2 else "test")[j]].append(index)
+            index += 1
+        image.save(root / "JPEGImages" / f"{i:05d}.jpg")
+        (root / "Annotations" / f"{i:05d}.xml").write_text(f"<annotation><filename>{i:05d}.jpg</filename>{tags}</annotation>")
+    for name, indices in splits.items():
+        (root / f"{name}.txt").write_text("\n".join(map(str, indices)) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def run():
+    """run("sft.py", "--steps", 3, processes=2) -> CompletedProcess of the real command, on the CPU with one thread a process."""
+    def run(script, *flags, processes=None, cwd=HERE):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run([sys.executable, *launcher, str(HERE / script), *map(str, flags)], capture_output=True, text=True, cwd=cwd,
+                              env=env, timeout=300)
+    return run

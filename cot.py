@@ -1,0 +1,213 @@
+"""Chain-of-thought written from annotations: spatial reasoning in words that can be checked against the boxes.
+
+A text says what is asked for, where the candidates of that category lie, which one fits, how it lies to the others and compares in size,
+where its centre is about; then comes the box. Every sentence is true of the annotated boxes; wording varies with the seed. In the synthetic
+world all objects are known, so it may count them. A real data set annotates some of the objects: there it speaks only of those whose own
+expression is in the split at hand, and claims neither numbers nor completeness.
+
+Source: our reading of "synthetic spatial reasoning" in the abstract of RSGround-R1 (arXiv 2601.21634); the paper's own texts are not public to
+us.
+
+    python cot.py dior                       a few texts beside their pictures
+    {"id": "123", "think": "..."}            a line of a JSONL of your own (sft.py --cot FILE); the answer is added from the annotation
+"""
+import json
+import math
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import data
+import reward
+import runtime
+from data import DataError
+
+REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"), ("lower left", "bottom", "lower right"))
+SAME_OBJECT = 0.9                 # IoU above which another annotation is the target itself under another expression
+ALIKE = 1.2                       # ratio of areas up to which two objects are "about as large"
+COARSE = 10                       # centres and distances are rounded to this, in units of the model's frame
+MOST = 3                          # other objects spoken of
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """Another annotated object of the image."""
+    category: str
+    box: tuple                    # xyxy, original pixels
+    color: str = ""
+
+
+def centre(box):
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def area(box):
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def region(box, size):
+    """Ninth of the image in which the centre lies."""
+    x, y = centre(box)
+    return REGIONS[min(2, int(3 * y / size[1]))][min(2, int(3 * x / size[0]))]
+
+
+def direction(a, b):
+    """Where box a lies as seen from box b, by the axis on which their centres differ more: a word and the sentence that uses it."""
+    (ax, ay), (bx, by) = centre(a), centre(b)
+    if abs(ax - bx) >= abs(ay - by):
+        return "left of" if ax < bx else "right of"
+    return "above" if ay < by else "below"
+
+
+def coarse(v):
+    return COARSE * round(v / COARSE)
+
+
+def near(box, frame):
+    x, y = data.to_model_frame((*centre(box), 0, 0), frame)[:2]
+    return f"({coarse(x)}, {coarse(y)})"
+
+
+def distance(a, b, frame):
+    """Between centres, in units of the model's frame, rounded; 0 is said as less than COARSE."""
+    (ax, ay), (bx, by) = (data.to_model_frame((*centre(x), 0, 0), frame)[:2] for x in (a, b))
+    return max(COARSE, coarse(math.hypot(ax - bx, ay - by)))
+
+
+def compare(a, b):
+    ratio = area(a) / area(b)
+    return "larger than" if ratio > ALIKE else "smaller than" if ratio < 1 / ALIKE else "about as large as"
+
+
+ORDINALS = ("first", "second", "third", "fourth")
+
+
+def explain(record, others, seed, frame, complete=False, color=""):
+    """One record's completion. others: Neighbors in its image, the target not among them; complete: they are all there is (so they may be
+    counted); frame: data.Frame, whose coordinates the text speaks in; color: of the target, where known. A seed gives one text."""
+    rng = random.Random(f"{seed} {record.id}")
+    target, noun = Neighbor(record.category, record.box, color), record.category.lower() or "object"
+    alike = sorted((o for o in others if o.category == record.category), key=lambda o: math.dist(centre(o.box), centre(record.box)))
+    named = [o for o in others if o.category != record.category and o.category and o.category.lower() in record.text.lower()]
+    quoted = record.text.replace("<", "(").replace(">", ")")             # a tag inside an expression must not look like one of ours
+    lines = [rng.choice((f"i look for {quoted}.", f"the question asks for {quoted}."))]
+    if complete:
+        n = len(alike) + 1
+        several = rng.choice((f"there are {n} of the kind {noun}.", f"i see {n} of the kind {noun}."))
+        lines.append(f"there is 1 {noun}." if n == 1 else several)
+    candidates = sorted([target, *alike[:MOST]], key=lambda o: centre(o.box))                         # from left to right
+    names = dict(zip(candidates, ORDINALS)) if len(candidates) > 1 else {target: noun}
+    for o in candidates:
+        kind = f"{o.color} {noun}".strip()
+        lines.append(rng.choice(("the {}, a {}, is at the {}, near {}.", "the {}, a {}, lies at the {}, near {}.")).format(
+            names[o], kind, region(o.box, record.size), near(o.box, frame)))
+    for o in named[:1]:
+        lines.append(f"a {f'{o.color} {o.category.lower()}'.strip()} is at the {region(o.box, record.size)}, near {near(o.box, frame)}.")
+    lines.append(f"the {names[target]} fits.")
+    for o in named[:1]:
+        lines.append(f"it is {direction(record.box, o.box)} that {o.category.lower()}, {distance(record.box, o.box, frame)} away.")
+    for o in alike[:1]:
+        lines.append(f"it is {direction(record.box, o.box)} the {names[o]}, {distance(record.box, o.box, frame)} away, and "
+                     f"{compare(record.box, o.box)} it.")
+    lines.append(rng.choice(("its center is near {}.", "the center is about {}.")).format(near(record.box, frame)))
+    return f"<think>{' '.join(lines)}</think>{answer(record, frame)}"
+
+
+def answer(record, frame):
+    return f'<answer>{{"bbox_2d": {data.format_box(record.box, frame)}}}</answer>'
+
+
+# ------------------------------------------------------------------------------------------------------------------ who is known
+
+def neighbors(records):
+    """Records of one split -> function record -> Neighbors in its image. A synth scene knows all its objects; elsewhere they are the other
+    records of these on the same image, so that reasoning for a training record never speaks of a test record's object."""
+    by_image = {}
+    for r in records:
+        if not hasattr(r.image, "objects"):
+            by_image.setdefault(r.image, []).append(r)
+
+    def others(record):
+        if hasattr(record.image, "objects"):
+            return [Neighbor(o.category, o.box, o.color) for o in record.image.objects if o.box != record.box]
+        found = []
+        for r in by_image.get(record.image, ()):
+            if all(overlap(r.box, box) < SAME_OBJECT for box in (record.box, *(o.box for o in found))):
+                found.append(Neighbor(r.category, r.box))
+        return found
+    return others
+
+
+def overlap(a, b):
+    """IoU of two boxes, in floats."""
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inter = max(w, 0) * max(h, 0)
+    return inter / (area(a) + area(b) - inter)
+
+
+def writer(name, records, file=None, answer_only=False):
+    """-> function (record, frame, seed) -> completion text: from the annotations, from a JSONL file, or the answer without reasoning."""
+    if answer_only:
+        return lambda record, frame, seed: answer(record, frame)
+    if file:
+        told = load_jsonl(file, records)
+        return lambda record, frame, seed: told[record.id] + answer(record, frame)
+    others = neighbors(records)
+
+    def write(record, frame, seed):
+        color = next((o.color for o in getattr(record.image, "objects", ()) if o.box == record.box), "")
+        return explain(record, others(record), seed, frame, complete=name == "synth", color=color)
+    return write
+
+
+def load_jsonl(path, records):
+    """Lines {"id", "think"} -> id -> "<think>...</think>"; every record must have one, and it may hold no tag of the answer format."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: unreadable reasoning ({error})") from None
+    told = {}
+    for n, text in enumerate(lines, 1):
+        if text.strip():
+            try:
+                line = json.loads(text)
+                identity, think = str(line["id"]), line["think"]
+                if not isinstance(think, str):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f'{path}, line {n}: not a JSON object with "id" and a text "think"') from None
+            if any(tag in think for tag in ("<think>", "</think>", "<answer>", "</answer>")):
+                raise DataError(f'{path}, line {n}: "think" is the reasoning alone, without <think> or <answer> tags')
+            told[identity] = f"<think>{think}</think>"
+    missing = [r.id for r in records if r.id not in told]
+    if missing:
+        raise DataError(f"{path}: no reasoning for {len(missing)} of {len(records)} records, the first is {missing[0]!r}")
+    return told
+
+
+def main():
+    parser = runtime.Parser("Shows the reasoning that sft.py trains on, beside the picture it speaks of")
+    parser.add_argument("name", help="data set")
+    parser.add_argument("--root", help="its folder; default data/<name>")
+    parser.add_argument("--split", default="sft", help="split")
+    parser.add_argument("--show", type=runtime.positive, default=8, help="records")
+    parser.add_argument("--seed", type=int, default=0, help="of the wording")
+    parser.add_argument("--out", default="cot_check.png", help="picture")
+    args = parser.parse_args()
+    records = data.load(args.name, args.root, args.split)
+    write, pictures = writer(args.name, records), []
+    for i in range(0, len(records), max(1, len(records) // args.show)):
+        record = records[i]
+        image = data.open_image(record)
+        text = write(record, data.Frame(image.size, image.size, "absolute"), args.seed)
+        if not reward.format_ok(text):
+            sys.exit(f"cot.py: record {record.id} makes a text that breaks the format: {text}")
+        print(f"{record.id}: {record.text}\n  {text}")
+        pictures.append(data.draw_boxes(image, [(record.box, "red")], text))
+    data.contact_sheet(pictures[:args.show]).save(args.out)
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    runtime.main(main)

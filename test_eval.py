@@ -1,0 +1,411 @@
+"""eval.py: metrics by hand and by counting pixels; the whole script on a fake model whose answers are known."""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import eval as evaluation
+from data import DataError, Frame, Record, Records
+from model import CheckpointError
+
+NAN = [math.nan] * 4
+HERE = Path(__file__).parent
+
+
+# ------------------------------------------------------------------------------------------------------------------ metrics
+
+def test_metrics_by_hand():
+    """Four targets of 10 x 10 in an image of 100 x 200: hit, half, touched, missed.
+
+    IoU 1; 5 x 10 of 10 x 10, exactly 0.5, which is not above 0.5; 10 x 10 shifted by 2, 80 of 120; no box.
+    cIoU (100 + 50 + 80 + 0) / (100 + 100 + 120 + 100). Centres are off by 0, 2.5 and 2 px of 100, over sqrt(2)."""
+    gt = torch.tensor([[10.0, 10, 20, 20]] * 4)
+    pred = torch.tensor([[10.0, 10, 20, 20], [10, 10, 15, 20], [12, 10, 22, 20], NAN])
+    got = evaluation.metrics(pred, gt, torch.tensor([[100.0, 200.0]] * 4))
+    want = {"mIoU": (1 + 0.5 + 2 / 3) / 4, "Pr@0.5": 0.5, "Pr@0.6": 0.5, "Pr@0.7": 0.25, "Pr@0.8": 0.25, "Pr@0.9": 0.25, "cIoU": 230 / 420,
+            "center_error": (0 + 0.025 + 0.02) / 3 / math.sqrt(2), "n": 4}
+    assert got == pytest.approx(want) and list(got) == list(want)
+
+
+def test_boxes_are_clamped_before_they_are_compared():
+    pred = torch.tensor([[-1e30, -5, 10, 10], [90, 90, math.inf, 300], [150, 10, 160, 20], [30, 30, 20, 40]])
+    gt = torch.tensor([[0.0, 0, 10, 10], [90, 90, 130, 100], [90, 10, 100, 20], [20, 30, 30, 40]])
+    got = evaluation.metrics(pred, gt, torch.tensor([[100.0, 100.0]] * 4))
+    assert got["Pr@0.9"] == 0.5 and got["mIoU"] == 0.5 and got["cIoU"] == 0.5 and got["center_error"] == 0      # 100 + 100 of 4 x 100
+
+
+def test_nothing_but_misses():
+    got = evaluation.metrics(torch.tensor([NAN, NAN]), torch.tensor([[1.0, 1, 9, 9]] * 2), torch.tensor([[10, 10]] * 2))
+    assert got["mIoU"] == got["cIoU"] == got["Pr@0.5"] == 0 and got["center_error"] is None and got["n"] == 2
+
+
+def test_metrics_count_pixels():
+    np = pytest.importorskip("numpy")
+    rng = np.random.default_rng(0)
+
+    def boxes(n):
+        x = np.sort(rng.integers(0, 22, (n, 2, 2)), axis=1)              # corner, axis
+        x[:, 1] += 1
+        return x.reshape(n, 4).astype(np.float32)
+    pred, gt = boxes(2000), boxes(2000)
+    pred[::3] = gt[::3] + rng.integers(-1, 2, (len(gt[::3]), 4))
+    pred[::50] = np.nan
+    shared = covered = 0
+    ious = []
+    for p, g in zip(pred, gt):
+        grid = np.zeros((2, 24, 24), bool)                               # a clamped image of 22 x 24
+        for k, b in enumerate((p, g)):
+            if not np.isnan(b).any():
+                x1, y1, x2, y2 = (int(min(max(v, 0), (22, 24)[i % 2])) for i, v in enumerate(b))
+                grid[k, y1:y2, x1:x2] = True
+        shared, covered = shared + grid.all(0).sum(), covered + grid.any(0).sum()
+        ious.append(grid.all(0).sum() / grid.any(0).sum())
+    got = evaluation.metrics(torch.tensor(pred), torch.tensor(gt), torch.tensor([[22, 24]] * 2000))
+    assert got["mIoU"] == pytest.approx(np.mean(ious), rel=1e-12) and got["cIoU"] == pytest.approx(shared / covered, rel=1e-12)
+    for t in (0.5, 0.6, 0.7, 0.8, 0.9):
+        assert got[f"Pr@{t}"] == np.mean(np.array(ious) > t) and 0 < got[f"Pr@{t}"] < 1
+    assert (np.array(ious) == 0.5).any()                                 # strictly above is put to the test
+
+
+# ------------------------------------------------------------------------------------------------------- a data set and a model
+
+SIZES = ((800, 800), (640, 360), (100, 300), (500, 800))
+
+
+def tiny(root, split="test", n=24):
+    """n records, two on each image; the images are one colour each and are drawn by `images`."""
+    def record(i):
+        W, H = SIZES[i // 2 % 4]
+        box = (W * (i % 5) / 10, H * (i % 7) / 10, W * (i % 5 + 4) / 10, H * (i % 7 + 3) / 10)
+        return Record(f"r{i}", Path(root) / f"{i // 2}.png", f"{i}: {','.join(map(str, box))}", box, "ship", (W, H))
+    return Records([record(i) for i in range({"test": n, "empty": 0}[split])], {})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    for record in tiny(folder):
+        Image.new("RGB", record.size, (int(record.image.stem) * 10, 0, 0)).save(record.image)
+    return folder
+
+
+class FakeProcessor:
+    """A prompt that remembers its expression and the colour of its image; the resized image has sides that are multiples of 28."""
+    patch, merge, min_pixels, max_pixels = 14, 2, 56 * 56, 28 * 28 * 1280
+
+    def __call__(self, image, text):
+        resized = data.smart_resize(*image.size, 28, self.min_pixels, self.max_pixels)
+        return SimpleNamespace(text=text, colour=image.getpixel((0, 0))[0], frame=Frame(image.size, resized, "absolute"))
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def fake_generate(model, prompts, group, max_new_tokens, temperature, seeds):
+    """Knows the truth; record i answers in style i % 6. At a temperature the box is off as the seed says; blind, it is a guess."""
+    assert group == 1 and len(prompts) == len(seeds)
+    texts = []
+    for prompt, seed in zip(prompts, seeds.tolist()):
+        i, box = prompt.text.split(": ")
+        box = data.to_model_frame([float(v) for v in box.split(",")], prompt.frame)
+        seen = int(i) // 2 * 10 == prompt.colour
+        x1, y1, x2, y2 = [round(v) + (seed * 7 % 30 if temperature else 0) for v in box] if seen else (0, 0, 28, 28)
+        texts.append({0: f'<think>a</think><answer>{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}]}}</answer>',
+                      1: f'<answer>{{"bbox_2d": [{x1 + 4}, {y1 + 4}, {x2 + 4}, {y2 + 4}]}}</answer>',
+                      2: "I can't see it \ud800",
+                      3: f'```json\n[{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}], "label": "ship"}}]\n```',
+                      4: '<answer>{"bbox_2d": [1, 2, 3, NaN]}</answer>',
+                      5: '<answer>{"bbox_2d": [90000, 2, 90001, 4]}</answer>'}[int(i) % 6])
+    longest = max(map(len, texts))
+    tokens = torch.tensor([[[*map(ord, t), *[0] * (longest - len(t))]] for t in texts])
+    return tokens, torch.zeros(tokens.shape), torch.tensor([[len(t)] for t in texts])
+
+
+def install(replace):
+    """The fakes, by `setattr` or monkeypatch's."""
+    replace(evaluation, "generate", fake_generate)
+    replace(evaluation, "QwenVL", SimpleNamespace(from_pretrained=lambda folder, dtype, device: None))
+    replace(data, "Processor", SimpleNamespace(from_pretrained=lambda folder: FakeProcessor()))
+    replace(data, "READERS", {**data.READERS, "tiny": tiny})
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    install(monkeypatch.setattr)
+    return lambda *flags: (monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)]), evaluation.main())
+
+
+def stage(folder, root, step=10):
+    """A stage's folder as training leaves it, without weights."""
+    here = folder / f"step_{step:06d}"
+    here.mkdir(parents=True)
+    (here / "config.json").write_text("{}")
+    (here / "run.json").write_text(json.dumps({"stage": folder.name, "data": "tiny", "root": str(root), "prompt_hash": data.prompt_hash()}))
+    (folder / "latest").symlink_to(here.name)
+
+
+def rows(folder):
+    return json.loads((folder / "eval.json").read_text())["rows"]
+
+
+# ------------------------------------------------------------------------------------------------------------------ a model's answers
+
+def test_answers_come_in_record_order_and_in_original_pixels(root, fakes):
+    records = tiny(root)
+    answers = evaluation.evaluate(None, FakeProcessor(), records, batch=5)
+    assert [a["id"] for a in answers] == [r.id for r in records]
+    for i, (answer, record) in enumerate(zip(answers, records)):
+        if i % 6 == 0:                                                   # whole pixels of the resized image: half a pixel off at most
+            assert answer["box"] == pytest.approx(record.box, abs=0.51 * max(record.size) / min(answer["frame"]["resized"]))
+        assert (answer["box"] is not None) == (i % 6 in (0, 1))
+    assert answers == evaluation.evaluate(None, FakeProcessor(), records, batch=24)
+    sampled = [evaluation.evaluate(None, FakeProcessor(), records, batch=b, temperature=1.0, seed=s) for b, s in ((5, 0), (24, 0), (24, 1))]
+    assert sampled[0] == sampled[1] != answers and sampled[1] != sampled[2]
+
+
+def test_locate_by_hand():
+    frame = Frame((800, 400), (812, 420), "absolute")                    # 812 / 800 = 1.015, 420 / 400 = 1.05
+    assert evaluation.locate((406.0, 105.0, 900.0, 900.0), frame) == pytest.approx((400, 100, 800, 400))
+    assert evaluation.locate((250.0, 250.0, 500.0, 500.0), Frame((800, 400), (812, 420), "1000")) == pytest.approx((200, 100, 400, 200))
+    assert evaluation.locate((812.0, 0.0, 900.0, 9.0), frame) is evaluation.locate(None, frame) is None
+
+
+def test_score_by_hand(root, fakes):
+    """Of 24 records a sixth each is: right, off by 4 px, wordless, fenced JSON, not JSON, outside the image."""
+    records = tiny(root)
+    answers = evaluation.evaluate(None, FakeProcessor(), records)
+    got = evaluation.score(records, answers)
+    assert {why: n for why, n in got["failures"].items() if n} == {"no answer": 8, "not JSON": 4, "outside image": 4}
+    assert tuple(got["failures"]) == evaluation.FAILURES and got["n"] == got["lenient"]["n"] == 24
+    assert 4 / 24 <= got["Pr@0.9"] <= got["Pr@0.5"] <= 8 / 24
+    assert got["lenient"]["mIoU"] > got["mIoU"] + 3.9 / 24               # the fenced ones, nearly perfect
+    target, size = torch.tensor([r.box for r in records]), torch.tensor([r.size for r in records])
+    boxes = torch.tensor([a["box"] or NAN for a in answers])
+    again = evaluation.metrics(boxes, target, size)
+    assert {k: got[k] for k in again} == pytest.approx(again, abs=1e-6)
+
+
+def test_blind_shows_another_image_in_the_same_frame(root, fakes):
+    records = tiny(root)
+    others = evaluation.strangers(records)
+    assert all(a.image != b.image for a, b in zip(records, others)) and others == evaluation.strangers(records)
+    assert len({o.image for o in others}) == 12
+    seen, blind = (evaluation.evaluate(None, FakeProcessor(), records, blind=b) for b in (False, True))
+    assert [a["frame"] for a in seen] == [a["frame"] for a in blind]
+    assert evaluation.score(records, blind)["Pr@0.5"] == 0 < evaluation.score(records, seen)["Pr@0.5"]
+    with pytest.raises(DataError, match="at least two images"):
+        evaluation.strangers(records[:2])
+
+
+def test_every_stage_side_by_side(root, fakes, tmp_path, capfd):
+    for name in ("rft", "sft", "ablation"):
+        stage(tmp_path / name, root)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")                 # a downloaded folder: no run.json
+    (tmp_path / "notes").mkdir()
+    for _ in range(2):                                                   # the second run writes over the first's report
+        fakes(tmp_path, "--temperature", 0, 1, "--device", "cpu")
+    got = rows(tmp_path / "eval")
+    assert [(r["stage"], r["temperature"]) for r in got] == [(s, t) for s in ("base", "sft", "rft", "ablation") for t in (0, 1)]
+    assert got[2]["checkpoint"] == str(tmp_path / "sft" / "step_000010") and got[0]["data"] == "tiny" and got[0]["split"] == "test"
+    assert got[0]["mIoU"] > got[1]["mIoU"] > 0 and got[0]["mIoU"] == got[2]["mIoU"]
+    table = capfd.readouterr().out
+    assert re.search(rf"rft +0 +24 +{got[4]['mIoU']:.3f} +{got[4]['Pr@0.5']:.3f}", table) and "rft T=1: no answer 8" in table
+    for name in ("predictions_sft.jsonl", "predictions_sft_T1.jsonl", "overlays_sft.png", "overlays_base_T1.png"):
+        assert (tmp_path / "eval" / name).stat().st_size > 0
+    assert json.loads((tmp_path / "eval" / "predictions_sft.jsonl").read_text().split("\n")[2])["text"] == "I can't see it \ud800"
+
+
+@pytest.mark.parametrize("which, name", [("sft", "sft"), ("sft/step_000020", "sft_step_000020"), ("sft/step_000010", "sft_step_000010")])
+def test_one_stage_or_step(root, fakes, tmp_path, which, name):
+    stage(tmp_path / "sft", root)
+    (tmp_path / "sft" / "latest").unlink()
+    stage(tmp_path / "sft", root, step=20)
+    fakes(tmp_path / which, "--out", tmp_path / "report", "--limit", 5, "--device", "cpu")
+    [row] = rows(tmp_path / "report")
+    assert row["stage"] == name and row["n"] == 5
+    assert row["checkpoint"] == str(tmp_path / ("sft/step_000020" if which == "sft" else which))
+
+
+# ------------------------------------------------------------------------------------------------------------------ anyone's answers
+
+@pytest.fixture
+def own(root, fakes, tmp_path):
+    """A report of our own on the tiny data set: its folder, and the script."""
+    stage(tmp_path / "sft", root)
+    fakes(tmp_path, "--temperature", 0, 1, "--device", "cpu")
+    return tmp_path / "eval", lambda file, *more: fakes("--predictions", file, "--data", "tiny", "--root", root, *more)
+
+
+@pytest.mark.parametrize("k, name", [(0, "predictions_sft"), (1, "predictions_sft_T1")])
+def test_rescoring_our_own_predictions_gives_the_same_numbers(own, k, name):
+    folder, rescore = own
+    rescore(folder / f"{name}.jsonl")
+    [row] = rows(folder / name)
+    told = {"stage", "checkpoint", "temperature"}
+    assert {k: v for k, v in row.items() if k not in told} == {k: v for k, v in rows(folder)[k].items() if k not in told}
+    assert row["stage"] == name.removeprefix("predictions_") and row["temperature"] is None
+
+
+def test_boxes_alone_give_the_same_strict_numbers(own, tmp_path):
+    folder, rescore = own
+    lines = [json.loads(line) for line in (folder / "predictions_sft.jsonl").read_text().splitlines()]
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text("".join(json.dumps({"id": p["id"], "box": p["box"]}) + "\n" for p in reversed(lines)))
+    rescore(theirs, "--out", tmp_path / "report")
+    [row] = rows(tmp_path / "report")
+    assert all(row[key] == rows(folder)[0][key] for key in ("mIoU", "Pr@0.5", "Pr@0.9", "cIoU", "center_error", "n"))
+    assert row["lenient"]["mIoU"] == row["mIoU"] and row["failures"]["no answer"] == 16
+
+
+def test_a_record_without_a_line_is_a_miss(own, tmp_path):
+    folder, rescore = own
+    kept = (folder / "predictions_sft.jsonl").read_text().splitlines()[:6]
+    (tmp_path / "some.jsonl").write_text("\n".join(kept) + "\n\n")
+    rescore(tmp_path / "some.jsonl")
+    [row] = rows(tmp_path / "some")
+    assert row["n"] == 24 and row["failures"]["no prediction"] == 18
+    rescore(tmp_path / "some.jsonl", "--limit", 6)
+    assert rows(tmp_path / "some")[0]["mIoU"] == pytest.approx(row["mIoU"] * 4)
+
+
+def text_of(box):
+    return f'<answer>{{"bbox_2d": {list(box)}}}</answer>'
+
+
+@pytest.mark.parametrize("where, iou_unscaled", [((390, 390, 410, 410), 0.327), ((780, 780, 800, 800), 0.172)])
+def test_a_perfect_answer_in_the_resized_frame_is_perfect(monkeypatch, fakes, tmp_path, where, iou_unscaled):
+    """800 -> 812 px, the trap that others fell into: read without rescaling, a 20 px object drops to 0.33 in the centre, and to 0.17 in the
+    far corner (0.09 where boxes are not clamped)."""
+    record = Record("a", tmp_path / "a.png", "a dot", tuple(map(float, where)), "dot", (800, 800))
+    Image.new("RGB", (800, 800)).save(record.image)
+    monkeypatch.setitem(data.READERS, "dot", lambda root, split: Records([record], {}))
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "config.json").write_text("{}")
+    frame = Frame((800, 800), (812, 812), "absolute")
+    resized = data.to_model_frame(where, frame)
+
+    def miou(line, *flags):
+        (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", **line}))
+        fakes("--predictions", tmp_path / "p.jsonl", "--data", "dot", *flags)
+        return rows(tmp_path / "p")[0]["mIoU"]
+    text = {"text": text_of(resized)}
+    assert miou({**text, "frame": {"original": [800, 800], "resized": [812, 812], "convention": "absolute"}}) == pytest.approx(1)
+    assert miou(text, tmp_path / "ckpt", "--coords", "resized") == pytest.approx(1)
+    assert miou(text, "--coords", "original") == pytest.approx(iou_unscaled, abs=1e-3)
+    assert miou({"text": text_of(where)}, "--coords", "original") == pytest.approx(1)
+    assert miou({"text": text_of(v / 0.8 for v in where)}, "--coords", "1000") == pytest.approx(1)
+    assert miou({"text": data.format_box(where, frame).join(('<answer>{"bbox_2d": ', "}</answer>"))},
+                tmp_path / "ckpt", "--coords", "resized") > 0.9          # rounded to whole pixels, as a model writes it
+
+
+FRAME = {"original": [800, 800], "resized": [812, 812], "convention": "absolute"}
+
+
+@pytest.mark.parametrize("line, says", [
+    ({"id": "r0", "text": "x"}, 'line 2: a text without a "frame" needs --coords'),
+    ({"id": "nobody", "box": None}, "line 2: no record of this split has the id 'nobody'"),
+    ({"id": "r1", "box": None}, "line 2: the id 'r1' comes a second time"),
+    ({"id": 1, "box": None}, 'line 2: not a JSON object with an "id"'),
+    (["r0"], 'line 2: not a JSON object with an "id"'),
+    ({"id": "r0"}, 'line 2: neither a "text" nor a "box"'),
+    ({"id": "r0", "box": [1, 2, 3]}, "line 2: \"box\" is neither four numbers nor null"),
+    ({"id": "r0", "box": [1, 2, 3, True]}, "line 2: \"box\" is neither four numbers nor null"),
+    ({"id": "r0", "box": [1, 2, 3, 10 ** 400]}, "line 2: int too large"),
+    ({"id": "r0", "text": "x", "frame": {**FRAME, "original": [801, 800]}}, "line 2: the frame is of an image of [801, 800]"),
+    ({"id": "r0", "text": "x", "frame": {**FRAME, "convention": "xywh"}}, 'line 2: "frame" is not'),
+    ({"id": "r0", "text": "x", "frame": {**FRAME, "resized": [0, 812]}}, 'line 2: "frame" is not'),
+    ({"id": "r0", "text": "x", "frame": [800, 800]}, 'line 2: "frame" is not'),
+    ("not JSON", "line 2: not a JSON object"),
+    (None, "line 2: not a JSON object"),
+])
+def test_a_line_that_does_not_fit_is_named(root, tmp_path, line, says):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"id": "r1", "box": None}) + "\n" + json.dumps(line))
+    with pytest.raises(DataError) as error:
+        evaluation.read_predictions(file, tiny(root))
+    assert says in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b'{"id": "r0", "box": ' + b"[" * 100_000,
+                                     b'{"id": "r0", "box": [1, 2, 3, ' + b"9" * 5000 + b"]}"])
+def test_a_broken_file_is_one_line(root, tmp_path, content):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="p.jsonl") as error:
+        evaluation.read_predictions(file, tiny(root))
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="none.jsonl"):
+        evaluation.read_predictions(tmp_path / "none.jsonl", tiny(root))
+
+
+def test_boxes_of_others_may_be_anything():
+    record = tiny(".")[0]
+    boxes = [0.0, 0.0, 1e300, 9.0], [5.0, 5.0, 4.0, 6.0], NAN, None, [900.0, 0.0, 901.0, 9.0]
+    read = [evaluation.read_prediction(p, record) for p in (*({"box": box} for box in boxes), None)]
+    assert read[0] == ((0, 0, 800, 9), (0, 0, 800, 9), None)
+    assert [why for *_, why in read[1:]] == ["no area", "not four numbers", "no answer", "outside image", "no prediction"]
+    assert all(box is lenient is None for box, lenient, _ in read[1:])
+
+
+# ------------------------------------------------------------------------------------------------------------------ mistakes, pictures
+
+@pytest.mark.parametrize("flags, says", [
+    ((), "name a checkpoint's folder"),
+    (("ckpt", "--coords", "1000"), "--coords is about a file"),
+    (("--predictions", "p.jsonl", "--coords", "resized"), "--coords resized needs a checkpoint"),
+    (("--predictions", "p.jsonl", "--blind"), "--blind and --temperature belong to a checkpoint"),
+    (("ckpt", "--temperature", "-1"), "numbers from 0 up"),
+    (("ckpt", "--temperature", "1", "1"), "each once"),
+    (("ckpt", "--limit", "0"), "--limit"),
+    (("ckpt", "--wrong"), "--wrong"),
+])
+def test_a_wrong_flag_is_one_line_and_status_2(fakes, capfd, flags, says):
+    with pytest.raises(SystemExit) as stop:
+        fakes(*flags)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and says in error and error.count("\n") == 1
+
+
+def test_missing_checkpoint_and_empty_split(root, fakes, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint at .*nothing"):
+        fakes(tmp_path / "nothing", "--device", "cpu")
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        fakes(tmp_path, "--device", "cpu")
+    stage(tmp_path / "sft", root)
+    with pytest.raises(DataError, match="no usable record in the split empty"):
+        fakes(tmp_path, "--split", "empty", "--device", "cpu")
+    assert not (tmp_path / "eval").exists()
+
+
+def test_overlay_draws_on_a_copy(tmp_path):
+    image = Image.new("RGB", (200, 100))
+    boxes = [((20, 10, 120, 60), "ship \u8239", evaluation.GREEN), ((0, 0, 0.4, 0.4), "", evaluation.RED)]
+    drawn = evaluation.overlay(image, boxes, tmp_path / "o.png")
+    assert image.getpixel((20, 30)) == (0, 0, 0) and drawn.getpixel((20, 30)) == drawn.getpixel((119, 30)) == evaluation.GREEN
+    assert drawn.getpixel((121, 30)) == drawn.getpixel((19, 30)) == (0, 0, 0)
+    assert Image.open(tmp_path / "o.png").size == (200, 100)
+
+
+# ------------------------------------------------------------------------------------------------------------------ several processes
+
+def test_two_processes_write_the_report_of_one(root, fakes, tmp_path):
+    stage(tmp_path / "ckpt" / "sft", root)
+    flags = [tmp_path / "ckpt", "--temperature", "0", "1", "--limit", "23", "--batch", "4", "--device", "cpu"]
+    fakes(*flags, "--out", tmp_path / "one")
+    (tmp_path / "run.py").write_text("import test_eval, runtime\ntest_eval.install(setattr)\nruntime.main(test_eval.evaluation.main)\n")
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "run.py"]
+    command += [*flags, "--out", tmp_path / "two"]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    for name in ("eval.json", "predictions_sft.jsonl", "predictions_sft_T1.jsonl", "overlays_sft.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
