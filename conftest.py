@@ -34,9 +34,10 @@ def tiny_checkpoint(tmp_path_factory):
     ids = {t: tokenizer.token_to_id(t) for t in ADDED}
     config = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": "float32",
               "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": 272,
-              "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "tie_word_embeddings": True, "eos_token_id": ids["<|im_end|>"], "image_token_id": ids["<|image_pad|>"],
-              "video_token_id": ids["<|video_pad|>"], "vision_start_token_id": ids["<|vision_start|>"],
+              "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": 272, "tie_word_embeddings": True,
+              "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "eos_token_id": ids["<|im_end|>"],
+              "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
+              "vision_start_token_id": ids["<|vision_start|>"],
               "vision_end_token_id": ids["<|vision_end|>"],
               "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "in_chans": 3,
                                 "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 56,

@@ -5,8 +5,8 @@ where its centre is about; then comes the box. Every sentence is true of the ann
 world all objects are known, so it may count them. A real data set annotates some of the objects: there it speaks only of those whose own
 expression is in the split at hand, and claims neither numbers nor completeness.
 
-Source: our reading of "synthetic spatial reasoning" in the abstract of RSGround-R1 (arXiv 2601.21634); the paper's own texts are not public to
-us.
+Source: our reading of "synthetic spatial reasoning" in the abstract of RSGround-R1 (arXiv 2601.21634); the paper's own texts are not
+public to us.
 
     python cot.py dior                       a few texts beside their pictures
     {"id": "123", "think": "..."}            a line of a JSONL of your own (sft.py --cot FILE); the answer is added from the annotation

@@ -179,7 +179,7 @@ def taught(tiny_checkpoint, dior_root, tmp_path_factory, run):
 
 def train(run, taught, dior_root, out, *more, processes=None):
     done = run("rft.py", "--data", "dior", "--root", dior_root, "--init", taught, "--out", out, "--prompts", 4, "--group", 4, "--micro", 2,
-               "--max-new-tokens", 60, "--lr", 1e-3, "--val", 2, "--device", "cpu", "--weights", 1, 0.5, 0, *more, processes=processes)
+               "--max-new-tokens", 60, "--lr", 1e-4, "--val", 2, "--device", "cpu", "--weights", 1, 0.5, 0, *more, processes=processes)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

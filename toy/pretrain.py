@@ -98,8 +98,8 @@ PATCHES = scenes.SIDE // 14       # a side
 
 
 def dense_targets(scene):
-    """What each image token should say of its four patches: kind and colour (tokens, 4) long, box relative to the patch's centre (tokens, 4,
-    4) in sides of the image. A patch answers for the object that covers its centre, or whose centre it covers; else kind 0."""
+    """What each image token should say of its four patches: kind and colour (tokens, 4) long, box relative to the patch's centre
+    (tokens, 4, 4) in sides of the image. A patch answers for the object that covers its centre, or whose centre it covers; else kind 0."""
     cell = scenes.SIDE / PATCHES
     kinds, colors = np.zeros((PATCHES, PATCHES), int), np.zeros((PATCHES, PATCHES), int)
     boxes = np.zeros((PATCHES, PATCHES, 4), np.float32)
@@ -131,7 +131,7 @@ def warm_up(model, processor, batches, steps, lr):
             x = model.visual(torch.cat([p.pixel_values for _, p in batch]), [tuple(p.image_grid_thw[0].tolist()) for _, p in batch])
             kind, color, box = (heads[name](x).unflatten(1, (4, n)) for name, n in sizes.items())
             there = kinds > 0
-            loss_kind = F.cross_entropy(kind.flatten(0, 1), kinds.flatten())
+            loss_kind = F.cross_entropy(kind.flatten(0, 1), kinds.flatten()) + F.cross_entropy(kind[there], kinds[there])
             loss_color, loss_box = F.cross_entropy(color[there], colors[there]), F.l1_loss(box[there], boxes[there])
             for group in opt.param_groups:
                 group["lr"] = runtime.lr_at(step, steps, lr)
