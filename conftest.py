@@ -39,8 +39,8 @@ def tiny_checkpoint(tmp_path_factory):
               "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
               "vision_start_token_id": ids["<|vision_start|>"],
               "vision_end_token_id": ids["<|vision_end|>"],
-              "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "in_chans": 3,
-                                "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 56,
+              "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+                                "in_chans": 3, "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 56,
                                 "fullatt_block_indexes": [1]}}
     processor = {"processor_class": "Qwen2_5_VLProcessor", "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136,
                  "max_pixels": 100352, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}

@@ -1,0 +1,109 @@
+"""runtime.py: schedule, data order and log by hand, checkpoints as files. (Processes and resume: test_sft.py, test_rft.py.)"""
+import json
+import math
+
+import pytest
+import torch
+
+import data
+import runtime
+from model import CheckpointError, QwenVL
+
+
+def test_learning_rate_by_hand():
+    # 100 steps: warm-up over 3, then a cosine from 1 to 0.1
+    assert [round(runtime.lr_at(s, 100, 1.0), 4) for s in (0, 1, 2, 3)] == [0.3333, 0.6667, 1.0, 1.0]
+    assert math.isclose(runtime.lr_at(3 + 97 / 2, 100, 1.0), 0.55) and math.isclose(runtime.lr_at(99, 100, 1.0), 0.1, abs_tol=1e-3)
+    assert runtime.lr_at(0, 1, 1.0) == 1.0
+
+
+def test_every_epoch_has_each_record_once_in_an_order_of_its_own():
+    records = list(range(10))
+    steps = [runtime.batch(records, s, 4, seed=0) for s in range(5)]     # two epochs
+    flat = sum(steps, [])
+    assert sorted(flat[:10]) == sorted(flat[10:]) == records and flat[:10] != flat[10:]
+    assert steps[3] == runtime.batch(records, 3, 4, seed=0) != runtime.batch(records, 3, 4, seed=1)
+
+
+def test_a_log_is_cut_behind_the_step_that_a_run_goes_on_from(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        runtime.log(path, {"step": step})
+    path.write_text(path.read_text() + '{"step": 4, "lo')                # the crash came while writing
+    runtime.cut_log(path, 2)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}]
+
+
+def test_clipping_and_a_gradient_that_is_not_finite():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    opt = torch.optim.SGD(layer.parameters(), lr=0.0)
+    start = layer.weight.detach().clone()
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert runtime.update(layer, opt, lr=1.0) == 5.0
+    assert torch.allclose(start - layer.weight, torch.tensor([[0.6, 0.8]]), atol=1e-5) and layer.weight.grad is None
+    stood = layer.weight.detach().clone()
+    layer.weight.grad = torch.tensor([[torch.nan, 1.0]])
+    assert math.isnan(runtime.update(layer, opt, lr=1.0)) and torch.equal(layer.weight, stood)
+
+
+@pytest.fixture
+def saved(tiny_checkpoint, tmp_path):
+    model, processor = QwenVL.from_pretrained(tiny_checkpoint, dtype=None), data.Processor.from_pretrained(tiny_checkpoint)
+    opt = runtime.optimizer(model, 1e-3)
+    sum(p.square().sum() for p in model.parameters()).backward()
+    runtime.update(model, opt, 1e-3)
+    for step in (1, 2):
+        runtime.save(tmp_path / "out", step, model, opt, processor, {"stage": "sft"})
+    return tmp_path / "out", model, opt
+
+
+def test_a_step_holds_all_that_is_needed_and_latest_names_the_newest(saved, tiny_checkpoint):
+    out, model, opt = saved
+    assert (out / "latest").resolve().name == "step_000002" and not list(out.glob(".*"))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "run.json", "state"} <= {
+        p.name for p in (out / "latest").iterdir()}
+    other = QwenVL.from_pretrained(out, dtype=None)                      # a stage's folder, too
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters()))
+
+    fresh = QwenVL.from_pretrained(tiny_checkpoint, dtype=None)
+    fresh_opt = runtime.optimizer(fresh, 1e-3)
+    assert runtime.restore(out, fresh, fresh_opt) == 2
+    for a, b in zip(fresh.parameters(), model.parameters()):
+        assert torch.equal(a, b) and all(torch.equal(fresh_opt.state[a][k], opt.state[b][k]) for k in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_a_state_that_is_not_whole_is_refused(saved):
+    out, model, opt = saved
+    state = out / "latest" / "state"
+    file = next(state.iterdir())
+    file.rename(state / "rank_00000_of_00002.safetensors")
+    with pytest.raises(CheckpointError, match="not whole"):
+        runtime.restore(out, model, opt)
+
+
+def test_an_interrupted_save_leaves_the_last_checkpoint_standing(saved, monkeypatch):
+    out, model, opt = saved
+    processor = data.Processor.from_pretrained(out)
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        runtime.save(out, 3, model, opt, processor, {})
+    monkeypatch.undo()
+    assert (out / "latest").resolve().name == "step_000002" and not (out / "step_000003").exists()
+    runtime.save(out, 3, model, opt, processor, {})                      # what is left over is in nobody's way
+    assert (out / "latest").resolve().name == "step_000003"
+
+
+def test_weights_are_saved_in_the_checkpoints_own_dtype_and_masters_in_float32(tiny_checkpoint, tmp_path):
+    from safetensors.torch import load_file
+    QwenVL.from_pretrained(tiny_checkpoint, dtype=None)
+    half = QwenVL.from_pretrained(tiny_checkpoint, dtype=None)
+    half.stored_dtype = torch.bfloat16
+    half.save_pretrained(tmp_path / "half")
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        (tmp_path / "half" / name).write_bytes((tiny_checkpoint / name).read_bytes())
+    model = runtime.prepare(QwenVL.from_pretrained(tmp_path / "half", dtype=None), torch.device("cpu"))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    runtime.save(tmp_path / "out", 1, model, runtime.optimizer(model, 1e-3), data.Processor.from_pretrained(tmp_path / "half"), {})
+    assert {t.dtype for t in load_file(tmp_path / "out" / "latest" / "model.safetensors").values()} == {torch.bfloat16}
+    state = next((tmp_path / "out" / "latest" / "state").iterdir())
+    assert {t.dtype for t in load_file(state).values()} == {torch.float32}
