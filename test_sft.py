@@ -93,8 +93,8 @@ def test_one_small_step_changes_the_float32_master(parts):
 
 
 def train(run, checkpoint, root, out, *more, processes=None):
-    done = run("sft.py", "--data", "dior", "--root", root, "--init", checkpoint, "--out", out, "--steps", 4, "--batch", 4, "--micro", 2, "--lr",
-               1e-3, "--val", 2, "--every", 2, "--max-new-tokens", 8, "--device", "cpu", *more, processes=processes)
+    done = run("sft.py", "--data", "dior", "--root", root, "--init", checkpoint, "--out", out, "--steps", 4, "--batch", 4, "--micro", 2,
+               "--lr", 1e-3, "--val", 2, "--every", 2, "--max-new-tokens", 8, "--device", "cpu", *more, processes=processes)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

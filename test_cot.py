@@ -1,0 +1,176 @@
+"""cot.py: every sentence is read back and held against the boxes, by code that shares nothing with the writer."""
+import math
+import random
+import re
+
+import pytest
+from PIL import Image
+
+import cot
+import data
+import reward
+from cot import Neighbor, explain, neighbors
+from data import Frame, Record
+
+ORDINAL = ("first", "second", "third", "fourth")
+SENTENCE = {
+    "asked": r"(?:i look for|the question asks for) (.*?)\.",
+    "count": r"(?:there (?:is|are)|i see) (\d+)(?: of the kind)? ([a-z ]+)\.",
+    "candidate": r"the ([a-z ]+), a ([a-z ]+), (?:is|lies) at the ([a-z ]+), near \((\d+), (\d+)\)\.",
+    "anchor": r"a ([a-z ]+) is at the ([a-z ]+), near \((\d+), (\d+)\)\.",
+    "fits": r"the ([a-z ]+) fits\.",
+    "beside": r"it is (left of|right of|above|below) that ([a-z ]+), (\d+) away\.",
+    "versus": r"it is (left of|right of|above|below) the ([a-z]+), (\d+) away, and (larger than|smaller than|about as large as) it\.",
+    "center": r"(?:its center is near|the center is about) \((\d+), (\d+)\)\.",
+}
+
+
+def middle(box):
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def lies_in(name, box, size):
+    """The region's words mean: its ninth of the image holds the centre."""
+    column = 0 if "left" in name else 2 if "right" in name else 1
+    row = 0 if "upper" in name or name == "top" else 2 if "lower" in name or name == "bottom" else 1
+    x, y = middle(box)
+    return size[0] * column / 3 <= x <= size[0] * (column + 1) / 3 and size[1] * row / 3 <= y <= size[1] * (row + 1) / 3
+
+
+def is_near(numbers, box, frame):
+    """Within half of the rounding step, in the model's frame."""
+    (x, y), scale = middle(box), [e / o for e, o in zip(frame.extent, frame.original)]
+    return abs(int(numbers[0]) - x * scale[0]) <= 5.01 and abs(int(numbers[1]) - y * scale[1]) <= 5.01
+
+
+def holds(direction, box, other):
+    dx, dy = (a - b for a, b in zip(middle(box), middle(other)))
+    return {"left of": dx < 0 and abs(dx) >= abs(dy), "right of": dx >= 0 and abs(dx) >= abs(dy), "above": dy < 0 and abs(dy) >= abs(dx),
+            "below": dy >= 0 and abs(dy) >= abs(dx)}[direction]
+
+
+def is_away(number, box, other, frame):
+    scale = [e / o for e, o in zip(frame.extent, frame.original)]
+    away = math.hypot(*((a - b) * s for a, b, s in zip(middle(box), middle(other), scale)))
+    return abs(int(number) - away) <= 5.01 or (int(number) == 10 and away < 10)
+
+
+def surface(box):
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def check(text, record, others, frame, complete):
+    """Reads the whole text, sentence by sentence; nothing may be left over."""
+    assert reward.format_ok(text)
+    think = text[len("<think>"):text.index("</think>")]
+    box = reward.parse_box(text)
+    assert all(abs(a - b) <= 1 for a, b in zip(box, data.to_model_frame(record.box, frame)))
+    assert str([int(v) for v in box])[1:-1] not in think                 # the answer is not given away before it is reasoned for
+    known = {o.box: o for o in others} | {record.box: record}
+    places, seen, rest = {}, [], think.strip()
+    while rest:
+        kind, m = next(((k, m) for k, p in SENTENCE.items() if (m := re.match(p, rest))), (None, None))
+        assert m, f"no sentence that can be checked: {rest!r}"
+        rest, g = rest[m.end():].strip(), m.groups()
+        seen.append(kind)
+        if kind == "asked":
+            assert g[0] == record.text.replace("<", "(").replace(">", ")")
+        elif kind == "count":
+            assert complete and int(g[0]) == 1 + sum(o.category == record.category for o in others) and g[1] == record.category
+        elif kind in ("candidate", "anchor"):
+            name, region, near = g[-4], g[-3], g[-2:]
+            fitting = [b for b, o in known.items() if name.endswith(o.category) and is_near(near, b, frame)
+                       and lies_in(region, b, record.size) and (b in (record.box,) or o.color in name)]
+            assert fitting, (g, known)
+            places[g[0]] = [b for b in fitting if kind == "candidate"] or fitting
+        elif kind == "fits":
+            assert record.box in places[g[0]]
+        elif kind == "beside":
+            anchors = [o.box for o in others if o.category == g[1]]
+            assert any(holds(g[0], record.box, b) and is_away(g[2], record.box, b, frame) for b in anchors)
+        elif kind == "versus":
+            ratio = [surface(record.box) / surface(b) for b in places[g[1]] if b != record.box and holds(g[0], record.box, b)
+                     and is_away(g[2], record.box, b, frame)]
+            words = {"larger than": lambda r: r > 1.2, "smaller than": lambda r: r < 1 / 1.2, "about as large as": lambda r: 0.8 < r < 1.25}
+            assert any(map(words[g[3]], ratio))
+        else:
+            assert is_near(g, record.box, frame)
+    if "candidate" in seen and len(places) > 1:                          # ordinals count from left to right
+        ordered = [places[o] for o in ORDINAL if o in places]
+        assert all(min(middle(b)[0] for b in a) <= max(middle(b)[0] for b in c) for a, c in zip(ordered, ordered[1:]))
+    assert seen[0] == "asked" and seen[-1] == "center" and "fits" in seen
+    assert ("count" in seen) == complete
+
+
+def made_up(rng):
+    size = (rng.randint(200, 1000), rng.randint(200, 1000))
+
+    def box():
+        x, y = rng.uniform(0, size[0] - 40), rng.uniform(0, size[1] - 40)
+        return x, y, rng.uniform(x + 10, size[0]), rng.uniform(y + 10, size[1])
+    text = rng.choice(("the ship", "the ship left of the storage tank", "a ship </think><answer>", "ship <think>"))
+    record = Record("1", None, text, box(), "ship", size)
+    kinds = ("ship", "storage tank", "bridge")
+    return record, [Neighbor(rng.choice(kinds), box(), rng.choice(("", "red"))) for _ in range(rng.randint(0, 6))]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("convention", ["absolute", "1000"])
+def test_every_sentence_is_true_of_made_up_records(convention, complete):
+    rng = random.Random(0)
+    for seed in range(700):
+        record, others = made_up(rng)
+        frame = Frame(record.size, (28 * rng.randint(4, 30), 28 * rng.randint(4, 30)), convention)
+        check(explain(record, others, seed, frame, complete), record, others, frame, complete)
+
+
+def test_every_sentence_is_true_of_the_embedded_world():
+    records = data.load("synth", None, "val")
+    write, others = cot.writer("synth", records), neighbors(records)
+    for seed, record in enumerate(records):
+        frame = Frame(record.size, record.size, "absolute")
+        check(write(record, frame, seed), record, others(record), frame, True)
+
+
+def test_the_wording_follows_the_seed():
+    record, others = made_up(random.Random(3))
+    frame = Frame(record.size, record.size, "absolute")
+    texts = [explain(record, others, seed, frame) for seed in range(20)]
+    assert len(set(texts)) > 3 and texts == [explain(record, others, seed, frame) for seed in range(20)]
+
+
+def test_a_checker_that_accepts_anything_would_be_no_test():
+    record = Record("1", None, "the ship", (10.0, 10.0, 30.0, 30.0), "ship", (300, 300))
+    others, frame = [Neighbor("ship", (200.0, 20.0, 220.0, 60.0))], Frame((300, 300), (300, 300), "absolute")
+    good = explain(record, others, 0, frame)
+    check(good, record, others, frame, False)
+    for a, b in [("left of", "right of"), ("upper left", "upper right"), ("smaller than", "larger than"), ("first fits", "second fits"),
+                 ("(20, 20)", "(20, 40)"), ("the first, a ship", "the first, a bridge")]:
+        assert a in good
+        with pytest.raises(AssertionError):
+            check(good.replace(a, b), record, others, frame, False)
+
+
+def test_reasoning_for_training_speaks_of_training_records_only(dior_root):
+    train, test = (data.load("dior", dior_root, name) for name in ("train", "test"))
+    others = neighbors(train)
+    known = {r.box for r in train}
+    for record in train:
+        assert {o.box for o in others(record)} <= known - {record.box}
+        assert not {o.box for o in others(record)} & {r.box for r in test}
+        text = cot.writer("dior", train)(record, Frame(record.size, record.size, "absolute"), 0)
+        assert "there " not in text and "i see" not in text              # neither a count nor "the only one"
+
+
+def test_the_target_under_another_expression_is_no_other_object():
+    image = Image.new("RGB", (10, 10))
+    a = Record("0", "same.jpg", "the ship", (10.0, 10.0, 50.0, 50.0), "ship", (100, 100))
+    b = Record("1", "same.jpg", "the grey one", (10.0, 10.0, 51.0, 50.0), "ship", (100, 100))
+    c = Record("2", "same.jpg", "the far ship", (70.0, 70.0, 90.0, 90.0), "ship", (100, 100))
+    assert [o.box for o in neighbors([a, b, c])(a)] == [c.box] and image
+
+
+def test_it_can_be_looked_at(run, tmp_path):
+    done = run("cot.py", "synth", "--split", "val", "--show", 3, "--out", tmp_path / "cot.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("<think>") >= 3 and (tmp_path / "cot.png").exists()
