@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cot  # noqa: E402
 import data  # noqa: E402
 import runtime  # noqa: E402
-from model import Config, QwenVL, read_token_ids  # noqa: E402
+from model import Config, Plan, QwenVL, read_token_ids  # noqa: E402
 from toy import scenes  # noqa: E402
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>",
@@ -40,7 +40,8 @@ def write_shape(out, seed):
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(data.WORDS), "isolated"),
+    words = data.WORDS.replace(r"|\p{N}|", r"|\p{N}+|")                    # a number is one token here, where Qwen's has one a digit
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
@@ -74,10 +75,12 @@ def corpus(seed):
                             for i, s, text, box, category, kind in scenes.records("pretrain", 1500)], {})
     write = cot.writer("synth", records)
     frame = data.Frame((scenes.SIDE, scenes.SIDE), (scenes.SIDE, scenes.SIDE), "absolute")
+    yield from (f"{n}" for n in range(scenes.SIDE + 1) for _ in range(300))
     for i, r in enumerate(records):
         yield data.PROMPT.format(text=r.text)
         yield write(r, frame, seed + i)
-        yield from texts(r.image, random.Random(i))
+        yield from texts(r.image)
+        yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
 
 
 def fresh_model(out, seed):
@@ -98,8 +101,8 @@ PATCHES = scenes.SIDE // 14       # a side
 
 
 def dense_targets(scene):
-    """What each image token should say of its four patches: kind and colour (tokens, 4) long, box relative to the patch's centre
-    (tokens, 4, 4) in sides of the image. A patch answers for the object that covers its centre, or whose centre it covers; else kind 0."""
+    """What each image token should say of its four patches: kind and colour (tokens, 4) long, box (tokens, 4, 4) in sides of the image. A
+    patch answers for the object that covers its centre, or whose centre it covers; else kind 0."""
     cell = scenes.SIDE / PATCHES
     kinds, colors = np.zeros((PATCHES, PATCHES), int), np.zeros((PATCHES, PATCHES), int)
     boxes = np.zeros((PATCHES, PATCHES, 4), np.float32)
@@ -109,8 +112,7 @@ def dense_targets(scene):
         covered = ((middle >= y1) & (middle <= y2))[:, None] & ((middle >= x1) & (middle <= x2))
         covered[int(o.center[1] // cell), int(o.center[0] // cell)] = True
         kinds[covered], colors[covered] = 1 + list(scenes.CATEGORIES).index(o.category), list(scenes.COLORS).index(o.color)
-        y, x = np.nonzero(covered)
-        boxes[covered] = np.stack((x1 - middle[x], y1 - middle[y], x2 - middle[x], y2 - middle[y]), 1) / scenes.SIDE
+        boxes[covered] = np.array(o.box) / scenes.SIDE
 
     def by_token(a):
         a = torch.from_numpy(a).unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).transpose(1, 2)           # row, column, row in it, column in it
@@ -119,29 +121,42 @@ def dense_targets(scene):
 
 
 def warm_up(model, processor, batches, steps, lr):
-    """Trains the vision tower with linear heads on its tokens; the heads' rows become the embeddings of the words they stand for."""
-    width, sizes = model.config.hidden, {"kind": 1 + len(scenes.CATEGORIES), "color": len(scenes.COLORS), "box": 4}
+    """Trains the vision tower with linear heads for category and colour on its tokens, whose rows become the embeddings of the words they
+    stand for; and the lower half of the language model with one for the box, whose coordinates are told apart by the embeddings of their
+    numbers. (The tower's positions are relative: where in the image a token lies is first known to layers that see <|vision_start|>.)"""
+    width = model.config.hidden
+    sizes = {"kind": 1 + len(scenes.CATEGORIES), "color": len(scenes.COLORS), "box": 4 * width}
+    numbers = torch.tensor([processor.words(str(n)) for n in range(scenes.SIDE + 1)]).flatten()
     heads = nn.ModuleDict({name: nn.Linear(width, 4 * n) for name, n in sizes.items()})
-    params = [*model.visual.parameters(), *heads.parameters()]
+    layers = model.model.layers
+    model.model.layers = layers[:len(layers) // 2]
+    params = [*model.visual.parameters(), *model.model.parameters(), *heads.parameters()]
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     with tqdm(range(steps), desc="vision") as bar:
         for step in bar:
             batch = next(batches)
             kinds, colors, boxes = (torch.cat(x) for x in zip(*(dense_targets(s) for s, _ in batch)))
-            x = model.visual(torch.cat([p.pixel_values for _, p in batch]), [tuple(p.image_grid_thw[0].tolist()) for _, p in batch])
-            kind, color, box = (heads[name](x).unflatten(1, (4, n)) for name, n in sizes.items())
+            x, where, lengths = model.pack([p for _, p in batch])
+            seen = torch.cat([p.input_ids for _, p in batch]) == model.config.image_id
+            y = model.model(x, where, Plan(lengths))
+            kind, color, box = (heads[name](z[seen]).unflatten(1, (4, n)) for (name, n), z in zip(sizes.items(), (x, x, y)))
             there = kinds > 0
             loss_kind = F.cross_entropy(kind.flatten(0, 1), kinds.flatten()) + F.cross_entropy(kind[there], kinds[there])
-            loss_color, loss_box = F.cross_entropy(color[there], colors[there]), F.l1_loss(box[there], boxes[there])
+            loss_color = F.cross_entropy(color[there], colors[there])
+            logits = box[there].unflatten(-1, (4, width)) @ model.model.embed_tokens.weight[numbers].T                # (n, 4, numbers)
+            near = -(torch.arange(len(numbers)) - boxes[there][..., None] * scenes.SIDE) ** 2 / 8                     # within some 2 px
+            loss_box = -(near.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
             for group in opt.param_groups:
                 group["lr"] = runtime.lr_at(step, steps, lr)
-            (loss_kind + loss_color + 10 * loss_box).backward()
+            (loss_kind + loss_color + loss_box).backward()
             nn.utils.clip_grad_norm_(params, 1.0)
             opt.step()
             opt.zero_grad()
             if step % 10 == 0:
                 right = (kind.argmax(-1) == kinds)[there].float().mean()
-                bar.set_postfix_str(f"kind {loss_kind:.3f} ({right:.2f}) color {loss_color:.3f} box {loss_box * scenes.SIDE:.2f} px")
+                off = (logits.argmax(-1) - boxes[there] * scenes.SIDE).abs().mean()
+                bar.set_postfix_str(f"kind {loss_kind:.2f} ({right:.2f}) color {loss_color:.3f} box {loss_box:.2f} ({off:.1f} px)")
+    model.model.layers = layers
     with torch.no_grad():
         for name, words in (("kind", [NOTHING, *scenes.CATEGORIES]), ("color", list(scenes.COLORS))):
             for word, row in zip(words, heads[name].weight.unflatten(0, (4, -1)).mean(0)):
@@ -157,7 +172,7 @@ def spoken(box):
     return "[" + ", ".join(str(round(v)) for v in box) + "]"
 
 
-def texts(scene, rng):
+def texts(scene):
     """What is said of a scene: each object by name with its box (only where the name fits it alone), and all of them in a list."""
     named = [f"the {o.color} {o.category} {spoken(o.box)}" for o in scene.objects
              if sum((p.color, p.category) == (o.color, o.category) for p in scene.objects) == 1]
@@ -172,11 +187,11 @@ def converse(model, processor, batches, steps, lr, out):
     groups = [{"params": list(model.visual.parameters()), "scale": 0.3},
               {"params": [p for p in model.parameters() if id(p) not in vision], "scale": 1.0}]
     opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    rng, smooth = random.Random(0), None
+    smooth = None
     with tqdm(range(steps), desc="language") as bar:
         for step in bar:
             batch = next(batches)
-            completions = [[processor.encode(t) for t in texts(s, rng)] for s, _ in batch]
+            completions = [[processor.encode(t) for t in texts(s)] for s, _ in batch]
             logp, _ = model.score([p for _, p in batch], completions)
             for group in opt.param_groups:
                 group["lr"] = group["scale"] * runtime.lr_at(step, steps, lr)
@@ -190,22 +205,24 @@ def converse(model, processor, batches, steps, lr, out):
             bar.set_postfix_str(f"loss {smooth:.3f}")
 
 
-def scene_batches(processor, size, seed):
-    """Endless batches of (Scene, Prompt) from the pretrain split, drawn ahead by threads."""
+def scene_batches(processor, size, seed, crowds):
+    """Batches of (Scene, Prompt) from the pretrain split, drawn ahead by a thread; crowds: for each batch the number of objects at most."""
     first, n, few, many = scenes.SPLITS["pretrain"]
     rng = random.Random(seed)
 
-    def make(i):
-        scene = scenes.scene(first + i, few, many)
+    def make(most):
+        scene = scenes.scene(first + rng.randrange(n), few, min(most, many))
         pixels, grid, _ = processor.patches(scene.draw())
         ids = torch.tensor(processor.turns("", int(grid.prod()) // processor.merge ** 2))
         return scene, data.Prompt(ids, pixels, grid, None)
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(make, rng.randrange(n)) for _ in range(2 * size)]
-        while True:
-            yield [f.result() for f in ahead[:size]]
-            ahead = ahead[size:] + [pool.submit(make, rng.randrange(n)) for _ in range(size)]
+        ahead = None
+        for most in [*crowds, None]:
+            following = most and [pool.submit(make, most) for _ in range(size)]
+            if ahead:
+                yield [f.result() for f in ahead]
+            ahead = following
 
 
 def main():
@@ -224,11 +241,11 @@ def main():
     processor = data.Processor.from_pretrained(out)
     model = fresh_model(out, args.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer.get_vocab())} tokens")
-    batches = scene_batches(processor, args.batch, args.seed)
-    warm_up(model, processor, batches, args.vision_steps, 2e-3)
-    converse(model, processor, batches, args.steps, 2e-3, out)
+    warm_up(model, processor, scene_batches(processor, args.batch, args.seed, [5] * args.vision_steps), args.vision_steps, 2e-3)
+    # one object first: to read a box off the image at all is learned in minutes; to find the right one among several comes after that
+    crowds = [1 if i < 0.4 * args.steps else 2 if i < 0.6 * args.steps else 5 for i in range(args.steps)]
+    converse(model, processor, scene_batches(processor, args.batch, args.seed + 1, crowds), args.steps, 2e-3, out)
     model.save_pretrained(out)
-    batches.close()
     print(f"written: {out}")
 
 
