@@ -82,6 +82,10 @@ def main(stage):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if world() > 1:                                                      # all is written: leave without taking the interpreter down,
+        sys.stdout.flush()                                               # where torch's threads crash now and then (torch 2.13, gloo)
+        sys.stderr.flush()
+        os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------------------------ processes

@@ -6,4 +6,5 @@ cd "$(dirname "$0")"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 .venv/bin/python -c "import transformers, hypothesis, jinja2"          # the oracles must be there
 .venv/bin/ruff check .
+export OMP_NUM_THREADS=1                                             # the models are tiny: threads would only wait for each other
 exec .venv/bin/python -m pytest -q -rs --durations 10 "$@"

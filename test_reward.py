@@ -147,11 +147,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_text_takes_no_time(hostile):
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (hostile, answer(hostile), answer('{"bbox_2d": [' + hostile), answer('{"bbox_2d": [1, 2, 3, ' + hostile + "]}")):
         assert parse_box(text) is None and failure(text) in FAILURES and not format_ok(text)
         parse_box_lenient(text)
-    assert time.perf_counter() - start < 1.0                             # sixteen calls
+    assert time.process_time() - start < 1.0                             # sixteen calls; CPU time: a busy machine is no failure
 
 
 def test_any_text_at_all():
