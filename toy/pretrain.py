@@ -50,7 +50,7 @@ def write_shape(out, seed):
     tokenizer.save(str(out / "tokenizer.json"))
     ids = {t: tokenizer.token_to_id(t) for t in ADDED}
     text = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+            "rms_norm_eps": 1e-6, "rope_theta": 100.0, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
             "max_position_embeddings": 1024, "hidden_act": "silu", "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64}
     vision = {"depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 192, "in_chans": 3,
               "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1, 3],
@@ -135,9 +135,9 @@ def warm_up(model, processor, batches, steps, lr):
     with tqdm(range(steps), desc="vision") as bar:
         for step in bar:
             batch = next(batches)
-            kinds, colors, boxes = (torch.cat(x) for x in zip(*(dense_targets(s) for s, _ in batch)))
-            x, where, lengths = model.pack([p for _, p in batch])
-            seen = torch.cat([p.input_ids for _, p in batch]) == model.config.image_id
+            kinds, colors, boxes = (torch.cat(x) for x in zip(*(dense_targets(s) for s, *_ in batch)))
+            x, where, lengths = model.pack([p for *_, p in batch])
+            seen = torch.cat([p.input_ids for *_, p in batch]) == model.config.image_id
             y = model.model(x, where, Plan(lengths))
             kind, color, box = (heads[name](z[seen]).unflatten(1, (4, n)) for (name, n), z in zip(sizes.items(), (x, x, y)))
             there = kinds > 0
@@ -172,17 +172,24 @@ def spoken(box):
     return "[" + ", ".join(str(round(v)) for v in box) + "]"
 
 
-def texts(scene):
-    """What is said of a scene: each object by name with its box (only where the name fits it alone), and all of them in a list."""
-    named = [f"the {o.color} {o.category} {spoken(o.box)}" for o in scene.objects
-             if sum((p.color, p.category) == (o.color, o.category) for p in scene.objects) == 1]
+def names(scene):
+    """Colour and category of every object that they fit alone -> its box."""
+    every = [f"the {o.color} {o.category}" for o in scene.objects]
+    return {name: o.box for name, o in zip(every, scene.objects) if every.count(name) == 1}
+
+
+def texts(scene, asked=""):
+    """What is said of a scene: the box of the object asked for; unasked, the box of each that has a name, and all of them in a list."""
+    named = [f"{name} {spoken(box)}" for name, box in names(scene).items() if asked in ("", name)]
+    if asked:
+        return named
     everything = sorted(scene.objects, key=lambda o: o.center[0])
     listed = "\n".join(f"{spoken(o.box)} {o.color} {o.category}" for o in everything)
     return [*named, listed]
 
 
 def converse(model, processor, batches, steps, lr, out):
-    """Trains everything on the texts of scenes; the prompt is an image and nothing else, computed once for all its texts."""
+    """Trains everything on the texts of scenes; the prompt is an image and a name or nothing, computed once for all its texts."""
     vision = list(map(id, model.visual.parameters()))
     groups = [{"params": list(model.visual.parameters()), "scale": 0.3},
               {"params": [p for p in model.parameters() if id(p) not in vision], "scale": 1.0}]
@@ -191,8 +198,8 @@ def converse(model, processor, batches, steps, lr, out):
     with tqdm(range(steps), desc="language") as bar:
         for step in bar:
             batch = next(batches)
-            completions = [[processor.encode(t) for t in texts(s)] for s, _ in batch]
-            logp, _ = model.score([p for _, p in batch], completions)
+            completions = [[processor.encode(t) for t in texts(s, asked)] for s, asked, _ in batch]
+            logp, _ = model.score([p for *_, p in batch], completions)
             for group in opt.param_groups:
                 group["lr"] = group["scale"] * runtime.lr_at(step, steps, lr)
             loss = -logp.mean()
@@ -206,15 +213,17 @@ def converse(model, processor, batches, steps, lr, out):
 
 
 def scene_batches(processor, size, seed, crowds):
-    """Batches of (Scene, Prompt) from the pretrain split, drawn ahead by a thread; crowds: for each batch the number of objects at most."""
+    """Batches of (Scene, name asked for or "", Prompt) from the pretrain split, drawn ahead by a thread; crowds: for each batch the number
+    of objects at most."""
     first, n, few, many = scenes.SPLITS["pretrain"]
     rng = random.Random(seed)
 
     def make(most):
         scene = scenes.scene(first + rng.randrange(n), few, min(most, many))
         pixels, grid, _ = processor.patches(scene.draw())
-        ids = torch.tensor(processor.turns("", int(grid.prod()) // processor.merge ** 2))
-        return scene, data.Prompt(ids, pixels, grid, None)
+        asked = rng.choice(["", *names(scene)])
+        ids = torch.tensor(processor.turns(asked, int(grid.prod()) // processor.merge ** 2))
+        return scene, asked, data.Prompt(ids, pixels, grid, None)
 
     with ThreadPoolExecutor(1) as pool:
         ahead = None
@@ -228,9 +237,9 @@ def scene_batches(processor, size, seed, crowds):
 def main():
     parser = runtime.Parser("Trains the small base on the embedded world from nothing")
     parser.add_argument("--out", default="ckpt/base", help="folder of the base")
-    parser.add_argument("--vision-steps", type=runtime.positive, default=500, help="steps of the dense vision warm-up")
-    parser.add_argument("--steps", type=runtime.positive, default=1200, help="steps of language pretraining")
-    parser.add_argument("--batch", type=runtime.positive, default=32, help="scenes a step")
+    parser.add_argument("--vision-steps", type=runtime.positive, default=350, help="steps of the dense vision warm-up")
+    parser.add_argument("--steps", type=runtime.positive, default=500, help="steps of language pretraining")
+    parser.add_argument("--batch", type=runtime.positive, default=16, help="scenes a step")
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes")
     args = parser.parse_args()
     out = Path(args.out)
