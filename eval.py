@@ -56,7 +56,7 @@ def flags():
     add("--coords", choices=("original", "resized", "1000"), help="coordinates of texts without a frame: pixels of the original "
         "image, pixels of the image as CKPT's processor resizes it, or thousandths of its sides")
     add("--seed", type=int, default=0, help="of sampling")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     return parser
 
 

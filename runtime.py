@@ -62,7 +62,7 @@ def add_common_flags(parser, stage, init, steps):
     add("--steps", type=positive, default=steps, help="optimizer steps")
     add("--seed", type=int, default=0, help="of data order and sampling")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
 
 
 def fail(message):
@@ -74,18 +74,22 @@ def fail(message):
 
 
 def main(stage):
-    """Runs a script's main function."""
+    """Runs a script's main function; the exit status is 2 after a user's mistake."""
+    status = 0
     try:
-        stage()
-    except (DataError, CheckpointError) as error:
-        fail(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            stage()
+        except (DataError, CheckpointError) as error:
+            fail(error)
+    except SystemExit as leaving:
+        status = leaving.code
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if world() > 1:                                                      # all is written: leave without taking the interpreter down,
         sys.stdout.flush()                                               # where torch's threads crash now and then (torch 2.13, gloo)
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status or 0)
+    sys.exit(status)
 
 
 # ------------------------------------------------------------------------------------------------------------------ processes
@@ -102,8 +106,6 @@ def start(device):
     """Joins the other processes that torchrun started (NCCL or gloo) -> this process's device. CUDA is sharded even alone: that is where
     bfloat16 compute copies of float32 parameters come from."""
     faulthandler.enable()
-    if device not in ("cpu", "cuda"):
-        fail(f"--device {device} is neither cuda nor cpu")
     if device == "cuda":
         if not torch.cuda.is_available():
             fail("--device cuda, but torch sees no CUDA device; use --device cpu")
@@ -111,9 +113,8 @@ def start(device):
         device = f"cuda:{torch.cuda.current_device()}"
         torch.backends.cuda.matmul.allow_tf32 = True
     if world() > 1 or device != "cpu":
-        backend = "gloo" if device == "cpu" else "nccl"
-        alone = {} if "RANK" in os.environ else {"init_method": f"file://{os.path.abspath(f'.rendezvous_{os.getpid()}')}",
-                                                 "rank": 0, "world_size": 1}
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"    # sums to log lie on the CPU
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timedelta(seconds=2 * STUCK_AFTER), **alone)
     return torch.device(device)
 

@@ -93,15 +93,15 @@ def test_one_small_step_changes_the_float32_master(parts):
 
 
 def train(run, checkpoint, root, out, *more, processes=None):
-    done = run("sft.py", "--data", "dior", "--root", root, "--init", checkpoint, "--out", out, "--steps", 4, "--batch", 4, "--micro", 2,
-               "--lr", 1e-3, "--val", 2, "--every", 2, "--max-new-tokens", 8, "--device", "cpu", *more, processes=processes)
+    done = run("sft.py", "--data", "dior", "--root", root, "--init", checkpoint, "--out", out, "--steps", 4, "--batch", 4, "--micro", 1,
+               "--lr", 1e-3, "--val", 1, "--every", 2, "--max-new-tokens", 8, "--device", "cpu", *more, processes=processes)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_one_and_two_processes_and_a_resume_agree(run, tiny_checkpoint, dior_root, tmp_path):
     whole = train(run, tiny_checkpoint, dior_root, tmp_path / "one")
-    two = train(run, tiny_checkpoint, dior_root, tmp_path / "two", processes=2)
+    two = train(run, tiny_checkpoint, dior_root, tmp_path / "two", processes=2)          # of which one has no record to validate
     assert all(math.isclose(a[k], b[k], rel_tol=1e-4) for a, b in zip(whole, two) for k in ("loss", "grad_norm"))
     straight = load_file(tmp_path / "one" / "latest" / "model.safetensors")
     shared = load_file(tmp_path / "two" / "latest" / "model.safetensors")
@@ -113,6 +113,11 @@ def test_one_and_two_processes_and_a_resume_agree(run, tiny_checkpoint, dior_roo
     assert [line["loss"] for line in again] == [line["loss"] for line in whole]          # bit for bit, and nothing logged twice
     resumed = load_file(tmp_path / "one" / "latest" / "model.safetensors")
     assert all(torch.equal(resumed[n], straight[n]) for n in straight)
+    (tmp_path / "one" / "latest").unlink()
+    (tmp_path / "one" / "latest").symlink_to("step_000002")
+    train(run, tiny_checkpoint, dior_root, tmp_path / "one", "--resume", processes=2)     # one process's state read by two
+    spread = load_file(tmp_path / "one" / "latest" / "model.safetensors")
+    assert all((spread[n] - straight[n]).abs().max() < 1e-4 for n in straight)
     record = json.loads((tmp_path / "one" / "latest" / "run.json").read_text())
     assert record["data"] == "dior" and record["root"] == str(dior_root) and record["prompt_hash"] == data.prompt_hash()
 
@@ -133,3 +138,11 @@ def test_ones_own_reasoning_is_read_and_its_mistakes_are_named(run, tiny_checkpo
         done = run("sft.py", "--data", "dior", "--root", dior_root, "--init", tiny_checkpoint, "--out", tmp_path / "no",
                    "--cot", file)
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_whose_gradient_stays_not_finite_stops(run, tiny_checkpoint, dior_root, tmp_path):
+    done = run("sft.py", "--data", "dior", "--root", dior_root, "--init", tiny_checkpoint, "--out", tmp_path / "out", "--steps", 12,
+               "--batch", 2, "--val", 0, "--every", 12, "--lr", 1e30, "--device", "cpu")
+    assert done.returncode == 2 and f"{runtime.STOP_AFTER_SKIPPED} steps in a row" in done.stderr, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["finite"] for line in lines[-runtime.STOP_AFTER_SKIPPED:]] == [False] * runtime.STOP_AFTER_SKIPPED and len(lines) < 12
