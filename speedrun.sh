@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole story on embedded data, from a fresh machine: environment -> a small base -> CoT-SFT -> RFT -> scores of every stage.
-# Two CPU cores are enough (under 20 minutes). Everything is written below ckpt/; a second run wants that folder gone or renamed.
+# Two CPU cores are enough. Everything is written below ckpt/; a second run wants that folder gone or renamed.
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_WAIT_POLICY=PASSIVE       # threads that wait must not steal the cores from the one that works
