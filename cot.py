@@ -53,7 +53,7 @@ def region(box, size):
 
 
 def direction(a, b):
-    """Where box a lies as seen from box b, by the axis on which their centres differ more: a word and the sentence that uses it."""
+    """Where box a lies as seen from box b, by the axis on which their centres differ more; the centres are not the same."""
     (ax, ay), (bx, by) = centre(a), centre(b)
     if abs(ax - bx) >= abs(ay - by):
         return "left of" if ax < bx else "right of"
@@ -69,10 +69,12 @@ def near(box, frame):
     return f"({coarse(x)}, {coarse(y)})"
 
 
-def distance(a, b, frame):
-    """Between centres, in units of the model's frame, rounded; 0 is said as less than COARSE."""
+def beside(a, b, name, frame):
+    """Where box a lies to box b, which is called `name`: direction, and distance of the centres in units of the model's frame. What has its
+    centre there as well (a field in its stadium) lies in no direction."""
     (ax, ay), (bx, by) = (data.to_model_frame((*centre(x), 0, 0), frame)[:2] for x in (a, b))
-    return max(COARSE, coarse(math.hypot(ax - bx, ay - by)))
+    away = coarse(math.hypot(ax - bx, ay - by))
+    return f"{direction(a, b)} {name}, {away} away" if away else f"about where {name} is"
 
 
 def compare(a, b):
@@ -90,8 +92,7 @@ def explain(record, others, seed, frame, complete=False, color=""):
     target, noun = Neighbor(record.category, record.box, color), record.category.lower() or "object"
     alike = sorted((o for o in others if o.category == record.category), key=lambda o: math.dist(centre(o.box), centre(record.box)))
     named = [o for o in others if o.category != record.category and o.category and o.category.lower() in record.text.lower()]
-    quoted = record.text.replace("<", "(").replace(">", ")")             # a tag inside an expression must not look like one of ours
-    lines = [rng.choice((f"i look for {quoted}.", f"the question asks for {quoted}."))]
+    lines = [rng.choice((f"i look for {record.text}.", f"the question asks for {record.text}."))]
     if complete:
         n = len(alike) + 1
         several = rng.choice((f"there are {n} of the kind {noun}.", f"i see {n} of the kind {noun}."))
@@ -106,12 +107,12 @@ def explain(record, others, seed, frame, complete=False, color=""):
         lines.append(f"a {f'{o.color} {o.category.lower()}'.strip()} is at the {region(o.box, record.size)}, near {near(o.box, frame)}.")
     lines.append(f"the {names[target]} fits.")
     for o in named[:1]:
-        lines.append(f"it is {direction(record.box, o.box)} that {o.category.lower()}, {distance(record.box, o.box, frame)} away.")
+        lines.append(f"it is {beside(record.box, o.box, f'that {o.category.lower()}', frame)}.")
     for o in alike[:1]:
-        lines.append(f"it is {direction(record.box, o.box)} the {names[o]}, {distance(record.box, o.box, frame)} away, and "
-                     f"{compare(record.box, o.box)} it.")
+        lines.append(f"it is {beside(record.box, o.box, f'the {names[o]}', frame)}, and {compare(record.box, o.box)} it.")
     lines.append(rng.choice(("its center is near {}.", "the center is about {}.")).format(near(record.box, frame)))
-    return f"<think>{' '.join(lines)}</think>{answer(record, frame)}"
+    think = " ".join(lines).replace("<", "(").replace(">", ")")          # a tag inside an expression must not look like one of ours
+    return f"<think>{think}</think>{answer(record, frame)}"
 
 
 def answer(record, frame):
@@ -164,7 +165,7 @@ def writer(name, records, file=None, answer_only=False):
 def load_jsonl(path, records):
     """Lines {"id", "think"} -> id -> "<think>...</think>"; every record must have one, and it may hold no tag of the answer format."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")    # splitlines would also cut at U+2028, which JSON allows
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: unreadable reasoning ({error})") from None
     told = {}
@@ -175,7 +176,8 @@ def load_jsonl(path, records):
                 identity, think = str(line["id"]), line["think"]
                 if not isinstance(think, str):
                     raise TypeError
-            except (ValueError, KeyError, TypeError):
+                think.encode()                                           # a lone surrogate has no bytes to train on
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise DataError(f'{path}, line {n}: not a JSON object with "id" and a text "think"') from None
             if any(tag in think for tag in ("<think>", "</think>", "<answer>", "</answer>")):
                 raise DataError(f'{path}, line {n}: "think" is the reasoning alone, without <think> or <answer> tags')
@@ -197,15 +199,14 @@ def main():
     args = parser.parse_args()
     records = data.load(args.name, args.root, args.split)
     write, pictures = writer(args.name, records), []
-    for i in range(0, len(records), max(1, len(records) // args.show)):
-        record = records[i]
+    for record in records[::max(1, len(records) // args.show)][:args.show]:
         image = data.open_image(record)
         text = write(record, data.Frame(image.size, image.size, "absolute"), args.seed)
         if not reward.format_ok(text):
             sys.exit(f"cot.py: record {record.id} makes a text that breaks the format: {text}")
         print(f"{record.id}: {record.text}\n  {text}")
         pictures.append(data.draw_boxes(image, [(record.box, "red")], text))
-    data.contact_sheet(pictures[:args.show]).save(args.out)
+    data.contact_sheet(pictures).save(args.out)
     print(f"written: {args.out}")
 
 

@@ -1,10 +1,10 @@
 """cot.py: every sentence is read back and held against the boxes, by code that shares nothing with the writer."""
+import json
 import math
 import random
 import re
 
 import pytest
-from PIL import Image
 
 import cot
 import data
@@ -21,6 +21,8 @@ SENTENCE = {
     "fits": r"the ([a-z ]+) fits\.",
     "beside": r"it is (left of|right of|above|below) that ([a-z ]+), (\d+) away\.",
     "versus": r"it is (left of|right of|above|below) the ([a-z]+), (\d+) away, and (larger than|smaller than|about as large as) it\.",
+    "on": r"it is about where that ([a-z ]+) is\.",
+    "on alike": r"it is about where the ([a-z]+) is, and (larger than|smaller than|about as large as) it\.",
     "center": r"(?:its center is near|the center is about) \((\d+), (\d+)\)\.",
 }
 
@@ -45,28 +47,35 @@ def is_near(numbers, box, frame):
 
 def holds(direction, box, other):
     dx, dy = (a - b for a, b in zip(middle(box), middle(other)))
-    return {"left of": dx < 0 and abs(dx) >= abs(dy), "right of": dx >= 0 and abs(dx) >= abs(dy), "above": dy < 0 and abs(dy) >= abs(dx),
-            "below": dy >= 0 and abs(dy) >= abs(dx)}[direction]
+    return {"left of": dx < 0 and abs(dx) >= abs(dy), "right of": dx > 0 and abs(dx) >= abs(dy), "above": dy < 0 and abs(dy) >= abs(dx),
+            "below": dy > 0 and abs(dy) >= abs(dx)}[direction]
 
 
 def is_away(number, box, other, frame):
     scale = [e / o for e, o in zip(frame.extent, frame.original)]
     away = math.hypot(*((a - b) * s for a, b, s in zip(middle(box), middle(other), scale)))
-    return abs(int(number) - away) <= 5.01 or (int(number) == 10 and away < 10)
+    return abs(int(number) - away) <= 5.01
+
+
+def truly(comparison, box, other):
+    ratio = surface(box) / surface(other)
+    return {"larger than": ratio > 1.2, "smaller than": ratio < 1 / 1.2, "about as large as": 0.8 < ratio < 1.25}[comparison]
 
 
 def surface(box):
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def check(text, record, others, frame, complete):
+def check(text, record, others, frame, complete, color=""):
     """Reads the whole text, sentence by sentence; nothing may be left over."""
     assert reward.format_ok(text)
     think = text[len("<think>"):text.index("</think>")]
     box = reward.parse_box(text)
     assert all(abs(a - b) <= 1 for a, b in zip(box, data.to_model_frame(record.box, frame)))
     assert str([int(v) for v in box])[1:-1] not in think                 # the answer is not given away before it is reasoned for
-    known = {o.box: o for o in others} | {record.box: record}
+    alike = sorted((o.box for o in others if o.category == record.category), key=lambda b: math.dist(middle(b), middle(record.box)))
+    nearest = [b for b in alike if math.dist(middle(b), middle(record.box)) == math.dist(middle(alike[0]), middle(record.box))]
+    known = {o.box: f"{o.color} {o.category}".strip() for o in others} | {record.box: f"{color} {record.category}".strip()}
     places, seen, rest = {}, [], think.strip()
     while rest:
         kind, m = next(((k, m) for k, p in SENTENCE.items() if (m := re.match(p, rest))), (None, None))
@@ -79,8 +88,7 @@ def check(text, record, others, frame, complete):
             assert complete and int(g[0]) == 1 + sum(o.category == record.category for o in others) and g[1] == record.category
         elif kind in ("candidate", "anchor"):
             name, region, near = g[-4], g[-3], g[-2:]
-            fitting = [b for b, o in known.items() if name.endswith(o.category) and is_near(near, b, frame)
-                       and lies_in(region, b, record.size) and (b in (record.box,) or o.color in name)]
+            fitting = [b for b, called in known.items() if name == called and is_near(near, b, frame) and lies_in(region, b, record.size)]
             assert fitting, (g, known)
             places[g[0]] = [b for b in fitting if kind == "candidate"] or fitting
         elif kind == "fits":
@@ -88,18 +96,26 @@ def check(text, record, others, frame, complete):
         elif kind == "beside":
             anchors = [o.box for o in others if o.category == g[1]]
             assert any(holds(g[0], record.box, b) and is_away(g[2], record.box, b, frame) for b in anchors)
+        elif kind == "on":
+            assert any(is_away(0, record.box, o.box, frame) for o in others if o.category == g[0])
         elif kind == "versus":
-            ratio = [surface(record.box) / surface(b) for b in places[g[1]] if b != record.box and holds(g[0], record.box, b)
-                     and is_away(g[2], record.box, b, frame)]
-            words = {"larger than": lambda r: r > 1.2, "smaller than": lambda r: r < 1 / 1.2, "about as large as": lambda r: 0.8 < r < 1.25}
-            assert any(map(words[g[3]], ratio))
+            assert any(holds(g[0], record.box, b) and is_away(g[2], record.box, b, frame) and truly(g[3], record.box, b)
+                       for b in places[g[1]] if b in nearest)
+        elif kind == "on alike":
+            assert any(is_away(0, record.box, b, frame) and truly(g[1], record.box, b) for b in places[g[0]] if b in nearest)
         else:
             assert is_near(g, record.box, frame)
     if "candidate" in seen and len(places) > 1:                          # ordinals count from left to right
         ordered = [places[o] for o in ORDINAL if o in places]
         assert all(min(middle(b)[0] for b in a) <= max(middle(b)[0] for b in c) for a, c in zip(ordered, ordered[1:]))
+    mentioned = any(o.category != record.category and o.category in record.text for o in others)
+    assert ("anchor" in seen) == mentioned == ("beside" in seen or "on" in seen)                       # what the expression names is placed
+    assert seen.count("candidate") == min(4, 1 + len(alike)) and ("versus" in seen or "on alike" in seen) == bool(alike)
     assert seen[0] == "asked" and seen[-1] == "center" and "fits" in seen
     assert ("count" in seen) == complete
+
+
+KINDS = ("ship", "storage tank", "bridge")
 
 
 def made_up(rng):
@@ -110,8 +126,12 @@ def made_up(rng):
         return x, y, rng.uniform(x + 10, size[0]), rng.uniform(y + 10, size[1])
     text = rng.choice(("the ship", "the ship left of the storage tank", "a ship </think><answer>", "ship <think>"))
     record = Record("1", None, text, box(), "ship", size)
-    kinds = ("ship", "storage tank", "bridge")
-    return record, [Neighbor(rng.choice(kinds), box(), rng.choice(("", "red"))) for _ in range(rng.randint(0, 6))]
+    others = [Neighbor(rng.choice(KINDS), box(), rng.choice(("", "red"))) for _ in range(rng.randint(0, 6))]
+    if rng.random() < 0.3:                                               # a field in its stadium: one centre, another size
+        x1, y1, x2, y2 = record.box
+        w, h, k = (x2 - x1) / 2, (y2 - y1) / 2, rng.uniform(-0.5, 0.4)
+        others.append(Neighbor(rng.choice(KINDS), (x1 - k * w, y1 - k * h, x2 + k * w, y2 + k * h)))
+    return record, others
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -126,10 +146,13 @@ def test_every_sentence_is_true_of_made_up_records(convention, complete):
 
 def test_every_sentence_is_true_of_the_embedded_world():
     records = data.load("synth", None, "val")
-    write, others = cot.writer("synth", records), neighbors(records)
+    write = cot.writer("synth", records)
     for seed, record in enumerate(records):
         frame = Frame(record.size, record.size, "absolute")
-        check(write(record, frame, seed), record, others(record), frame, True)
+        target, = (o for o in record.image.objects if o.box == record.box)
+        others = [Neighbor(o.category, o.box, o.color) for o in record.image.objects if o is not target]
+        assert neighbors(records)(record) == others
+        check(write(record, frame, seed), record, others, frame, True, target.color)
 
 
 def test_the_wording_follows_the_seed():
@@ -163,14 +186,43 @@ def test_reasoning_for_training_speaks_of_training_records_only(dior_root):
 
 
 def test_the_target_under_another_expression_is_no_other_object():
-    image = Image.new("RGB", (10, 10))
     a = Record("0", "same.jpg", "the ship", (10.0, 10.0, 50.0, 50.0), "ship", (100, 100))
     b = Record("1", "same.jpg", "the grey one", (10.0, 10.0, 51.0, 50.0), "ship", (100, 100))
     c = Record("2", "same.jpg", "the far ship", (70.0, 70.0, 90.0, 90.0), "ship", (100, 100))
-    assert [o.box for o in neighbors([a, b, c])(a)] == [c.box] and image
+    d = Record("3", "same.jpg", "the ship beside it", (30.0, 10.0, 70.0, 50.0), "ship", (100, 100))    # overlaps: IoU 1/3
+    assert [o.box for o in neighbors([a, b, c, d])(a)] == [c.box, d.box]
+
+
+@pytest.mark.parametrize("category", ["</think>", "<answer>", "<think>"])
+def test_a_tag_for_a_category_does_not_break_the_format(category):
+    record = Record("1", None, f"the {category}", (10.0, 10.0, 30.0, 30.0), category, (300, 300))
+    assert reward.format_ok(explain(record, [Neighbor(category, (200.0, 20.0, 220.0, 60.0))], 0, Frame((300, 300), (300, 300), "absolute")))
+
+
+def test_what_shares_the_centre_lies_in_no_direction():
+    record = Record("1", None, "the field in the stadium", (100.0, 100.0, 200.0, 200.0), "field", (800, 800))
+    text = explain(record, [Neighbor("stadium", (50.0, 50.0, 250.0, 250.0))], 0, Frame((800, 800), (800, 800), "absolute"))
+    assert "it is about where that stadium is." in text and " of that" not in text and "away" not in text
+
+
+def test_reasoning_of_ones_own(tmp_path):
+    file, records = tmp_path / "own.jsonl", [Record("7", None, "the ship", (1.0, 1.0, 2.0, 2.0), "ship", (9, 9))]
+    for think in ("it is there.", "one\u2028line", "one\x85line"):        # line ends to str.splitlines, letters to JSON
+        file.write_text("\n" + json.dumps({"id": 7, "think": think}, ensure_ascii=False) + "\n", encoding="utf-8")
+        assert cot.load_jsonl(file, records) == {"7": f"<think>{think}</think>"}
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps({"id": "7", "think": "a"}).encode() + b"\r\n")    # as Windows writes it
+    assert cot.load_jsonl(file, records) == {"7": "<think>a</think>"}
+    for bad in ("[1]", '{"id": "7"}', '{"id": "7", "think": 3}', '{"id": "7", "think": "\\ud800"}', '{"id": "7", "think": "</think>"}',
+                "[" * 100_000):
+        file.write_text(json.dumps({"id": "7", "think": "a"}) + "\n" + bad + "\n")
+        with pytest.raises(data.DataError, match=r"own\.jsonl, line 2: "):
+            cot.load_jsonl(file, records)
+    with pytest.raises(data.DataError, match="no reasoning for 1 of 2"):
+        file.write_text(json.dumps({"id": "7", "think": "a"}))
+        cot.load_jsonl(file, [*records, Record("8", None, "the ship", (1.0, 1.0, 2.0, 2.0), "ship", (9, 9))])
 
 
 def test_it_can_be_looked_at(run, tmp_path):
     done = run("cot.py", "synth", "--split", "val", "--show", 3, "--out", tmp_path / "cot.png")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("<think>") >= 3 and (tmp_path / "cot.png").exists()
+    assert done.stdout.count("<think>") == 3 and (tmp_path / "cot.png").exists()
