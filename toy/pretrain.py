@@ -1,16 +1,17 @@
 """The small base: a Qwen2.5-VL shape trained from nothing on the embedded world, because real weights can't ship.
 
 It ends up knowing what a pretrained model knows here: the things, their colours and where they lie. It has seen neither expressions that
-need reasoning nor the answer format. Two parts: a dense vision warm-up (each image token says which object lies there, its colour and its
-box; without it the language model finds nothing to read), then language: naming and listing objects with their boxes.
+need reasoning nor the answer format. Two losses in one loop: dense ones (each image token says which object lies there, its colour and its
+box; without them the language model finds nothing to read), and, after a while, language: boxes and points of
+things by name, by category, and the other way round.
 
     python toy/pretrain.py                   writes ckpt/base; minutes on two CPU cores
 """
 import json
+import math
 import random
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,6 @@ from toy import scenes  # noqa: E402
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>",
          "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 VOCABULARY = 768
-NOTHING = "nothing"               # class of an image token without an object
 
 
 # ------------------------------------------------------------------------------------------------------------------ the shape
@@ -49,11 +49,13 @@ def write_shape(out, seed):
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ADDED])
     tokenizer.save(str(out / "tokenizer.json"))
     ids = {t: tokenizer.token_to_id(t) for t in ADDED}
-    text = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-6, "rope_theta": 100.0, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+    # Heads are narrow and images small: with these sections rows and columns turn fast enough to be told apart, and half of a head hardly
+    # turns at all, so that words can look for things by what they are, however far away.
+    text = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 13]},
             "max_position_embeddings": 1024, "hidden_act": "silu", "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64}
-    vision = {"depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 192, "in_chans": 3,
-              "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1, 3],
+    vision = {"depth": 3, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 128, "in_chans": 3,
+              "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [2],
               "hidden_act": "silu", "tokens_per_second": 2}
     config = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "bfloat16", **text,
               "tie_word_embeddings": True, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
@@ -79,30 +81,81 @@ def corpus(seed):
     for i, r in enumerate(records):
         yield data.PROMPT.format(text=r.text)
         yield write(r, frame, seed + i)
-        yield from texts(r.image)
+        yield from (text for question in questions(r.image, random.Random(i)) for text in question)
         yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
 
 
-def fresh_model(out, seed):
+def number_ids(processor):
+    return torch.tensor([processor.words(str(n)) for n in range(scenes.SIDE + 1)])[:, 0]
+
+
+def fresh_model(out, seed, processor):
+    """Random weights; residual branches begin small beside the words they are added to, and numbers as points on circles of many periods,
+    so that near numbers have near embeddings."""
     torch.manual_seed(seed)
     model = QwenVL(Config.from_json(out / "config.json"))
+    width = model.config.hidden
     for name, p in model.named_parameters():
         if p.ndim > 1:
-            nn.init.normal_(p, std=0.05 if "embed" in name else p[0].numel() ** -0.5)
+            small = 0.2 if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")) else 1.0
+            nn.init.normal_(p, std=0.05 if "embed_tokens" in name else small * p[0].numel() ** -0.5)
         elif "bias" in name:
             nn.init.zeros_(p)
+    numbers = number_ids(processor)
+    angle = torch.arange(len(numbers))[:, None] * 2 * math.pi / torch.logspace(math.log10(6), math.log10(240), width // 2)
+    circles = torch.cat((angle.cos(), angle.sin()), 1) @ torch.linalg.qr(torch.randn(width, width))[0]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[numbers] = 0.05 * width ** 0.5 * F.normalize(circles, dim=1)
     model.set_vocabulary(read_token_ids(out))
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------------ part 1: vision
+# ------------------------------------------------------------------------------------------------------------------ what is said of a scene
+
+def spoken(box):
+    """[x1, y1, x2, y2] in whole pixels; the world's images are not resized, so that is the model's frame."""
+    return "[" + ", ".join(str(round(v)) for v in box) + "]"
+
+
+def names(scene):
+    """Names that fit one object alone, with it: category, or colour and category."""
+    every = [(name, o) for o in scene.objects for name in (f"the {o.category}", f"the {o.color} {o.category}")]
+    return [(name, o) for name, o in every if [n for n, _ in every].count(name) == 1]
+
+
+def around(box):
+    """A point near the centre, as the reasoning will write it: in tens of pixels."""
+    return "near ({}, {})".format(*(10 * round((a + b) / 20) for a, b in (box[::2], box[1::2])))
+
+
+MANNERS = ("{}",) * 4 + ("look at the picture. {}", "{} be brief.", "this was taken from above.\n{}",
+                         "{}\nlook at the whole image first, then say what is asked, once and in the form that is asked for, like this.")
+
+
+def questions(scene, rng):
+    """(question, answer) pairs: each thing that has a name, by box or point; the things of each category; what lies near a point."""
+    pairs = []
+    for name, o in names(scene):
+        if rng.random() < 0.6:
+            pairs.append((rng.choice(("{}", "where is {}?", "locate {}.", "i look for {}.")).format(name), f"{name} {spoken(o.box)}"))
+        else:
+            pairs.append((rng.choice(("point to {}.", "about where is {}?")).format(name), f"{name} {around(o.box)}"))
+    ordered = sorted(scene.objects, key=lambda o: o.center[0])
+    for category in {o.category: None for o in ordered}:
+        say = rng.choice((spoken, around))
+        pairs.append((f"list every {category}{'' if say is spoken else ' by a point'}.",
+                      ", ".join(f"a {o.color} {o.category} {say(o.box)}" for o in ordered if o.category == category)))
+    for o in rng.sample(ordered, min(2, len(ordered))):
+        pairs.append((f"what is {around(o.box)}?", f"a {o.color} {o.category} {spoken(o.box)}"))
+    return [(rng.choice(MANNERS).format(question), answer) for question, answer in pairs]
+
 
 PATCHES = scenes.SIDE // 14       # a side
 
 
 def dense_targets(scene):
-    """What each image token should say of its four patches: kind and colour (tokens, 4) long, box (tokens, 4, 4) in sides of the image. A
-    patch answers for the object that covers its centre, or whose centre it covers; else kind 0."""
+    """What each image token should say of its four patches: kind and colour (tokens, 4) long, box (tokens, 4, 4) in pixels. A patch answers
+    for the object that covers its centre, or whose centre it covers; else kind 0."""
     cell = scenes.SIDE / PATCHES
     kinds, colors = np.zeros((PATCHES, PATCHES), int), np.zeros((PATCHES, PATCHES), int)
     boxes = np.zeros((PATCHES, PATCHES, 4), np.float32)
@@ -112,7 +165,7 @@ def dense_targets(scene):
         covered = ((middle >= y1) & (middle <= y2))[:, None] & ((middle >= x1) & (middle <= x2))
         covered[int(o.center[1] // cell), int(o.center[0] // cell)] = True
         kinds[covered], colors[covered] = 1 + list(scenes.CATEGORIES).index(o.category), list(scenes.COLORS).index(o.color)
-        boxes[covered] = np.array(o.box) / scenes.SIDE
+        boxes[covered] = o.box
 
     def by_token(a):
         a = torch.from_numpy(a).unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).transpose(1, 2)           # row, column, row in it, column in it
@@ -120,126 +173,100 @@ def dense_targets(scene):
     return by_token(kinds), by_token(colors), by_token(boxes)
 
 
-def warm_up(model, processor, batches, steps, lr):
-    """Trains the vision tower with linear heads for category and colour on its tokens, whose rows become the embeddings of the words they
-    stand for; and the lower half of the language model with one for the box, whose coordinates are told apart by the embeddings of their
-    numbers. (The tower's positions are relative: where in the image a token lies is first known to layers that see <|vision_start|>.)"""
-    width = model.config.hidden
-    sizes = {"kind": 1 + len(scenes.CATEGORIES), "color": len(scenes.COLORS), "box": 4 * width}
-    numbers = torch.tensor([processor.words(str(n)) for n in range(scenes.SIDE + 1)]).flatten()
-    heads = nn.ModuleDict({name: nn.Linear(width, 4 * n) for name, n in sizes.items()})
-    layers = model.model.layers
-    model.model.layers = layers[:len(layers) // 2]
-    params = [*model.visual.parameters(), *model.model.parameters(), *heads.parameters()]
+# ------------------------------------------------------------------------------------------------------------------ training
+
+def bump(wanted):
+    """Numbers (...) -> what to aim at instead, (..., 113): a bump of one pixel about each, because a near miss is better than a far one."""
+    return (-(torch.arange(scenes.SIDE + 1) - wanted[..., None]) ** 2 / 2).softmax(-1)
+
+
+def talk(processor, pairs):
+    """(question, answer) pairs -> ids (L,) that follow the image, how many of them are the answer and its end."""
+    for question, answer in pairs:
+        ask = processor.turns(question, 0)
+        ask = ask[ask.index(processor.ids["<|vision_end|>"]) + 1:]
+        say = processor.encode(answer)
+        yield torch.cat((torch.tensor(ask), say)), len(say)
+
+
+def train(model, processor, steps, warm, batch, lr, seed, out):
+    """The dense losses throughout, language from step `warm` on. Images are computed once for all that is said of them.
+
+    Category and colour are read off the tower's tokens by linear heads; at step `warm` these rows become the embeddings of the words they
+    stand for. The box is read half-way up the language model, whose coordinates are told apart by the embeddings of their numbers: the
+    tower's positions are relative, where in the image a token lies is first known to layers that see <|vision_start|>."""
+    first_scene, n_scenes, few, many = scenes.SPLITS["pretrain"]
+    rng, width = random.Random(seed), model.config.hidden
+    numbers, embedding = number_ids(processor), model.model.embed_tokens.weight
+    aims = torch.eye(model.config.vocab)                                 # what to aim at for each token: itself, but numbers
+    aims[numbers[:, None], numbers] = bump(torch.arange(len(numbers)))
+    heads = nn.ModuleDict({"kind": nn.Linear(width, 4 * (1 + len(scenes.CATEGORIES))), "color": nn.Linear(width, 4 * len(scenes.COLORS)),
+                           "box": nn.Linear(width, 16 * width)})
+    halfway = []
+    hook = model.model.layers[len(model.model.layers) // 2 - 1].register_forward_hook(lambda layer, given, y: halfway.append(y))
+    params = [*model.parameters(), *heads.parameters()]
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    with tqdm(range(steps), desc="vision") as bar:
+
+    image = processor.turns("", PATCHES ** 2 // 4)
+    image = torch.tensor(image[:image.index(processor.ids["<|vision_end|>"]) + 1])
+    seen = (image == model.config.image_id).repeat(batch)
+    with tqdm(range(steps), desc="pretrain") as bar:
         for step in bar:
-            batch = next(batches)
-            kinds, colors, boxes = (torch.cat(x) for x in zip(*(dense_targets(s) for s, *_ in batch)))
-            x, where, lengths = model.pack([p for *_, p in batch])
-            seen = torch.cat([p.input_ids for *_, p in batch]) == model.config.image_id
-            y = model.model(x, where, Plan(lengths))
-            kind, color, box = (heads[name](z[seen]).unflatten(1, (4, n)) for (name, n), z in zip(sizes.items(), (x, x, y)))
+            looked = [scenes.scene(first_scene + rng.randrange(n_scenes), few, many) for _ in range(batch)]
+            x, where, lengths = model.pack([data.Prompt(image, *processor.patches(s.draw())[:2], None) for s in looked])
+            tokens = x[seen]
+            said = [list(talk(processor, questions(s, rng))) if step >= warm else [] for s in looked]
+            told = [ids for group in said for ids, _ in group]
+            lasting, start = [len(ids) - 1 for ids in told], int(where[:, :len(image)].max()) + 1
+            if told:
+                x = torch.cat((x, model.model.embed_tokens(torch.cat([ids[:-1] for ids in told]))))
+                where = torch.cat((where, torch.cat([start + torch.arange(n) for n in lasting]).expand(3, -1)), 1)
+            groups = zip(lengths, (sum(len(ids) - 1 for ids, _ in group) for group in said))
+            halfway.clear()
+            hidden = model.model(x, where, Plan(lengths + lasting, prefix=groups))
+
+            kinds, colors, boxes = (torch.cat(t) for t in zip(*(dense_targets(s) for s in looked)))
             there = kinds > 0
-            loss_kind = F.cross_entropy(kind.flatten(0, 1), kinds.flatten()) + F.cross_entropy(kind[there], kinds[there])
-            loss_color = F.cross_entropy(color[there], colors[there])
-            logits = box[there].unflatten(-1, (4, width)) @ model.model.embed_tokens.weight[numbers].T                # (n, 4, numbers)
-            near = -(torch.arange(len(numbers)) - boxes[there][..., None] * scenes.SIDE) ** 2 / 8                     # within some 2 px
-            loss_box = -(near.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+            half = model.model.norm(halfway[0][:len(seen)][seen])
+            kind, color, box = (heads[k](y).unflatten(1, (4, -1)) for k, y in (("kind", tokens), ("color", tokens), ("box", half)))
+            box = box[there].unflatten(-1, (4, width)) @ embedding[numbers].T                         # (n, 4, numbers)
+            loss = (F.cross_entropy(kind.flatten(0, 1), kinds.flatten()) + F.cross_entropy(kind[there], kinds[there])
+                    + F.cross_entropy(color[there], colors[there]) + F.cross_entropy(box.flatten(0, 1), bump(boxes[there]).flatten(0, 1)))
+            line = {"step": step + 1, "kind": (kind.argmax(-1) == kinds)[there].float().mean().item(),
+                    "pixels_off": (box.argmax(-1) - boxes[there]).abs().mean().item()}
+            if told:
+                answer = torch.cat([torch.arange(len(ids) - 1) >= len(ids) - 1 - n for group in said for ids, n in group])
+                wanted = torch.cat([ids[1:] for ids in told])[answer]
+                language = F.cross_entropy(model.lm_head(hidden[len(seen):][answer]), aims[wanted])
+                loss = loss + 2 * language
+                line["language"] = language.item()
             for group in opt.param_groups:
                 group["lr"] = runtime.lr_at(step, steps, lr)
-            (loss_kind + loss_color + loss_box).backward()
-            nn.utils.clip_grad_norm_(params, 1.0)
-            opt.step()
-            opt.zero_grad()
-            if step % 10 == 0:
-                right = (kind.argmax(-1) == kinds)[there].float().mean()
-                off = (logits.argmax(-1) - boxes[there] * scenes.SIDE).abs().mean()
-                bar.set_postfix_str(f"kind {loss_kind:.2f} ({right:.2f}) color {loss_color:.3f} box {loss_box:.2f} ({off:.1f} px)")
-    model.model.layers = layers
-    with torch.no_grad():
-        for name, words in (("kind", [NOTHING, *scenes.CATEGORIES]), ("color", list(scenes.COLORS))):
-            for word, row in zip(words, heads[name].weight.unflatten(0, (4, -1)).mean(0)):
-                ids = processor.words(f" {word}")
-                if len(ids) == 1:
-                    model.model.embed_tokens.weight[ids[0]] = row * 0.05 * width ** 0.5 / row.norm()
-
-
-# ------------------------------------------------------------------------------------------------------------------ part 2: language
-
-def spoken(box):
-    """[x1, y1, x2, y2] in whole pixels; the world's images are not resized, so that is the model's frame."""
-    return "[" + ", ".join(str(round(v)) for v in box) + "]"
-
-
-def names(scene):
-    """Colour and category of every object that they fit alone -> its box."""
-    every = [f"the {o.color} {o.category}" for o in scene.objects]
-    return {name: o.box for name, o in zip(every, scene.objects) if every.count(name) == 1}
-
-
-def texts(scene, asked=""):
-    """What is said of a scene: the box of the object asked for; unasked, the box of each that has a name, and all of them in a list."""
-    named = [f"{name} {spoken(box)}" for name, box in names(scene).items() if asked in ("", name)]
-    if asked:
-        return named
-    everything = sorted(scene.objects, key=lambda o: o.center[0])
-    listed = "\n".join(f"{spoken(o.box)} {o.color} {o.category}" for o in everything)
-    return [*named, listed]
-
-
-def converse(model, processor, batches, steps, lr, out):
-    """Trains everything on the texts of scenes; the prompt is an image and a name or nothing, computed once for all its texts."""
-    vision = list(map(id, model.visual.parameters()))
-    groups = [{"params": list(model.visual.parameters()), "scale": 0.3},
-              {"params": [p for p in model.parameters() if id(p) not in vision], "scale": 1.0}]
-    opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    smooth = None
-    with tqdm(range(steps), desc="language") as bar:
-        for step in bar:
-            batch = next(batches)
-            completions = [[processor.encode(t) for t in texts(s, asked)] for s, asked, _ in batch]
-            logp, _ = model.score([p for *_, p in batch], completions)
-            for group in opt.param_groups:
-                group["lr"] = group["scale"] * runtime.lr_at(step, steps, lr)
-            loss = -logp.mean()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            line["grad_norm"] = nn.utils.clip_grad_norm_(params, 1.0).item()
             opt.step()
             opt.zero_grad()
-            smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
-            runtime.log(out / "metrics.jsonl", {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item()})
-            bar.set_postfix_str(f"loss {smooth:.3f}")
-
-
-def scene_batches(processor, size, seed, crowds):
-    """Batches of (Scene, name asked for or "", Prompt) from the pretrain split, drawn ahead by a thread; crowds: for each batch the number
-    of objects at most."""
-    first, n, few, many = scenes.SPLITS["pretrain"]
-    rng = random.Random(seed)
-
-    def make(most):
-        scene = scenes.scene(first + rng.randrange(n), few, min(most, many))
-        pixels, grid, _ = processor.patches(scene.draw())
-        asked = rng.choice(["", *names(scene)])
-        ids = torch.tensor(processor.turns(asked, int(grid.prod()) // processor.merge ** 2))
-        return scene, asked, data.Prompt(ids, pixels, grid, None)
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = None
-        for most in [*crowds, None]:
-            following = most and [pool.submit(make, most) for _ in range(size)]
-            if ahead:
-                yield [f.result() for f in ahead]
-            ahead = following
+            if step + 1 == warm:
+                with torch.no_grad():
+                    for name, called in (("kind", [None, *scenes.CATEGORIES]), ("color", list(scenes.COLORS))):
+                        for word, row in zip(called, heads[name].weight.unflatten(0, (4, -1)).mean(0)):
+                            ids = word and processor.words(f" {word}")
+                            if ids and len(ids) == 1:
+                                embedding[ids[0]] = 0.05 * width ** 0.5 * F.normalize(row, dim=0)
+                opt.state.pop(embedding, None)
+            runtime.log(out / "metrics.jsonl", line)
+            if step % 10 == 0:
+                bar.set_postfix_str(f"kind {line['kind']:.2f} box {line['pixels_off']:.1f} px text {line.get('language', math.nan):.3f}")
+    hook.remove()
 
 
 def main():
     parser = runtime.Parser("Trains the small base on the embedded world from nothing")
     parser.add_argument("--out", default="ckpt/base", help="folder of the base")
-    parser.add_argument("--vision-steps", type=runtime.positive, default=350, help="steps of the dense vision warm-up")
-    parser.add_argument("--steps", type=runtime.positive, default=500, help="steps of language pretraining")
+    parser.add_argument("--steps", type=runtime.positive, default=1600, help="steps")
+    parser.add_argument("--warm", type=runtime.positive, default=100, help="the first of them, without language")
     parser.add_argument("--batch", type=runtime.positive, default=16, help="scenes a step")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes")
     args = parser.parse_args()
     out = Path(args.out)
@@ -248,12 +275,9 @@ def main():
     shutil.rmtree(out, ignore_errors=True)
     write_shape(out, args.seed)
     processor = data.Processor.from_pretrained(out)
-    model = fresh_model(out, args.seed)
+    model = fresh_model(out, args.seed, processor)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer.get_vocab())} tokens")
-    warm_up(model, processor, scene_batches(processor, args.batch, args.seed, [5] * args.vision_steps), args.vision_steps, 2e-3)
-    # one object first: to read a box off the image at all is learned in minutes; to find the right one among several comes after that
-    crowds = [1 if i < 0.4 * args.steps else 2 if i < 0.6 * args.steps else 5 for i in range(args.steps)]
-    converse(model, processor, scene_batches(processor, args.batch, args.seed + 1, crowds), args.steps, 2e-3, out)
+    train(model, processor, args.steps, args.warm, args.batch, args.lr, args.seed, out)
     model.save_pretrained(out)
     print(f"written: {out}")
 
