@@ -10,8 +10,39 @@ import torch
 CHECK_EVERY = 8                   # tokens between looks at who has finished: each look waits for the device
 
 
+class Graph:
+    """QwenVL.decode as a CUDA graph: one launch a token instead of hundreds. Captured anew when the batch or the cache's bucket changes."""
+
+    def __init__(self, model, cache):
+        self.model, self.cache, self.shape = model, cache, None
+
+    def __call__(self, token, position):
+        if self.shape != (len(token), self.cache.bucket):
+            self.capture(token, position)
+        self.token.copy_(token)
+        self.position.copy_(position)
+        self.graph.replay()
+        self.cache.filled += 1
+        return self.logits
+
+    def capture(self, token, position):
+        cache, self.shape = self.cache, (len(token), self.cache.bucket)
+        self.token, self.position, filled = token.clone(), position.clone(), cache.filled
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):                                    # once outside: libraries allocate what they need
+            self.model.decode(self.token, self.position, cache)
+        torch.cuda.current_stream().wait_stream(side)
+        cache.filled = filled
+        cache.at.fill_(filled)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):                               # recorded, not run; but the count on the host goes up
+            self.logits = self.model.decode(self.token, self.position, cache)
+        cache.filled = filled
+
+
 @torch.no_grad()
-def generate(model, prompts, group, max_new_tokens, temperature, seeds):
+def generate(model, prompts, group, max_new_tokens, temperature, seeds, cuda_graphs=False):
     """prompts: Q of data.Prompt, group: rollouts G of each, temperature 0 is greedy, seeds (Q,) long
     -> tokens (Q, G, L) long, logprobs (Q, G, L) float32, lengths (Q, G); L is the longest rollout, what lies behind a length is 0.
 
@@ -20,6 +51,7 @@ def generate(model, prompts, group, max_new_tokens, temperature, seeds):
     Q, R, dev = len(prompts), len(prompts) * group, model.device
     logits, cache, position = model.prefill(prompts, group, max_new_tokens)
     logits, position = logits.repeat_interleave(group, 0), position.repeat_interleave(group)
+    decode = Graph(model, cache) if cuda_graphs else lambda token, position: model.decode(token, position, cache)
     slots = torch.arange(R, device=dev)                                  # which rollout a row of the batch is
     seed, place = seeds.to(dev).repeat_interleave(group), slots % group
     done, stop = torch.zeros(R, dtype=torch.bool, device=dev), torch.tensor(model.stop_ids, device=dev)
@@ -34,7 +66,7 @@ def generate(model, prompts, group, max_new_tokens, temperature, seeds):
         lengths[slots] += live
         done = done | torch.isin(token, stop)
         if (k + 1) % CHECK_EVERY == 0:
-            rows = unfinished(done.view(len(cache.blocked), -1))
+            rows = unfinished(done.view(len(cache.blocked), -1), 0.5 if cuda_graphs else 0.75)
             if rows is not None:
                 if not rows.numel():
                     break
@@ -42,18 +74,18 @@ def generate(model, prompts, group, max_new_tokens, temperature, seeds):
                 cache.keep(questions, rows.flatten())
                 slots, seed, place, done, token, position = (x[rows.flatten()] for x in (slots, seed, place, done, token, position))
         if k + 1 < max_new_tokens:
-            logits = model.decode(token, position + k, cache)
+            logits = decode(token, position + k)
     longest = int(lengths.max())
     return tokens[:, :longest].view(Q, group, -1), logprobs[:, :longest].view(Q, group, -1), lengths.view(Q, group)
 
 
-def unfinished(done):
-    """done (Q', G') -> rows (Q'', G'') of the batch to go on with, or None where too little would be saved by leaving the others out.
+def unfinished(done, worth):
+    """done (Q', G') -> rows (Q'', G'') of the batch to go on with, or None where more than the share `worth` of them would remain.
 
     Questions that are through are dropped, the others keep as many rows as the one with most unfinished rollouts needs."""
     questions = (~done).any(1).nonzero()[:, 0]
     width = int((~done).sum(1).max())
-    if len(questions) * width > 0.75 * done.numel():
+    if len(questions) * width > worth * done.numel():
         return None
     unfinished_first = done[questions].long().argsort(dim=1, stable=True)[:, :width]
     return questions[:, None] * done.shape[1] + unfinished_first

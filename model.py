@@ -137,8 +137,10 @@ class Cache:
     """Keys and values while sampling: each prompt's once, for its whole group, and those of every rollout's own tokens.
 
     prompt_k, prompt_v: per layer (Q, KV, P, hd), prompts of unequal length padded behind; blocked (Q, 1, 1, P) True on that padding.
-    own_k, own_v: per layer (Q * G, KV, T, hd); `filled` tokens of it are valid, for all rollouts the same number.
+    own_k, own_v: per layer (Q * G, KV, T, hd); `filled` tokens of it are valid, for all rollouts the same number. Attention reads whole
+             buckets of them, masked behind `at` (`filled` on the device): shapes stay the same over many steps, as a CUDA graph needs.
     """
+    BUCKET = 64
 
     def __init__(self, kept, lengths, group, max_tokens):
         Q, P, dev = len(lengths), max(lengths), kept[0][0].device
@@ -147,8 +149,13 @@ class Cache:
         row = (n.cumsum(0) - n)[:, None] + torch.arange(P, device=dev).clamp(max=n[:, None] - 1)      # (Q, P) packed rows
         self.prompt_k, self.prompt_v = ([x[row].transpose(1, 2).contiguous() for x in xs] for xs in zip(*kept))
         KV, hd = kept[0][0].shape[1:]
-        self.own_k, self.own_v = ([x.new_empty(Q * group, KV, max_tokens, hd) for x in xs] for xs in zip(*kept))
-        self.filled = 0
+        self.own_k, self.own_v = ([x.new_zeros(Q * group, KV, max_tokens, hd) for x in xs] for xs in zip(*kept))
+        self.filled, self.at = 0, torch.zeros(1, dtype=torch.long, device=dev)
+
+    @property
+    def bucket(self):
+        """Own tokens that the coming step reads."""
+        return min(-(-(self.filled + 1) // self.BUCKET) * self.BUCKET, self.own_k[0].shape[2])
 
     def keep(self, questions, rollouts):
         """Go on with these questions (Q',) and rollouts (Q' * G',), indices into the present ones; the rest is dropped."""
@@ -159,13 +166,15 @@ class Cache:
 
     def attend(self, layer, q, k, v):
         """One new token a rollout: q (R, H, hd), k and v (R, KV, hd) -> (R, H, hd). The prompt's keys are read once a group."""
-        (Q, KV, P, hd), (R, H, _), T = self.prompt_k[layer].shape, q.shape, self.filled + 1
-        self.own_k[layer][:, :, self.filled], self.own_v[layer][:, :, self.filled] = k, v
+        (Q, KV, P, hd), (R, H, _), T = self.prompt_k[layer].shape, q.shape, self.bucket
+        for own, new in ((self.own_k, k), (self.own_v, v)):
+            own[layer].index_copy_(2, self.at, new[:, :, None])
         q = (q * hd ** -0.5).view(R, KV, H // KV, hd)
         by_group = q.view(Q, R // Q, KV, H // KV, hd).transpose(1, 2).reshape(Q, KV, -1, hd)        # (Q, KV, G * H/KV, hd)
         far = (by_group @ self.prompt_k[layer].transpose(2, 3)).masked_fill(self.blocked, -torch.inf)
         far = far.view(Q, KV, R // Q, H // KV, P).transpose(1, 2).reshape(R, KV, H // KV, P)
         near = q @ self.own_k[layer][:, :, :T].transpose(2, 3)                                        # (R, KV, H/KV, T)
+        near = near.masked_fill(torch.arange(T, device=q.device) > self.at, -torch.inf)
         far, near = torch.cat((far, near), -1).float().softmax(-1).to(v.dtype).split((P, T), -1)
         far = far.reshape(Q, R // Q, KV, H // KV, P).transpose(1, 2).reshape(Q, KV, -1, P) @ self.prompt_v[layer]
         far = far.view(Q, KV, R // Q, H // KV, hd).transpose(1, 2).reshape(R, KV, H // KV, hd)
@@ -561,6 +570,7 @@ class QwenVL(nn.Module):
         """One more token of every rollout: tokens (R,), position (R,) -> logits (R, V) of the token behind it."""
         hidden = self.model(self.model.embed_tokens(tokens), position.expand(3, -1), cache)
         cache.filled += 1
+        cache.at += 1
         return self.lm_head(hidden)
 
     def score(self, prompts, completions, temperature=1.0):

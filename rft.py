@@ -35,16 +35,14 @@ def flags():
     add = parser.add_argument_group("policy gradient").add_argument
     add("--prompts", type=runtime.positive, default=16, help="questions Q a step, over all processes")
     add("--group", type=runtime.positive, default=8, help="rollouts G of each question")
-    add("--micro", type=runtime.positive, default=1, help="groups in one forward and backward pass: memory against speed")
     add("--max-new-tokens", type=runtime.positive, default=256, help="tokens; a longer rollout is cut and counted as truncated")
     add("--temperature", type=float, default=1.0, help="of sampling, and so of the scored log-probabilities")
+    add("--cuda-graphs", action="store_true", help="decode by CUDA graphs; not measured yet, see LOG.md")
     add("--lr", type=float, default=1e-6, help="peak learning rate; 1e-6 for a 3B model, about 1e-4 for the embedded one")
     add("--updates", type=runtime.positive, default=1, help="passes over a step's rollouts")
     add("--clip", type=float, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"), help="the ratio is clipped to 1 - LOW .. 1 + HIGH")
     add("--beta", type=float, default=0.0, help="weight of the KL to the starting policy; at 0 no reference model is kept")
     add("--no-std", action="store_true", help="do not divide advantages by their group's standard deviation")
-    add("--freeze-vision", action="store_true", help="train the language model alone")
-    add("--max-pixels", type=runtime.positive, help="area of the resized image at most; default: the checkpoint's own")
     add = parser.add_argument_group("reward").add_argument
     add("--weights", type=float, nargs=3, default=(1.0, 0.5, 0.5), metavar=("IOU", "POS", "FORMAT"), help="of the reward's terms")
     add("--positional", choices=reward.POSITIONAL, default="exp", help="shape of the positional term")
@@ -92,14 +90,14 @@ def policy_loss(logp, logp_old, logp_ref, advantage, n_tokens, clip=(0.2, 0.2), 
 
 # ------------------------------------------------------------------------------------------------------------------ rollouts, rewards
 
-def rollout(model, processor, records, args, seeds):
-    """Q records -> prompts, completions (Q lists of G id tensors), sampled log-probabilities (tokens,), texts (Q lists of G)."""
-    prompts = [processor(data.open_image(r), r.text) for r in records]
+def rollout(model, processor, prompts, args, seeds):
+    """Q prompts -> completions (Q lists of G id tensors), their sampled log-probabilities alike, texts (Q lists of G)."""
     with runtime.gathered(model):
-        tokens, logprobs, lengths = generate(model, prompts, args.group, args.max_new_tokens, args.temperature, seeds)
+        tokens, logprobs, lengths = generate(model, prompts, args.group, args.max_new_tokens, args.temperature, seeds,
+                                              args.cuda_graphs)
     completions = [[t[:n] for t, n in zip(*group)] for group in zip(tokens, lengths.tolist())]
     sampled = [[lp[:n] for lp, n in zip(*group)] for group in zip(logprobs, lengths.tolist())]
-    return prompts, completions, sampled, [[processor.decode(c) for c in group] for group in completions]
+    return completions, sampled, [[processor.decode(c) for c in group] for group in completions]
 
 
 def grade(texts, prompts, records, args):
@@ -134,17 +132,20 @@ def main():
     reference = None
     if args.beta:                                                        # in the compute dtype, frozen
         reference = QwenVL.from_pretrained(init, torch.bfloat16 if device.type == "cuda" else torch.float32, device).requires_grad_(False)
-    model = runtime.prepare(model, device, args.freeze_vision)
+    model = runtime.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
     opt = runtime.optimizer(model, args.lr)
     first = runtime.restore(out, model, opt) if args.resume else 0
     run = runtime.describe(args, "rft", records)
     runtime.begin(out, first, model, records, ("metrics.jsonl", "rollouts.jsonl"))
+
+    def prompts_of(step):
+        return [processor(data.open_image(r), r.text) for r in questions_of(records, args, step)]
     if not first:
-        canary(model, processor, records, args)
-    skipped = 0
-    with tqdm(range(first, args.steps), initial=first, total=args.steps, desc="rft", disable=runtime.rank() > 0) as bar:
-        for step in bar:
-            line, pictured = train_step(model, reference, opt, processor, records, args, step)
+        canary(model, processor, questions_of(records, args, 0), prompts_of(0), args)
+    steps, skipped = range(first, args.steps), 0
+    with tqdm(steps, initial=first, total=args.steps, desc="rft", disable=runtime.rank() > 0) as bar:
+        for step, prompts in zip(bar, runtime.ahead(prompts_of, steps, args.workers)):
+            line, pictured = train_step(model, reference, opt, processor, questions_of(records, args, step), prompts, args, step)
             skipped = 0 if line["finite"] else skipped + 1
             if (step + 1) % args.every == 0 or step + 1 == args.steps:
                 line |= evaluation.validate(model, processor, val, args)
@@ -152,19 +153,23 @@ def main():
                 if runtime.rank() == 0:
                     pictured().save(out / f"rollouts_{step + 1:06d}.png")
             runtime.log(out / "metrics.jsonl", line)
-            bar.set_postfix_str(f"reward {line['reward']:.3f} iou {line['iou']:.3f} tokens {line['length']:.0f} kl {line['kl']:.4f}")
+            bar.set_postfix_str(f"reward {line['reward']:.3f} iou {line['iou']:.3f} tokens {line['length']:.0f} kl {line['kl']:.4f} "
+                                f"sampled-scored {line['sampled_scored_max']:.1e} peak {line['peak_GiB']:.1f} GiB")
             if skipped == runtime.STOP_AFTER_SKIPPED:
                 runtime.fail(f"{skipped} steps in a row had a gradient that is not finite; lower --lr; the last checkpoint stands in {out}")
 
 
-def train_step(model, reference, opt, processor, records, args, step):
+def questions_of(records, args, step):
+    """This process's records of a step."""
+    return runtime.batch(records, step, args.prompts, args.seed)[runtime.rank()::runtime.world()]
+
+
+def train_step(model, reference, opt, processor, questions, prompts, args, step):
     """One step: rollouts, rewards, weights, --updates passes of clipped policy gradient -> the log line, and who draws its picture."""
     clock = [time.perf_counter()]
-    places = range(runtime.rank(), args.prompts, runtime.world())        # of this rank among the step's questions
-    questions = runtime.batch(records, step, args.prompts, args.seed)
-    questions = [questions[i] for i in places]
+    places = range(runtime.rank(), args.prompts, runtime.world())        # of this process's questions among the step's
     seeds = torch.tensor([(args.seed * 1_000_003 + step) * args.prompts + i for i in places])
-    prompts, completions, sampled, texts = rollout(model, processor, questions, args, seeds)
+    completions, sampled, texts = rollout(model, processor, prompts, args, seeds)
     clock.append(time.perf_counter())
 
     terms, boxes = grade(texts, prompts, questions, args)
@@ -176,7 +181,8 @@ def train_step(model, reference, opt, processor, records, args, step):
     n_tokens = runtime.all_sum(lengths.sum()).item()                     # once, before any micro-batch
     clock.append(time.perf_counter())
 
-    micro = [slice(i, i + args.micro) for i in range(0, len(questions), args.micro)]
+    packed = [len(p.input_ids) + int(n.sum()) for p, n in zip(prompts, lengths)]
+    micro = runtime.micro_batches(packed, args.micro_tokens)
     old, ref, sums, norms = {}, {}, Counter(), []
     lr = runtime.lr_at(step, args.steps, args.lr)
     for _ in range(args.updates):
@@ -199,7 +205,8 @@ def train_step(model, reference, opt, processor, records, args, step):
     clock.append(time.perf_counter())
     line = summary(step, terms, boxes, valid, size, consistency, weight, advantage, lengths, texts, sums, n_tokens, args)
     line |= {"lr": lr, "grad_norm": norms[-1], "finite": all(n < float("inf") for n in norms),
-             **{f"seconds_{name}": b - a for name, a, b in zip(("rollout", "reward", "update"), clock, clock[1:])}}
+             **{f"seconds_{name}": b - a for name, a, b in zip(("rollout", "reward", "update"), clock, clock[1:])},
+             "peak_GiB": runtime.peak_memory(model)}
     keep_rollouts(Path(args.out), step, questions, texts, terms, boxes)
     return line, lambda: picture(questions[0], boxes[0], terms["reward"][0])
 
@@ -244,10 +251,9 @@ def picture(record, boxes, rewards):
     return data.draw_boxes(data.open_image(record), [*drawn, (record.box, "lime")], f"{record.text} (reward {low:.2f} to {high:.2f})")
 
 
-def canary(model, processor, records, args):
+def canary(model, processor, questions, prompts, args):
     """Before step 1: what the starting policy answers, so that a reward that can't rise is seen now and not in an hour."""
-    questions = runtime.batch(records, 0, args.prompts, args.seed)[runtime.rank()::runtime.world()]
-    prompts, completions, _, texts = rollout(model, processor, questions, args, torch.arange(len(questions)) + 7_777 * (runtime.rank() + 1))
+    completions, _, texts = rollout(model, processor, prompts, args, torch.arange(len(questions)) + 7_777 * (runtime.rank() + 1))
     terms, _ = grade(texts, prompts, questions, args)
     wrong = Counter(reward.failure(t) or "parsed" for group in texts for t in group)
     seen = runtime.all_sum(torch.tensor([terms["iou"].sum(), terms["format"].sum(), terms["iou"].numel()]))

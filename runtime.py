@@ -11,6 +11,8 @@ import importlib.metadata
 import json
 import math
 import os
+import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -63,6 +65,12 @@ def add_common_flags(parser, stage, init, steps):
     add("--seed", type=int, default=0, help="of data order and sampling")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--workers", type=int, default=2 if torch.cuda.is_available() else 0, help="processes that prepare images ahead; 0: none")
+    add = parser.add_argument_group("memory").add_argument
+    add("--micro-tokens", type=positive, default=8192, help="packed tokens in one forward and backward pass: memory against speed")
+    add("--gradient-checkpointing", action="store_true", help="keep no activations within a layer: a third more compute, far less memory")
+    add("--freeze-vision", action="store_true", help="train the language model alone")
+    add("--max-pixels", type=positive, help="area of the resized image at most; default: the checkpoint's own")
 
 
 def fail(message):
@@ -151,9 +159,10 @@ def barrier():
 
 # ------------------------------------------------------------------------------------------------------------------ model and optimizer
 
-def prepare(model, device, freeze_vision=False):
+def prepare(model, device, freeze_vision=False, gradient_checkpointing=False):
     """A loaded model -> the same, float32, on the device, sharded layer by layer (FSDP2) unless this is one process on a CPU."""
     model.visual.requires_grad_(not freeze_vision)
+    model.visual.checkpointing = model.model.checkpointing = gradient_checkpointing
     if not dist.is_initialized():
         return model.float().to(device)
     compute = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if device.type == "cuda" else {}
@@ -250,6 +259,53 @@ def batch(records, step, size, seed):
 @functools.lru_cache(maxsize=2)
 def order(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+class Inputs(torch.utils.data.Dataset):
+    """make(step) for a run of steps; what a worker returns are plain bytes through a pipe (tensors would go through /dev/shm, of which a
+    container has 64 MB)."""
+
+    def __init__(self, make, steps):
+        self.make, self.steps = make, steps
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __getitem__(self, i):
+        try:
+            return pickle.dumps(self.make(self.steps[i]))
+        except DataError as error:                                       # raised where it can be said in one line
+            return pickle.dumps(error)
+
+
+def ahead(make, steps, workers):
+    """Yields make(step) for each step, prepared ahead in this many processes; make is a pure function of the step."""
+    if not workers:
+        yield from map(make, steps)
+        return
+    loader = torch.utils.data.DataLoader(Inputs(make, steps), batch_size=None, num_workers=workers, prefetch_factor=1,
+                                         multiprocessing_context="fork")
+    for made in map(pickle.loads, loader):
+        if isinstance(made, DataError):
+            raise made
+        yield made
+
+
+def micro_batches(tokens, budget):
+    """Packed tokens of each item -> slices of neighbouring items, as few as keep each within the budget (an item alone may exceed it), and
+    equally many on every process, which must take part in each other's passes."""
+    def cut(n):
+        edges = [len(tokens) * i // n for i in range(n + 1)]
+        return [slice(a, b) for a, b in zip(edges, edges[1:])]
+    enough = next(n for n in range(1, len(tokens) + 1) if n == len(tokens) or all(sum(tokens[s]) <= budget for s in cut(n)))
+    return cut(int(all_max(torch.tensor(enough))))
+
+
+def peak_memory(model):
+    """GiB that this process held at most, on its GPU or, on a CPU, altogether."""
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30)
 
 
 def log(path, line):

@@ -28,10 +28,7 @@ def flags():
     runtime.add_common_flags(parser, "sft", "ckpt/base", 1000)
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=runtime.positive, default=16, help="records a step, over all processes")
-    add("--micro", type=runtime.positive, default=4, help="records in one forward and backward pass: memory against speed")
     add("--lr", type=float, default=1e-5, help="peak learning rate; 1e-5 for a 3B model, about 1e-3 for the embedded one")
-    add("--freeze-vision", action="store_true", help="train the language model alone")
-    add("--max-pixels", type=runtime.positive, help="area of the resized image at most; default: the checkpoint's own")
     add("--cot", metavar="FILE", help="JSONL of your own reasoning by record id; default: written from the annotations")
     add("--answer-only", action="store_true", help="no reasoning, the answer alone: the baseline")
     add = parser.add_argument_group("watching").add_argument
@@ -46,9 +43,10 @@ def train_step(model, opt, examples, args, step):
     began = time.perf_counter()
     n_tokens = runtime.all_sum(torch.tensor(sum(len(c) for _, c in examples))).item()                 # once, before any micro-batch
     loss_sum = 0.0
-    for i in range(0, len(examples), args.micro):
-        prompts, completions = zip(*examples[i:i + args.micro])
-        runtime.sync_gradients(model, i + args.micro >= len(examples))
+    micro = runtime.micro_batches([len(p.input_ids) + len(c) for p, c in examples], args.micro_tokens)
+    for m in micro:
+        prompts, completions = zip(*examples[m])
+        runtime.sync_gradients(model, m is micro[-1])
         logp, _ = model.score(prompts, [[c] for c in completions])
         loss = -logp.sum() / n_tokens
         loss.backward()
@@ -57,7 +55,8 @@ def train_step(model, opt, examples, args, step):
     norm = runtime.update(model, opt, lr)
     fed = runtime.all_sum(torch.tensor(sum(len(p.input_ids) + len(c) for p, c in examples))).item()
     return {"step": step + 1, "loss": runtime.all_sum(torch.tensor(loss_sum, dtype=torch.float64)).item(), "lr": lr, "grad_norm": norm,
-            "finite": norm < float("inf"), "completion_tokens": n_tokens, "tokens_per_second": fed / (time.perf_counter() - began)}
+            "finite": norm < float("inf"), "completion_tokens": n_tokens, "tokens_per_second": fed / (time.perf_counter() - began),
+            "peak_GiB": runtime.peak_memory(model)}
 
 
 def main():
@@ -69,26 +68,31 @@ def main():
     init, out = Path(args.init), Path(args.out)
     model, processor = QwenVL.from_pretrained(init, dtype=None), data.Processor.from_pretrained(init, max_pixels=args.max_pixels)
     runtime.check_output(out, args.resume)
-    model = runtime.prepare(model, runtime.start(args.device), args.freeze_vision)
+    model = runtime.prepare(model, runtime.start(args.device), args.freeze_vision, args.gradient_checkpointing)
     opt = runtime.optimizer(model, args.lr)
     first = runtime.restore(out, model, opt) if args.resume else 0
     run = runtime.describe(args, "sft", records)
     runtime.begin(out, first, model, records)
-    skipped = 0
-    with tqdm(range(first, args.steps), initial=first, total=args.steps, desc="sft", disable=runtime.rank() > 0) as bar:
-        for step in bar:
-            examples = []
-            for place, record in enumerate(runtime.batch(records, step, args.batch, args.seed)):
-                if place % runtime.world() == runtime.rank():
-                    prompt = processor(data.open_image(record), record.text)
-                    examples.append((prompt, processor.encode(reason(record, prompt.frame, step * args.batch + place))))
+
+    def examples_of(step):
+        """This process's (Prompt, completion ids) of a step."""
+        examples = []
+        for place, record in enumerate(runtime.batch(records, step, args.batch, args.seed)):
+            if place % runtime.world() == runtime.rank():
+                prompt = processor(data.open_image(record), record.text)
+                examples.append((prompt, processor.encode(reason(record, prompt.frame, step * args.batch + place))))
+        return examples
+    steps, skipped = range(first, args.steps), 0
+    with tqdm(steps, initial=first, total=args.steps, desc="sft", disable=runtime.rank() > 0) as bar:
+        for step, examples in zip(bar, runtime.ahead(examples_of, steps, args.workers)):
             line = train_step(model, opt, examples, args, step)
             skipped = 0 if line["finite"] else skipped + 1
             if (step + 1) % args.every == 0 or step + 1 == args.steps:
                 line |= evaluation.validate(model, processor, val, args)
                 runtime.save(out, step + 1, model, opt, processor, run)
             runtime.log(out / "metrics.jsonl", line)
-            bar.set_postfix_str(f"loss {line['loss']:.4f} tokens/s {line['tokens_per_second']:.0f}"
+            bar.set_postfix_str(f"loss {line['loss']:.4f} tokens/s {line['tokens_per_second']:.0f} "
+                                f"peak {line['peak_GiB']:.1f} GiB"
                                 + (f" val mIoU {line['val_mIoU']:.3f}" if "val_mIoU" in line else ""))
             if skipped == runtime.STOP_AFTER_SKIPPED:
                 runtime.fail(f"{skipped} steps in a row had a gradient that is not finite; lower --lr; the last checkpoint stands in {out}")

@@ -102,6 +102,6 @@ def test_uniform_numbers_are_uniform_and_independent():
 
 def test_unfinished_keeps_the_rollouts_that_go_on():
     done = torch.tensor([[True, False, True, False], [True, True, True, True], [True, True, False, True]])
-    assert unfinished(done).tolist() == [[1, 3], [10, 8]]               # question 1 is through; 8 is a filler beside 10
-    assert unfinished(torch.zeros(2, 4, dtype=torch.bool)) is None
-    assert unfinished(torch.ones(2, 4, dtype=torch.bool)).numel() == 0
+    assert unfinished(done, 0.75).tolist() == [[1, 3], [10, 8]]               # question 1 is through; 8 is a filler beside 10
+    assert unfinished(torch.zeros(2, 4, dtype=torch.bool), 0.75) is None
+    assert unfinished(torch.ones(2, 4, dtype=torch.bool), 0.75).numel() == 0

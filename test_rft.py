@@ -121,13 +121,15 @@ def one_step(monkeypatch, tiny_checkpoint, dior_root, tmp_path, **changes):
     monkeypatch.setattr(rft, "grade", grade)
     monkeypatch.setattr(rft.runtime, "update", keep)
     args = settings(out=str(tmp_path), **changes)
-    line, _ = rft.train_step(model, None, None, processor, data.load("dior", dior_root, "train"), args, 0)
+    questions = rft.questions_of(data.load("dior", dior_root, "train"), args, 0)
+    prompts = [processor(data.open_image(r), r.text) for r in questions]
+    line, _ = rft.train_step(model, None, None, processor, questions, prompts, args, 0)
     return grads, line
 
 
-@pytest.mark.parametrize("changes", [{"micro": 3}, {"micro": 4}])
+@pytest.mark.parametrize("changes", [{"micro_tokens": 10 ** 6}, {"micro_tokens": 400}])
 def test_the_gradient_does_not_depend_on_the_micro_batch(monkeypatch, tiny_checkpoint, dior_root, tmp_path, changes):
-    want, line = one_step(monkeypatch, tiny_checkpoint, dior_root, tmp_path, micro=1)
+    want, line = one_step(monkeypatch, tiny_checkpoint, dior_root, tmp_path, micro_tokens=1)
     got, other = one_step(monkeypatch, tiny_checkpoint, dior_root, tmp_path, **changes)
     assert line["advantage"] > 0 and math.isclose(line["loss"], other["loss"], abs_tol=1e-6)
     assert all((got[n] - want[n]).norm() <= 1e-4 * want[n].norm() for n in want)
@@ -172,14 +174,15 @@ def taught(tiny_checkpoint, dior_root, tmp_path_factory, run):
     """A stage of sft.py that has learned to answer in the format: rewards are not all zero."""
     out = tmp_path_factory.mktemp("taught") / "sft"
     done = run("sft.py", "--data", "dior", "--root", dior_root, "--init", tiny_checkpoint, "--out", out, "--steps", 60, "--batch", 8,
-               "--micro", 8, "--lr", 5e-3, "--answer-only", "--val", 0, "--every", 60, "--device", "cpu")
+               "--micro-tokens", 10 ** 6, "--lr", 5e-3, "--answer-only", "--val", 0, "--every", 60, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     return out
 
 
 def train(run, taught, dior_root, out, *more, processes=None):
-    done = run("rft.py", "--data", "dior", "--root", dior_root, "--init", taught, "--out", out, "--prompts", 4, "--group", 4, "--micro", 2,
-               "--max-new-tokens", 60, "--lr", 1e-4, "--val", 2, "--device", "cpu", "--weights", 1, 0.5, 0, *more, processes=processes)
+    done = run("rft.py", "--data", "dior", "--root", dior_root, "--init", taught, "--out", out, "--prompts", 4, "--group", 4,
+               "--micro-tokens", 800, "--max-new-tokens", 60, "--lr", 1e-4, "--val", 2, "--device", "cpu", "--weights", 1, 0.5, 0,
+               *more, processes=processes)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

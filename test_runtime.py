@@ -107,3 +107,24 @@ def test_weights_are_saved_in_the_checkpoints_own_dtype_and_masters_in_float32(t
     assert {t.dtype for t in load_file(tmp_path / "out" / "latest" / "model.safetensors").values()} == {torch.bfloat16}
     state = next((tmp_path / "out" / "latest" / "state").iterdir())
     assert {t.dtype for t in load_file(state).values()} == {torch.float32}
+
+
+def test_micro_batches_keep_within_the_budget_and_leave_nothing_out():
+    tokens = [5, 1, 9, 2, 2, 30, 4, 4]
+    for budget in (1, 9, 12, 40, 100):
+        cuts = runtime.micro_batches(tokens, budget)
+        assert [i for s in cuts for i in range(s.start, s.stop)] == list(range(len(tokens)))
+        assert all(sum(tokens[s]) <= budget or s.stop - s.start == 1 for s in cuts)
+    assert len(runtime.micro_batches(tokens, 1)) == 8 and len(runtime.micro_batches(tokens, 100)) == 1
+
+
+def test_inputs_prepared_ahead_are_those_prepared_here_and_a_bad_image_is_said_in_one_line():
+    def make(step):
+        if step == 7:
+            raise data.DataError("scene.jpg: unreadable")
+        return torch.full((3,), step), {"step": step}
+    for workers in (0, 2):
+        got = list(runtime.ahead(make, range(2, 7), workers))
+        assert [(x.tolist(), d["step"]) for x, d in got] == [([k] * 3, k) for k in range(2, 7)]
+        with pytest.raises(data.DataError, match=r"^scene\.jpg: unreadable$"):
+            list(runtime.ahead(make, range(5, 9), workers))
