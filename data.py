@@ -333,12 +333,13 @@ class Processor:
         Patches come merge x merge at a time, as the tower joins them; a still image fills both frames of the temporal patch."""
         p, m = self.patch, self.merge
         w, h = smart_resize(*image.size, p * m, self.min_pixels, self.max_pixels)
-        x = np.asarray(image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC), dtype=np.float32) / 255
-        x = ((x - self.mean) / self.std).reshape(h // p // m, m, p, w // p // m, m, p, 3)
-        x = x.transpose(0, 3, 1, 4, 6, 2, 5)                             # block row, block column, patch in block, channel, pixel
-        x = np.repeat(x[:, :, :, :, :, None], self.temporal_patch, axis=5)
-        grid = torch.tensor([[1, h // p, w // p]])
-        return torch.from_numpy(x.reshape(h // p * (w // p), -1)), grid, (w, h)
+        x = np.asarray(image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC)).reshape(h // p // m, m, p, w // p // m, m, p, 3)
+        x = x.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, -1, 1, p, p)     # channel; block row, block column, patch in block; pixel
+        shades = (np.arange(256, dtype=np.float32)[:, None] / 255 - self.mean) / self.std             # (256, 3): all values there are
+        out = np.empty((x.shape[1], 3, self.temporal_patch, p, p), np.float32)
+        for channel in range(3):
+            out[:, channel] = shades[:, channel][x[channel]]
+        return torch.from_numpy(out.reshape(len(out), -1)), torch.tensor([[1, h // p, w // p]]), (w, h)
 
     def save_pretrained(self, path):
         """Copies the tokenizer's and the processor's files, with the pixel limits in force."""

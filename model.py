@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 NEVER = -1e30                     # logit of an id that must not be sampled; finite, so that 0 * log 0 stays 0
-LOGITS_PER_CHUNK = 2 ** 27        # logits alive at once in `score` (float32: 0.5 GB); memory does not grow with tokens x vocabulary
+LOGITS_PER_CHUNK = 2 ** 25        # logits alive at once in `score` (float32: 0.1 GB); memory does not grow with tokens x vocabulary
 
 
 class CheckpointError(Exception):

@@ -205,7 +205,10 @@ def train(model, processor, steps, warm, batch, lr, seed, out):
     halfway = []
     hook = model.model.layers[len(model.model.layers) // 2 - 1].register_forward_hook(lambda layer, given, y: halfway.append(y))
     params = [*model.parameters(), *heads.parameters()]
-    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for p in params if not any(p is m for m in matrices)]
+    optimizers = (torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.01))
 
     image = processor.turns("", PATCHES ** 2 // 4)
     image = torch.tensor(image[:image.index(processor.ids["<|vision_end|>"]) + 1])
@@ -240,12 +243,13 @@ def train(model, processor, steps, warm, batch, lr, seed, out):
                 language = F.cross_entropy(model.lm_head(hidden[len(seen):][answer]), aims[wanted])
                 loss = loss + 2 * language
                 line["language"] = language.item()
-            for group in opt.param_groups:
-                group["lr"] = runtime.lr_at(step, steps, lr)
             loss.backward()
             line["grad_norm"] = nn.utils.clip_grad_norm_(params, 1.0).item()
-            opt.step()
-            opt.zero_grad()
+            for opt in optimizers:
+                for group in opt.param_groups:
+                    group["lr"] = runtime.lr_at(step, steps, lr)
+                opt.step()
+                opt.zero_grad()
             if step + 1 == warm:
                 with torch.no_grad():
                     for name, called in (("kind", [None, *scenes.CATEGORIES]), ("color", list(scenes.COLORS))):
@@ -253,7 +257,7 @@ def train(model, processor, steps, warm, batch, lr, seed, out):
                             ids = word and processor.words(f" {word}")
                             if ids and len(ids) == 1:
                                 embedding[ids[0]] = 0.05 * width ** 0.5 * F.normalize(row, dim=0)
-                opt.state.pop(embedding, None)
+                optimizers[1].state.pop(embedding, None)
             runtime.log(out / "metrics.jsonl", line)
             if step % 10 == 0:
                 bar.set_postfix_str(f"kind {line['kind']:.2f} box {line['pixels_off']:.1f} px text {line.get('language', math.nan):.3f}")
