@@ -3,7 +3,7 @@
 # Two CPU cores are enough. Everything is written below ckpt/; a second run wants that folder gone or renamed.
 set -euo pipefail
 cd "$(dirname "$0")"
-export OMP_WAIT_POLICY=PASSIVE       # threads that wait must not steal the cores from the one that works
+export GOMP_SPINCOUNT=10000          # threads that wait spin shortly, then sleep: full speed alone, and no thrashing beside other work
 
 # 1. The six packages.
 [ -x .venv/bin/python ] || python3 -m venv .venv
