@@ -180,7 +180,8 @@ class Collector:
             return None, None, "image outside the data set" if name else "no image named", []
         base = os.path.basename(name)
         found = [self.folder / name] if self.exact else self.paths.get(os.path.splitext(base)[0], [])
-        for better in (lambda p: p.name == base, lambda p: p.as_posix().endswith(f"/{name}"), lambda p: self.prefer in p.parts):
+        for better in (lambda p: p.name == base, lambda p: p.as_posix().endswith(f"/{name}"),
+                       lambda p: self.prefer in p.relative_to(self.folder).parts):
             found = [p for p in found if better(p)] or found
         if len(found) != 1:
             return None, None, "several images of that name" if found else "missing image", []
@@ -224,7 +225,7 @@ def repair_box(values, size, per=None):
 
 def numbers(value):
     """Every number in a list or a text, as floats."""
-    return [float(v) for v in re.findall(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?", str(value))]
+    return [float(v) for v in re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", str(value))]
 
 
 def bracketed(value):
@@ -280,7 +281,7 @@ def read_objects(file):
 def hold_out(records, split):
     """For data without validation records: "val" is one image in 20 of train, chosen by its name, and the training stages ("sft", "rft")
     get the rest and what was refused. "train" stays whole."""
-    images = sorted({r.image for r in records}, key=lambda p: fingerprint(p.name))
+    images = sorted({r.image for r in records}, key=lambda p: (fingerprint(p.name), p))
     held = set(images[:max(len(images) // 20, 1)])
     note = f"validation is {len(held):,} of train's {len(images):,} images, which sft and rft leave out"
     if split == "val":
@@ -408,10 +409,11 @@ def read_vrsbench(root, split):
                           unique=str(row["unique"]).lower() in ("true", "1") if "unique" in row else None,
                           grid=tuple(map(int, grid)) if len(grid) == 4 else None)
             continue
-        turns = [str(turn.get("value", "")) for turn in row.get("conversations", ()) if isinstance(turn, dict)]
-        for i, (asked, told) in enumerate(zip(turns[::2], turns[1::2])):
-            if "[refer]" in asked:
-                text = re.search(r"<p>(.*?)</p>", asked, re.DOTALL)
+        turns = row.get("conversations")
+        turns = [str(t["value"]) if isinstance(t, dict) and "value" in t else "" for t in turns] if isinstance(turns, list) else []
+        for i, (question, told) in enumerate(itertools.zip_longest(turns[::2], turns[1::2], fillvalue="")):
+            if "[refer]" in question:
+                text = re.search(r"<p>(.*?)</p>", question, re.DOTALL)
                 collected.add(f"{where}, turn {i}" if i else where, f"{identity}-{i}" if i else identity, row.get("image"),
                               text and text[1], numbers(told), per=100)
     return collected.records
@@ -428,10 +430,10 @@ def read_refgeo(root, split):
                       "set, like rsvg_test")
     total = Records([], {})
     for file in files:
-        part, folders = file.stem.rsplit("_", 1)[0].replace("_", ""), sorted(p for p in (root / "images").glob("*") if p.is_dir())
+        part, folders = file.stem.rsplit("_", 1)[0], sorted(p for p in (root / "images").glob("*") if p.is_dir())
         plain = {p: re.sub("[-_ ]", "", p.name.lower()) for p in folders}
-        folder = next((p for same in (str.__eq__, str.startswith) for p in folders if same(plain[p], part)), root / "images" / part)
-        collected = Collector(folder)
+        folder = next((p for same in (str.__eq__, str.startswith) for p in folders if same(plain[p], part.replace("_", ""))), None)
+        collected = Collector(folder or root / "images" / part)
         for n, row in read_objects(file):
             if row is None:
                 collected.refuse("no JSON object", f"{file}, line {n}")
@@ -454,7 +456,7 @@ def read_jsonl(root, split):
     for file in files:
         own = file.stem if len(files) > 1 or file.stem in known else "train"
         for n, row in read_objects(file):
-            rows.setdefault(str((row or {}).get("split", own)), []).append((file, n, row))
+            rows.setdefault(str((row or {}).get("split") or own), []).append((file, n, row))
     if split not in rows and split in ("sft", "rft", "val") and "train" in rows:
         whole = read_jsonl(root, "train")
         return whole if "val" in rows else hold_out(whole, split)
@@ -469,8 +471,8 @@ def read_jsonl(root, split):
             continue
         image, (text, box) = row.get("image"), asked(row)
         image = image[0] if isinstance(image, list) and len(image) == 1 else image
-        collected.add(where, str(row.get("id", f"{file.stem}-{n}")), image if isinstance(image, str) else "", text, box,
-                      row.get("category"))
+        identity = f"{file.stem}-{n}" if row.get("id") is None else str(row["id"])
+        collected.add(where, identity, image if isinstance(image, str) else "", text, box, row.get("category"))
     return collected.records
 
 
@@ -479,7 +481,8 @@ def asked(row):
     if "text" in row or "box" in row:
         return row.get("text"), bracketed(row.get("box"))
     turns = row.get("conversations")
-    turns = {t.get("from"): t.get("value") for t in turns if isinstance(t, dict)} if isinstance(turns, list) and len(turns) == 2 else {}
+    turns = [t for t in turns if isinstance(t, dict)] if isinstance(turns, list) and len(turns) == 2 else []
+    turns = {str(t.get("from")): t.get("value") for t in turns}
     text = str(row.get("problem") or row.get("question") or turns.get("human") or "").replace("<image>", "").strip()
     request = re.fullmatch(r"Please provide the bounding box coordinates? of the region this sentence describes: (.*?)\.?", text, re.DOTALL)
     return request[1] if request else text, bracketed(row.get("solution") or row.get("ground_truth") or turns.get("gpt"))
