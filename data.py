@@ -4,7 +4,8 @@ One sample's way: `load` reads the annotations -> `open_image` -> `Processor(ima
 prompt -> the model answers in its own frame -> `to_image_frame` brings the box back. Boxes are xyxy, float; rewards and metrics only ever
 see pixels of the original image, and coordinates are converted nowhere but here.
 
-A new data set is one function in READERS: (root, split) -> Records.
+A new data set is one function in READERS: (root, split) -> Records. It hands each annotation to a Collector, which finds the image, repairs
+what has one reading and counts what it refuses.
 
     python data.py dior                       counts beside the published ones, refused and repaired records, a contact sheet
 """

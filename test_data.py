@@ -399,6 +399,9 @@ def test_refgeo_finds_each_data_sets_images_in_its_own_folder(tmp_path):
     assert [r.id for r in load("refgeo", tmp_path, "rsvg_test")] == ["rsvg_test-1"]
     with pytest.raises(DataError, match="dior_rsvg_val.jsonl"):
         load("refgeo", tmp_path, "val")
+    shutil.copytree(tmp_path / "images" / "rsvg", tmp_path / "images" / "other")
+    shutil.rmtree(tmp_path / "images" / "rsvg")                          # an image of that name elsewhere is another image
+    assert list(load("refgeo", tmp_path, "rsvg_test").refused) == ["missing image"]
 
 
 def own(name, text="the ship", box=(1, 2, 30, 40), **more):
@@ -475,11 +478,13 @@ def test_a_mixture_takes_shares_and_repeats_and_keeps_ids_apart(parent):
     assert sum(i.endswith("#3") for i in ids) == 5 and {i[:-2] for i in ids if "#" in i} <= set(ids)
     assert mixed.hash == load("jsonl:0.25+rsvg-hr:2.5", parent, "train").hash != load("jsonl:0.5+rsvg-hr:2.5", parent, "train").hash
     assert {r.id for r in load("jsonl:0.25", parent, "train")} < {r.id for r in load("jsonl:0.5", parent, "train")}
-    assert {i.split("/")[0] for i in ids[:12]} == {"jsonl", "rsvg-hr"}    # a slice of it, as validation takes one, is a mixture too
+    assert {i.split("/")[0] for i in ids[:8]} == {"jsonl", "rsvg-hr"}    # a slice of it, as validation takes one, is a mixture too
     assert [len(places) for places in mixed.refused.values()] == [1] and len(mixed.repaired["swapped corners"]) == 10
     assert mixed.refused["no JSON object"][0].startswith("jsonl: ")
     together = load("jsonl+rsvg-hr", parent, "train")
     assert len(together) == 50 and together[0].image.exists()
+    sft, val = (load("jsonl+rsvg-hr", parent, name) for name in ("sft", "val"))
+    assert len(sft) == 47 and len(val) == 3 and not {r.id for r in sft} & {r.id for r in val} and "jsonl: validation" in val.note
 
 
 @pytest.mark.parametrize("name", ["jsonl+jsonl", "jsonl+other", "jsonl:0", "jsonl:-1", "jsonl:nan", "jsonl:inf", "jsonl:x", "jsonl:",
