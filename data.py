@@ -225,8 +225,9 @@ def repair_box(values, size, per=None):
 
 
 def numbers(value):
-    """Every number in a list or a text, as floats."""
-    return [float(v) for v in re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", str(value))]
+    """Every number in a list or a text, as floats, but none too large for one."""
+    found = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", str(value))
+    return [float(v) for v in found if math.isfinite(float(v))]
 
 
 def bracketed(value):

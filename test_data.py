@@ -216,7 +216,7 @@ def test_what_is_missing_is_said_in_one_line(folder, tmp_path):
 def test_the_genuine_record_and_split_files():
     genuine = SHARED / "samples" / "dior_rsvg"
     indices = data.dior_indices(genuine)
-    assert {name: len(v) for name, v in indices.items()} == {"train": 26_991, "val": 3_829, "test": 7_500}
+    assert {name: len(v) for name, v in indices.items()} == {"train": 26_991, "val": 3_829, "test": 7_500} == data.PUBLISHED["dior"]
     assert sorted(sum(indices.values(), [])) == list(range(38_320))
     with pytest.raises(DataError, match="beyond the 1 objects"):         # the other 17,401 annotations are not there
         load("dior", genuine, "test")
@@ -456,6 +456,28 @@ def test_the_genuine_pairs_of_vlm_r1_are_read(tmp_path):
     assert len(train) == len(test) == 200 and [r.box for r in train] == [r.box for r in test] == [tuple(p["ground_truth"]) for p in pairs]
     assert [r.text for r in train] == [r.text for r in test]
     assert [r.text for r in train[:3]] == ["man standing far left in orange", "umpcatcher", "table with bananas"]
+
+
+def test_values_of_any_type_are_refused_or_read_but_never_break_a_reader(tmp_path):
+    for name in ("Images_train/a.png", "images/rsvg/a.png", "a.png"):
+        image(tmp_path / name, 50, 40)
+    values = [None, True, 0, -1, "", "a.png", "a.jpg", "../a.png", "/a.png", ".", "\0", "\ud800", "[1, 2, 30, 40]", "{<1><2><30><40>}",
+              [1, 2, 30, 40], [float("nan")] * 4, [1e999] * 8, [10 ** 400, 1, 2, 3], "9" * 400, [0.1] * 8, {}, [{}], [{"from": [1]}, {}],
+              [{"value": "[refer] <p>x</p>"}], [{"from": "human"}, {"from": "gpt", "value": "[1, 2, 3, 4]"}], ["a.png"]]
+    keys = ("image", "image_id", "text", "question", "problem", "solution", "box", "bbox", "obj_corner", "ground_truth", "conversations",
+            "id", "unique", "obj_cls", "category")
+    rng = random.Random(0)
+    for _ in range(60):
+        rows = [{key: rng.choice(values) for key in keys if rng.random() < 0.7} for _ in range(8)]
+        for file in ("VRSBench_train.json", "VRSBench_EVAL_referring.json"):
+            (tmp_path / file).write_text(json.dumps(rows))
+        for file in ("train.jsonl", "metainfo/rsvg_train.jsonl"):
+            lines(tmp_path / file, *rows)
+        for name, split_name in (("vrsbench", "test"), ("vrsbench", "train"), ("refgeo", "train"), ("jsonl", "train")):
+            records = load(name, tmp_path, split_name)
+            if split_name == "test" or name != "vrsbench":               # each row is there, as a record or as a refusal
+                assert len(records) + sum(map(len, records.refused.values())) == 8
+            assert all(0 <= x1 < x2 <= 50 and 0 <= y1 < y2 <= 40 for x1, y1, x2, y2 in (r.box for r in records)) and records.hash
 
 
 # ------------------------------------------------------------------------------------------------------------------ mixtures
