@@ -1,4 +1,4 @@
-"""data.py beside transformers' processors on the genuine vocabulary, and DIOR-RSVG's traps on folders in its layout."""
+"""data.py beside transformers' processors on the genuine vocabulary, and each data set's traps on folders in its layout."""
 import json
 import random
 import shutil
@@ -216,7 +216,7 @@ def test_what_is_missing_is_said_in_one_line(folder, tmp_path):
 def test_the_genuine_record_and_split_files():
     genuine = SHARED / "samples" / "dior_rsvg"
     indices = data.dior_indices(genuine)
-    assert {name: len(v) for name, v in indices.items()} == {"train": 26_991, "val": 3_829, "test": 7_500}
+    assert {name: len(v) for name, v in indices.items()} == {"train": 26_991, "val": 3_829, "test": 7_500} == data.PUBLISHED["dior"]
     assert sorted(sum(indices.values(), [])) == list(range(38_320))
     with pytest.raises(DataError, match="beyond the 1 objects"):         # the other 17,401 annotations are not there
         load("dior", genuine, "test")
@@ -234,9 +234,318 @@ def test_a_consistent_subset_of_the_genuine_data_is_read(tmp_path):
     assert record.category == "golffield" and data.open_image(record).size == (800, 800)
 
 
+# ------------------------------------------------------------------------------------------------------------------ the other data sets
+
+def image(path, width=100, height=50):
+    """A plain image in the format that its suffix says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), "gray").save(path)
+
+
+def lines(file, *rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+
+
+def numbers_of(places):
+    """reason -> numbers of the lines, records or objects."""
+    return {reason: [int(place.split()[-1]) for place in where] for reason, where in places.items()}
+
+
+@pytest.mark.parametrize("where, images", [("split", "Image"), (".", "JPEGImages"), ("split", "unzipped/twice/Image")])
+def test_opt_is_read_wherever_its_folders_stand_and_keeps_fractions(tmp_path, where, images):
+    (tmp_path / "Annotations").mkdir()
+    boxes = {"left ship": (1.25, 2.5, 30.75, 40.5), "right ship": (90.5, 10, 104.3, 20.5), "swapped": (9, 9, 5, 5)}
+    tags = (TAG.format(*box, text) for text, box in boxes.items())
+    (tmp_path / "Annotations" / "7.xml").write_text(f"<annotation><filename>7.jpg</filename>{''.join(tags)}</annotation>")
+    image(tmp_path / images / "7.jpg")
+    (tmp_path / where).mkdir(exist_ok=True)
+    split(tmp_path / where, train=[0, 1], val=[], test=[2])
+    train, test = load("opt", tmp_path, "train"), load("opt", tmp_path, "test")
+    assert [(r.id, r.box) for r in train] == [("0", (1.25, 2.5, 30.75, 40.5)), ("1", (90.5, 10.0, 100.0, 20.5))]
+    assert train[0].size == (100, 50)
+    assert numbers_of(train.repaired) == {"box past the edge": [1]} and not train.refused
+    assert test[0].box == (5.0, 5.0, 9.0, 9.0) and numbers_of(test.repaired) == {"swapped corners": [2]}
+    assert load("opt", tmp_path, "rft").hash == train.hash
+    split(tmp_path / where, train=range(15_328))                         # that number of lines says nothing here
+    with pytest.raises(DataError, match="overlap"):
+        load("opt", tmp_path, "test")
+
+
+def test_an_image_found_twice_or_under_another_suffix_is_said(folder):
+    image(folder / "old" / "00010.jpg")
+    assert len(load("dior", folder, "train")) == 1                       # the one in JPEGImages
+    (folder / "JPEGImages").rename(folder / "new")
+    assert "several images of that name" in load("dior", folder, "train").refused
+    shutil.rmtree(folder / "old")
+    assert load("dior", folder, "train")[0].image == folder / "new" / "00010.jpg"
+    (folder / "new" / "00010.jpg").unlink()
+    image(folder / "new" / "00010.png")
+    train = load("dior", folder, "train")
+    assert train[0].image.name == "00010.png" and numbers_of(train.repaired) == {"image called *.jpg is *.png": [5]}
+
+
+def test_links_are_followed_and_a_circle_of_them_ends(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "images"
+    (folder / "JPEGImages").rename(elsewhere)
+    (folder / "JPEGImages").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(folder)
+    assert len(load("dior", folder, "train")) == 1
+
+
+def test_rsvg_hr_repairs_what_has_one_reading_and_refuses_the_rest(tmp_path):
+    for name in ("a", "b"):
+        image(tmp_path / "images" / f"{name}.jpg", 1024, 1024)
+    lines(tmp_path / "rsvg_hr_test.txt", "a.jpg,1.5,2.5,30.25,40.0,a pool, left of a road, by the sea",
+          "a.jpg,170.0,774.0,216,00,803.21,find a pool", "b.jpg,556.5,461.5,511.1,602.12,swapped", "b.jpg,1,2,1032.12,132.73,past the edge",
+          "b.jpg,1,2,3,4,5,six or seven", "b.jpg,1.5,2.5,3.5,4.5,5,6 planes", "b.jpg,1,2,3", "c.jpg,1,2,3,4,no image", "",
+          "b.jpg,5,5,5,9,flat", "b.jpg,1100,5,1200,9,outside", "b.jpg,1,2,nan,4,no number", "../a.jpg,1,2,3,4,path")
+    records = load("rsvg-hr", tmp_path, "test")
+    assert [(r.id, r.text, r.box) for r in records] == [
+        ("test-1", "a pool, left of a road, by the sea", (1.5, 2.5, 30.25, 40.0)), ("test-2", "find a pool", (170.0, 774.0, 216.0, 803.21)),
+        ("test-3", "swapped", (511.1, 461.5, 556.5, 602.12)), ("test-4", "past the edge", (1.0, 2.0, 1024.0, 132.73)),
+        ("test-6", "5,6 planes", (1.5, 2.5, 3.5, 4.5))]
+    assert numbers_of(records.repaired) == {"decimal comma": [2], "swapped corners": [3], "box past the edge": [4]}
+    assert numbers_of(records.refused) == {"five numbers, and more than one may hold a decimal comma": [5], "no box": [7, 12],
+                                           "missing image": [8], "empty box": [10], "box outside the image": [11],
+                                           "image outside the data set": [13]}
+
+
+@pytest.mark.skipif(not (SHARED / "samples" / "rsvg_hr").exists(), reason="the genuine samples are not here")
+def test_the_genuine_rsvg_hr_files_lose_no_record(tmp_path):
+    image(tmp_path / "images" / "one.jpg", 1024, 1024)
+    for file in (SHARED / "samples" / "rsvg_hr").glob("*.txt"):
+        shutil.copyfile(file, tmp_path / file.name)
+        for name in {line.split(",")[0] for line in file.read_text().splitlines()}:
+            if not (tmp_path / "images" / name).exists():
+                (tmp_path / "images" / name).hardlink_to(tmp_path / "images" / "one.jpg")
+    train, test = (load("rsvg-hr", tmp_path, name) for name in ("train", "test"))
+    assert (len(train), len(test)) == (2_151, 499) and not train.refused and not test.refused
+    assert numbers_of(train.repaired) == {"decimal comma": [18], "box past the edge": [315, 572, 1305, 1988], "swapped corners": [450]}
+    assert numbers_of(test.repaired) == {"box past the edge": [172]}
+    assert train[17].box == (170.0, 774.0, 216.0, 803.21) and train[17].text.startswith("find a swimming pool on the lower left")
+    assert len({r.image for r in train} & {r.image for r in test}) == 46
+    sft, val = load("rsvg-hr", tmp_path, "sft"), load("rsvg-hr", tmp_path, "val")
+    assert len(sft) + len(val) == 2_151 and not {r.image for r in sft} & {r.image for r in val} and 0 < len(val) < 300
+    assert sft.hash == load("rsvg-hr", tmp_path, "rft").hash and "val" in val.note
+
+
+def referring(name, question, corners, grid, **more):
+    return {"image_id": name, "question": question, "ground_truth": grid, "dataset": "DOTA", "question_id": 3, "type": "ref",
+            "unique": True, "obj_corner": corners, "obj_cls": "ship", "obj_ids": [1], "size_group": "small", **more}
+
+
+def test_vrsbench_test_is_its_referring_file_with_the_precise_box(tmp_path):
+    image(tmp_path / "Images_val" / "Images_val" / "P1_0001.png", 512, 512)
+    image(tmp_path / "Images_train" / "P1_0001.png", 512, 256)           # the name again: the split's folder decides
+    rows = [referring("P1_0001.png", "The ship.", [0.25, 0.40, 0.3125, 0.375, 0.335, 0.5, 0.26, 0.605], "{<25><37><33><60>}"),
+            referring("P1_0001.png", "The tiny ship.", "[0.5, 0.5, 0.505, 0.5, 0.505, 0.505, 0.5, 0.505]", "{<50><50><50><50>}",
+                      unique=False),
+            referring("P1_0001.png", "No corners.", None, "{<10><20><30><40>}"),
+            referring("P1_0001.png", "Half outside.", [0.9, 0.5, 1.1, 0.5, 1.1, 0.7, 0.9, 0.7], "{<90><50><110><70>}"),
+            referring("P1_0001.png", "Nothing.", None, "{<50><50><50><50>}"),
+            referring("P9_0001.png", "Gone.", [0, 0, 1, 0, 1, 1, 0, 1], "{}")]
+    lines(tmp_path / "VRSBench_EVAL_referring.json", json.dumps(rows))
+    records = load("vrsbench", tmp_path, "test")
+    assert [r.text for r in records] == ["The ship.", "The tiny ship.", "No corners.", "Half outside."]
+    assert np.allclose([r.box for r in records], [(128, 192, 171.52, 309.76), (256, 256, 258.56, 258.56),
+                                                  (51.2, 102.4, 153.6, 204.8), (460.8, 256, 512, 358.4)])
+    assert [r.unique for r in records] == [True, False, True, True] and records[0].size == (512, 512)
+    assert records[0].grid == (25, 37, 33, 60)
+    assert records[1].grid == (50, 50, 50, 50) and records[0].category == "ship"      # without area there, with area here: it counts
+    assert numbers_of(records.repaired) == {"box of ground_truth, for want of obj_corner": [2], "box past the edge": [3]}
+    assert numbers_of(records.refused) == {"empty box": [4], "missing image": [5]}
+
+
+def test_vrsbench_train_gives_the_referring_turns_alone(tmp_path):
+    for i in range(40):
+        image(tmp_path / "Images_train" / "inner" / f"{i:05d}_0000.png", 200, 100)
+
+    def row(i, asked, told):
+        turns = [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": told}]
+        return {"image": f"{i:05d}_0000.png", "conversations": turns}
+    rows = [row(i, "[refer] give me the location of <p>The ship.</p>", "{<25><40><33><60>}") for i in range(40)]
+    rows += [row(0, "[caption] Describe the image", "A harbour at {<1><2><3><4>}"), row(0, "[vqa] How many ships?", "2"),
+             row(0, "[refer] where is <p>the ship</p>?", "{<1><2><3><4>}{<5><6><7><8>}"), row(0, "[refer] the ship", "{<1><2><3><4>}"),
+             {"image": "00000_0000.png", "conversations": None}]
+    lines(tmp_path / "VRSBench_train.json", json.dumps(rows))
+    train, sft, val = (load("vrsbench", tmp_path, name) for name in ("train", "sft", "val"))
+    assert len(train) == 40 and train[0].text == "The ship." and train[0].box == (50.0, 40.0, 66.0, 60.0)
+    assert numbers_of(train.refused) == {"no box": [42], "empty text": [43]}
+    assert len(val) == 2 and len(sft) == 38 and {r.id for r in sft} | {r.id for r in val} == {r.id for r in train}
+    with pytest.raises(DataError, match="VRSBench_EVAL_referring.json"):
+        load("vrsbench", tmp_path, "test")
+
+
+def test_refgeo_finds_each_data_sets_images_in_its_own_folder(tmp_path):
+    for name in ("DIOR-RSVG/00001.jpg", "rsvg/1.jpg", "GeoChat_test/P1.png"):
+        image(tmp_path / "images" / name)
+
+    def row(name, text, box=(1.5, 2, 30, 40)):
+        return {"image_id": name, "question": text, "bbox": list(box), "poly": [[0, 0]], "question_id": 1, "dataset": "x"}
+    lines(tmp_path / "metainfo" / "dior_rsvg_test.jsonl", row("00001.jpg", "a golf field"), row("1.jpg", "another data set's image"))
+    lines(tmp_path / "metainfo" / "rsvg_test.jsonl", row("1.jpg", "a road", (30, 40, 120, 2)))
+    lines(tmp_path / "metainfo" / "geochat_test.jsonl", json.dumps(row("P1.jpg", "wrapped LINE here"), indent=1).replace("LINE", "\n"),
+          '{"image_id": "P1.jpg", "ques', row("P1.jpg", "the next"), "junk", row("P1.jpg", "no box", "none"))
+    records = load("refgeo", tmp_path, "test")
+    assert [(r.id, r.kind, r.text, r.box) for r in records] == [
+        ("dior_rsvg_test-1", "dior_rsvg", "a golf field", (1.5, 2.0, 30.0, 40.0)),
+        ("rsvg_test-1", "rsvg", "a road", (30.0, 2.0, 100.0, 40.0)),
+        ("geochat_test-1", "geochat", "wrapped \n here", (1.5, 2.0, 30.0, 40.0)),
+        ("geochat_test-21", "geochat", "the next", (1.5, 2, 30, 40))]
+    assert numbers_of(records.refused) == {"missing image": [2], "no JSON object": [20, 22], "no box": [23]}
+    assert numbers_of(records.repaired) == {"swapped corners": [1], "box past the edge": [1], "image called *.jpg is *.png": [1, 21]}
+    assert "vrsbench_test.jsonl, avvg_test.jsonl" in records.note
+    assert [r.id for r in load("refgeo", tmp_path, "rsvg_test")] == ["rsvg_test-1"]
+    with pytest.raises(DataError, match="dior_rsvg_val.jsonl"):
+        load("refgeo", tmp_path, "val")
+    shutil.copytree(tmp_path / "images" / "rsvg", tmp_path / "images" / "other")
+    shutil.rmtree(tmp_path / "images" / "rsvg")                          # an image of that name elsewhere is another image
+    assert list(load("refgeo", tmp_path, "rsvg_test").refused) == ["missing image"]
+
+
+def own(name, text="the ship", box=(1, 2, 30, 40), **more):
+    return {"image": name, "text": text, "box": list(box), **more}
+
+
+def test_your_own_lines_are_read_and_bad_ones_refused_by_number(tmp_path):
+    image(tmp_path / "a" / "1.jpg")
+    image(tmp_path / "outside.jpg")
+    root = tmp_path / "a"
+    image(root / "deep" / "2.JPG")
+    lines(root / "train.jsonl", own("1.jpg", id=7, category="ship"), "", own("deep/2.JPG", box=(-3, 2, 30, 40)), "not json", "[1, 2]",
+          own("2.JPG", "by base name"), own("../outside.jpg"), own(str(tmp_path / "outside.jpg")), own("1.jpg", " "), own("1.jpg", 3),
+          own("1.jpg", box=(50, 20, 30, 10)), own("1.jpg", box=(1, 2, 3)), own("1.jpg", box=(1, 2, True, 4)), own("1.jpg", id="7"),
+          {"image": "1.jpg", "text": "no box"}, {"text": "no image", "box": [1, 2, 3, 4]}, '{"image": "1.jpg", "te',
+          own(["1.jpg"], box=("1.5", 2e0, 30, 40.25)))
+    train = load("jsonl", root, "train")
+    assert [(r.id, r.image, r.box, r.category) for r in train] == [
+        ("7", root / "1.jpg", (1.0, 2.0, 30.0, 40.0), "ship"), ("train-3", root / "deep" / "2.JPG", (0.0, 2.0, 30.0, 40.0), ""),
+        ("train-18", root / "1.jpg", (1.5, 2.0, 30.0, 40.25), "")]
+    assert numbers_of(train.repaired) == {"box past the edge": [3]}
+    assert numbers_of(train.refused) == {
+        "no JSON object": [4, 5, 17], "missing image": [6], "image outside the data set": [7, 8], "empty text": [9, 10],
+        "x1 > x2 or y1 > y2 (is it x, y, width, height?)": [11], "no box": [12, 13, 15], "id of an earlier record": [14],
+        "no image named": [16]}
+
+
+def test_the_splits_of_your_own_data(tmp_path):
+    for i in range(21):
+        image(tmp_path / f"{i}.png")
+    lines(tmp_path / "mine.jsonl", *(own(f"{i}.png") for i in range(20)), own("20.png", split="test"))
+    for root in (tmp_path, tmp_path / "mine.jsonl"):
+        assert [len(load("jsonl", root, name)) for name in ("train", "sft", "val", "test")] == [20, 19, 1, 1]
+    (tmp_path / "mine.jsonl").unlink()
+    with pytest.raises(DataError, match="no .*jsonl"):
+        load("jsonl", tmp_path, "train")
+    lines(tmp_path / "train.jsonl", own("0.png"), own("1.png"))
+    with pytest.raises(DataError, match="no records of a split 'test'; it has train"):
+        load("jsonl", tmp_path, "test")
+    lines(tmp_path / "val.jsonl", own("2.png"))
+    assert [[r.image.stem for r in load("jsonl", tmp_path, name)] for name in ("train", "sft", "rft", "val")] == [["0", "1"]] * 3 + [["2"]]
+
+
+@pytest.mark.skipif(not (SHARED / "samples" / "refcoco_jsonl").exists(), reason="the genuine samples are not here")
+def test_the_genuine_pairs_of_vlm_r1_are_read(tmp_path):
+    pairs = json.loads(next((SHARED / "samples" / "refcoco_jsonl").glob("*.json")).read_text())
+    image(tmp_path / "1.jpg", 700, 700)
+    turns = [[{"from": "human", "value": f"<image>{p['question']}"}, {"from": "gpt", "value": str(p["ground_truth"])}] for p in pairs]
+    lines(tmp_path / "train.jsonl", *({"image": "1.jpg", "conversations": t} for t in turns))
+    lines(tmp_path / "test.jsonl", *({"image": "1.jpg", **p} for p in pairs))
+    train, test = load("jsonl", tmp_path, "train"), load("jsonl", tmp_path, "test")
+    assert len(train) == len(test) == 200 and [r.box for r in train] == [r.box for r in test] == [tuple(p["ground_truth"]) for p in pairs]
+    assert [r.text for r in train] == [r.text for r in test]
+    assert [r.text for r in train[:3]] == ["man standing far left in orange", "umpcatcher", "table with bananas"]
+
+
+def test_values_of_any_type_are_refused_or_read_but_never_break_a_reader(tmp_path):
+    for name in ("Images_train/a.png", "images/rsvg/a.png", "a.png"):
+        image(tmp_path / name, 50, 40)
+    values = [None, True, 0, -1, "", "a.png", "a.jpg", "../a.png", "/a.png", ".", "\0", "\ud800", "[1, 2, 30, 40]", "{<1><2><30><40>}",
+              [1, 2, 30, 40], [float("nan")] * 4, [1e999] * 8, [10 ** 400, 1, 2, 3], "9" * 400, [0.1] * 8, {}, [{}], [{"from": [1]}, {}],
+              [{"value": "[refer] <p>x</p>"}], [{"from": "human"}, {"from": "gpt", "value": "[1, 2, 3, 4]"}], ["a.png"]]
+    keys = ("image", "image_id", "text", "question", "problem", "solution", "box", "bbox", "obj_corner", "ground_truth", "conversations",
+            "id", "unique", "obj_cls", "category")
+    rng = random.Random(0)
+    for _ in range(60):
+        rows = [{key: rng.choice(values) for key in keys if rng.random() < 0.7} for _ in range(8)]
+        for file in ("VRSBench_train.json", "VRSBench_EVAL_referring.json"):
+            (tmp_path / file).write_text(json.dumps(rows))
+        for file in ("train.jsonl", "metainfo/rsvg_train.jsonl"):
+            lines(tmp_path / file, *rows)
+        for name, split_name in (("vrsbench", "test"), ("vrsbench", "train"), ("refgeo", "train"), ("jsonl", "train")):
+            records = load(name, tmp_path, split_name)
+            if split_name == "test" or name != "vrsbench":               # each row is there, as a record or as a refusal
+                assert len(records) + sum(map(len, records.refused.values())) == 8
+            assert all(0 <= x1 < x2 <= 50 and 0 <= y1 < y2 <= 40 for x1, y1, x2, y2 in (r.box for r in records)) and records.hash
+
+
+# ------------------------------------------------------------------------------------------------------------------ mixtures
+
+@pytest.fixture
+def parent(tmp_path):
+    for name, n in (("jsonl", 40), ("rsvg-hr", 10)):
+        for i in range(n):
+            image(tmp_path / name / f"{i}.png")
+    lines(tmp_path / "jsonl" / "train.jsonl", *(own(f"{i}.png") for i in range(40)), "bad")
+    lines(tmp_path / "rsvg-hr" / "rsvg_hr_train.txt", *(f"{i}.png,9,2,3,4,a pool" for i in range(10)))
+    return tmp_path
+
+
+def test_a_mixture_takes_shares_and_repeats_and_keeps_ids_apart(parent):
+    mixed = load("jsonl:0.25+rsvg-hr:2.5", parent, "train")
+    ids = [r.id for r in mixed]
+    assert len(set(ids)) == len(ids) == 10 + 25
+    assert sum(i.startswith("jsonl/train-") for i in ids) == 10 and sum(i.endswith("#2") for i in ids) == 10
+    assert sum(i.endswith("#3") for i in ids) == 5 and {i[:-2] for i in ids if "#" in i} <= set(ids)
+    assert mixed.hash == load("jsonl:0.25+rsvg-hr:2.5", parent, "train").hash != load("jsonl:0.5+rsvg-hr:2.5", parent, "train").hash
+    assert {r.id for r in load("jsonl:0.25", parent, "train")} < {r.id for r in load("jsonl:0.5", parent, "train")}
+    assert {i.split("/")[0] for i in ids[:8]} == {"jsonl", "rsvg-hr"}    # a slice of it, as validation takes one, is a mixture too
+    assert [len(places) for places in mixed.refused.values()] == [1] and len(mixed.repaired["swapped corners"]) == 10
+    assert mixed.refused["no JSON object"][0].startswith("jsonl: ")
+    together = load("jsonl+rsvg-hr", parent, "train")
+    assert len(together) == 50 and together[0].image.exists()
+    sft, val = (load("jsonl+rsvg-hr", parent, name) for name in ("sft", "val"))
+    assert len(sft) == 47 and len(val) == 3 and not {r.id for r in sft} & {r.id for r in val} and "jsonl: validation" in val.note
+
+
+@pytest.mark.parametrize("name", ["jsonl+jsonl", "jsonl+other", "jsonl:0", "jsonl:-1", "jsonl:nan", "jsonl:inf", "jsonl:x", "jsonl:",
+                                  "jsonl+", "jsonl:1:1"])
+def test_a_mixture_that_has_no_meaning_is_refused(parent, name):
+    with pytest.raises(DataError, match="can't be a part of the mixture") as error:
+        load(name, parent, "train")
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------------ python data.py
+
 def test_the_check_of_a_data_set_counts_and_draws(folder, run, tmp_path):
     done = run("data.py", "dior", "--root", folder, "--out", tmp_path / "sheet.png")
     assert done.returncode == 0 and "dior train: 1 records, 3 refused" in done.stdout and "00002.xml, object 2" in done.stdout
+    assert "expressions found: 4, 26,991 are published; a subset" in done.stdout and "images in both train and val: 0" in done.stdout
+    assert "quantiles: 5% 55.1, " in done.stdout and "below 1%: 0.0%" in done.stdout        # 29 x 38 of 50 x 40
     assert Image.open(tmp_path / "sheet.png").width > 300
     done = run("data.py", "dior", "--root", tmp_path / "nowhere")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_check_says_what_splits_share_and_what_a_set_lacks(tmp_path, capsys, monkeypatch):
+    image(tmp_path / "a.png")
+    lines(tmp_path / "train.jsonl", own("a.png"), own("a.png", box=(0, 0, 5, 5)), *["bad"] * 30)
+    lines(tmp_path / "test.jsonl", own("a.png", box=(0, 0, 200, 200)))
+    monkeypatch.setattr("sys.argv", ["data.py", "jsonl", "--root", str(tmp_path), "--split", "train", "test", "--show", "0"])
+    data.main()
+    out = capsys.readouterr().out
+    assert "images in both train and test: 1" in out and "below 1%: 50.0% of the boxes" in out and "and 10 more; --places 0" in out
+    assert "refused, no JSON object: 30" in out and "repaired, box past the edge: 1" in out and "are published" not in out
+    (tmp_path / "test.jsonl").unlink()
+    monkeypatch.setattr("sys.argv", ["data.py", "jsonl", "--root", str(tmp_path), "--show", "0"])
+    data.main()
+    assert "jsonl test: " in capsys.readouterr().out
+    for more, words in ([["--split", "test"], "no records of a split 'test'"], [["--nonsense"], "--nonsense"],
+                        [["--out", str(tmp_path / "no" / "sheet.png")], "--out"]):
+        monkeypatch.setattr("sys.argv", ["data.py", "jsonl", "--root", str(tmp_path), *more])
+        with pytest.raises(SystemExit) as stop:
+            data.main()
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and len(error.strip().splitlines()) == 1
