@@ -267,7 +267,7 @@ def train(model, processor, steps, warm, batch, lr, seed, out):
 def main():
     parser = runtime.Parser("Trains the small base on the embedded world from nothing")
     parser.add_argument("--out", default="ckpt/base", help="folder of the base")
-    parser.add_argument("--steps", type=runtime.positive, default=1600, help="steps")
+    parser.add_argument("--steps", type=runtime.positive, default=1500, help="steps")
     parser.add_argument("--warm", type=runtime.positive, default=100, help="the first of them, without language")
     parser.add_argument("--batch", type=runtime.positive, default=16, help="scenes a step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
