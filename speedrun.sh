@@ -14,11 +14,11 @@ export GOMP_SPINCOUNT=10000          # threads that wait spin shortly, then slee
 .venv/bin/python toy/pretrain.py
 
 # 3. CoT-SFT: reasoning about positions, written from annotations, that ends in a box.
-.venv/bin/python sft.py --steps 1100 --batch 16 --lr 1.5e-3 --every 550 --max-new-tokens 140
+.venv/bin/python sft.py --steps 1100 --batch 16 --lr 1.5e-3 --every 550 --max-new-tokens 180
 
 # 4. RFT: groups of eight sampled answers, rewarded for overlap, nearness and format; groups that agree in space weigh more.
-.venv/bin/python rft.py --steps 30 --prompts 16 --micro-tokens 16384 --lr 1e-4 --every 15 --max-new-tokens 140
+.venv/bin/python rft.py --steps 30 --prompts 16 --micro-tokens 16384 --lr 1e-4 --every 15 --max-new-tokens 180
 
 # 5. Scores on scenes that no stage has seen: greedy and sampled, and what is left without looking at the image.
-.venv/bin/python eval.py ckpt/ --temperature 0 1 --limit 200 --max-new-tokens 140 --batch 100
-.venv/bin/python eval.py ckpt/rft --blind --limit 200 --max-new-tokens 140 --batch 100 --out ckpt/eval/blind
+.venv/bin/python eval.py ckpt/ --temperature 0 1 --limit 200 --max-new-tokens 180 --batch 100
+.venv/bin/python eval.py ckpt/rft --blind --limit 200 --max-new-tokens 180 --batch 100 --out ckpt/eval/blind
