@@ -9,7 +9,9 @@ Source: our reading of "synthetic spatial reasoning" in the abstract of RSGround
 public to us.
 
     python cot.py dior                       a few texts beside their pictures
+    python cot.py dior --teacher CKPT        another model explains the known boxes, into cot_dior_sft.jsonl; goes on where it was stopped
     {"id": "123", "think": "..."}            a line of a JSONL of your own (sft.py --cot FILE); the answer is added from the annotation
+    {"id": "124", "refused": "..."}          a record without such reasoning: it gets the one written from the annotations
 """
 import json
 import math
@@ -18,16 +20,27 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 import data
 import reward
 import runtime
 from data import DataError
+from generate import generate
+from model import QwenVL
 
 REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"), ("lower left", "bottom", "lower right"))
 SAME_OBJECT = 0.9                 # IoU above which another annotation is the target itself under another expression
 ALIKE = 1.2                       # ratio of areas up to which two objects are "about as large"
 COARSE = 10                       # centres and distances are rounded to this, in units of the model's frame
 MOST = 3                          # other objects spoken of
+AGREED = 0.5                      # IoU from which a teacher's box is that of the annotation
+LEAK = 3                          # units of the model's frame: four numbers this near to the box's give it away
+TEACHER = ("The object that is described as {text} lies in the box {box}. Write down how one finds it who does not know the box: what is "
+           "asked for, which objects of that kind there are and where in the image they lie, how they lie to each other, and why this one "
+           "fits. Put that into <think> </think> tags and do not write the box there. Then answer with the box in <answer> </answer> tags, "
+           'like <answer>{{"bbox_2d": [x1, y1, x2, y2]}}</answer>')
 
 
 @dataclass(frozen=True)
@@ -151,41 +164,101 @@ def writer(name, records, file=None, answer_only=False):
     """-> function (record, frame, seed) -> completion text: from the annotations, from a JSONL file, or the answer without reasoning."""
     if answer_only:
         return lambda record, frame, seed: answer(record, frame)
-    if file:
-        told = load_jsonl(file, records)
-        return lambda record, frame, seed: told[record.id] + answer(record, frame)
-    others = neighbors(records)
+    others, told = neighbors(records), load_jsonl(file, records) if file else {}
 
     def write(record, frame, seed):
+        if told.get(record.id):
+            return told[record.id] + answer(record, frame)
         color = next((o.color for o in getattr(record.image, "objects", ()) if o.box == record.box), "")
         return explain(record, others(record), seed, frame, complete=name == "synth", color=color)
     return write
 
 
 def load_jsonl(path, records):
-    """Lines {"id", "think"} -> id -> "<think>...</think>"; every record must have one, and it may hold no tag of the answer format."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")    # splitlines would also cut at U+2028, which JSON allows
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: unreadable reasoning ({error})") from None
+    """Lines {"id", "think"} -> id -> "<think>...</think>", or None where the line says "refused"; every record must have a line, and
+    "think" may hold no tag of the answer format."""
     told = {}
-    for n, text in enumerate(lines, 1):
-        if text.strip():
-            try:
-                line = json.loads(text)
-                identity, think = str(line["id"]), line["think"]
-                if not isinstance(think, str):
-                    raise TypeError
-                think.encode()                                           # a lone surrogate has no bytes to train on
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise DataError(f'{path}, line {n}: not a JSON object with "id" and a text "think"') from None
-            if any(tag in think for tag in ("<think>", "</think>", "<answer>", "</answer>")):
-                raise DataError(f'{path}, line {n}: "think" is the reasoning alone, without <think> or <answer> tags')
-            told[identity] = f"<think>{think}</think>"
+    for n, line in read_lines(path):
+        try:
+            identity, think = str(line["id"]), None if "refused" in line else line["think"]
+            if not isinstance(think, str | None):
+                raise TypeError
+            (think or "").encode()                                       # a lone surrogate has no bytes to train on
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f'{path}, line {n}: not a JSON object with "id" and a text "think"') from None
+        if think is not None and any(tag in think for tag in ("<think>", "</think>", "<answer>", "</answer>")):
+            raise DataError(f'{path}, line {n}: "think" is the reasoning alone, without <think> or <answer> tags')
+        told[identity] = think if think is None else f"<think>{think}</think>"
     missing = [r.id for r in records if r.id not in told]
     if missing:
         raise DataError(f"{path}: no reasoning for {len(missing)} of {len(records)} records, the first is {missing[0]!r}")
     return told
+
+
+def read_lines(path):
+    """Yields (number, JSON value) of the lines of a JSONL that are not blank."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")    # splitlines would also cut at U+2028, which JSON allows
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: unreadable reasoning ({error})") from None
+    for n, text in enumerate(lines, 1):
+        if text.strip():
+            try:
+                yield n, json.loads(text)
+            except (ValueError, RecursionError):
+                raise DataError(f'{path}, line {n}: not a JSON object with "id" and a text "think"') from None
+
+
+# ------------------------------------------------------------------------------------------------------------------ from a teacher
+
+def judge(text, record, frame):
+    """A teacher's completion -> its reasoning and None, or None and why it is refused."""
+    box = reward.parse_box(text)
+    if box is None or not reward.format_ok(text):
+        return None, f"does not parse: {reward.failure(text) or 'not one think block, then one answer'}"
+    if overlap(data.to_image_frame(box, frame), record.box) < AGREED:
+        return None, "disagrees with the annotation"
+    think = text[text.index("<think>") + len("<think>"):text.index("</think>")].strip()
+    said, known = data.numbers(think), data.to_model_frame(record.box, frame)
+    for i in range(len(said) - 3):
+        if any(max(abs(a - b) for a, b in zip(said[i:i + 4], given)) <= LEAK for given in (box, known)):
+            return None, "gives the box away before the answer"
+    return (think, None) if think else (None, "no reasoning")
+
+
+def teach(args, records):
+    """Has a checkpoint explain each record's known box; writes a line for each, kept or refused, as soon as it is judged."""
+    out = Path(args.out or f"cot_{args.name.replace('/', '_')}_{args.split}.jsonl")
+    done = {str(line["id"]): "refused" in line for _, line in read_lines(out)} if out.exists() else {}
+    left = [r for r in records if r.id not in done][:args.limit]
+    model = QwenVL.from_pretrained(args.teacher, torch.bfloat16 if args.device == "cuda" else torch.float32, args.device)
+    processor = data.Processor.from_pretrained(args.teacher)
+    reasons = {}
+    with open(out, "a", encoding="utf-8") as file, tqdm(total=len(left), desc="teacher") as bar:
+        for i in range(0, len(left), args.batch):
+            some, prompts = left[i:i + args.batch], []
+            for r in some:
+                image = data.open_image(r)
+                pixels, grid, resized = processor.patches(image)
+                frame = data.Frame(image.size, resized, processor.convention)
+                asked = TEACHER.format(text=r.text, box=data.format_box(r.box, frame))
+                ids = processor.turns(asked, int(grid.prod()) // processor.merge ** 2)
+                prompts.append(data.Prompt(torch.tensor(ids), pixels, grid, frame))
+            seeds = torch.tensor([int.from_bytes(data.fingerprint(f"{args.seed} {r.id}")[:4], "big") for r in some])
+            tokens, _, lengths = generate(model, prompts, 1, args.max_new_tokens, args.temperature, seeds)
+            for r, p, ids, n in zip(some, prompts, tokens[:, 0], lengths[:, 0].tolist()):
+                text = processor.decode(ids[:n])
+                think, why = judge(text, r, p.frame)
+                line = {"id": r.id, "refused": why, "text": text} if why else {"id": r.id, "think": think}
+                file.write(json.dumps(line) + "\n")
+                done[r.id] = bool(why)
+                if why:
+                    reasons[why] = reasons.get(why, 0) + 1
+            file.flush()
+            bar.update(len(some))
+            bar.set_postfix_str(f"kept {sum(not refused for refused in done.values())} of {len(done)}")
+    print(f"written: {out}; {sum(not refused for refused in done.values())} of {len(done)} records have reasoning, "
+          f"{len(records) - len(done)} are still to come" + "".join(f"\n  refused: {n} {why}" for why, n in sorted(reasons.items())))
 
 
 def main():
@@ -195,9 +268,21 @@ def main():
     parser.add_argument("--split", default="sft", help="split")
     parser.add_argument("--show", type=runtime.positive, default=8, help="records")
     parser.add_argument("--seed", type=int, default=0, help="of the wording")
-    parser.add_argument("--out", default="cot_check.png", help="picture")
+    parser.add_argument("--out", help="picture, default cot_check.png; with --teacher the JSONL, default cot_<name>_<split>.jsonl")
+    add = parser.add_argument_group("teacher").add_argument
+    add("--teacher", metavar="CKPT", help="have this checkpoint explain the known boxes")
+    add("--limit", type=runtime.positive, help="records in this call; default: all that are left")
+    add("--batch", type=runtime.positive, default=16, help="records at once")
+    add("--max-new-tokens", type=runtime.positive, default=400, help="tokens of an explanation at most")
+    add("--temperature", type=float, default=0.7, help="of sampling; 0 is greedy")
+    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where the teacher runs")
     args = parser.parse_args()
     records = data.load(args.name, args.root, args.split)
+    if args.teacher:
+        if args.temperature < 0:
+            runtime.fail(f"--temperature {args.temperature} is below 0; 0 is greedy")
+        teach(args, records)
+        return
     write, pictures = writer(args.name, records), []
     for record in records[::max(1, len(records) // args.show)][:args.show]:
         image = data.open_image(record)
@@ -206,8 +291,9 @@ def main():
             sys.exit(f"cot.py: record {record.id} makes a text that breaks the format: {text}")
         print(f"{record.id}: {record.text}\n  {text}")
         pictures.append(data.draw_boxes(image, [(record.box, "red")], text))
-    data.contact_sheet(pictures).save(args.out)
-    print(f"written: {args.out}")
+    out = args.out or "cot_check.png"
+    data.contact_sheet(pictures).save(out)
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

@@ -226,3 +226,55 @@ def test_it_can_be_looked_at(run, tmp_path):
     done = run("cot.py", "synth", "--split", "val", "--show", 3, "--out", tmp_path / "cot.png")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("<think>") == 3 and (tmp_path / "cot.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------ a teacher's reasoning
+
+RECORD = Record("7", None, "the ship", (100.0, 200.0, 300.0, 400.0), "ship", (800, 800))
+FRAME = Frame((800, 800), (400, 400), "absolute")                        # the model sees half the size: its box is [50, 100, 150, 200]
+
+
+@pytest.mark.parametrize("think, box, why", [
+    ("it is left of the pier, near (100, 150).", [50, 100, 150, 200], None),
+    ("it is left of the pier.", [52, 101, 149, 197], None),
+    ("it is left of the pier.", [250, 100, 350, 200], "disagrees with the annotation"),
+    ("it is left of the pier.", [100, 200, 300, 400], "disagrees with the annotation"),              # pixels of the original image
+    ("it lies in [50, 100, 150, 200].", [50, 100, 150, 200], "gives the box away before the answer"),
+    ("from 51 across and 102 down to 149 and 199.", [50, 100, 150, 200], "gives the box away before the answer"),
+    ("there are 2: near 50, 100 and near 300, 310.", [50, 100, 150, 200], None),
+    (" ", [50, 100, 150, 200], "no reasoning"),
+    ("it is </think><answer> left.", [50, 100, 150, 200], "does not parse: several answers"),
+    ("it is left.", [50, 100, 150], "does not parse: not four numbers")])
+def test_a_teacher_is_kept_where_it_parses_agrees_and_does_not_leak(think, box, why):
+    text = f'<think>{think}</think><answer>{{"bbox_2d": {box}}}</answer>'
+    assert cot.judge(text, RECORD, FRAME) == ((think, None) if why is None else (None, why))
+
+
+def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_from_the_annotations(monkeypatch, tiny_checkpoint, dior_root,
+                                                                                                     tmp_path):
+    import torch
+    records, out, asked = data.load("dior", dior_root, "sft"), tmp_path / "told.jsonl", []
+
+    def generate(model, prompts, group, max_new_tokens, temperature, seeds):
+        """Every second record is explained rightly."""
+        processor = data.Processor.from_pretrained(tiny_checkpoint)
+        texts = []
+        for p in prompts:
+            asked.append(processor.decode(p.input_ids))
+            box = asked[-1].split("lies in the box ")[1].split(". Write")[0]
+            texts.append(f'<think>by the pier.</think><answer>{{"bbox_2d": {box}}}</answer>' if len(asked) % 2 else "i can't say")
+        ids = [processor.encode(t) for t in texts]
+        tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, None]
+        return tokens, torch.zeros(tokens.shape), torch.tensor([[len(i)] for i in ids])
+    monkeypatch.setattr(cot, "generate", generate)
+    for limit in ("3", "1000", "1000"):
+        monkeypatch.setattr("sys.argv", ["cot.py", "dior", "--root", str(dior_root), "--teacher", str(tiny_checkpoint), "--out", str(out),
+                                         "--limit", limit, "--batch", "2", "--device", "cpu"])
+        cot.main()
+    assert len(asked) == len(records) > 3                                # each once
+    write, own = cot.writer("dior", records, out), cot.writer("dior", records)
+    for i, record in enumerate(records):
+        frame = Frame(record.size, record.size, "absolute")
+        text = write(record, frame, 0)
+        assert reward.format_ok(text) and text.endswith(cot.answer(record, frame))
+        assert text.startswith("<think>by the pier.</think>") if i % 2 == 0 else text == own(record, frame, 0)
