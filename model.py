@@ -7,6 +7,7 @@ extend them, with gradient (`score`) or without (`prefill`, `decode`; see genera
 Shapes: N packed tokens, D width, H heads, KV key-value heads, hd head width, Q prompts, G rollouts of a prompt, V vocabulary.
 Source: the Qwen2.5-VL report (arXiv 2502.13923) and the released checkpoints; module names are the checkpoint's names.
 """
+import functools
 import itertools
 import json
 import os
@@ -118,19 +119,24 @@ class Plan:
             prompts, seen = zip(*self.prefix) if self.prefix else ((), ())
             self.shared = (cumulative(seen, device), cumulative(prompts, device), max(seen, default=0), max(prompts, default=0))
 
+    @functools.cached_property
     def pieces(self):
-        """Rectangles of attention as (query rows, key rows, number of sequences in them, causal); neighbours of one length go together."""
-        row = 0
-        for length, run in itertools.groupby(self.lengths):
-            n = len(list(run))
-            rows = slice(row, row + n * length)
-            yield rows, rows, n, self.causal
-            row = rows.stop
+        """Rectangles of attention as (query rows, key rows, number of sequences in them, causal, own); sequences of one length go together,
+        wherever they lie. Own rows come first; where `own` is False the same queries have been there before."""
+        starts, found = {}, []
+        for length, end in zip(self.lengths, itertools.accumulate(self.lengths)):
+            starts.setdefault(length, []).append(end - length)
+        for length, first in starts.items():
+            rows = slice(first[0], first[-1] + length)
+            if rows.stop - rows.start != len(first) * length:            # others lie between them
+                rows = (torch.tensor(first)[:, None] + torch.arange(length)).flatten()
+            found.append((rows, rows, len(first), self.causal, True))
         query, key = self.prompt_tokens, 0
         for prompt, seen in self.prefix:
             if seen:
-                yield slice(query, query + seen), slice(key, key + prompt), 1, False
+                found.append((slice(query, query + seen), slice(key, key + prompt), 1, False, False))
             query, key = query + seen, key + prompt
+        return found
 
 
 class Cache:
@@ -208,10 +214,10 @@ class PlannedAttention(torch.autograd.Function):
                 merge(out[n:], lse[:, n:], far, far_lse)
         else:
             out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
-            for rows, keys, n, causal in plan.pieces():
+            for rows, keys, n, causal, own in plan.pieces:
                 o, log_sum = flash(batched(q[rows], n), batched(k[keys], n), batched(v[keys], n), causal)
                 o, log_sum = o.transpose(1, 2).flatten(0, 1), log_sum.transpose(0, 1).flatten(1)     # (rows, H, hd), (H, rows)
-                if rows == keys:
+                if own:
                     out[rows], lse[:, rows] = o, log_sum
                 else:
                     merge(out[rows], lse[:, rows], o, log_sum)
@@ -232,11 +238,11 @@ class PlannedAttention(torch.autograd.Function):
                     total += share
             return dq, dk, dv, None
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, keys, n, causal in plan.pieces():
+        for rows, keys, n, causal, _ in plan.pieces:
             shares = flash_backward(*(batched(x, n) for x in (grad[rows], q[rows], k[keys], v[keys], out[rows])),
                                     lse[:, rows].unflatten(1, (n, -1)).transpose(0, 1), causal)
-            for total, share in zip((dq[rows], dk[keys], dv[keys]), shares):
-                total += share.transpose(1, 2).flatten(0, 1)
+            for total, where, share in zip((dq, dk, dv), (rows, keys, keys), shares):
+                total[where] += share.transpose(1, 2).flatten(0, 1)
         return dq, dk, dv, None
 
 
