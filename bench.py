@@ -36,7 +36,7 @@ SHAPES = {"tiny": ((2, 64, 2, 128, (1,)), (2, 128, 4, 2, 256), 1024, True),
           "mid": ((8, 512, 8, 1376, (3, 7)), (12, 640, 10, 2, 1728), 8192, True),
           "3b": ((32, 1280, 16, 3420, (7, 15, 23, 31)), (36, 2048, 16, 2, 11008), 151_936, True),
           "7b": ((32, 1280, 16, 3420, (7, 15, 23, 31)), (28, 3584, 28, 4, 18944), 152_064, False)}
-PARTS = ("load", "prefill", "decode", "update", "step", "sft", "images")
+PARTS = ("load", "prefill", "decode", "update", "step", "sft", "images", "numerics", "profile")
 SIDE = {"tiny": 112, "mid": 448, "3b": 800, "7b": 800}                   # of the image, pixels
 TEXT, GROUP = 50, 8                                                      # tokens of text in a prompt; rollouts of a prompt
 
@@ -130,7 +130,7 @@ class Table:
     """Rows of bench.json; every measurement alternates between ours and theirs."""
 
     def __init__(self, args, device):
-        self.args, self.device, self.rows = args, device, []
+        self.args, self.device, self.rows, self.more = args, device, [], {}
 
     def compare(self, name, peer, ours, theirs, amount=None, unit="s", subtract=None):
         """Times ours() and theirs(), one warm-up each. amount: units of work, for a rate; subtract: (ours, theirs) of seconds to take off.
@@ -215,9 +215,14 @@ def main():
         measure(table, write_checkpoint(Path(folder), args.shape, dtype), dtype, wanted)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     report = {"device": hardware, "torch": torch.__version__, "shape": args.shape, "dtype": str(dtype)[6:], "tokens": args.tokens,
-              "repeats": args.repeats, "rows": table.rows}
+              "repeats": args.repeats, "rows": table.rows, **table.more}
     if device.type == "cuda":
         report |= ceilings(device)
+        for row in table.rows:
+            for key, most in (("TBs", "bandwidth_TBs"), ("TFLOPs", "matrix_TFLOPs")):
+                if key in row:
+                    row["share"] = row[key] / report[most]
+                    print(f"{row['name']}: {row[key]:.3g} {key}, {row['share']:.0%} of the {report[most]:.3g} measured in this run")
         report["peak_memory_GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
     else:
         report["peak_memory_GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
@@ -259,6 +264,8 @@ def measure(table, folder, dtype, wanted):
                               lambda: peer.generate(prompts, GROUP, 1))
         a, b = ((w - f) / (L - 1) for w, f in zip(whole, first))
         table.add("decode", "transformers generate, one step (difference)", a, b, "s", b / a, [b / a, b / a])
+        if device.type == "cuda":
+            table.rows[-1] |= share_of_bandwidth(ours, prompts, L, a)
 
     def clear():
         ours.zero_grad(set_to_none=True)
@@ -314,6 +321,10 @@ def measure(table, folder, dtype, wanted):
         clear()
     if "images" in wanted:
         images(table)
+    if "numerics" in wanted:
+        table.more["numerics"] = numerics(ours, folder, prompts[:2], L, device)
+    if "profile" in wanted:
+        table.more["profile"] = profile(lambda: generate(ours, prompts, GROUP, min(L, 16), 1.0, seeds), update_ours)
 
 
 def images(table):
@@ -328,6 +339,44 @@ def images(table):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 100, 3), np.uint8)).resize((800, 800)).save(file)
         table.compare("images", "transformers image processor (PIL)", lambda: [ours.patches(Image.open(file)) for _ in range(8)],
                       lambda: [theirs(Image.open(file).convert("RGB"), return_tensors="pt") for _ in range(8)], 8, "images/s")
+
+
+def numerics(model, folder, prompts, L, device):
+    """Largest and mean difference of log-probabilities: sampled or scored, in this dtype or in float32, by CUDA graphs or without."""
+    def apart(name, a, b):
+        difference = (a - b).abs()
+        print(f"numerics: {name}: log-probabilities differ by {difference.max():.1e} at most, {difference.mean():.1e} on average")
+        return {"largest": difference.max().item(), "mean": difference.mean().item()}
+    tokens, sampled, _ = generate(model, prompts, GROUP, L, 1.0, torch.arange(len(prompts)))
+    completions = [list(group) for group in tokens]
+    with torch.no_grad():
+        scored = model.score(prompts, completions)[0].view(sampled.shape)
+        exact = QwenVL.from_pretrained(folder, torch.float32, device)
+        float32 = exact.score(prompts, completions)[0].view(sampled.shape)
+    found = {"sampled_scored": apart("sampled or scored", sampled, scored),
+             "dtype_float32": apart("this dtype or float32", scored, float32)}
+    if device.type == "cuda":
+        again, by_graph, _ = generate(model, prompts, GROUP, L, 1.0, torch.arange(len(prompts)), cuda_graphs=True)
+        same = (again == tokens).long().cumprod(-1).bool()               # until a draw falls on the other side of a boundary
+        found["graph_eager"] = {**apart("by graph or eager", by_graph[same], sampled[same]), "tokens_equal": same.float().mean().item()}
+        print(f"numerics: by graph {found['graph_eager']['tokens_equal']:.1%} of the tokens lie before any that differs")
+    return found
+
+
+def profile(*works):
+    """The ten largest operations of one pass of each work, by their own time (on CUDA, the device's)."""
+    from torch.profiler import ProfilerActivity
+    cuda = torch.cuda.is_available()
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as recorded:
+        for work in works:
+            work()
+    own = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = sorted(recorded.key_averages(), key=lambda e: -getattr(e, own))
+    total = sum(getattr(e, own) for e in events)
+    largest = [{"name": e.key, "ms": getattr(e, own) / 1e3, "calls": e.count, "share": getattr(e, own) / total} for e in events[:10]]
+    for e in largest:
+        print(f"profile: {e['share']:6.1%} {e['ms']:10.1f} ms {e['calls']:8} x {e['name'][:90]}")
+    return largest
 
 
 def gradient_difference(model, first, second):
@@ -353,6 +402,15 @@ def ceilings(device):
     matrix = min(clock(lambda: [a @ b for _ in range(10)], device) / 10 for _ in range(5))
     copy = min(clock(lambda: big.clone(), device) for _ in range(5))
     return {"matrix_TFLOPs": 2 * n ** 3 / matrix / 1e12, "bandwidth_TBs": 2 * big.nbytes / copy / 1e12}
+
+
+def share_of_bandwidth(model, prompts, L, seconds):
+    """Bytes that a decoding step must read at least: the language model's weights once, each prompt's keys and values once a group, those
+    of the rollouts' own tokens (half of them, on average) -> GB and TB/s. The share is that of `bandwidth_TBs`."""
+    c, each = model.config, model.model.norm.weight.element_size()
+    weights = sum(p.numel() for p in model.model.layers.parameters()) + c.vocab * c.hidden
+    kept = sum(len(p.input_ids) + GROUP * L / 2 for p in prompts) * 2 * c.kv_heads * c.head_dim * c.layers
+    return {"GB_per_step": (weights + kept) * each / 1e9, "TBs": (weights + kept) * each / 1e12 / seconds}
 
 
 def share_of_compute(model, p, L, groups_per_second):

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 NEVER = -1e30                     # logit of an id that must not be sampled; finite, so that 0 * log 0 stays 0
 LOGITS_PER_CHUNK = 2 ** 25        # logits alive at once in `score` (float32: 0.1 GB); memory does not grow with tokens x vocabulary
+PATCHES_AT_ONCE = 2048            # in a pass of the vision tower without gradient: more do not make it faster, but larger
 
 
 class CheckpointError(Exception):
@@ -530,7 +531,15 @@ class QwenVL(nn.Module):
         """(N,) packed ids with the images' patches -> (N, D): an image token's embedding is its row of the vision tower."""
         x = self.model.embed_tokens(input_ids)
         if pixel_values is not None and len(pixel_values):
-            images = self.visual(pixel_values.to(self.device), grids)
+            few = len(pixel_values) if torch.is_grad_enabled() else PATCHES_AT_ONCE
+            images, begin, patches = [], 0, list(itertools.accumulate((t * h * w for t, h, w in grids), initial=0))
+            if patches[-1] != len(pixel_values):
+                raise ValueError(f"pixel_values has {len(pixel_values)} patches, image_grid_thw {patches[-1]}")
+            for end in range(1, len(patches)):                           # one pass where it is kept for the gradient, else small ones
+                if patches[end] - patches[begin] >= few or end == len(grids):
+                    images.append(self.visual(pixel_values[patches[begin]:patches[end]].to(self.device), grids[begin:end]))
+                    begin = end
+            images = torch.cat(images)
             where = input_ids == self.config.image_id
             x = x.masked_scatter(where[:, None], images.to(x.dtype))
         return x

@@ -43,4 +43,6 @@ def test_the_table_has_a_row_for_every_part_beside_transformers(run, tmp_path):
         assert r["ours"] > 0 and r["theirs"] > 0 and r["spread"][0] <= r["ratio"] * 1.001 <= r["spread"][1] * 1.002, r
         faster = r["theirs"] / r["ours"] if r["unit"] in ("s", "MiB at peak") else r["ours"] / r["theirs"]
         assert abs(faster / r["ratio"] - 1) < 1e-6                       # above 1 means that ours is faster or smaller
+    assert report["numerics"]["sampled_scored"]["largest"] < 1e-4 and report["numerics"]["dtype_float32"]["largest"] < 1e-4
+    assert len(report["profile"]) == 10 and 0 < sum(e["share"] for e in report["profile"]) <= 1
     assert next(r for r in rows if "gradient_difference" in r)["gradient_difference"] < 1e-4

@@ -170,6 +170,14 @@ def scored_apart(model, prompts, completions, temperature):
     return torch.cat(out)
 
 
+@torch.no_grad()
+def test_passes_of_the_vision_tower_change_nothing(pair, monkeypatch):
+    model, _ = pair
+    together = model.score(PROMPTS, COMPLETIONS)[0]
+    monkeypatch.setattr(ours, "PATCHES_AT_ONCE", 1)                      # an image each
+    assert len(PROMPTS) > 1 and torch.allclose(model.score(PROMPTS, COMPLETIONS)[0], together, atol=1e-5)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_group_scores_and_gradients_equal_separate_sequences(pair, checkpointing):
     model, _ = pair
