@@ -93,7 +93,7 @@ def unfinished(done, worth):
 
 def draw(logp, u):
     """Inverse of the distribution function: logp (R, V), u (R,) in [0, 1) -> ids (R,). An id without probability has no width."""
-    cdf = logp.double().exp().cumsum(-1)
+    cdf = logp.exp().cumsum(-1, dtype=torch.double)
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
 
 
