@@ -147,7 +147,6 @@ class Cache:
     own_k, own_v: per layer (Q * G, KV, T, hd); `filled` tokens of it are valid, for all rollouts the same number. Attention reads whole
              buckets of them, masked behind `at` (`filled` on the device): shapes stay the same over many steps, as a CUDA graph needs.
     """
-    BUCKET = 64
 
     def __init__(self, kept, lengths, group, max_tokens):
         Q, P, dev = len(lengths), max(lengths), kept[0][0].device
@@ -157,12 +156,12 @@ class Cache:
         self.prompt_k, self.prompt_v = ([x[row].transpose(1, 2).contiguous() for x in xs] for xs in zip(*kept))
         KV, hd = kept[0][0].shape[1:]
         self.own_k, self.own_v = ([x.new_zeros(Q * group, KV, max_tokens, hd) for x in xs] for xs in zip(*kept))
-        self.filled, self.at = 0, torch.zeros(1, dtype=torch.long, device=dev)
+        self.filled, self.at, self.unit = 0, torch.zeros(1, dtype=torch.long, device=dev), 64 if dev.type == "cuda" else 8
 
     @property
     def bucket(self):
         """Own tokens that the coming step reads."""
-        return min(-(-(self.filled + 1) // self.BUCKET) * self.BUCKET, self.own_k[0].shape[2])
+        return min(-(-(self.filled + 1) // self.unit) * self.unit, self.own_k[0].shape[2])
 
     def keep(self, questions, rollouts):
         """Go on with these questions (Q',) and rollouts (Q' * G',), indices into the present ones; the rest is dropped."""
