@@ -1,4 +1,4 @@
-"""Scores: every stage found under a folder side by side, or anyone's predictions; a table, eval.json, raw predictions and pictures.
+"""Scores: every stage found under a folder side by side, or anyone's predictions; a table, eval.json, report.html, predictions, pictures.
 
 Boxes are clamped to the image and compared in pixels of the original image, as floats (no +1 pixel); one counts where IoU > t, strictly,
 as in DIOR-RSVG's own evaluation (IoU >= t on opt, as in OPT-RSVG's; VRSBench's own metric stands beside ours as "vrsbench"). Every record
@@ -10,6 +10,7 @@ here. Intervals "ci" are 95% bootstraps over images.
     python eval.py ckpt/ --temperature 0 1                       greedy and sampled, a row each
     torchrun --nproc_per_node 8 eval.py ckpt/rft                 records dealt out to eight GPUs, the same report
     python eval.py ckpt/ --temperature 1 --samples 8             pass@k and dispersion of eight samples as well
+    python eval.py ckpt/ --image scene.jpg --text "the small white plane left of the hangar"
     python eval.py --predictions theirs.jsonl --data dior --coords original
     python eval.py --compare a.jsonl b.jsonl --data dior         is B better than A? paired bootstrap over images
 
@@ -27,10 +28,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
+import report as page
 import reward
 import runtime
 from data import DataError, Frame
@@ -61,6 +63,8 @@ def flags():
     add("--blind", action="store_true", help="show another record's image: what is scored then was not seen")
     add("--predictions", help="score this JSONL file instead of running a model")
     add("--compare", nargs=2, metavar=("A", "B"), help="score two JSONL files and test whether B differs from A (paired bootstrap)")
+    add("--image", help="a picture's file: answer --text about it, print the answer, draw its box")
+    add("--text", help="what to look for in --image; the last of the stages under CKPT answers")
     add("--coords", choices=("original", "resized", "1000"), help="coordinates of texts without a frame: pixels of the original "
         "image, pixels of the image as CKPT's processor resizes it, or thousandths of its sides")
     add("--seed", type=int, default=0, help="of sampling")
@@ -452,6 +456,8 @@ def main():
     files = args.compare or ([args.predictions] if args.predictions else [])
     device = None if files else runtime.start(args.device)
     stages = find_stages(args.ckpt) if args.ckpt else []
+    if args.image:
+        return ask(*stages[-1], device, args)
     runs = {folder: data.read_json(folder / "run.json") or {} for _, folder in stages}
     recorded = next((run for run in reversed(runs.values()) if "data" in run), {})
     name = args.data or recorded.get("data", "synth")
@@ -464,13 +470,9 @@ def main():
     given = [read_predictions(file, records, args.coords, processor) for file in files]
     known = (train_records(name, root, args.split), list(records))
     records = list(records)[:args.limit]
-    out = Path(args.out or (Path(args.ckpt) / "eval" if not files else "_vs_".join((str(Path(files[0]).with_suffix("")),
-                                                                                   *(Path(file).stem for file in files[1:])))))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"the report can't be written to {out} ({error.strerror}); name another folder with --out") from None
-    rows, comparison = [], {}
+    beside = "_vs_".join((str(Path(files[0]).with_suffix("")), *(Path(file).stem for file in files[1:]))) if files else None
+    out = writable(args.out or beside or Path(args.ckpt) / "eval")
+    rows, cases, comparison = [], [], {}
 
     def report(stage, checkpoint, temperature, predictions):
         rows.append({"stage": stage, "checkpoint": str(checkpoint), "temperature": temperature, **common,
@@ -480,6 +482,7 @@ def main():
             if not files:
                 text = "".join(json.dumps(p) + "\n" for p in predictions)
                 (out / f"predictions_{suffix}.jsonl").write_text(text, encoding="utf-8")
+            cases.append(judged(records, predictions))
             contact_sheet(records, predictions, out / f"overlays_{suffix}.png")
             (out / "eval.json").write_text(json.dumps({"rows": rows, **comparison}, indent=2) + "\n", encoding="utf-8")
 
@@ -501,12 +504,60 @@ def main():
                     seed=args.seed, samples=args.samples if temperature else 1, blind=args.blind, label=f"{stage} T={temperature:g}"))
             del model                                                    # before the next one is loaded
     if runtime.rank() == 0:
+        folders = [] if files else [(stage, folder.resolve().parent if (folder / "run.json").exists() else folder)
+                                    for stage, folder in stages]         # a downloaded checkpoint lies in no stage's folder
+        page.write(out / "report.html", rows, cases, folders, [*(known[0] or ()), *known[1]])
         print_table(rows)
         for metric, test in comparison.get("comparison", {}).items():
             if isinstance(test, dict):
                 low, high = test["ci"]
                 print(f"B - A: {metric} {test['difference']:+.3f} (95% {low:+.3f} to {high:+.3f}), p {test['p']:.3f}")
         print(f"report, pictures{'' if files else ', predictions'}: {out}")
+
+
+def judged(records, predictions):
+    """-> (record, box or None, IoU, text) of each, for the report's cases."""
+    boxes = [read_prediction(p, r)[0] for p, r in zip(predictions, records)]
+    iou = reward.iou(tensor(boxes), torch.tensor([r.box for r in records], dtype=torch.float64)).tolist()
+    return [(r, box, v, (p or {}).get("text", "")) for r, box, v, p in zip(records, boxes, iou, predictions)]
+
+
+def ask(stage, folder, device, args):
+    """One question about one picture: prints reasoning and box, and draws it."""
+    path = Path(args.image)
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"--image {path}: unreadable ({error})") from None
+    processor = data.Processor.from_pretrained(folder)
+    prompt = processor(image, args.text)
+    (W, H), (w, h) = prompt.frame.original, prompt.frame.resized
+    if W * H > processor.max_pixels:
+        print(f"{path} has {W} x {H} pixels, more than the model's limit of {processor.max_pixels:,}: it is shrunk to {w} x {h}, and small "
+              "objects may be lost; cut it into parts to keep them")
+    model = QwenVL.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    tokens, _, lengths = generate(model, [prompt], 1, args.max_new_tokens, args.temperature[0], torch.tensor([args.seed]))
+    answer = processor.decode(tokens[0, 0].cpu()[:lengths[0, 0]])
+    strict = locate(reward.parse_box(answer), prompt.frame)
+    box = strict or locate(reward.parse_box_lenient(answer), prompt.frame)
+    print(f"{stage}: {answer.encode('utf-8', 'replace').decode()}")
+    if not box:
+        print(f"no box: {reward.failure(answer) or 'outside image'}")
+        return
+    out = writable(args.out or Path(args.ckpt) / "eval")
+    overlay(image, [(box, args.text[:60], RED)], out / f"{path.stem}_answer.png")
+    print("box in pixels of the picture: " + ", ".join(f"{v:.1f}" for v in box) + ("" if strict else " (read leniently)"))
+    print(f"drawn: {out / f'{path.stem}_answer.png'}")
+
+
+def writable(folder):
+    """Makes a folder for what is written -> its path."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the report can't be written to {folder} ({error.strerror}); name another folder with --out") from None
+    return Path(folder)
 
 
 def train_records(name, root, split):
@@ -523,6 +574,10 @@ def check_flags(args):
         runtime.fail("name a checkpoint's folder (python eval.py ckpt/), or a file with --predictions")
     if args.predictions and args.compare:
         runtime.fail("--predictions scores one file, --compare two; name one of them")
+    if bool(args.image) != bool(args.text):
+        runtime.fail("--image and --text go together: a picture's file, and what to look for in it")
+    if args.image and (not args.ckpt or files or args.blind or args.samples > 1 or len(args.temperature) > 1 or runtime.world() > 1):
+        runtime.fail("--image asks one checkpoint once: one process, one --temperature, no --predictions, --compare, --samples or --blind")
     if args.samples > 1 and not (max(args.temperature) > 0 and not files):
         runtime.fail(f"--samples {args.samples} needs a checkpoint and a --temperature above 0: greedy answers are all the same")
     if args.coords == "resized" and not args.ckpt:

@@ -507,6 +507,8 @@ def test_boxes_of_others_may_be_anything():
     (("ckpt", "--samples", "4"), "needs a checkpoint and a --temperature above 0"),
     (("--predictions", "p.jsonl", "--compare", "a.jsonl", "b.jsonl"), "name one of them"),
     (("--compare", "a.jsonl"), "--compare"),
+    (("ckpt", "--image", "a.png"), "--image and --text go together"),
+    (("--image", "a.png", "--text", "a ship", "--predictions", "p.jsonl"), "--image asks one checkpoint once"),
 ])
 def test_a_wrong_flag_is_one_line_and_status_2(fakes, capfd, flags, says):
     with pytest.raises(SystemExit) as stop:
@@ -535,6 +537,31 @@ def test_overlay_draws_on_a_copy(tmp_path):
     assert Image.open(tmp_path / "o.png").size == (200, 100)
 
 
+def test_ask_about_a_picture(root, fakes, tmp_path, capfd):
+    """Reasoning, the box in the picture's own pixels, an overlay with it; a picture beyond the limit is said to be shrunk."""
+    stage(tmp_path / "sft", root)
+    picture = tmp_path / "scene.png"
+    Image.new("RGB", (2000, 1600)).save(picture)
+    fakes(tmp_path, "--image", picture, "--text", "0: 500,400,1000,800", "--device", "cpu", "--out", tmp_path / "asked")
+    said = capfd.readouterr().out
+    w, h = data.smart_resize(2000, 1600, 28, FakeProcessor.min_pixels, FakeProcessor.max_pixels)
+    assert "2000 x 1600" in said and f"shrunk to {w} x {h}" in said and "<think>a</think>" in said
+    box = [float(v) for v in re.search(r"box in pixels of the picture: (.*)", said)[1].split(",")]
+    assert box == pytest.approx((500, 400, 1000, 800), abs=2)
+    drawn = Image.open(tmp_path / "asked" / "scene_answer.png")
+    assert drawn.size == (2000, 1600) and drawn.getpixel((502, 700)) == evaluation.RED
+    small = tmp_path / "small.png"
+    Image.new("RGB", (100, 100)).save(small)
+    fakes(tmp_path, "--image", small, "--text", "2: 1,1,9,9", "--device", "cpu", "--out", tmp_path / "asked")
+    said = capfd.readouterr().out
+    assert "shrunk" not in said and "no box: no answer" in said and not (tmp_path / "asked" / "small_answer.png").exists()
+    small.write_bytes(b"no picture")
+    for missing in (small, tmp_path / "none.png"):
+        with pytest.raises(DataError, match="unreadable") as error:
+            fakes(tmp_path, "--image", missing, "--text", "a ship", "--device", "cpu")
+        assert "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------------------------------ several processes
 
 def test_two_processes_write_the_report_of_one(root, fakes, tmp_path):
@@ -546,5 +573,5 @@ def test_two_processes_write_the_report_of_one(root, fakes, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "run.py"]
     command += [*flags, "--out", tmp_path / "two"]
     subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    for name in ("eval.json", "predictions_sft.jsonl", "predictions_sft_T1.jsonl", "overlays_sft.png"):
+    for name in ("eval.json", "report.html", "predictions_sft.jsonl", "predictions_sft_T1.jsonl", "overlays_sft.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
