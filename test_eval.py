@@ -562,6 +562,22 @@ def test_ask_about_a_picture(root, fakes, tmp_path, capfd):
         assert "\n" not in str(error.value)
 
 
+def test_the_real_script_with_a_random_model(run, tiny_checkpoint, dior_root, tmp_path):
+    """Samples, report and question with a real checkpoint; a user's mistake is one line and status 2."""
+    done = run("eval.py", tiny_checkpoint, "--data", "dior", "--root", dior_root, "--temperature", 1, "--samples", 3, "--max-new-tokens", 6,
+               "--limit", 3, "--device", "cpu", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    [row] = rows(tmp_path)
+    assert row["samples"] == 3 and row["breakdowns"]["train image"]["also in train"]["n"] == 3
+    assert (tmp_path / "report.html").read_text().count("<img") == 3
+    Image.new("RGB", (600, 500)).save(tmp_path / "a.png")
+    ask = ("eval.py", tiny_checkpoint, "--text", "a ship", "--max-new-tokens", 6, "--device", "cpu", "--out", tmp_path, "--image")
+    done = run(*ask, tmp_path / "a.png")
+    assert done.returncode == 0 and "600 x 500" in done.stdout and "shrunk to" in done.stdout and "no box" in done.stdout, done.stderr
+    done = run(*ask, tmp_path / "none.png")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.png" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------------ several processes
 
 def test_two_processes_write_the_report_of_one(root, fakes, tmp_path):
