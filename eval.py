@@ -506,7 +506,7 @@ def main():
     if runtime.rank() == 0:
         folders = [] if files else [(stage, folder.resolve().parent if (folder / "run.json").exists() else folder)
                                     for stage, folder in stages]         # a downloaded checkpoint lies in no stage's folder
-        page.write(out / "report.html", rows, cases, folders, [*(known[0] or ()), *known[1]])
+        page.write(out / "report.html", rows, cases, folders, [*(known[0] or ()), *known[1]], comparison.get("comparison"))
         print_table(rows)
         for metric, test in comparison.get("comparison", {}).items():
             if isinstance(test, dict):

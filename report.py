@@ -25,16 +25,17 @@ figcaption{font-size:.85em}pre{white-space:pre-wrap;font-size:.75em;background:#
 margin:4px 0;max-height:14em;overflow:auto}"""
 
 
-def write(path, rows, cases, stages, records=()):
+def write(path, rows, cases, stages, records=(), comparison=None):
     """rows: of eval.json; cases: for each row a list of (record, box or None, IoU, text); stages: (name, folder with metrics.jsonl);
-    records: where the images of rollouts are looked for."""
+    records: where the images of rollouts are looked for; comparison: of eval.json, where two files are compared."""
     by_id = {r.id: r for r in records}
     logs = [(name, list(read_lines(folder / "metrics.jsonl")), list(read_lines(folder / "rollouts.jsonl"))) for name, folder in stages]
     groups = [(name, spread([x for x in rollouts if x.get("id") in by_id and by_id[x["id"]].text == x.get("expression")], 4))
               for name, _, rollouts in logs]
     each = max(1, min(6, (PICTURES - sum(len(lines) for _, lines in groups)) // (3 * max(1, len(rows)))))
     parts = [f"<h1>Evaluation</h1><p>{text(rows[0]['data'])}, split {text(rows[0]['split'])}, {rows[0]['n']} records</p>",
-             "<h2>Scores</h2><p>In brackets 95% intervals, resampled over images.</p>", scores(rows), breakdowns(rows)]
+             "<h2>Scores</h2><p>In brackets 95% intervals, resampled over images.</p>",
+             scores(rows), compared(comparison), breakdowns(rows)]
     for name, lines, _ in logs:
         pictures = "".join(curve([(k, [(x["step"], x[k]) for x in lines if plottable(x, k)]) for k in keys]) for keys in CURVES)
         if pictures:
@@ -81,6 +82,13 @@ def scores(rows):
         page += "<h3>VRSBench's own metric</h3>" + table(["stage", "part", "n", "Acc@0.5", "Acc@0.7"], [
             [name, text(part), values["n"], f"{values['Acc@0.5']:.3f}", f"{values['Acc@0.7']:.3f}"] for name, part, values in official])
     return page
+
+
+def compared(comparison):
+    tests = {name: test for name, test in (comparison or {}).items() if isinstance(test, dict)}
+    lines = [[text(name), f"{t['difference']:+.3f} <small>[{t['ci'][0]:+.3f}, {t['ci'][1]:+.3f}]</small>", f"{t['p']:.3f}"]
+             for name, t in tests.items()]
+    return "<h3>Second minus first, the same images</h3>" + table(["", "difference", "p"], lines) if lines else ""
 
 
 def breakdowns(rows):

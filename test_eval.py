@@ -358,6 +358,7 @@ def test_samples_and_comparison_through_the_script(root, fakes, tmp_path, capfd)
         assert {k: v for k, v in before.items() if k not in told} == {k: v for k, v in after.items() if k not in told}
     test = json.loads((tmp_path / "both" / "eval.json").read_text())["comparison"]
     assert test["mIoU"]["difference"] == pytest.approx(warm["mIoU"] - greedy["mIoU"]) and "B - A: mIoU -" in capfd.readouterr().out
+    assert f"{test['mIoU']['difference']:+.3f} <small>" in (tmp_path / "both" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("which, name", [("sft", "sft"), ("sft/step_000020", "sft_step_000020"), ("sft/step_000010", "sft_step_000010")])
