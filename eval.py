@@ -1,14 +1,18 @@
-"""Scores: every stage found under a folder side by side, or anyone's predictions; a table, eval.json, raw predictions and pictures.
+"""Scores: every stage found under a folder side by side, or anyone's predictions; a table, eval.json, report.html, predictions, pictures.
 
 Boxes are clamped to the image and compared in pixels of the original image, as floats (no +1 pixel); one counts where IoU > t, strictly,
-as in DIOR-RSVG's own evaluation. Every record counts: what can't be parsed has IoU 0. The columns "lenient" read the same texts with
-`reward.parse_box_lenient`; they are for models that never saw our answer format. DIOR's own script also truncates the true boxes to whole
-pixels at its 640 px letterbox; that is not copied here.
+as in DIOR-RSVG's own evaluation (IoU >= t on opt, as in OPT-RSVG's; VRSBench's own metric stands beside ours as "vrsbench"). Every record
+counts: what can't be parsed has IoU 0. The columns "lenient" read the same texts with `reward.parse_box_lenient`; they are for models that
+never saw our answer format. DIOR's own script also truncates the true boxes to whole pixels at its 640 px letterbox; that is not copied
+here. Intervals "ci" are 95% bootstraps over images.
 
     python eval.py ckpt/                                         greedy; data set and root as in training, split test
     python eval.py ckpt/ --temperature 0 1                       greedy and sampled, a row each
     torchrun --nproc_per_node 8 eval.py ckpt/rft                 records dealt out to eight GPUs, the same report
+    python eval.py ckpt/ --temperature 1 --samples 8             pass@k and dispersion of eight samples as well
+    python eval.py ckpt/ --image scene.jpg --text "the small white plane left of the hangar"
     python eval.py --predictions theirs.jsonl --data dior --coords original
+    python eval.py --compare a.jsonl b.jsonl --data dior         is B better than A? paired bootstrap over images
 
 A predictions file has a line a record, {"id": ..., "text": ...} or {"id": ..., "box": [x1, y1, x2, y2] in original pixels, or null}. In
 whose coordinates a text speaks is said by the line's "frame" (our own files have it) or by --coords.
@@ -16,17 +20,19 @@ whose coordinates a text speaks is said by the line's "frame" (our own files hav
 import itertools
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
+import report as page
 import reward
 import runtime
 from data import DataError, Frame
@@ -34,6 +40,7 @@ from generate import generate
 from model import CheckpointError, QwenVL
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+AT_LEAST = ("opt",)                                       # data sets whose own evaluation counts IoU >= t
 FAILURES = (*reward.FAILURES, "outside image", "no prediction")
 STORY = ("base", "pretrain", "sft", "rft")                # order of the stages in the table; others behind them
 GREEN, RED = (64, 255, 64), (255, 64, 64)
@@ -49,10 +56,15 @@ def flags():
     add("--limit", type=runtime.positive, help="score the first LIMIT records only")
     add("--out", help="folder of the report; default CKPT/eval, or the predictions file without its suffix")
     add("--temperature", type=float, nargs="+", default=[0.0], help="one row each; 0 is greedy")
+    add("--samples", type=runtime.positive, default=1, help="answers to each record at a temperature above 0: adds pass@k and dispersion; "
+        "all other figures are of the first")
     add("--max-new-tokens", type=runtime.positive, default=256, help="tokens of an answer, reasoning included")
     add("--batch", type=runtime.positive, default=32, help="records answered at once")
     add("--blind", action="store_true", help="show another record's image: what is scored then was not seen")
     add("--predictions", help="score this JSONL file instead of running a model")
+    add("--compare", nargs=2, metavar=("A", "B"), help="score two JSONL files and test whether B differs from A (paired bootstrap)")
+    add("--image", help="a picture's file: answer --text about it, print the answer, draw its box")
+    add("--text", help="what to look for in --image; the last of the stages under CKPT answers")
     add("--coords", choices=("original", "resized", "1000"), help="coordinates of texts without a frame: pixels of the original "
         "image, pixels of the image as CKPT's processor resizes it, or thousandths of its sides")
     add("--seed", type=int, default=0, help="of sampling")
@@ -62,23 +74,50 @@ def flags():
 
 # ------------------------------------------------------------------------------------------------------------------ scores
 
-def metrics(pred, gt, size):
+def metrics(pred, gt, size, inclusive=False):
     """pred, gt (N, 4) xyxy in original pixels, size (N, 2) as (W, H) -> dict of floats, rates as fractions. All boxes are clamped first; a
     NaN row of pred, or one without area in the image, is a miss: its IoU is 0 and its target's area joins the union of cIoU.
 
-    mIoU: mean IoU; Pr@t: share with IoU > t; cIoU: sum of intersections over sum of unions; center_error: mean `reward.center_distance`
-    over the valid rows, None where there is none; n: N."""
+    mIoU: mean IoU; Pr@t: share with IoU > t (>= t where inclusive); cIoU: sum of intersections over sum of unions; center_error: mean
+    `reward.center_distance` over the valid rows, None where there is none; n: N."""
+    valid, iou, inside, union, away = compare(pred, gt, size)
+    n = len(gt)
+    return {"mIoU": iou.sum().item() / max(n, 1), **{f"Pr@{t}": hits(iou, t, inclusive).sum().item() / max(n, 1) for t in THRESHOLDS},
+            "cIoU": inside.sum().item() / max(union.sum().item(), 1e-12),
+            "center_error": away[valid].mean().item() if valid.any() else None, "n": n}
+
+
+def compare(pred, gt, size):
+    """As `metrics` -> (N,) each: is there a box, IoU, area of intersection and of union (pixels), `reward.center_distance` (of no meaning
+    where there is no box)."""
     pred, gt, size = pred.double(), gt.double(), size.double()
     pred, gt = (box.clamp(min=0).minimum(size.repeat(1, 2)) for box in (pred, gt))
     valid = (pred[:, 2:] > pred[:, :2]).all(1)                           # (N,); False for NaN
     pred = torch.where(valid[:, None], pred, gt[:, :2].repeat(1, 2))     # a miss is a box without area
-    inside, union = reward.intersection_union(pred, gt)
-    iou = reward.iou(pred, gt)
-    away = reward.center_distance(pred, gt, size)[valid]
-    n = len(gt)
-    return {"mIoU": iou.sum().item() / max(n, 1), **{f"Pr@{t}": (iou > t).sum().item() / max(n, 1) for t in THRESHOLDS},
-            "cIoU": inside.sum().item() / max(union.sum().item(), 1e-12),
-            "center_error": away.mean().item() if len(away) else None, "n": n}
+    return valid, reward.iou(pred, gt), *reward.intersection_union(pred, gt), reward.center_distance(pred, gt, size)
+
+
+def hits(iou, t, inclusive):
+    return iou >= t if inclusive else iou > t
+
+
+def vrsbench_iou(pred, gt, size):
+    """As `metrics` -> (N,) IoU as VRSBench's own evaluation computes it: boxes cut down to whole hundredths of the image's sides, both ends
+    counted in (+1). A target whose cells are one point has an area there, and is hit by a box of the same cells. NaN rows are 0."""
+    size = size.double().repeat(1, 2)
+    p, g = ((100 * (box.double().clamp(min=0).minimum(size) / size)).floor() for box in (pred, gt))
+    inside = (torch.minimum(p[:, 2:], g[:, 2:]) - torch.maximum(p[:, :2], g[:, :2]) + 1).clamp(min=0).prod(1)
+    area_p, area_g = ((box[:, 2:] - box[:, :2] + 1).prod(1) for box in (p, g))
+    return (inside / (area_p + area_g - inside)).nan_to_num(0.0)
+
+
+def vrsbench(pred, gt, size, unique):
+    """The official VRSBench metric: share of all samples with `vrsbench_iou` >= 0.5 and 0.7; unique: N of True, False or None (unknown)."""
+    iou = vrsbench_iou(pred, gt, size)
+    parts = {"all": [True] * len(gt), "unique": [u is True for u in unique], "non_unique": [u is False for u in unique]}
+    masks = {name: torch.tensor(mask, dtype=torch.bool) for name, mask in parts.items()}
+    return {name: {"n": int(m.sum()), **{f"Acc@{t}": (iou[m] >= t).double().mean().item() for t in (0.5, 0.7)}}
+            for name, m in masks.items() if m.any()}
 
 
 def locate(box, frame):
@@ -99,21 +138,126 @@ def read_prediction(prediction, record):
     return box, lenient, why or (None if box else "outside image")
 
 
-def score(records, predictions):
+def score(records, predictions, inclusive=False):
     """N records, N predictions (dicts as `evaluate` and `read_predictions` give them; None: there is none) -> part of an eval.json row."""
     strict, lenient, failures = zip(*(read_prediction(p, r) for p, r in zip(predictions, records, strict=True)))
     target, size = (torch.tensor([getattr(r, name) for r in records], dtype=torch.float64) for name in ("box", "size"))
     counts = Counter(failures)
-    ours, theirs = (metrics(torch.tensor([box or [math.nan] * 4 for box in boxes], dtype=torch.float64), target, size)
-                    for boxes in (strict, lenient))
+    ours, theirs = (metrics(tensor(boxes), target, size, inclusive) for boxes in (strict, lenient))
     return {**ours, "failures": {why: counts[why] for why in FAILURES}, "lenient": theirs}
+
+
+def tensor(boxes):
+    """N boxes or None -> (N, 4) double, NaN where there is none."""
+    return torch.tensor([box or [math.nan] * 4 for box in boxes], dtype=torch.float64)
+
+
+def details(records, predictions, name, known):
+    """What else a row of eval.json says: 95% intervals "ci", "breakdowns", "vrsbench" on that data set, and where predictions carry several
+    samples "pass" and "dispersion". known: the records of train (None: not there) and of the whole split, for what a record is compared
+    with. The same numbers on every process and from a predictions file: the resampling is seeded."""
+    inclusive = name in AT_LEAST
+    target, size = (torch.tensor([getattr(r, key) for r in records], dtype=torch.float64) for key in ("box", "size"))
+    pred = tensor([read_prediction(p, r)[0] for p, r in zip(predictions, records)])
+    _, iou, inside, union, _ = compare(pred, target, size)
+    hit = hits(iou, 0.5, inclusive).double()
+    rates = {"mIoU": (iou, None), **{f"Pr@{t}": (hits(iou, t, inclusive).double(), None) for t in THRESHOLDS}, "cIoU": (inside, union)}
+    extra = {"ci": intervals(records, rates), "breakdowns": {}}
+    for by, values in properties(records, *known).items():
+        groups = {value: [i for i, v in enumerate(values) if v == value] for value in sorted({v for v in values if v is not None})}
+        if groups:
+            extra["breakdowns"][by] = {value: {"n": len(rows), "mIoU": iou[rows].mean().item(), "Pr@0.5": hit[rows].mean().item()}
+                                       for value, rows in groups.items()}
+    if name == "vrsbench":
+        extra["vrsbench"] = vrsbench(pred, target, size, [getattr(r, "unique", None) for r in records])
+    if any(p and "samples" in p for p in predictions):
+        extra |= sampled(records, predictions, target, size, inclusive)
+    return extra
+
+
+def properties(records, train, split):
+    """Property -> its value for each record, None where unknown. size: COCO's limits, 32 x 32 and 96 x 96 pixels; region: where in the
+    image's three by three parts the target's centre lies; distractors: other annotated boxes of its category in its image (what no
+    expression of train or of this split names is not counted); train image, train category: does train have them too."""
+    boxes = defaultdict(set)
+    for r in itertools.chain(train or (), split):
+        boxes[r.image, r.category].add(r.box)
+        for o in getattr(r.image, "objects", ()):                        # a drawn scene knows them all
+            boxes[r.image, o.category].add(tuple(map(float, o.box)))
+    images, categories = ({getattr(r, key) for r in train or ()} for key in ("image", "category"))
+    values = defaultdict(list)
+    for r in records:
+        (x1, y1, x2, y2), (W, H), others = r.box, r.size, len(boxes[r.image, r.category] - {r.box})
+        column, row = min(2, int(1.5 * (x1 + x2) / W)), min(2, int(1.5 * (y1 + y2) / H))
+        area = (x2 - x1) * (y2 - y1)
+        values["size"].append("small" if area < 32 ** 2 else "medium" if area < 96 ** 2 else "large")
+        values["category"].append(r.category or None)
+        values["region"].append(f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}")
+        values["kind"].append(getattr(r, "kind", None) or None)
+        values["distractors"].append(str(others) if others < 3 else "3 or more")
+        values["train image"].append(None if train is None else "also in train" if r.image in images else "disjoint")
+        values["train category"].append(None if train is None or not r.category else "seen" if r.category in categories else "unseen")
+    return values
+
+
+def sampled(records, predictions, target, size, inclusive):
+    """Of k samples a record: "pass" {j: chance that the best of j has IoU > 0.5}, unbiased, 1 - C(k - c, j) / C(k, j) for c hits (Chen et
+    al., arXiv 2107.03374); "dispersion": mean `reward.dispersion` of the records with two valid boxes or more, in image sides."""
+    k = max(len(p["samples"]) for p in predictions if p and "samples" in p)
+    texts = [p.get("samples", ()) if p else () for p in predictions]
+    found = [[read_prediction({**p, "text": text}, r)[0] for text in group] for group, p, r in zip(texts, predictions, records)]
+    boxes = torch.stack([tensor([*group, *[None] * (k - len(group))]) for group in found])                           # (N, k, 4)
+    valid = ~boxes[..., 0].isnan()
+    each = [hits(compare(boxes[:, j], target, size)[1], 0.5, inclusive) for j in range(k)]
+    right = torch.stack(each, 1).sum(1).tolist()
+    tries = sorted({1, *(2 ** i for i in range(1, k.bit_length()) if 2 ** i <= k), k})
+    scatter = reward.dispersion(boxes, valid, size)[valid.sum(1) >= 2]
+    return {"samples": k, "pass": {str(j): sum(1 - math.comb(k - c, j) / math.comb(k, j) for c in right) / len(right) for j in tries},
+            "dispersion": scatter.mean().item() if len(scatter) else None}
+
+
+# ------------------------------------------------------------------------------------------------------------------ chance
+
+def resample(records, draws=2000, seed=0):
+    """How often each of I images is drawn in each resample: counts (draws, I), and each record's image (N,). Images are drawn, not records:
+    those of one image share what is hard about it."""
+    places = {}
+    image = np.array([places.setdefault(r.image, len(places)) for r in records])
+    return np.random.default_rng(seed).multinomial(len(places), np.full(len(places), 1 / len(places)), size=draws), image
+
+
+def intervals(records, rates):
+    """rates: name -> (values (N,), weights (N,) or None for 1 each), a rate being sum of values over sum of weights -> name -> [low, high],
+    95% percentile bootstrap over images."""
+    counts, image = resample(records)
+    found = {}
+    for name, (values, weights) in rates.items():
+        above, below = (np.bincount(image, v, counts.shape[1]) for v in (values, np.ones(len(records)) if weights is None else weights))
+        found[name] = np.percentile(counts @ above / np.maximum(counts @ below, 1e-12), (2.5, 97.5)).tolist()
+    return found
+
+
+def paired(records, a, b, inclusive=False):
+    """Predictions a and b of the same records -> name -> {"difference" (b - a), "ci" (95%), "p"}: both are resampled by the same images,
+    and p is two-sided: twice the share of resamples whose difference is 0 or on the rarer side of it, counted with one more at 0."""
+    target, size = (torch.tensor([getattr(r, key) for r in records], dtype=torch.float64) for key in ("box", "size"))
+    iou = [compare(tensor([read_prediction(p, r)[0] for p, r in zip(side, records)]), target, size)[1] for side in (a, b)]
+    counts, image = resample(records)
+    n = counts @ np.bincount(image, minlength=counts.shape[1])
+    found = {}
+    for name, (x, y) in {"mIoU": iou, **{f"Pr@{t}": [hits(v, t, inclusive).double() for v in iou] for t in THRESHOLDS}}.items():
+        apart = counts @ np.bincount(image, (y - x).numpy(), counts.shape[1]) / n
+        p = min(1.0, 2 * min(((apart <= 0).sum() + 1) / (len(apart) + 1), ((apart >= 0).sum() + 1) / (len(apart) + 1)))
+        found[name] = {"difference": (y - x).mean().item(), "ci": np.percentile(apart, (2.5, 97.5)).tolist(), "p": p}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------ a model's answers
 
-def evaluate(model, processor, records, *, temperature=0.0, max_new_tokens=256, batch=32, seed=0, blind=False, label="eval"):
+def evaluate(model, processor, records, *, temperature=0.0, max_new_tokens=256, batch=32, seed=0, samples=1, blind=False, label="eval"):
     """One answer to each record -> on every process, in the order of records: {"id", "text", "box" (original pixels, clamped, or None),
-    "frame"}. Processes take records rank, rank + world, ...; an answer depends on its record's place and the seed alone.
+    "frame"}, and above one sample "samples", all texts, of which "text" is the first. Processes take records rank, rank + world, ...; an
+    answer depends on its record's place and the seed alone.
 
     Runs under `runtime.gathered` where parameters are sharded. blind: see `strangers`."""
     shown = strangers(records) if blind else records
@@ -130,11 +274,12 @@ def evaluate(model, processor, records, *, temperature=0.0, max_new_tokens=256, 
         for places, following in itertools.zip_longest(batches, batches[1:], fillvalue=()):
             prompts, ahead = list(ahead), pool.map(prepare, following)
             seeds = torch.tensor([seed * 1_000_003 + i for i in places])
-            tokens, _, lengths = generate(model, prompts, 1, max_new_tokens, temperature, seeds)
-            for i, prompt, ids, n in zip(places, prompts, tokens[:, 0].cpu(), lengths[:, 0].tolist()):
-                text = processor.decode(ids[:n])
-                box = locate(reward.parse_box(text), prompt.frame)
-                answers.append({"id": records[i].id, "text": text, "box": box, "frame": asdict(prompt.frame)})
+            tokens, _, lengths = generate(model, prompts, samples, max_new_tokens, temperature, seeds)
+            for i, prompt, group, ends in zip(places, prompts, tokens.cpu(), lengths.tolist()):
+                texts = [processor.decode(ids[:n]) for ids, n in zip(group, ends)]
+                box = locate(reward.parse_box(texts[0]), prompt.frame)
+                answers.append({"id": records[i].id, "text": texts[0], "box": box, "frame": asdict(prompt.frame)}
+                               | ({"samples": texts} if samples > 1 else {}))
                 total += reward.iou(torch.tensor(box), torch.tensor(records[i].box)).item() if box else 0.0
             bar.update(len(places))
             bar.set_postfix(mIoU=f"{total / len(answers):.3f}")
@@ -150,7 +295,8 @@ def validate(model, processor, records, args):
     if not records:
         return {}
     with runtime.gathered(model):
-        row = score(records, evaluate(model, processor, records, max_new_tokens=args.max_new_tokens, label="val"))
+        row = score(records, evaluate(model, processor, records, max_new_tokens=args.max_new_tokens, label="val"),
+                    args.data in AT_LEAST)
     return {"val_mIoU": row["mIoU"], "val_Pr@0.5": row["Pr@0.5"], "val_failed": sum(row["failures"].values()) / row["n"]}
 
 
@@ -195,7 +341,11 @@ def read_line(line, by_id, found, coords, processor):
         raise ValueError(f"the id {record.id!r} comes a second time; one line a record")
     if isinstance(prediction.get("text"), str) and (prediction.get("frame") or coords):
         frame = prediction.get("frame") or asdict(frame_of(record, coords, processor))
-        return {"id": record.id, "text": prediction["text"], "frame": check_frame(frame, record)}
+        samples = prediction.get("samples")
+        if samples is not None and not (isinstance(samples, list) and samples and all(isinstance(text, str) for text in samples)):
+            raise ValueError('"samples" is not a list of texts')
+        read = {"id": record.id, "text": prediction["text"], "frame": check_frame(frame, record)}
+        return read | ({"samples": samples} if samples else {})
     if "box" not in prediction:
         raise ValueError('a text without a "frame" needs --coords original, resized or 1000' if isinstance(prediction.get("text"), str)
                          else 'neither a "text" nor a "box"')
@@ -303,8 +453,11 @@ def print_table(rows):
 def main():
     args = flags().parse_args()
     check_flags(args)
-    device = None if args.predictions else runtime.start(args.device)
+    files = args.compare or ([args.predictions] if args.predictions else [])
+    device = None if files else runtime.start(args.device)
     stages = find_stages(args.ckpt) if args.ckpt else []
+    if args.image:
+        return ask(*stages[-1], device, args)
     runs = {folder: data.read_json(folder / "run.json") or {} for _, folder in stages}
     recorded = next((run for run in reversed(runs.values()) if "data" in run), {})
     name = args.data or recorded.get("data", "synth")
@@ -314,27 +467,31 @@ def main():
         raise DataError(f"no usable record in the split {args.split} of {name}; python data.py {name} says why")
     common = {"data": name, "split": args.split, "data_hash": records.hash, "blind": args.blind}
     processor = data.Processor.from_pretrained(stages[-1][1]) if args.coords == "resized" else None
-    given = read_predictions(args.predictions, records, args.coords, processor) if args.predictions else None
+    given = [read_predictions(file, records, args.coords, processor) for file in files]
+    known = (train_records(name, root, args.split), list(records))
     records = list(records)[:args.limit]
-    out = Path(args.out or (Path(args.predictions).with_suffix("") if args.predictions else Path(args.ckpt) / "eval"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"the report can't be written to {out} ({error.strerror}); name another folder with --out") from None
-    rows = []
+    beside = "_vs_".join((str(Path(files[0]).with_suffix("")), *(Path(file).stem for file in files[1:]))) if files else None
+    out = writable(args.out or beside or Path(args.ckpt) / "eval")
+    rows, cases, comparison = [], [], {}
 
     def report(stage, checkpoint, temperature, predictions):
-        rows.append({"stage": stage, "checkpoint": str(checkpoint), "temperature": temperature, **common, **score(records, predictions)})
+        rows.append({"stage": stage, "checkpoint": str(checkpoint), "temperature": temperature, **common,
+                     **score(records, predictions, name in AT_LEAST), **details(records, predictions, name, known)})
         if runtime.rank() == 0:
             suffix = stage + (f"_T{temperature:g}" if temperature else "") + ("_blind" if args.blind else "")
-            if given is None:
+            if not files:
                 text = "".join(json.dumps(p) + "\n" for p in predictions)
                 (out / f"predictions_{suffix}.jsonl").write_text(text, encoding="utf-8")
+            cases.append(judged(records, predictions))
             contact_sheet(records, predictions, out / f"overlays_{suffix}.png")
-            (out / "eval.json").write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
+            (out / "eval.json").write_text(json.dumps({"rows": rows, **comparison}, indent=2) + "\n", encoding="utf-8")
 
-    if given is not None:
-        report(Path(args.predictions).stem.removeprefix("predictions_"), args.predictions, None, [given.get(r.id) for r in records])
+    if files:
+        answers = [[found.get(r.id) for r in records] for found in given]
+        if args.compare:
+            comparison["comparison"] = {"a": files[0], "b": files[1], **paired(records, *answers, name in AT_LEAST)}
+        for file, predictions in zip(files, answers):
+            report(Path(file).stem.removeprefix("predictions_"), file, None, predictions)
     else:
         for stage, folder in stages:
             model = QwenVL.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
@@ -344,23 +501,92 @@ def main():
             for temperature in args.temperature:
                 report(stage, folder, temperature, evaluate(
                     model, processor, records, temperature=temperature, max_new_tokens=args.max_new_tokens, batch=args.batch,
-                    seed=args.seed, blind=args.blind, label=f"{stage} T={temperature:g}"))
+                    seed=args.seed, samples=args.samples if temperature else 1, blind=args.blind, label=f"{stage} T={temperature:g}"))
             del model                                                    # before the next one is loaded
     if runtime.rank() == 0:
+        folders = [] if files else [(stage, folder.resolve().parent if (folder / "run.json").exists() else folder)
+                                    for stage, folder in stages]         # a downloaded checkpoint lies in no stage's folder
+        page.write(out / "report.html", rows, cases, folders, [*(known[0] or ()), *known[1]], comparison.get("comparison"))
         print_table(rows)
-        print(f"report, pictures{'' if args.predictions else ', predictions'}: {out}")
+        for metric, test in comparison.get("comparison", {}).items():
+            if isinstance(test, dict):
+                low, high = test["ci"]
+                print(f"B - A: {metric} {test['difference']:+.3f} (95% {low:+.3f} to {high:+.3f}), p {test['p']:.3f}")
+        print(f"report, pictures{'' if files else ', predictions'}: {out}")
+
+
+def judged(records, predictions):
+    """-> (record, box or None, IoU, text) of each, for the report's cases."""
+    boxes = [read_prediction(p, r)[0] for p, r in zip(predictions, records)]
+    iou = reward.iou(tensor(boxes), torch.tensor([r.box for r in records], dtype=torch.float64)).tolist()
+    return [(r, box, v, (p or {}).get("text", "")) for r, box, v, p in zip(records, boxes, iou, predictions)]
+
+
+def ask(stage, folder, device, args):
+    """One question about one picture: prints reasoning and box, and draws it."""
+    path = Path(args.image)
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"--image {path}: unreadable ({error})") from None
+    processor = data.Processor.from_pretrained(folder)
+    prompt = processor(image, args.text)
+    (W, H), (w, h) = prompt.frame.original, prompt.frame.resized
+    if W * H > processor.max_pixels:
+        print(f"{path} has {W} x {H} pixels, more than the model's limit of {processor.max_pixels:,}: it is shrunk to {w} x {h}, and small "
+              "objects may be lost; cut it into parts to keep them")
+    model = QwenVL.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    tokens, _, lengths = generate(model, [prompt], 1, args.max_new_tokens, args.temperature[0], torch.tensor([args.seed]))
+    answer = processor.decode(tokens[0, 0].cpu()[:lengths[0, 0]])
+    strict = locate(reward.parse_box(answer), prompt.frame)
+    box = strict or locate(reward.parse_box_lenient(answer), prompt.frame)
+    print(f"{stage}: {answer.encode('utf-8', 'replace').decode()}")
+    if not box:
+        print(f"no box: {reward.failure(answer) or 'outside image'}")
+        return
+    out = writable(args.out or Path(args.ckpt) / "eval")
+    overlay(image, [(box, args.text[:60], RED)], out / f"{path.stem}_answer.png")
+    print("box in pixels of the picture: " + ", ".join(f"{v:.1f}" for v in box) + ("" if strict else " (read leniently)"))
+    print(f"drawn: {out / f'{path.stem}_answer.png'}")
+
+
+def writable(folder):
+    """Makes a folder for what is written -> its path."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the report can't be written to {folder} ({error.strerror}); name another folder with --out") from None
+    return Path(folder)
+
+
+def train_records(name, root, split):
+    """The train split that the other splits are compared with, or None where the data set has none (a file of one's own)."""
+    try:
+        return None if split in ("train", "sft", "rft") else list(data.load(name, root, "train"))
+    except DataError:
+        return None
 
 
 def check_flags(args):
-    if not args.ckpt and not args.predictions:
+    files = args.predictions or args.compare
+    if not args.ckpt and not files:
         runtime.fail("name a checkpoint's folder (python eval.py ckpt/), or a file with --predictions")
+    if args.predictions and args.compare:
+        runtime.fail("--predictions scores one file, --compare two; name one of them")
+    if bool(args.image) != bool(args.text):
+        runtime.fail("--image and --text go together: a picture's file, and what to look for in it")
+    if args.image and (not args.ckpt or files or args.blind or args.samples > 1 or len(args.temperature) > 1 or runtime.world() > 1):
+        runtime.fail("--image asks one checkpoint once: one process, one --temperature, no --predictions, --compare, --samples or --blind")
+    if args.samples > 1 and not (max(args.temperature) > 0 and not files):
+        runtime.fail(f"--samples {args.samples} needs a checkpoint and a --temperature above 0: greedy answers are all the same")
     if args.coords == "resized" and not args.ckpt:
         runtime.fail("--coords resized needs a checkpoint, whose processor says how images were resized: python eval.py CKPT --predictions "
                      '...; or give each line its "frame"')
-    if args.coords and not args.predictions:
+    if args.coords and not files:
         runtime.fail("--coords is about a file given with --predictions")
-    if args.predictions and (args.blind or args.temperature != [0.0]):
-        runtime.fail("--predictions scores answers as they are; --blind and --temperature belong to a checkpoint")
+    if files and (args.blind or args.temperature != [0.0]):
+        runtime.fail("predictions are scored as they are; --blind and --temperature belong to a checkpoint")
     if min(args.temperature) < 0 or not all(map(math.isfinite, args.temperature)) or len(set(args.temperature)) < len(args.temperature):
         runtime.fail(f"--temperature {args.temperature}: numbers from 0 up, each once")
 

@@ -2,9 +2,11 @@
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,6 +78,120 @@ def test_metrics_count_pixels():
     assert (np.array(ious) == 0.5).any()                                 # strictly above is put to the test
 
 
+def test_metrics_equal_brute_force_on_random_pairs():
+    """10,000 pairs in plain Python floats: boxes anywhere, some missing, some equal, some exactly at a threshold; > t and >= t."""
+    rng = random.Random(0)
+    pred, gt, size, ious, areas, away = [], [], [], [], [0.0, 0.0], []
+    for i in range(10_000):
+        W, H = rng.randint(20, 900), rng.randint(20, 900)
+        g = [rng.uniform(0, W * 0.8), rng.uniform(0, H * 0.8)]
+        g += [rng.uniform(g[0] + 1, W), rng.uniform(g[1] + 1, H)]
+        p = [v + rng.gauss(0, 30) for v in g] if i % 3 else list(g)
+        if i % 11 == 0:
+            g = [0.0, 0.0, 16.0, 16.0]
+            p = [0.0, 0.0, 16.0, 8.0]                                    # exactly 0.5
+        p = NAN if i % 13 == 0 else p
+        pred.append(p)
+        gt.append(g)
+        size.append((W, H))
+        cut = [min(max(v, 0.0), (W, H)[k % 2]) for k, v in enumerate(p)]
+        area_g = (g[2] - g[0]) * (g[3] - g[1])
+        if p is NAN or cut[2] <= cut[0] or cut[3] <= cut[1]:
+            ious.append(0.0)
+            areas[1] += area_g
+            continue
+        inside = max(0.0, min(cut[2], g[2]) - max(cut[0], g[0])) * max(0.0, min(cut[3], g[3]) - max(cut[1], g[1]))
+        union = area_g + (cut[2] - cut[0]) * (cut[3] - cut[1]) - inside
+        ious.append(inside / union)
+        areas = [areas[0] + inside, areas[1] + union]
+        away.append(math.hypot((cut[0] + cut[2] - g[0] - g[2]) / 2 / W, (cut[1] + cut[3] - g[1] - g[3]) / 2 / H) / math.sqrt(2))
+    for inclusive in (False, True):
+        got = evaluation.metrics(*(torch.tensor(x, dtype=torch.float64) for x in (pred, gt, size)), inclusive)
+        for t in evaluation.THRESHOLDS:
+            assert got[f"Pr@{t}"] == sum(v >= t if inclusive else v > t for v in ious) / 10_000
+        assert got["mIoU"] == pytest.approx(sum(ious) / 10_000, rel=1e-12) and got["cIoU"] == pytest.approx(areas[0] / areas[1], rel=1e-12)
+        assert got["center_error"] == pytest.approx(sum(away) / len(away), rel=1e-12)
+    assert sum(v == 0.5 for v in ious) > 800
+
+
+def test_vrsbench_counts_cells():
+    """Against sets of cells on the grid, 10,000 pairs; and a target of no area, which the pixel metric can never hit."""
+    rng = random.Random(1)
+    cells = [[rng.randint(0, 80), rng.randint(0, 80)] for _ in range(10_000)]
+    gt = [[x, y, x + rng.randint(0, 9), y + rng.randint(0, 9)] for x, y in cells]
+    pred = [[x + rng.randint(-2, 2) if x > 2 else x, y, X + rng.randint(2, 4), Y + rng.randint(0, 2)] for x, y, X, Y in gt]
+    size = torch.tensor([[512.0, 512.0]]).repeat(10_000, 1)
+    got = evaluation.vrsbench_iou(*((torch.tensor(b).double() + 0.5) * 5.12 for b in (pred, gt)), size)      # half a cell in: all whole
+    for p, g, value in zip(pred, gt, got.tolist()):
+        a, b = ({(x, y) for x in range(q[0], q[2] + 1) for y in range(q[1], q[3] + 1)} for q in (p, g))
+        assert value == pytest.approx(len(a & b) / len(a | b), abs=1e-12)
+    point = torch.tensor([[100.0, 100, 102, 102], [100, 100, 102, 102], NAN, [100, 100, 150, 150]])          # cells 19, 19 to 19, 19
+    target = torch.tensor([[101.0, 101, 101, 101]] * 4)
+    target[1] = torch.tensor([200.0, 100, 200, 100])
+    assert evaluation.vrsbench_iou(point, target, size[:4]).tolist() == [1, 0, 0, pytest.approx(1 / 121)]
+    assert evaluation.metrics(point[:1], target[:1], size[:1])["Pr@0.5"] == 0
+    official = evaluation.vrsbench(point, target, size[:4], [True, False, None, False])
+    assert official == {"all": {"n": 4, "Acc@0.5": 0.25, "Acc@0.7": 0.25}, "unique": {"n": 1, "Acc@0.5": 1.0, "Acc@0.7": 1.0},
+                        "non_unique": {"n": 2, "Acc@0.5": 0.0, "Acc@0.7": 0.0}}
+
+
+def on_images(images, boxes=None):
+    """Records of 10 x 10 targets in 100 x 100 images of these names."""
+    return [Record(str(i), image, "", boxes[i] if boxes else (0.0, 0.0, 10.0, 10.0), "ship", (100, 100)) for i, image in enumerate(images)]
+
+
+def test_intervals_resample_images():
+    """100 images, half of them right: the interval is the binomial's. Ten copies of every record in its image tell nothing new."""
+    right = torch.tensor([1.0, 0.0] * 50)
+    [low, high] = evaluation.intervals(on_images(range(100)), {"x": (right, None)})["x"]
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02) and high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
+    copies = evaluation.intervals(on_images([i for i in range(100) for _ in range(10)]), {"x": (right.repeat_interleave(10), None)})["x"]
+    assert copies == pytest.approx([low, high])
+    apart = evaluation.intervals(on_images(range(1000)), {"x": (right.repeat_interleave(10), None)})["x"]
+    assert apart[1] - apart[0] < (high - low) / 2
+    sure = evaluation.intervals(on_images(range(9)), {"x": (torch.full((9,), 2.0), torch.full((9,), 4.0))})["x"]
+    assert sure == [0.5, 0.5]
+
+
+def test_paired_test():
+    """B adds 10 hits in 200 of A's: p far below 0.05, while the two intervals overlap. A against itself: p 1."""
+    records = on_images(range(200))
+    whole, none = {"box": [0.0, 0.0, 10.0, 10.0]}, {"box": None}
+    a = [whole if i % 2 else none for i in range(200)]
+    b = [whole if i < 20 else p for i, p in enumerate(a)]
+    got = evaluation.paired(records, a, b)["Pr@0.5"]
+    assert got["difference"] == pytest.approx(0.05) and got["p"] < 0.01 and got["ci"][0] > 0
+    assert evaluation.paired(records, b, a)["mIoU"]["difference"] == pytest.approx(-0.05)
+    same = evaluation.paired(records, a, a)["mIoU"]
+    assert same == {"difference": 0, "ci": [0, 0], "p": 1}
+    even = evaluation.paired(records, [whole, none] * 100, [none, whole] * 100)["mIoU"]
+    assert even["p"] > 0.2
+
+
+def test_properties_by_hand():
+    """Three ships in one image (one box named twice), a plane alone in another that train has too."""
+    boxes = [(0.0, 0.0, 10.0, 10.0), (0.0, 0.0, 10.0, 10.0), (40.0, 40.0, 90.0, 90.0), (90.0, 0.0, 100.0, 100.0), (0.0, 0.0, 97.0, 97.0)]
+    records = on_images(["a", "a", "a", "a", "b"], boxes)
+    records[4] = replace(records[4], category="plane", kind="relation")
+    got = evaluation.properties(records, [replace(records[4], category="ship", image="b")], records)
+    assert got["size"] == ["small", "small", "medium", "small", "large"]
+    assert got["region"] == ["top left", "top left", "middle centre", "middle right", "middle centre"]
+    assert got["distractors"] == ["2", "2", "2", "2", "0"] and got["kind"] == [None] * 4 + ["relation"]
+    assert got["train image"] == ["disjoint"] * 4 + ["also in train"] and got["train category"] == ["seen"] * 4 + ["unseen"]
+    assert set(evaluation.properties(records, None, records)["train image"]) == {None}
+
+
+def test_pass_at_k_by_hand():
+    """Of 4 samples 0, 1 and 4 hit: pass@1 is (0 + 1/4 + 1) / 3, pass@2 (0 + 1/2 + 1) / 3, pass@4 2/3. The second scatters."""
+    records, frame = on_images("abc"), {"original": [100, 100], "resized": [100, 100], "convention": "absolute"}
+    hit, miss = text_of([0, 0, 10, 10]), text_of([80, 0, 90, 10])
+    predictions = [{"text": "x", "frame": frame, "samples": ["x"] * 4}, {"text": hit, "frame": frame, "samples": [hit, miss, miss, miss]},
+                   {"text": hit, "frame": frame, "samples": [hit] * 4}]
+    got = evaluation.details(records, predictions, "tiny", (None, records))
+    assert got["pass"] == pytest.approx({"1": 5 / 12, "2": 0.5, "4": 2 / 3}) and got["samples"] == 4
+    assert got["dispersion"] == pytest.approx(0.8 * math.sqrt(3 / 16) / 2)                     # the mean of two groups, one of them 0
+
+
 # ------------------------------------------------------------------------------------------------------- a data set and a model
 
 SIZES = ((800, 800), (640, 360), (100, 300), (500, 800))
@@ -87,6 +203,8 @@ def tiny(root, split="test", n=24):
         W, H = SIZES[i // 2 % 4]
         box = (W * (i % 5) / 10, H * (i % 7) / 10, W * (i % 5 + 4) / 10, H * (i % 7 + 3) / 10)
         return Record(f"r{i}", Path(root) / f"{i // 2}.png", f"{i}: {','.join(map(str, box))}", box, "ship", (W, H))
+    if split == "train":
+        raise DataError("tiny has no train split")
     return Records([record(i) for i in range({"test": n, "empty": 0}[split])], {})
 
 
@@ -112,9 +230,9 @@ class FakeProcessor:
 
 def fake_generate(model, prompts, group, max_new_tokens, temperature, seeds):
     """Knows the truth; record i answers in style i % 6. At a temperature the box is off as the seed says; blind, it is a guess."""
-    assert group == 1 and len(prompts) == len(seeds)
+    assert len(prompts) == len(seeds)
     texts = []
-    for prompt, seed in zip(prompts, seeds.tolist()):
+    for prompt, seed in ((p, s + g) for p, s in zip(prompts, seeds.tolist()) for g in range(group)):
         i, box = prompt.text.split(": ")
         box = data.to_model_frame([float(v) for v in box.split(",")], prompt.frame)
         seen = int(i) // 2 * 10 == prompt.colour
@@ -126,8 +244,8 @@ def fake_generate(model, prompts, group, max_new_tokens, temperature, seeds):
                       4: '<answer>{"bbox_2d": [1, 2, 3, NaN]}</answer>',
                       5: '<answer>{"bbox_2d": [90000, 2, 90001, 4]}</answer>'}[int(i) % 6])
     longest = max(map(len, texts))
-    tokens = torch.tensor([[[*map(ord, t), *[0] * (longest - len(t))]] for t in texts])
-    return tokens, torch.zeros(tokens.shape), torch.tensor([[len(t)] for t in texts])
+    tokens = torch.tensor([[*map(ord, t), *[0] * (longest - len(t))] for t in texts]).view(len(prompts), group, longest)
+    return tokens, torch.zeros(tokens.shape), torch.tensor([len(t) for t in texts]).view(len(prompts), group)
 
 
 def install(replace):
@@ -223,6 +341,24 @@ def test_every_stage_side_by_side(root, fakes, tmp_path, capfd):
     for name in ("predictions_sft.jsonl", "predictions_sft_T1.jsonl", "overlays_sft.png", "overlays_base_T1.png"):
         assert (tmp_path / "eval" / name).stat().st_size > 0
     assert json.loads((tmp_path / "eval" / "predictions_sft.jsonl").read_text().split("\n")[2])["text"] == "I can't see it \ud800"
+
+
+def test_samples_and_comparison_through_the_script(root, fakes, tmp_path, capfd):
+    """Rows, a line of samples read back, the same numbers from the file; two files compared."""
+    stage(tmp_path / "sft", root)
+    fakes(tmp_path, "--temperature", 0, 1, "--samples", 4, "--device", "cpu")
+    greedy, warm = rows(tmp_path / "eval")
+    assert "pass" not in greedy and set(warm["pass"]) == {"1", "2", "4"} and 0 < warm["pass"]["1"] <= warm["pass"]["4"]
+    low, high = warm["ci"]["mIoU"]
+    assert low < warm["mIoU"] < high and sum(part["n"] for part in warm["breakdowns"]["size"].values()) == 24
+    a, b = (tmp_path / "eval" / f"predictions_sft{t}.jsonl" for t in ("", "_T1"))
+    fakes("--compare", a, b, "--data", "tiny", "--root", root, "--out", tmp_path / "both")
+    told = {"stage", "checkpoint", "temperature"}
+    for before, after in zip((greedy, warm), rows(tmp_path / "both")):
+        assert {k: v for k, v in before.items() if k not in told} == {k: v for k, v in after.items() if k not in told}
+    test = json.loads((tmp_path / "both" / "eval.json").read_text())["comparison"]
+    assert test["mIoU"]["difference"] == pytest.approx(warm["mIoU"] - greedy["mIoU"]) and "B - A: mIoU -" in capfd.readouterr().out
+    assert f"{test['mIoU']['difference']:+.3f} <small>" in (tmp_path / "both" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("which, name", [("sft", "sft"), ("sft/step_000020", "sft_step_000020"), ("sft/step_000010", "sft_step_000010")])
@@ -325,6 +461,7 @@ FRAME = {"original": [800, 800], "resized": [812, 812], "convention": "absolute"
     ({"id": "r0", "text": "x", "frame": {**FRAME, "convention": "xywh"}}, 'line 2: "frame" is not'),
     ({"id": "r0", "text": "x", "frame": {**FRAME, "resized": [0, 812]}}, 'line 2: "frame" is not'),
     ({"id": "r0", "text": "x", "frame": [800, 800]}, 'line 2: "frame" is not'),
+    ({"id": "r0", "text": "x", "frame": FRAME, "samples": ["a", 1]}, 'line 2: "samples" is not a list of texts'),
     ("not JSON", "line 2: not a JSON object"),
     (None, "line 2: not a JSON object"),
 ])
@@ -368,6 +505,11 @@ def test_boxes_of_others_may_be_anything():
     (("ckpt", "--temperature", "1", "1"), "each once"),
     (("ckpt", "--limit", "0"), "--limit"),
     (("ckpt", "--wrong"), "--wrong"),
+    (("ckpt", "--samples", "4"), "needs a checkpoint and a --temperature above 0"),
+    (("--predictions", "p.jsonl", "--compare", "a.jsonl", "b.jsonl"), "name one of them"),
+    (("--compare", "a.jsonl"), "--compare"),
+    (("ckpt", "--image", "a.png"), "--image and --text go together"),
+    (("--image", "a.png", "--text", "a ship", "--predictions", "p.jsonl"), "--image asks one checkpoint once"),
 ])
 def test_a_wrong_flag_is_one_line_and_status_2(fakes, capfd, flags, says):
     with pytest.raises(SystemExit) as stop:
@@ -396,16 +538,57 @@ def test_overlay_draws_on_a_copy(tmp_path):
     assert Image.open(tmp_path / "o.png").size == (200, 100)
 
 
+def test_ask_about_a_picture(root, fakes, tmp_path, capfd):
+    """Reasoning, the box in the picture's own pixels, an overlay with it; a picture beyond the limit is said to be shrunk."""
+    stage(tmp_path / "sft", root)
+    picture = tmp_path / "scene.png"
+    Image.new("RGB", (2000, 1600)).save(picture)
+    fakes(tmp_path, "--image", picture, "--text", "0: 500,400,1000,800", "--device", "cpu", "--out", tmp_path / "asked")
+    said = capfd.readouterr().out
+    w, h = data.smart_resize(2000, 1600, 28, FakeProcessor.min_pixels, FakeProcessor.max_pixels)
+    assert "2000 x 1600" in said and f"shrunk to {w} x {h}" in said and "<think>a</think>" in said
+    box = [float(v) for v in re.search(r"box in pixels of the picture: (.*)", said)[1].split(",")]
+    assert box == pytest.approx((500, 400, 1000, 800), abs=2)
+    drawn = Image.open(tmp_path / "asked" / "scene_answer.png")
+    assert drawn.size == (2000, 1600) and drawn.getpixel((502, 700)) == evaluation.RED
+    small = tmp_path / "small.png"
+    Image.new("RGB", (100, 100)).save(small)
+    fakes(tmp_path, "--image", small, "--text", "2: 1,1,9,9", "--device", "cpu", "--out", tmp_path / "asked")
+    said = capfd.readouterr().out
+    assert "shrunk" not in said and "no box: no answer" in said and not (tmp_path / "asked" / "small_answer.png").exists()
+    small.write_bytes(b"no picture")
+    for missing in (small, tmp_path / "none.png"):
+        with pytest.raises(DataError, match="unreadable") as error:
+            fakes(tmp_path, "--image", missing, "--text", "a ship", "--device", "cpu")
+        assert "\n" not in str(error.value)
+
+
+def test_the_real_script_with_a_random_model(run, tiny_checkpoint, dior_root, tmp_path):
+    """Samples, report and question with a real checkpoint; a user's mistake is one line and status 2."""
+    done = run("eval.py", tiny_checkpoint, "--data", "dior", "--root", dior_root, "--temperature", 1, "--samples", 3, "--max-new-tokens", 6,
+               "--limit", 3, "--device", "cpu", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    [row] = rows(tmp_path)
+    assert row["samples"] == 3 and row["breakdowns"]["train image"]["also in train"]["n"] == 3
+    assert (tmp_path / "report.html").read_text().count("<img") == 3
+    Image.new("RGB", (600, 500)).save(tmp_path / "a.png")
+    ask = ("eval.py", tiny_checkpoint, "--text", "a ship", "--max-new-tokens", 6, "--device", "cpu", "--out", tmp_path, "--image")
+    done = run(*ask, tmp_path / "a.png")
+    assert done.returncode == 0 and "600 x 500" in done.stdout and "shrunk to" in done.stdout and "no box" in done.stdout, done.stderr
+    done = run(*ask, tmp_path / "none.png")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.png" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------------ several processes
 
 def test_two_processes_write_the_report_of_one(root, fakes, tmp_path):
     stage(tmp_path / "ckpt" / "sft", root)
-    flags = [tmp_path / "ckpt", "--temperature", "0", "1", "--limit", "23", "--batch", "4", "--device", "cpu"]
+    flags = [tmp_path / "ckpt", "--temperature", "0", "1", "--samples", "3", "--limit", "23", "--batch", "4", "--device", "cpu"]
     fakes(*flags, "--out", tmp_path / "one")
     (tmp_path / "run.py").write_text("import test_eval, runtime\ntest_eval.install(setattr)\nruntime.main(test_eval.evaluation.main)\n")
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "run.py"]
     command += [*flags, "--out", tmp_path / "two"]
     subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=120)
-    for name in ("eval.json", "predictions_sft.jsonl", "predictions_sft_T1.jsonl", "overlays_sft.png"):
+    for name in ("eval.json", "report.html", "predictions_sft.jsonl", "predictions_sft_T1.jsonl", "overlays_sft.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
