@@ -8,6 +8,7 @@ code fed a prompt G times over, as TRL's trainer feeds it to the model.
     python bench.py --device cuda --shape 3b               one GPU
     python bench.py --shape tiny --only decode update      two parts, in seconds
 """
+import copy
 import gc
 import json
 import os
@@ -322,7 +323,7 @@ def measure(table, folder, dtype, wanted):
     if "images" in wanted:
         images(table)
     if "numerics" in wanted:
-        table.more["numerics"] = numerics(ours, folder, prompts[:2], L, device)
+        table.more["numerics"] = numerics(ours, prompts[:2], L, device)
     if "profile" in wanted:
         table.more["profile"] = profile(lambda: generate(ours, prompts, GROUP, min(L, 16), 1.0, seeds), update_ours)
 
@@ -341,7 +342,7 @@ def images(table):
                       lambda: [theirs(Image.open(file).convert("RGB"), return_tensors="pt") for _ in range(8)], 8, "images/s")
 
 
-def numerics(model, folder, prompts, L, device):
+def numerics(model, prompts, L, device):
     """Largest and mean difference of log-probabilities: sampled or scored, in this dtype or in float32, by CUDA graphs or without."""
     def apart(name, a, b):
         difference = (a - b).abs()
@@ -351,8 +352,7 @@ def numerics(model, folder, prompts, L, device):
     completions = [list(group) for group in tokens]
     with torch.no_grad():
         scored = model.score(prompts, completions)[0].view(sampled.shape)
-        exact = QwenVL.from_pretrained(folder, torch.float32, device)
-        float32 = exact.score(prompts, completions)[0].view(sampled.shape)
+        float32 = copy.deepcopy(model).float().score(prompts, completions)[0].view(sampled.shape)
     found = {"sampled_scored": apart("sampled or scored", sampled, scored),
              "dtype_float32": apart("this dtype or float32", scored, float32)}
     if device.type == "cuda":

@@ -101,19 +101,21 @@ def hits(iou, t, inclusive):
     return iou >= t if inclusive else iou > t
 
 
-def vrsbench_iou(pred, gt, size):
+def vrsbench_iou(pred, gt, size, grid=None):
     """As `metrics` -> (N,) IoU as VRSBench's own evaluation computes it: boxes cut down to whole hundredths of the image's sides, both ends
-    counted in (+1). A target whose cells are one point has an area there, and is hit by a box of the same cells. NaN rows are 0."""
+    counted in (+1). A target whose cells are one point has an area there, and is hit by a box of the same cells. NaN rows are 0.
+    grid (N, 4): the targets in whole hundredths as the data set itself gives them, NaN where it does not."""
     size = size.double().repeat(1, 2)
     p, g = ((100 * (box.double().clamp(min=0).minimum(size) / size)).floor() for box in (pred, gt))
+    g = g if grid is None else torch.where(grid.isnan(), g, grid.double())
     inside = (torch.minimum(p[:, 2:], g[:, 2:]) - torch.maximum(p[:, :2], g[:, :2]) + 1).clamp(min=0).prod(1)
     area_p, area_g = ((box[:, 2:] - box[:, :2] + 1).prod(1) for box in (p, g))
     return (inside / (area_p + area_g - inside)).nan_to_num(0.0)
 
 
-def vrsbench(pred, gt, size, unique):
+def vrsbench(pred, gt, size, unique, grid=None):
     """The official VRSBench metric: share of all samples with `vrsbench_iou` >= 0.5 and 0.7; unique: N of True, False or None (unknown)."""
-    iou = vrsbench_iou(pred, gt, size)
+    iou = vrsbench_iou(pred, gt, size, grid)
     parts = {"all": [True] * len(gt), "unique": [u is True for u in unique], "non_unique": [u is False for u in unique]}
     masks = {name: torch.tensor(mask, dtype=torch.bool) for name, mask in parts.items()}
     return {name: {"n": int(m.sum()), **{f"Acc@{t}": (iou[m] >= t).double().mean().item() for t in (0.5, 0.7)}}
@@ -169,7 +171,7 @@ def details(records, predictions, name, known):
             extra["breakdowns"][by] = {value: {"n": len(rows), "mIoU": iou[rows].mean().item(), "Pr@0.5": hit[rows].mean().item()}
                                        for value, rows in groups.items()}
     if name == "vrsbench":
-        extra["vrsbench"] = vrsbench(pred, target, size, [getattr(r, "unique", None) for r in records])
+        extra["vrsbench"] = vrsbench(pred, target, size, [r.unique for r in records], tensor([r.grid for r in records]))
     if any(p and "samples" in p for p in predictions):
         extra |= sampled(records, predictions, target, size, inclusive)
     return extra

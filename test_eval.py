@@ -114,6 +114,13 @@ def test_metrics_equal_brute_force_on_random_pairs():
     assert sum(v == 0.5 for v in ious) > 800
 
 
+def test_vrsbench_takes_the_data_sets_own_cells_where_it_gives_them():
+    """The precise box says cells 10 to 20, the file 11 to 21: the file counts."""
+    size, pred = torch.tensor([[100.0, 100.0]] * 2), torch.tensor([[11.2, 11.2, 21.2, 21.2]] * 2)
+    target, grid = torch.tensor([[10.9, 10.9, 20.9, 20.9]] * 2), torch.tensor([[11.0, 11, 21, 21], NAN])
+    assert evaluation.vrsbench_iou(pred, target, size, grid).tolist() == pytest.approx([1.0, 100 / (121 + 121 - 100)])
+
+
 def test_vrsbench_counts_cells():
     """Against sets of cells on the grid, 10,000 pairs; and a target of no area, which the pixel metric can never hit."""
     rng = random.Random(1)
