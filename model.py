@@ -175,16 +175,18 @@ class Cache:
         (Q, KV, P, hd), (R, H, _), T = self.prompt_k[layer].shape, q.shape, self.bucket
         for own, new in ((self.own_k, k), (self.own_v, v)):
             own[layer].index_copy_(2, self.at, new[:, :, None])
-        q = (q * hd ** -0.5).view(R, KV, H // KV, hd)
-        by_group = q.view(Q, R // Q, KV, H // KV, hd).transpose(1, 2).reshape(Q, KV, -1, hd)        # (Q, KV, G * H/KV, hd)
-        far = (by_group @ self.prompt_k[layer].transpose(2, 3)).masked_fill(self.blocked, -torch.inf)
-        far = far.view(Q, KV, R // Q, H // KV, P).transpose(1, 2).reshape(R, KV, H // KV, P)
-        near = q @ self.own_k[layer][:, :, :T].transpose(2, 3)                                        # (R, KV, H/KV, T)
-        near = near.masked_fill(torch.arange(T, device=q.device) > self.at, -torch.inf)
-        far, near = torch.cat((far, near), -1).float().softmax(-1).to(v.dtype).split((P, T), -1)
-        far = far.reshape(Q, R // Q, KV, H // KV, P).transpose(1, 2).reshape(Q, KV, -1, P) @ self.prompt_v[layer]
-        far = far.view(Q, KV, R // Q, H // KV, hd).transpose(1, 2).reshape(R, KV, H // KV, hd)
-        return (far + near @ self.own_v[layer][:, :, :T]).reshape(R, H, hd)
+        by_rollout, by_group = (R, KV, H // KV, -1), (Q, KV, R * H // Q // KV, -1)
+
+        def turn(x, shape):                                              # the same rows with rollouts before heads, or behind them
+            other = (Q, R // Q, KV, H // KV, -1) if shape is by_group else (Q, KV, R // Q, H // KV, -1)
+            return x.reshape(other).transpose(1, 2).reshape(shape)
+        q = (q * hd ** -0.5).view(by_rollout)
+        far = turn(q, by_group) @ self.prompt_k[layer].transpose(2, 3)                                # (Q, KV, G * H/KV, P)
+        near = turn(q @ self.own_k[layer][:, :, :T].transpose(2, 3), by_group)                        # (Q, KV, G * H/KV, T)
+        unseen = torch.cat((self.blocked, (torch.arange(T, device=q.device) > self.at).expand(Q, 1, 1, T)), -1)
+        weights = torch.cat((far, near), -1).masked_fill_(unseen, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype)
+        near = turn(weights[..., P:], by_rollout) @ self.own_v[layer][:, :, :T]
+        return (turn(weights[..., :P] @ self.prompt_v[layer], by_rollout) + near).reshape(R, H, hd)
 
 
 def cumulative(lengths, device):
@@ -331,7 +333,7 @@ def rotate(x, cos, sin):
     """x (N, H, hd) turned by angles whose cos and sin are (N, hd / 2) float32; dimension i is paired with i + hd / 2."""
     a, b = x.float().chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -1).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------- vision tower
@@ -446,8 +448,8 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(c.hidden, c.eps), RMSNorm(c.hidden, c.eps)
         self.self_attn, self.mlp = Attention(c, index), MLP(c.hidden, c.intermediate, bias=False)
 
-    def forward(self, x, rotation, plan):
-        x = x + self.self_attn(self.input_layernorm(x), rotation, plan)
+    def forward(self, x, rotation, plan, rows=slice(None)):
+        x = (x + self.self_attn(self.input_layernorm(x), rotation, plan))[rows]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -460,15 +462,16 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.layers))
         self.norm = RMSNorm(c.hidden, c.eps)
 
-    def forward(self, x, positions, plan):
-        """x (N, D) embeddings, positions (3, N) of time, height, width -> (N, D) hidden states."""
+    def forward(self, x, positions, plan, rows=slice(None)):
+        """x (N, D) embeddings, positions (3, N) of time, height, width -> (N, D) hidden states; of `rows` alone, where given."""
         half = self.config.head_dim // 2
         inverse_frequency = self.config.rope_theta ** -(torch.arange(half, device=x.device) / half)
         axis = torch.arange(3, device=x.device).repeat_interleave(torch.tensor(self.config.mrope_section, device=x.device))
         angles = positions[axis].T * inverse_frequency                                                # (N, hd / 2)
         rotation = angles.cos(), angles.sin()
         for layer in self.layers:
-            x = checkpoint(layer, x, rotation, plan, use_reentrant=False) if self.checkpointing else layer(x, rotation, plan)
+            args = x, rotation, plan, rows if layer is self.layers[-1] else slice(None)               # no other row is read behind it
+            x = checkpoint(layer, *args, use_reentrant=False) if self.checkpointing else layer(*args)
         return self.norm(x)
 
 
@@ -576,7 +579,7 @@ class QwenVL(nn.Module):
         x, where, lengths = self.pack(prompts)
         plan = Plan(lengths, kept=[], device=self.device)
         last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        hidden = self.model(x, where, plan)[last]
+        hidden = self.model(x, where, plan, last)
         first = torch.stack([p.max() + 1 for p in where.split(lengths, 1)])
         return self.lm_head(hidden), Cache(plan.kept, lengths, group, max_new_tokens), first
 
@@ -601,10 +604,10 @@ class QwenVL(nn.Module):
         seen = [sum(len(c) - 1 for c in group) for group in completions]
         plan = Plan(lengths + [len(c) - 1 for _, c in flat], prefix=zip(lengths, seen), device=dev)
         x = torch.cat((x, self.model.embed_tokens(fed).to(x.dtype)))
-        hidden = self.model(x, torch.cat((where, along.expand(3, -1)), 1), plan)
         ends, starts = list(itertools.accumulate(lengths)), itertools.accumulate((len(c) - 1 for _, c in flat), initial=N)
         rows = torch.cat([torch.tensor([ends[q] - 1, *range(start, start + len(c) - 1)]) for (q, c), start in zip(flat, starts)])
-        return self.log_probabilities(hidden[rows.to(dev)], torch.cat([c for _, c in flat]), temperature)
+        hidden = self.model(x, torch.cat((where, along.expand(3, -1)), 1), plan, rows.to(dev))
+        return self.log_probabilities(hidden, torch.cat([c for _, c in flat]), temperature)
 
     def distribution(self, logits, temperature):
         """(..., V) logits -> log-probabilities in float32 at this temperature, over the ids that can be sampled."""
