@@ -160,7 +160,7 @@ def overlap(a, b):
     return inter / (area(a) + area(b) - inter)
 
 
-def writer(name, records, file=None, answer_only=False):
+def writer(records, file=None, answer_only=False):
     """-> function (record, frame, seed) -> completion text: from the annotations, from a JSONL file, or the answer without reasoning."""
     if answer_only:
         return lambda record, frame, seed: answer(record, frame)
@@ -170,7 +170,7 @@ def writer(name, records, file=None, answer_only=False):
         if told.get(record.id):
             return told[record.id] + answer(record, frame)
         color = next((o.color for o in getattr(record.image, "objects", ()) if o.box == record.box), "")
-        return explain(record, others(record), seed, frame, complete=name == "synth", color=color)
+        return explain(record, others(record), seed, frame, complete=hasattr(record.image, "objects"), color=color)
     return write
 
 
@@ -283,7 +283,7 @@ def main():
             runtime.fail(f"--temperature {args.temperature} is below 0; 0 is greedy")
         teach(args, records)
         return
-    write, pictures = writer(args.name, records), []
+    write, pictures = writer(records), []
     for record in records[::max(1, len(records) // args.show)][:args.show]:
         image = data.open_image(record)
         text = write(record, data.Frame(image.size, image.size, "absolute"), args.seed)

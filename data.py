@@ -293,14 +293,16 @@ def hold_out(records, split):
 
 # ------------------------------------------------------------------------------------------------------------------ readers
 
-def read_synth(root, split):
-    from toy import scenes  # drawn, not read: root is not used
+def read_synth(root, split, small=False):
+    """The embedded world; with `small` all objects are half as long. Drawn, not read: root is not used."""
+    from toy import scenes
 
+    splits, name = (scenes.SMALL, "synth-small") if small else (scenes.SPLITS, "synth")
     split = {"train": "rft"}.get(split, split)
-    if split not in scenes.SPLITS:
-        raise NoSplit(f"synth has no split {split!r}; it has {', '.join(scenes.SPLITS)}")
-    return Records([Record(i, scene, text, tuple(map(float, box)), category, scene.size, kind)
-                    for i, scene, text, box, category, kind in scenes.records(split)], {})
+    if split not in splits:
+        raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(splits)}")
+    return Records([Record(f"{split}-{i}", scene, text, box, category, scene.size, kind)
+                    for i, scene, text, box, category, kind in scenes.records(splits[split])], {})
 
 
 DIOR_WITHDRAWN = {"train": 15_328, "val": 3_832, "test": 19_160}
@@ -492,8 +494,8 @@ def asked(row):
 
 REFGEO = ("dior_rsvg", "rsvg", "geochat", "vrsbench", "avvg")
 IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
-READERS = {"synth": read_synth, "dior": read_dior, "opt": read_opt, "rsvg-hr": read_rsvg_hr, "vrsbench": read_vrsbench,
-           "refgeo": read_refgeo, "jsonl": read_jsonl}
+READERS = {"synth": read_synth, "synth-small": lambda root, split: read_synth(root, split, small=True), "dior": read_dior, "opt": read_opt,
+           "rsvg-hr": read_rsvg_hr, "vrsbench": read_vrsbench, "refgeo": read_refgeo, "jsonl": read_jsonl}
 PUBLISHED = {"dior": {"train": 26_991, "val": 3_829, "test": 7_500}, "opt": {"train": 19_580, "val": 4_895, "test": 24_477},
              "rsvg-hr": {"train": 2_151, "test": 499}, "vrsbench": {"test": 16_159}}                  # expressions of a split
 

@@ -351,12 +351,16 @@ def begin(out, step, model, records, logs=("metrics.jsonl",)):
     barrier()
 
 
+def commit():
+    """Hash of the commit that this code stands at, or None outside of a repository."""
+    here = {"capture_output": True, "text": True, "cwd": Path(__file__).parent, "check": False}
+    return subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip() or None
+
+
 def describe(args, stage, records):
     """What run.json says of a run: all that is needed to do it again, and to evaluate it."""
-    here = {"capture_output": True, "text": True, "cwd": Path(__file__).parent, "check": False}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pillow", "safetensors", "tokenizers")}
-    return {"stage": stage, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit or None, "data": args.data,
+    return {"stage": stage, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(), "data": args.data,
             "root": args.root, "records": len(records), "data_hash": records.hash, "prompt_hash": prompt_hash(), "versions": versions,
             "processes": world(), "device": args.device, "flags": {k: v for k, v in vars(args).items() if k != "resume"}}
 

@@ -64,7 +64,7 @@ def main():
     if args.batch % runtime.world():
         runtime.fail(f"--batch {args.batch} is not a multiple of the {runtime.world()} processes")
     records, val = data.load(args.data, args.root, "sft"), data.load(args.data, args.root, "val")[:args.val]
-    reason = cot.writer(args.data, records, args.cot, args.answer_only)
+    reason = cot.writer(records, args.cot, args.answer_only)
     init, out = Path(args.init), Path(args.out)
     model, processor = QwenVL.from_pretrained(init, dtype=None), data.Processor.from_pretrained(init, max_pixels=args.max_pixels)
     runtime.check_output(out, args.resume)

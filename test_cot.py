@@ -146,7 +146,7 @@ def test_every_sentence_is_true_of_made_up_records(convention, complete):
 
 def test_every_sentence_is_true_of_the_embedded_world():
     records = data.load("synth", None, "val")
-    write = cot.writer("synth", records)
+    write = cot.writer(records)
     for seed, record in enumerate(records):
         frame = Frame(record.size, record.size, "absolute")
         target, = (o for o in record.image.objects if o.box == record.box)
@@ -181,7 +181,7 @@ def test_reasoning_for_training_speaks_of_training_records_only(dior_root):
     for record in train:
         assert {o.box for o in others(record)} <= known - {record.box}
         assert not {o.box for o in others(record)} & {r.box for r in test}
-        text = cot.writer("dior", train)(record, Frame(record.size, record.size, "absolute"), 0)
+        text = cot.writer(train)(record, Frame(record.size, record.size, "absolute"), 0)
         assert "there " not in text and "i see" not in text              # neither a count nor "the only one"
 
 
@@ -272,7 +272,7 @@ def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_f
                                          "--limit", limit, "--batch", "2", "--device", "cpu"])
         cot.main()
     assert len(asked) == len(records) > 3                                # each once
-    write, own = cot.writer("dior", records, out), cot.writer("dior", records)
+    write, own = cot.writer(records, out), cot.writer(records)
     for i, record in enumerate(records):
         frame = Frame(record.size, record.size, "absolute")
         text = write(record, frame, 0)
