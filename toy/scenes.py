@@ -1,9 +1,9 @@
 """The embedded world: small aerial scenes that draw themselves from a seed, and expressions that have exactly one answer in them.
 
 A scene is textured terrain, a road, a river or a coast, trees, and objects that do not touch: category by shape, a colour, a size; its
-boxes are the extent of what is drawn. Ships and piers lie at a coast, bridges over a river, all else on land. An expression names an object by
-category, attribute, region of the image, extreme, relation to another object, or by two of these. It is kept only where one object fits it
-clearly and all others clearly do not (MARGIN).
+boxes are the extent of what is drawn. Ships and piers lie at a coast, bridges over a river, all else on land. An expression names an object
+by category, attribute, region of the image, extreme, relation to another object, or by two of these. It is kept only where one object fits
+it clearly and all others clearly do not (MARGIN).
 
 The world is fixed: test_toy.py holds a hash of its records, so that scores taken at different times speak of the same scenes.
 """
@@ -258,7 +258,8 @@ EXTREMES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "lowest
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 WORDINGS = {"largest": ("the largest {}", "the biggest {}"), "smallest": ("the smallest {}", "the tiniest {}"),
             "leftmost": ("the leftmost {}", "the {} farthest to the left"),
-            "rightmost": ("the rightmost {}", "the {} farthest to the right"), "topmost": ("the topmost {}", "the {} nearest to the top edge"),
+            "rightmost": ("the rightmost {}", "the {} farthest to the right"),
+            "topmost": ("the topmost {}", "the {} nearest to the top edge"),
             "lowest": ("the lowest {}", "the {} nearest to the bottom edge"),
             "region": ("the {} at the {}", "the {} in the {} part of the image"),
             "center": ("the {} in the {}", "the {} in the {} of the image"),
