@@ -87,6 +87,13 @@ def metrics(pred, gt, size, inclusive=False):
             "center_error": away[valid].mean().item() if valid.any() else None, "n": n}
 
 
+def centre_box(records):
+    """What a guess scores that looks at nothing: a box in the middle of each image, of the median width and height of these records."""
+    gt, size = (torch.tensor([getattr(r, name) for r in records], dtype=torch.float64) for name in ("box", "size"))
+    half = ((gt[:, 2:] - gt[:, :2]) / size).median(0).values / 2
+    return metrics(torch.cat((size * (0.5 - half), size * (0.5 + half)), 1), gt, size)
+
+
 def compare(pred, gt, size):
     """As `metrics` -> (N,) each: is there a box, IoU, area of intersection and of union (pixels), `reward.center_distance` (of no meaning
     where there is no box)."""
@@ -436,7 +443,7 @@ def newest(stage):
     return stage if (stage / "config.json").exists() else stage / (stage / "latest").resolve().name
 
 
-def print_table(rows):
+def print_table(rows, guess):
     head = ("mIoU", *(f"Pr@{t}" for t in THRESHOLDS), "cIoU", "center", "failed", "lenient: mIoU", "Pr@0.5")
     width = max(12, *(len(row["stage"]) for row in rows))
     print(f"{'stage':{width}} {'T':>4} {'n':>6} " + " ".join(f"{h:>6}" for h in head))
@@ -446,6 +453,7 @@ def print_table(rows):
                    sum(row["failures"].values()) / row["n"], row["lenient"]["mIoU"], row["lenient"]["Pr@0.5"]]
         cells = " ".join("-".rjust(max(6, len(h))) if x is None else f"{x:{max(6, len(h))}.3f}" for h, x in zip(head, figures))
         print(f"{row['stage']:{width}} {kind:>4} {row['n']:>6} {cells}{'  (blind)' if row['blind'] else ''}")
+    print(f"a box of the median size in the middle of each image: mIoU {guess['mIoU']:.3f}, Pr@0.5 {guess['Pr@0.5']:.3f}")
     for row in rows:
         failed = ", ".join(f"{why} {n}" for why, n in row["failures"].items() if n)
         if failed:
@@ -474,7 +482,7 @@ def main():
     records = list(records)[:args.limit]
     beside = "_vs_".join((str(Path(files[0]).with_suffix("")), *(Path(file).stem for file in files[1:]))) if files else None
     out = writable(args.out or beside or Path(args.ckpt) / "eval")
-    rows, cases, comparison = [], [], {}
+    rows, cases, more = [], [], {"centre_box": centre_box(records)}
 
     def report(stage, checkpoint, temperature, predictions):
         rows.append({"stage": stage, "checkpoint": str(checkpoint), "temperature": temperature, **common,
@@ -486,12 +494,12 @@ def main():
                 (out / f"predictions_{suffix}.jsonl").write_text(text, encoding="utf-8")
             cases.append(judged(records, predictions))
             contact_sheet(records, predictions, out / f"overlays_{suffix}.png")
-            (out / "eval.json").write_text(json.dumps({"rows": rows, **comparison}, indent=2) + "\n", encoding="utf-8")
+            (out / "eval.json").write_text(json.dumps({"rows": rows, **more}, indent=2) + "\n", encoding="utf-8")
 
     if files:
         answers = [[found.get(r.id) for r in records] for found in given]
         if args.compare:
-            comparison["comparison"] = {"a": files[0], "b": files[1], **paired(records, *answers, name in AT_LEAST)}
+            more["comparison"] = {"a": files[0], "b": files[1], **paired(records, *answers, name in AT_LEAST)}
         for file, predictions in zip(files, answers):
             report(Path(file).stem.removeprefix("predictions_"), file, None, predictions)
     else:
@@ -508,9 +516,9 @@ def main():
     if runtime.rank() == 0:
         folders = [] if files else [(stage, folder.resolve().parent if (folder / "run.json").exists() else folder)
                                     for stage, folder in stages]         # a downloaded checkpoint lies in no stage's folder
-        page.write(out / "report.html", rows, cases, folders, [*(known[0] or ()), *known[1]], comparison.get("comparison"))
-        print_table(rows)
-        for metric, test in comparison.get("comparison", {}).items():
+        page.write(out / "report.html", rows, cases, folders, [*(known[0] or ()), *known[1]], more)
+        print_table(rows, more["centre_box"])
+        for metric, test in more.get("comparison", {}).items():
             if isinstance(test, dict):
                 low, high = test["ci"]
                 print(f"B - A: {metric} {test['difference']:+.3f} (95% {low:+.3f} to {high:+.3f}), p {test['p']:.3f}")

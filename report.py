@@ -18,16 +18,17 @@ CURVES = (("reward", "iou", "positional", "format"), ("dispersion",), ("length",
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 STYLE = """body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 12px;max-width:1000px;color:#222}
 h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85em}td,th{padding:3px 8px;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}small{color:#666;white-space:nowrap}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85em}td,th{white-space:nowrap;
+padding:3px 8px;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}small{color:#666}
 .row{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;width:min(320px,100%);overflow-wrap:anywhere}img,svg{max-width:100%;height:auto}
 figcaption{font-size:.85em}pre{white-space:pre-wrap;font-size:.75em;background:#f4f4f4;padding:6px;
 margin:4px 0;max-height:14em;overflow:auto}"""
 
 
-def write(path, rows, cases, stages, records=(), comparison=None):
+def write(path, rows, cases, stages, records=(), more=None):
     """rows: of eval.json; cases: for each row a list of (record, box or None, IoU, text); stages: (name, folder with metrics.jsonl);
-    records: where the images of rollouts are looked for; comparison: of eval.json, where two files are compared."""
+    records: where the images of rollouts are looked for; more: the rest of eval.json (centre_box, comparison)."""
     by_id = {r.id: r for r in records}
     logs = [(name, list(read_lines(folder / "metrics.jsonl")), list(read_lines(folder / "rollouts.jsonl"))) for name, folder in stages]
     groups = [(name, spread([x for x in rollouts if x.get("id") in by_id and by_id[x["id"]].text == x.get("expression")], 4))
@@ -35,7 +36,7 @@ def write(path, rows, cases, stages, records=(), comparison=None):
     each = max(1, min(6, (PICTURES - sum(len(lines) for _, lines in groups)) // (3 * max(1, len(rows)))))
     parts = [f"<h1>Evaluation</h1><p>{text(rows[0]['data'])}, split {text(rows[0]['split'])}, {rows[0]['n']} records</p>",
              "<h2>Scores</h2><p>In brackets 95% intervals, resampled over images.</p>",
-             scores(rows), compared(comparison), breakdowns(rows)]
+             scores(rows), guessed(more["centre_box"]) if more else "", compared((more or {}).get("comparison"))]
     for name, lines, _ in logs:
         pictures = "".join(curve([(k, [(x["step"], x[k]) for x in lines if plottable(x, k)]) for k in keys]) for keys in CURVES)
         if pictures:
@@ -48,6 +49,7 @@ def write(path, rows, cases, stages, records=(), comparison=None):
         parts.append(f"<h2>Cases: {label(row)}</h2><p>Green: the target; red: the answer.</p>")
         for title, chosen in choose(some, each):
             parts.append(f"<h3>{title}</h3><div class=row>{''.join(case(*c) for c in chosen)}</div>")
+    parts.append(breakdowns(rows))
     page = ('<!DOCTYPE html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">'
             "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
             f"<title>Evaluation</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n")
@@ -82,6 +84,10 @@ def scores(rows):
         page += "<h3>VRSBench's own metric</h3>" + table(["stage", "part", "n", "Acc@0.5", "Acc@0.7"], [
             [name, text(part), values["n"], f"{values['Acc@0.5']:.3f}", f"{values['Acc@0.7']:.3f}"] for name, part, values in official])
     return page
+
+
+def guessed(guess):
+    return f"<p>A box of the median size in the middle of each image: mIoU {guess['mIoU']:.3f}, Pr@0.5 {guess['Pr@0.5']:.3f}.</p>"
 
 
 def compared(comparison):

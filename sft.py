@@ -25,11 +25,12 @@ from model import QwenVL
 
 def flags():
     parser = runtime.Parser("Supervised fine-tuning on spatial reasoning that ends in a box (stage 1)")
-    runtime.add_common_flags(parser, "sft", "ckpt/base", 1000)
+    runtime.add_common_flags(parser, "sft", "toy/base", 1000)
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=runtime.positive, default=16, help="records a step, over all processes")
     add("--lr", type=float, default=1e-5, help="peak learning rate; 1e-5 for a 3B model, about 1e-3 for the embedded one")
     add("--cot", metavar="FILE", help="JSONL of your own reasoning by record id; default: written from the annotations")
+    add("--split", default="sft", help="records to train on; rft with --answer-only: the boxes of the second stage, as a control")
     add("--answer-only", action="store_true", help="no reasoning, the answer alone: the baseline")
     add = parser.add_argument_group("watching").add_argument
     add("--every", type=runtime.positive, default=200, help="steps between checkpoints and validation")
@@ -63,7 +64,7 @@ def main():
     args = flags().parse_args()
     if args.batch % runtime.world():
         runtime.fail(f"--batch {args.batch} is not a multiple of the {runtime.world()} processes")
-    records, val = data.load(args.data, args.root, "sft"), data.load(args.data, args.root, "val")[:args.val]
+    records, val = data.load(args.data, args.root, args.split), data.load(args.data, args.root, "val")[:args.val]
     reason = cot.writer(records, args.cot, args.answer_only)
     init, out = Path(args.init), Path(args.out)
     model, processor = QwenVL.from_pretrained(init, dtype=None), data.Processor.from_pretrained(init, max_pixels=args.max_pixels)

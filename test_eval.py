@@ -38,6 +38,14 @@ def test_metrics_by_hand():
     assert got == pytest.approx(want) and list(got) == list(want)
 
 
+def test_a_guess_in_the_middle_by_hand():
+    """Median width 20% and height 30% of the image: of the three targets one is just that box, one touches nothing of it."""
+    some = [data.Record(str(i), None, "x", box, "", (200, 100)) for i, box in enumerate(
+        [(80.0, 35.0, 120.0, 65.0), (0.0, 0.0, 40.0, 30.0), (60.0, 35.0, 140.0, 65.0)])]
+    guess = evaluation.centre_box(some)
+    assert guess["mIoU"] == pytest.approx((1 + 0 + 0.5) / 3) and guess["Pr@0.5"] == pytest.approx(1 / 3) and guess["n"] == 3
+
+
 def test_boxes_are_clamped_before_they_are_compared():
     pred = torch.tensor([[-1e30, -5, 10, 10], [90, 90, math.inf, 300], [150, 10, 160, 20], [30, 30, 20, 40]])
     gt = torch.tensor([[0.0, 0, 10, 10], [90, 90, 130, 100], [90, 10, 100, 20], [20, 30, 30, 40]])

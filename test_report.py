@@ -72,7 +72,8 @@ def page(tmp_path):
     (run / "rollouts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in steps))
     predictions = answers(some)
     file = tmp_path / "report.html"
-    report.write(file, [row(some, predictions)] * 2, [evaluation.judged(some, predictions)] * 2, [(EVIL, run), ("none", tmp_path)], some)
+    report.write(file, [row(some, predictions)] * 2, [evaluation.judged(some, predictions)] * 2, [(EVIL, run), ("none", tmp_path)], some,
+                 {"centre_box": evaluation.centre_box(some)})
     return file.read_text(encoding="utf-8")
 
 
@@ -87,7 +88,8 @@ def test_hostile_texts_stay_texts(page):
 
 
 def test_the_page_tells_the_whole_story(page):
-    for words in ("Scores", "Breakdowns", "VRSBench", "By size", "By region", "By distractors", "By train image", "Training: ",
+    for words in ("Scores", "in the middle of each image: mIoU 0.0",
+                  "Breakdowns", "VRSBench", "By size", "By region", "By distractors", "By train image", "Training: ",
                   "step 1 to 499", "Groups of rollouts", "Best", "Median", "Worst", "IoU", "no box", "width=device-width"):
         assert words in page, words
     assert page.count("<svg") == 4                                       # reward's terms, dispersion, length, KL; no loss, no validation

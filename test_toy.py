@@ -1,14 +1,21 @@
 """The embedded world: boxes against drawn pixels, expressions against a resolver that reads the text, splits and determinism."""
+import argparse
 import collections
 import hashlib
 import itertools
+import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from toy import scenes
+import data
+import runtime
+from model import QwenVL
+from toy import pretrain, scenes
 from toy.scenes import CATEGORIES, COLORS, SMALL, SPLITS, Split, scene
 
 NINTHS = {"upper left": (0, 0), "top": (1, 0), "upper right": (2, 0), "left": (0, 1), "center": (1, 1), "right": (2, 1),
@@ -126,3 +133,66 @@ def test_a_seed_gives_one_world_and_splits_share_no_seed():
     spans = sorted((split.first, split.first + split.scenes) for split in EVERY.values())
     assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
     assert len({r[0] for r in first}) == len(first)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the base
+
+def test_digits_aim_at_the_bump_about_a_number():
+    aims, near = pretrain.digit_aims(), pretrain.bump(torch.arange(scenes.SIDE + 1))
+    assert torch.allclose(aims[52, 0, [4, 5]], torch.tensor([near[52, 40:50].sum(), near[52, 50:60].sum()]), atol=1e-5)
+    assert torch.allclose(aims[52, 1], near[52, 50:60] / near[52, 50:60].sum(), atol=1e-5) and aims[52, 2].sum() == 0
+    assert aims[9, 0, 9] + aims[9, 0, 8] + aims[9, 0, 7] + aims[9, 0, 1] > 0.99 and aims[9, 0, 1] > 0.2       # 10 begins with a 1
+    assert aims[100, 0].argmax() == 1 and aims[100, 1].argmax() == 0 and aims[100, 2, 0] > aims[100, 2, 1] > 0
+    for n in range(scenes.SIDE + 1):
+        assert all(aims[n, place, int(d)] > 0.1 for place, d in enumerate(str(n)))
+
+
+def test_what_the_base_is_taught_is_true_and_ends_its_turn(tmp_path):
+    pretrain.write_shape(tmp_path, 0)
+    processor, soft = data.Processor.from_pretrained(tmp_path), pretrain.digit_aims()
+    assert [len(processor.words(n)) for n in ("7", "52", "112")] == [1, 2, 3]
+    for seed in range(30):
+        s = scene(seed, SPLITS["pretrain"])
+        pairs = pretrain.questions(s, random.Random(seed))
+        assert 0 < len(pairs) <= pretrain.MOST
+        for _, said in pairs:
+            for color, category, box in re.findall(r"(?:a|the) (?:(\w+) )?(\w+) \[([\d, ]+)\]", said):
+                box = [int(v) for v in box.split(",")]
+                assert any(o.category == category and color in ("", o.color) and [round(v) for v in o.box] == box for o in s.objects), said
+        for (_, said), (ids, aims) in zip(pairs, pretrain.talk(processor, pairs, soft, 1024)):
+            assert aims[-1].argmax() == ids[-1] == processor.end_id and torch.allclose(aims.sum(1), torch.ones(len(aims)))
+            assert processor.decode(ids[-len(aims):]) == said
+
+
+def test_pretraining_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    def run(out, resume=False):
+        args = argparse.Namespace(steps=4, warm=2, batch=2, lr=1e-3, seed=0, every=2, resume=resume)
+        if not resume:
+            pretrain.write_shape(out, 0)
+        model = pretrain.fresh_model(out, 0)
+        pretrain.train(model, data.Processor.from_pretrained(out), args, out)
+        return model.state_dict(), (out / "metrics.jsonl").read_text()
+
+    def crash(path, line, log=runtime.log):
+        log(path, line)
+        if line["step"] == 3:
+            raise KeyboardInterrupt
+    whole, log = run(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runtime, "log", crash)
+        run(tmp_path / "cut")
+    resumed, log_again = run(tmp_path / "cut", resume=True)
+    assert log == log_again and all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_the_base_in_the_repository():
+    """Small, bfloat16, single digits, and it knows things: the card's figures on fewer scenes."""
+    base = Path(__file__).parent / "toy" / "base"
+    assert sum(f.stat().st_size for f in base.iterdir()) < 8e6
+    model, processor = QwenVL.from_pretrained(base, torch.float32), data.Processor.from_pretrained(base)
+    assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 3.5e6 and model.stored_dtype == torch.bfloat16
+    assert [len(processor.words(n)) for n in ("7", "52", "112")] == [1, 2, 3]
+    seen = pretrain.scores(model, processor, 60)
+    card = (base / "README.md").read_text(encoding="utf-8")
+    assert abs(seen["pointing_mIoU"] - float(re.search(r"mean IoU of the box ([\d.]+)", card)[1])) < 0.1
+    assert abs(seen["named"] - float(re.search(r"right for ([\d.]+)", card)[1])) < 0.15

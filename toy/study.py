@@ -1,0 +1,140 @@
+"""What ablate.sh found: tables of every regime and arm beside the SFT model they started from, and a figure of the differences.
+
+A difference is paired: both models answered the same scenes, which are resampled together for its 95% interval. Every seed has its own SFT
+model and its own difference; the mean over seeds stands beside their standard deviation.
+
+    python toy/study.py ckpt/study           prints Markdown, writes study.png and study.md there
+"""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import report  # noqa: E402
+import runtime  # noqa: E402
+
+ARMS = {"sft": "SFT", "boxes": "SFT, more boxes", "iou": "RFT, IoU", "positional": "+ positional", "coherent": "+ coherent",
+        "focus": "+ focus", "shuffled": "+ shuffled weights"}
+DATA = {"small": "synth-small", "wide": "synth", "little": "synth"}
+TRAINED = ("no_overlap_groups", "zero_variance_groups", "entropy", "dispersion", "positional_group_std", "iou_group_std")
+
+
+def row_of(folder):
+    """The one row of a folder of scores, or None where it was not scored."""
+    content = data.read_json(folder / "eval.json")
+    return content and content["rows"][0]
+
+
+def predictions_of(folder, records):
+    file, = folder.glob("predictions_*.jsonl")
+    found = evaluation.read_predictions(file, records)
+    return [found[r.id] for r in records if r.id in found]
+
+
+def mean(values):
+    """Mean and standard deviation over seeds, as text."""
+    values = [v for v in values if v is not None]
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}" if values else "-"
+
+
+def line(cells):
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def compare(regime, arms, split):
+    """-> Markdown of one regime on one split, and (arm, seed, test) of the greedy differences."""
+    records = data.load(DATA[regime.name], None, split)
+    head = ["", "mIoU greedy", "minus SFT, seed by seed [95%]", "mean", "Pr@0.5", "cIoU", "centre error", "mIoU T=1", "small targets"]
+    text, tests = line(head) + line(["---"] * len(head)), []
+    for arm in arms:
+        seeds = [s for s in sorted(regime.iterdir()) if row_of(s / arm / f"eval_{split}")]
+        rows = [row_of(s / arm / f"eval_{split}") for s in seeds]
+        warm = [row_of(s / arm / f"eval_{split}_T1") for s in seeds]
+        found = []
+        for s in seeds if arm != "sft" else ():
+            sides = [predictions_of(s / name / f"eval_{split}", records) for name in ("sft", arm)]
+            asked = [r for r in records if r.id in {p["id"] for p in sides[0]}]
+            found.append(evaluation.paired(asked, *sides)["mIoU"])
+            tests.append((arm, s.name, found[-1]))
+        each = "; ".join(f"{t['difference']:+.3f} [{t['ci'][0]:+.3f}, {t['ci'][1]:+.3f}]" for t in found)
+        text += line([ARMS[arm], mean([r["mIoU"] for r in rows]), each or "-", mean([t["difference"] for t in found]),
+                      *(mean([r[k] for r in rows]) for k in ("Pr@0.5", "cIoU", "center_error")), mean([r and r["mIoU"] for r in warm]),
+                      mean([r["breakdowns"]["size"].get("small", {}).get("mIoU") for r in rows])])
+        for t in ("0.8", "0.6") if arm == "sft" else ():
+            cooler = [row_of(s / arm / f"eval_{split}_T{t}") for s in seeds]
+            text += line([f"SFT sampled at T={t}", mean([r and r["mIoU"] for r in cooler]), *["-"] * 7]) if any(cooler) else ""
+    return text, tests
+
+
+def kinds(regime, arms, split):
+    """Markdown: mIoU by kind of expression, mean over seeds."""
+    rows = {arm: [r for s in sorted(regime.iterdir()) if (r := row_of(s / arm / f"eval_{split}"))] for arm in arms}
+    names = sorted({kind for found in rows.values() for r in found for kind in r["breakdowns"]["kind"]})
+    text = line(["mIoU by kind", *names]) + line(["---"] * (1 + len(names)))
+    return text + "".join(line([ARMS[arm], *(mean([r["breakdowns"]["kind"][k]["mIoU"] for r in found]) for k in names)])
+                          for arm, found in rows.items() if found)
+
+
+def training(regime, arms):
+    """Markdown: what the steps logged, mean of the first and of the last tenth of them, mean over seeds."""
+    text = line(["first → last tenth of the steps", *TRAINED]) + line(["---"] * (1 + len(TRAINED)))
+    for arm in arms:
+        logs = [list(report.read_lines(s / arm / "metrics.jsonl")) for s in sorted(regime.iterdir())]
+        logs = [log for log in logs if log and "dispersion" in log[0]]
+        if logs:
+            ends = [[statistics.mean(statistics.mean(x[k] for x in part(log, max(1, len(log) // 10))) for log in logs) for k in TRAINED]
+                    for part in (lambda log, n: log[:n], lambda log, n: log[-n:])]
+            text += line([ARMS[arm], *(f"{a:.3f} → {b:.3f}" for a, b in zip(*ends))])
+    return text
+
+
+def figure(tests, path):
+    """tests: (regime, split, arm, seed, test) -> a picture: each difference from SFT with its interval, a line an arm and seed."""
+    high, left, width = 17, 330, 900
+    limit = max(0.02, *(abs(v) for *_, t in tests for v in t["ci"]))
+    image = Image.new("RGB", (width, high * (len(tests) + 2)), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+
+    def at(v):
+        return left + (width - left - 20) * (v + limit) / (2 * limit)
+    pen.line([at(0), high, at(0), image.height - high], fill="#999999")
+    pen.text((at(0) - 90, 1), "mIoU greedy, minus SFT", fill="black", font=font)
+    for value in (-limit, 0, limit):
+        pen.text((at(value) - 15, image.height - high), f"{value:+.2f}", fill="black", font=font)
+    for i, (regime, split, arm, seed, t) in enumerate(tests):
+        y = high * (i + 1.5)
+        pen.text((4, y - 8), f"{regime}, {split}: {ARMS[arm]}, seed {seed}", fill="black", font=font)
+        pen.line([at(t["ci"][0]), y, at(t["ci"][1]), y], fill="#1f77b4", width=2)
+        pen.ellipse([at(t["difference"]) - 3, y - 3, at(t["difference"]) + 3, y + 3], fill="#d62728")
+    image.save(path)
+
+
+def main():
+    parser = runtime.Parser("Tables and figure of a study that ablate.sh ran")
+    parser.add_argument("study", nargs="?", default="ckpt/study", help="its folder")
+    study = Path(parser.parse_args().study)
+    regimes = [study / name for name in DATA if (study / name).is_dir()]
+    if not regimes:
+        runtime.fail(f"no regime ({', '.join(DATA)}) in {study}; run ablate.sh first")
+    text, tests = "", []
+    for regime in regimes:
+        for split in ("test", "novel") if regime.name == "wide" else ("test",):
+            table, found = compare(regime, ARMS, split)
+            text += f"### {regime.name}, {split}\n\n{table}\n{kinds(regime, ARMS, split)}\n"
+            tests += [(regime.name, split, *t) for t in found]
+        text += training(regime, ARMS) + "\n"
+    (study / "study.md").write_text(text, encoding="utf-8")
+    (study / "study.json").write_text(json.dumps([[*where, t] for *where, t in tests], indent=1) + "\n", encoding="utf-8")
+    if tests:
+        figure(tests, study / "study.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    runtime.main(main)
