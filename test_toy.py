@@ -3,8 +3,11 @@ import argparse
 import collections
 import hashlib
 import itertools
+import json
 import random
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +16,10 @@ import pytest
 import torch
 
 import data
+import eval as evaluation
 import runtime
 from model import QwenVL
-from toy import pretrain, scenes
+from toy import pretrain, scenes, study
 from toy.scenes import CATEGORIES, COLORS, SMALL, SPLITS, Split, scene
 
 NINTHS = {"upper left": (0, 0), "top": (1, 0), "upper right": (2, 0), "left": (0, 1), "center": (1, 1), "right": (2, 1),
@@ -196,3 +200,26 @@ def test_the_base_in_the_repository():
     card = (base / "README.md").read_text(encoding="utf-8")
     assert abs(seen["pointing_mIoU"] - float(re.search(r"mean IoU of the box ([\d.]+)", card)[1])) < 0.1
     assert abs(seen["named"] - float(re.search(r"right for ([\d.]+)", card)[1])) < 0.15
+
+
+def test_the_study_compares_each_arm_with_its_own_start(tmp_path):
+    """Two seeds; SFT's boxes are half as wide as the targets (IoU 0.5), the arm's are exact for one seed and SFT's own for the other."""
+    records = list(data.load("synth-small", None, "test"))[:40]
+    frame = {"original": [scenes.SIDE] * 2, "resized": [scenes.SIDE] * 2, "convention": "absolute"}
+    for seed, arm, share in ((0, "sft", 0.5), (0, "iou", 1.0), (1, "sft", 0.5), (1, "iou", 0.5)):
+        folder = tmp_path / "small" / str(seed) / arm / "eval_test"
+        folder.mkdir(parents=True)
+        boxes = [(x1, y1, x1 + share * (x2 - x1), y2) for x1, y1, x2, y2 in (r.box for r in records)]
+        texts = [f'<think>a</think><answer>{{"bbox_2d": {list(b)}}}</answer>' for b in boxes]
+        said = [{"id": r.id, "text": t, "frame": frame} for r, t in zip(records, texts)]
+        (folder / "predictions_x.jsonl").write_text("".join(json.dumps(p) + "\n" for p in said))
+        row = {**evaluation.score(records, said), **evaluation.details(records, said, "synth-small", (None, records))}
+        (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
+        step = {"step": 1, **dict.fromkeys(study.TRAINED, 0.25), "reward": 0.1}
+        (folder.parent / "metrics.jsonl").write_text(json.dumps(step if arm == "iou" else {"step": 1, "loss": 1.0}) + "\n")
+    done = subprocess.run([sys.executable, "toy/study.py", tmp_path], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    arm = next(line for line in done.stdout.splitlines() if line.startswith("| RFT, IoU | 0.750"))
+    assert "+0.500 [+0.500, +0.500]; +0.000 [+0.000, +0.000]" in arm and "| 0.250 ± 0.354 |" in arm
+    assert "| RFT, IoU | 0.250 → 0.250 |" in done.stdout and (tmp_path / "study.png").exists()
+    assert [t[:4] for t in json.loads((tmp_path / "study.json").read_text())] == [["small", "test", "iou", seed] for seed in "01"]
