@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 export GOMP_SPINCOUNT=10000
-PY=.venv/bin/python
+PY=${PY:-.venv/bin/python}
 STUDY=${STUDY:-ckpt/study}
 REGIMES=${REGIMES:-small wide little}       # objects of half the length; the world as it is; SFT on a tenth of its records
 SEEDS=${SEEDS:-0 1 2}
