@@ -16,6 +16,7 @@ public to us.
 import json
 import math
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,13 @@ def compare(a, b):
     return "larger than" if ratio > ALIKE else "smaller than" if ratio < 1 / ALIKE else "about as large as"
 
 
+def spoken_of(o, text):
+    """Sorts objects by how well a text's words for them fit: the colour that is named first, then by size where one is named."""
+    noun = o.category.lower()
+    larger, smaller = (re.search(rf"\b(?:{size}) (?:[a-z]+ )?{re.escape(noun)}", text) for size in ("largest|biggest", "smallest|tiniest"))
+    return f"{o.color} {noun}" not in text, -area(o.box) if larger else area(o.box) if smaller else 0
+
+
 ORDINALS = ("first", "second", "third", "fourth")
 
 
@@ -105,6 +113,7 @@ def explain(record, others, seed, frame, complete=False, color=""):
     target, noun = Neighbor(record.category, record.box, color), record.category.lower() or "object"
     alike = sorted((o for o in others if o.category == record.category), key=lambda o: math.dist(centre(o.box), centre(record.box)))
     named = [o for o in others if o.category != record.category and o.category and o.category.lower() in record.text.lower()]
+    named.sort(key=lambda o: spoken_of(o, record.text.lower()))
     lines = [rng.choice((f"i look for {record.text}.", f"the question asks for {record.text}."))]
     if complete:
         n = len(alike) + 1
@@ -114,10 +123,10 @@ def explain(record, others, seed, frame, complete=False, color=""):
     names = dict(zip(candidates, ORDINALS)) if len(candidates) > 1 else {target: noun}
     for o in candidates:
         kind = f"{o.color} {noun}".strip()
-        lines.append(rng.choice(("the {}, a {}, is at the {}, near {}.", "the {}, a {}, lies at the {}, near {}.")).format(
-            names[o], kind, region(o.box, record.size), near(o.box, frame)))
+        lines.append(rng.choice(("the {}, a {}, is near {}, at the {}.", "the {}, a {}, lies near {}, at the {}.")).format(
+            names[o], kind, near(o.box, frame), region(o.box, record.size)))
     for o in named[:1]:
-        lines.append(f"a {f'{o.color} {o.category.lower()}'.strip()} is at the {region(o.box, record.size)}, near {near(o.box, frame)}.")
+        lines.append(f"a {f'{o.color} {o.category.lower()}'.strip()} is near {near(o.box, frame)}, at the {region(o.box, record.size)}.")
     lines.append(f"the {names[target]} fits.")
     for o in named[:1]:
         lines.append(f"it is {beside(record.box, o.box, f'that {o.category.lower()}', frame)}.")

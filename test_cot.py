@@ -16,8 +16,8 @@ ORDINAL = ("first", "second", "third", "fourth")
 SENTENCE = {
     "asked": r"(?:i look for|the question asks for) (.*?)\.",
     "count": r"(?:there (?:is|are)|i see) (\d+)(?: of the kind)? ([a-z ]+)\.",
-    "candidate": r"the ([a-z ]+), a ([a-z ]+), (?:is|lies) at the ([a-z ]+), near \((\d+), (\d+)\)\.",
-    "anchor": r"a ([a-z ]+) is at the ([a-z ]+), near \((\d+), (\d+)\)\.",
+    "candidate": r"the ([a-z ]+), a ([a-z ]+), (?:is|lies) near \((\d+), (\d+)\), at the ([a-z ]+)\.",
+    "anchor": r"a ([a-z ]+) is near \((\d+), (\d+)\), at the ([a-z ]+)\.",
     "fits": r"the ([a-z ]+) fits\.",
     "beside": r"it is (left of|right of|above|below) that ([a-z ]+), (\d+) away\.",
     "versus": r"it is (left of|right of|above|below) the ([a-z]+), (\d+) away, and (larger than|smaller than|about as large as) it\.",
@@ -87,7 +87,7 @@ def check(text, record, others, frame, complete, color=""):
         elif kind == "count":
             assert complete and int(g[0]) == 1 + sum(o.category == record.category for o in others) and g[1] == record.category
         elif kind in ("candidate", "anchor"):
-            name, region, near = g[-4], g[-3], g[-2:]
+            name, near, region = g[-4], g[-3:-1], g[-1]
             fitting = [b for b, called in known.items() if name == called and is_near(near, b, frame) and lies_in(region, b, record.size)]
             assert fitting, (g, known)
             places[g[0]] = [b for b in fitting if kind == "candidate"] or fitting
@@ -278,3 +278,14 @@ def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_f
         text = write(record, frame, 0)
         assert reward.format_ok(text) and text.endswith(cot.answer(record, frame))
         assert text.startswith("<think>by the pier.</think>") if i % 2 == 0 else text == own(record, frame, 0)
+
+
+@pytest.mark.parametrize("words, meant", [("the red tank", 1), ("the tank", 0), ("the largest tank", 2), ("the smallest blue tank", 0),
+                                          ("the biggest blue tank", 2)])
+def test_of_several_anchors_the_one_that_the_words_mean_is_placed(words, meant):
+    """Three tanks: small and blue, middling and red, large and blue."""
+    boxes = ((0, 0, 10, 10), "blue"), ((40, 0, 60, 20), "red"), ((70, 70, 110, 110), "blue")
+    tanks = [cot.Neighbor("tank", box, color) for box, color in boxes]
+    record = Record("0", None, f"the truck nearest to {words}", (50.0, 50.0, 60.0, 60.0), "truck", (112, 112))
+    text = cot.explain(record, tanks, 0, Frame((112, 112), (112, 112), "absolute"), complete=True)
+    assert f"a {tanks[meant].color} tank is near {cot.near(tanks[meant].box, Frame((112, 112), (112, 112), 'absolute'))}," in text
