@@ -198,8 +198,8 @@ def test_the_base_in_the_repository():
     assert [len(processor.words(n)) for n in ("7", "52", "112")] == [1, 2, 3]
     seen = pretrain.scores(model, processor, 60)
     card = (base / "README.md").read_text(encoding="utf-8")
-    assert abs(seen["pointing_mIoU"] - float(re.search(r"mean IoU of the box ([\d.]+)", card)[1])) < 0.1
-    assert abs(seen["named"] - float(re.search(r"right for ([\d.]+)", card)[1])) < 0.15
+    assert abs(seen["pointing_mIoU"] - float(re.search(r"mean IoU of the box (\d\.\d+)", card)[1])) < 0.1
+    assert abs(seen["named"] - float(re.search(r"right for (\d\.\d+)", card)[1])) < 0.15
 
 
 def test_the_study_compares_each_arm_with_its_own_start(tmp_path):
