@@ -199,7 +199,7 @@ def test_split_files_that_do_not_fit_are_refused(folder, splits, words):
 
 def test_what_is_missing_is_said_in_one_line(folder, tmp_path):
     (folder / "val.txt").unlink()
-    for name, root, words in [("dior", folder, "val.txt"), ("dior", tmp_path / "nowhere", "nowhere"), ("other", None, "synth, synth-small, dior")]:
+    for name, root, words in [("dior", folder, "val.txt"), ("dior", tmp_path / "nowhere", "nowhere"), ("other", None, "synth-small, dior")]:
         with pytest.raises(DataError, match=words) as error:
             load(name, root, "test")
         assert "\n" not in str(error.value)
