@@ -1,9 +1,11 @@
 """Chain-of-thought written from annotations: spatial reasoning in words that can be checked against the boxes.
 
-A text says what is asked for, where the candidates of that category lie, which one fits, how it lies to the others and compares in size,
-where its centre is about; then comes the box. Every sentence is true of the annotated boxes; wording varies with the seed. In the synthetic
-world all objects are known, so it may count them. A real data set annotates some of the objects: there it speaks only of those whose own
-expression is in the split at hand, and claims neither numbers nor completeness.
+A text says what is asked for; where the object lies that the expression refers to, if there is one; one candidate after another, with what
+tells them apart: place, size where sizes are spoken of, how it lies to that other object. Only then which one fits, how it compares, where
+its centre is about; then the box. Reasons stand before what follows from them, for a model writes in this order. Every sentence is true of
+the annotated boxes; wording varies with the seed. In the synthetic world all objects are known, so candidates may be counted. A real data
+set annotates some of the objects: there it speaks only of those whose own expression is in the split at hand, and claims neither numbers
+nor completeness.
 
 Source: our reading of "synthetic spatial reasoning" in the abstract of RSGround-R1 (arXiv 2601.21634); the paper's own texts are not
 public to us.
@@ -34,8 +36,9 @@ from model import QwenVL
 REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"), ("lower left", "bottom", "lower right"))
 SAME_OBJECT = 0.9                 # IoU above which another annotation is the target itself under another expression
 ALIKE = 1.2                       # ratio of areas up to which two objects are "about as large"
-COARSE = 10                       # centres and distances are rounded to this, in units of the model's frame
-MOST = 3                          # other objects spoken of
+COARSE = 0.02                     # centres and distances are rounded to about this share of the frame's longer side, in fives
+MOST = 5                          # other candidates spoken of
+SIZES = re.compile(r"\b(?:large|larger|largest|big|bigger|biggest|huge|small|smaller|smallest|tiny|tinier|tiniest|little)\b")
 AGREED = 0.5                      # IoU from which a teacher's box is that of the annotation
 LEAK = 3                          # units of the model's frame: four numbers this near to the box's give it away
 TEACHER = ("The object that is described as {text} lies in the box {box}. Write down how one finds it who does not know the box: what is "
@@ -74,20 +77,21 @@ def direction(a, b):
     return "above" if ay < by else "below"
 
 
-def coarse(v):
-    return COARSE * round(v / COARSE)
+def coarse(v, frame):
+    step = 5 * max(1, round(COARSE * max(frame.extent) / 5))
+    return step * round(v / step)
 
 
 def near(box, frame):
     x, y = data.to_model_frame((*centre(box), 0, 0), frame)[:2]
-    return f"({coarse(x)}, {coarse(y)})"
+    return f"({coarse(x, frame)}, {coarse(y, frame)})"
 
 
 def beside(a, b, name, frame):
     """Where box a lies to box b, which is called `name`: direction, and distance of the centres in units of the model's frame. What has its
     centre there as well (a field in its stadium) lies in no direction."""
     (ax, ay), (bx, by) = (data.to_model_frame((*centre(x), 0, 0), frame)[:2] for x in (a, b))
-    away = coarse(math.hypot(ax - bx, ay - by))
+    away = coarse(math.hypot(ax - bx, ay - by), frame)
     return f"{direction(a, b)} {name}, {away} away" if away else f"about where {name} is"
 
 
@@ -103,33 +107,44 @@ def spoken_of(o, text):
     return f"{o.color} {noun}" not in text, -area(o.box) if larger else area(o.box) if smaller else 0
 
 
-ORDINALS = ("first", "second", "third", "fourth")
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+
+
+def called(o):
+    """An object's colour, where known, and category, with their article."""
+    words = f"{o.color} {o.category.lower() or 'object'}".strip()
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def explain(record, others, seed, frame, complete=False, color=""):
     """One record's completion. others: Neighbors in its image, the target not among them; complete: they are all there is (so they may be
     counted); frame: data.Frame, whose coordinates the text speaks in; color: of the target, where known. A seed gives one text."""
-    rng = random.Random(f"{seed} {record.id}")
+    rng, text = random.Random(f"{seed} {record.id}"), record.text.lower()
     target, noun = Neighbor(record.category, record.box, color), record.category.lower() or "object"
-    alike = sorted((o for o in others if o.category == record.category), key=lambda o: math.dist(centre(o.box), centre(record.box)))
-    named = [o for o in others if o.category != record.category and o.category and o.category.lower() in record.text.lower()]
-    named.sort(key=lambda o: spoken_of(o, record.text.lower()))
+    kind = f"{color} {noun}" if color and f"{color} {noun}" in text else noun                         # what all candidates are
+    alike = [o for o in others if o.category == record.category and (kind == noun or o.color == color)]
+    alike.sort(key=lambda o: math.dist(centre(o.box), centre(record.box)))
+    candidates = sorted([target, *alike[:MOST]], key=lambda o: centre(o.box))                         # from left to right
+    names = dict(zip(candidates, ORDINALS)) if complete or len(candidates) > 1 else {target: noun}
+    words = {o: f"{o.color} {noun}" if o.category == record.category else o.category.lower() for o in others}
+    named = sorted((o for o in others if o not in alike and o.category and words[o] in text), key=lambda o: spoken_of(o, text))[:1]
+
     lines = [rng.choice((f"i look for {record.text}.", f"the question asks for {record.text}."))]
+    for o in named:
+        lines.append(f"{called(o)} is near {near(o.box, frame)}, at the {region(o.box, record.size)}.")
+    for o in candidates:
+        lies = rng.choice(("is", "lies"))
+        lines.append(f"the {names[o]}, {called(o)}, {lies} near {near(o.box, frame)}, at the {region(o.box, record.size)}")
+        if SIZES.search(text):
+            lines[-1] += f", of size {round(math.sqrt(area(data.to_model_frame(o.box, frame))))}"
+        for other in named:
+            lines[-1] += f", {beside(o.box, other.box, f'that {other.category.lower()}', frame)}"
+        lines[-1] += "."
     if complete:
         n = len(alike) + 1
-        several = rng.choice((f"there are {n} of the kind {noun}.", f"i see {n} of the kind {noun}."))
-        lines.append(f"there is 1 {noun}." if n == 1 else several)
-    candidates = sorted([target, *alike[:MOST]], key=lambda o: centre(o.box))                         # from left to right
-    names = dict(zip(candidates, ORDINALS)) if len(candidates) > 1 else {target: noun}
-    for o in candidates:
-        kind = f"{o.color} {noun}".strip()
-        lines.append(rng.choice(("the {}, a {}, is near {}, at the {}.", "the {}, a {}, lies near {}, at the {}.")).format(
-            names[o], kind, near(o.box, frame), region(o.box, record.size)))
-    for o in named[:1]:
-        lines.append(f"a {f'{o.color} {o.category.lower()}'.strip()} is near {near(o.box, frame)}, at the {region(o.box, record.size)}.")
+        several = rng.choice((f"there are {n} of the kind {kind}.", f"i see {n} of the kind {kind}."))
+        lines.append(f"there is 1 {kind}." if n == 1 else several)
     lines.append(f"the {names[target]} fits.")
-    for o in named[:1]:
-        lines.append(f"it is {beside(record.box, o.box, f'that {o.category.lower()}', frame)}.")
     for o in alike[:1]:
         lines.append(f"it is {beside(record.box, o.box, f'the {names[o]}', frame)}, and {compare(record.box, o.box)} it.")
     lines.append(rng.choice(("its center is near {}.", "the center is about {}.")).format(near(record.box, frame)))

@@ -82,10 +82,9 @@ def corpus(seed):
     records = data.Records([data.Record(str(i), s, text, box, category, s.size, kind) for i, s, text, box, category, kind
                             in scenes.records(replace(scenes.SPLITS["pretrain"], scenes=1500))], {})
     write = cot.writer(records)
-    frame = data.Frame((scenes.SIDE, scenes.SIDE), (scenes.SIDE, scenes.SIDE), "absolute")
     for i, r in enumerate(records):
         yield data.PROMPT.format(text=r.text)
-        yield write(r, frame, seed + i)
+        yield write(r, FRAME, seed + i)
         yield from (text for question in questions(r.image, random.Random(i)) for text in question)
         yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
 
@@ -117,9 +116,12 @@ def names(scene):
     return [(name, o) for name, o in every if [n for n, _ in every].count(name) == 1]
 
 
+FRAME = data.Frame((scenes.SIDE,) * 2, (scenes.SIDE,) * 2, "absolute")
+
+
 def around(box):
-    """A point near the centre, as the reasoning will write it: in tens of pixels."""
-    return "near ({}, {})".format(*(10 * round((a + b) / 20) for a, b in (box[::2], box[1::2])))
+    """A point near the centre, as the reasoning will write it."""
+    return f"near {cot.near(box, FRAME)}"
 
 
 MANNERS = ("{}",) * 4 + ("look at the picture. {}", "{} be brief.", "this was taken from above.\n{}",
@@ -138,12 +140,14 @@ def questions(scene, rng):
         else:
             pairs.append((rng.choice(("point to {}.", "about where is {}?")).format(name), f"{name} {around(o.box)}"))
     ordered = sorted(scene.objects, key=lambda o: o.center[0])
-    for category in {o.category: None for o in ordered}:
+    listed = {o.category: [p for p in ordered if p.category == o.category] for o in ordered}
+    listed |= {f"{o.color} {o.category}": same for o in ordered if len(same := [p for p in listed[o.category] if p.color == o.color]) > 1}
+    for phrase, things in listed.items():
         say = rng.choice((spoken, around))
-        pairs.append((f"list every {category}{'' if say is spoken else ' by a point'}.",
-                      ", ".join(f"a {o.color} {o.category} {say(o.box)}" for o in ordered if o.category == category)))
+        pairs.append((f"list every {phrase}{'' if say is spoken else ' by a point'}.",
+                      ", ".join(f"{cot.called(o)} {say(o.box)}" for o in things)))
     for o in rng.sample(ordered, min(2, len(ordered))):
-        pairs.append((f"what is {around(o.box)}?", f"a {o.color} {o.category} {spoken(o.box)}"))
+        pairs.append((f"what is {around(o.box)}?", f"{cot.called(o)} {spoken(o.box)}"))
     return [(rng.choice(MANNERS).format(question), answer) for question, answer in rng.sample(pairs, min(MOST, len(pairs)))]
 
 
@@ -238,11 +242,11 @@ def train(model, processor, args, out):
 
     image = processor.turns("", PATCHES ** 2 // 4)
     image = torch.tensor(image[:image.index(processor.ids["<|vision_end|>"]) + 1])
-    seen = (image == model.config.image_id).repeat(args.batch)
 
     def inputs(step):
         rng = random.Random(f"{args.seed} {step}")
-        looked = [scenes.scene(split.first + rng.randrange(split.scenes), split) for _ in range(args.batch)]
+        n = args.batch * (1 if step >= args.warm else 3)                 # seeing costs little as long as nothing is said
+        looked = [scenes.scene(split.first + rng.randrange(split.scenes), split) for _ in range(n)]
         prompts = [data.Prompt(image, *processor.patches(s.draw())[:2], None) for s in looked]
         said = [list(talk(processor, questions(s, rng), soft, model.config.vocab)) if step >= args.warm else [] for s in looked]
         return prompts, said, [torch.cat(t) for t in zip(*(dense_targets(s) for s in looked))]
@@ -250,6 +254,7 @@ def train(model, processor, args, out):
         for step in bar:
             prompts, said, (kinds, colors, boxes) = inputs(step)
             x, where, lengths = model.pack(prompts)
+            seen = (image == model.config.image_id).repeat(len(prompts))
             tokens = x[seen]
             told = [ids for group in said for ids, _ in group]
             lasting, start = [len(ids) - 1 for ids in told], int(where[:, :len(image)].max()) + 1
@@ -306,7 +311,7 @@ def scores(model, processor, n=400):
         rng = random.Random(i)
         named, o = names(s), rng.choice(s.objects)
         asked += [(s, f"where is {name}?", p.box, None) for name, p in named and [rng.choice(named)]]
-        asked.append((s, f"what is {around(o.box)}?", None, f"a {o.color} {o.category} "))
+        asked.append((s, f"what is {around(o.box)}?", None, f"{cot.called(o)} "))
     hits, named = [], []
     for first in tqdm(range(0, len(asked), 100), desc="scores"):
         part, prompts = asked[first:first + 100], []
@@ -346,8 +351,8 @@ def main():
     add = parser.add_argument
     add("--out", default="ckpt/base", help="folder of the base")
     add("--resume", action="store_true", help="go on where --out was stopped")
-    add("--steps", type=runtime.positive, default=7_000, help="steps")
-    add("--warm", type=runtime.positive, default=100, help="the first of them, without language")
+    add("--steps", type=runtime.positive, default=10_000, help="steps")
+    add("--warm", type=runtime.positive, default=3_000, help="the first of them, without language, with three times the scenes")
     add("--batch", type=runtime.positive, default=16, help="scenes a step")
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--seed", type=int, default=0, help="of weights and scenes")
