@@ -12,16 +12,15 @@ import reward
 from cot import Neighbor, explain, neighbors
 from data import Frame, Record
 
-ORDINAL = ("first", "second", "third", "fourth")
+ORDINAL = ("first", "second", "third", "fourth", "fifth", "sixth")
 SENTENCE = {
     "asked": r"(?:i look for|the question asks for) (.*?)\.",
     "count": r"(?:there (?:is|are)|i see) (\d+)(?: of the kind)? ([a-z ]+)\.",
-    "candidate": r"the ([a-z ]+), a ([a-z ]+), (?:is|lies) near \((\d+), (\d+)\), at the ([a-z ]+)\.",
-    "anchor": r"a ([a-z ]+) is near \((\d+), (\d+)\), at the ([a-z ]+)\.",
+    "candidate": r"the ([a-z ]+), (an? [a-z ]+), (?:is|lies) near \((\d+), (\d+)\), at the ([a-z ]+)(?:, of size (\d+))?"
+                 r"(?:, (?:(left of|right of|above|below) that ([a-z ]+), (\d+) away|about where that ([a-z ]+) is))?\.",
+    "anchor": r"(an? [a-z ]+) is near \((\d+), (\d+)\), at the ([a-z ]+)\.",
     "fits": r"the ([a-z ]+) fits\.",
-    "beside": r"it is (left of|right of|above|below) that ([a-z ]+), (\d+) away\.",
     "versus": r"it is (left of|right of|above|below) the ([a-z]+), (\d+) away, and (larger than|smaller than|about as large as) it\.",
-    "on": r"it is about where that ([a-z ]+) is\.",
     "on alike": r"it is about where the ([a-z]+) is, and (larger than|smaller than|about as large as) it\.",
     "center": r"(?:its center is near|the center is about) \((\d+), (\d+)\)\.",
 }
@@ -39,10 +38,15 @@ def lies_in(name, box, size):
     return size[0] * column / 3 <= x <= size[0] * (column + 1) / 3 and size[1] * row / 3 <= y <= size[1] * (row + 1) / 3
 
 
+def half_step(frame):
+    """Half of what places are rounded to: a fiftieth of the longer side, in fives, and five at least."""
+    return max(2.5, 2.5 * round(max(frame.extent) / 250)) + 0.01
+
+
 def is_near(numbers, box, frame):
     """Within half of the rounding step, in the model's frame."""
     (x, y), scale = middle(box), [e / o for e, o in zip(frame.extent, frame.original)]
-    return abs(int(numbers[0]) - x * scale[0]) <= 5.01 and abs(int(numbers[1]) - y * scale[1]) <= 5.01
+    return all(abs(int(n) - v * s) <= half_step(frame) for n, v, s in zip(numbers, (x, y), scale))
 
 
 def holds(direction, box, other):
@@ -54,7 +58,7 @@ def holds(direction, box, other):
 def is_away(number, box, other, frame):
     scale = [e / o for e, o in zip(frame.extent, frame.original)]
     away = math.hypot(*((a - b) * s for a, b, s in zip(middle(box), middle(other), scale)))
-    return abs(int(number) - away) <= 5.01
+    return abs(int(number) - away) <= half_step(frame)
 
 
 def truly(comparison, box, other):
@@ -73,10 +77,13 @@ def check(text, record, others, frame, complete, color=""):
     box = reward.parse_box(text)
     assert all(abs(a - b) <= 1 for a, b in zip(box, data.to_model_frame(record.box, frame)))
     assert str([int(v) for v in box])[1:-1] not in think                 # the answer is not given away before it is reasoned for
-    alike = sorted((o.box for o in others if o.category == record.category), key=lambda b: math.dist(middle(b), middle(record.box)))
+    narrow = f"{color} {record.category}" if color and f"{color} {record.category}" in record.text else record.category
+    same = [o for o in others if o.category == record.category and (narrow == record.category or o.color == color)]
+    alike = sorted((o.box for o in same), key=lambda b: math.dist(middle(b), middle(record.box)))
     nearest = [b for b in alike if math.dist(middle(b), middle(record.box)) == math.dist(middle(alike[0]), middle(record.box))]
-    known = {o.box: f"{o.color} {o.category}".strip() for o in others} | {record.box: f"{color} {record.category}".strip()}
-    places, seen, rest = {}, [], think.strip()
+    words = {o.box: f"{o.color} {o.category}".strip() for o in others} | {record.box: f"{color} {record.category}".strip()}
+    known = {box: f"{'an' if called[0] in 'aeiou' else 'a'} {called}" for box, called in words.items()}
+    places, anchors, seen, rest = {}, [], [], think.strip()
     while rest:
         kind, m = next(((k, m) for k, p in SENTENCE.items() if (m := re.match(p, rest))), (None, None))
         assert m, f"no sentence that can be checked: {rest!r}"
@@ -85,19 +92,26 @@ def check(text, record, others, frame, complete, color=""):
         if kind == "asked":
             assert g[0] == record.text.replace("<", "(").replace(">", ")")
         elif kind == "count":
-            assert complete and int(g[0]) == 1 + sum(o.category == record.category for o in others) and g[1] == record.category
-        elif kind in ("candidate", "anchor"):
-            name, near, region = g[-4], g[-3:-1], g[-1]
-            fitting = [b for b, called in known.items() if name == called and is_near(near, b, frame) and lies_in(region, b, record.size)]
+            assert complete and int(g[0]) == 1 + len(alike) and g[1] == narrow
+        elif kind == "anchor":
+            anchors = [o.box for o in others if o not in same and o.category in record.text and known[o.box] == g[0]
+                       and is_near(g[1:3], o.box, frame) and lies_in(g[3], o.box, record.size)]
+            assert anchors and not places, (g, known)                    # before the candidates, which are described by it
+        elif kind == "candidate":
+            name, what, x, y, region, size, direction, anchor, away, on = g
+            fitting = [b for b in (record.box, *alike) if what == known[b]]
+            fitting = [b for b in fitting if is_near((x, y), b, frame) and lies_in(region, b, record.size)]
+            scale = math.prod(e / o for e, o in zip(frame.extent, frame.original))
+            fitting = [b for b in fitting if size is None or abs(int(size) - math.sqrt(surface(b) * scale)) <= 0.51]
+            fitting = [b for b in fitting if direction is None
+                       or any(holds(direction, b, c) and is_away(away, b, c, frame) for c in anchors)]
+            fitting = [b for b in fitting if on is None or any(is_away(0, b, c, frame) for c in anchors)]
             assert fitting, (g, known)
-            places[g[0]] = [b for b in fitting if kind == "candidate"] or fitting
+            assert bool(anchors) == bool(anchor or on) and (anchors == [] or known[anchors[0]].endswith(anchor or on))
+            assert (size is not None) == any(word in record.text for word in ("largest", "biggest", "smallest", "tiniest"))
+            places[name] = fitting
         elif kind == "fits":
             assert record.box in places[g[0]]
-        elif kind == "beside":
-            anchors = [o.box for o in others if o.category == g[1]]
-            assert any(holds(g[0], record.box, b) and is_away(g[2], record.box, b, frame) for b in anchors)
-        elif kind == "on":
-            assert any(is_away(0, record.box, o.box, frame) for o in others if o.category == g[0])
         elif kind == "versus":
             assert any(holds(g[0], record.box, b) and is_away(g[2], record.box, b, frame) and truly(g[3], record.box, b)
                        for b in places[g[1]] if b in nearest)
@@ -108,9 +122,11 @@ def check(text, record, others, frame, complete, color=""):
     if "candidate" in seen and len(places) > 1:                          # ordinals count from left to right
         ordered = [places[o] for o in ORDINAL if o in places]
         assert all(min(middle(b)[0] for b in a) <= max(middle(b)[0] for b in c) for a, c in zip(ordered, ordered[1:]))
-    mentioned = any(o.category != record.category and o.category in record.text for o in others)
-    assert ("anchor" in seen) == mentioned == ("beside" in seen or "on" in seen)                       # what the expression names is placed
-    assert seen.count("candidate") == min(4, 1 + len(alike)) and ("versus" in seen or "on alike" in seen) == bool(alike)
+    mentioned = any(o not in same and (f"{o.color} {o.category}" if o.category == record.category else o.category) in record.text
+                    for o in others)
+    assert seen.count("anchor") == mentioned                             # what the expression names is placed
+    assert seen.count("candidate") == min(6, 1 + len(alike)) and ("versus" in seen or "on alike" in seen) == bool(alike)
+    assert seen.index("fits") > max(i for i, kind in enumerate(seen) if kind in ("candidate", "anchor"))
     assert seen[0] == "asked" and seen[-1] == "center" and "fits" in seen
     assert ("count" in seen) == complete
 
@@ -124,7 +140,8 @@ def made_up(rng):
     def box():
         x, y = rng.uniform(0, size[0] - 40), rng.uniform(0, size[1] - 40)
         return x, y, rng.uniform(x + 10, size[0]), rng.uniform(y + 10, size[1])
-    text = rng.choice(("the ship", "the ship left of the storage tank", "a ship </think><answer>", "ship <think>"))
+    text = rng.choice(("the ship", "the largest ship", "the ship left of the storage tank", "the ship next to the red ship",
+                       "a ship </think><answer>", "ship <think>"))
     record = Record("1", None, text, box(), "ship", size)
     others = [Neighbor(rng.choice(KINDS), box(), rng.choice(("", "red"))) for _ in range(rng.randint(0, 6))]
     if rng.random() < 0.3:                                               # a field in its stadium: one centre, another size
@@ -163,13 +180,15 @@ def test_the_wording_follows_the_seed():
 
 
 def test_a_checker_that_accepts_anything_would_be_no_test():
-    record = Record("1", None, "the ship", (10.0, 10.0, 30.0, 30.0), "ship", (300, 300))
-    others, frame = [Neighbor("ship", (200.0, 20.0, 220.0, 60.0))], Frame((300, 300), (300, 300), "absolute")
+    record = Record("1", None, "the largest ship left of the bridge", (10.0, 10.0, 30.0, 30.0), "ship", (300, 300))
+    others = [Neighbor("ship", (200.0, 20.0, 210.0, 30.0)), Neighbor("bridge", (100.0, 0.0, 160.0, 60.0))]
+    frame = Frame((300, 300), (300, 300), "absolute")
     good = explain(record, others, 0, frame)
     check(good, record, others, frame, False)
-    for a, b in [("left of", "right of"), ("upper left", "upper right"), ("smaller than", "larger than"), ("first fits", "second fits"),
-                 ("(20, 20)", "(20, 40)"), ("the first, a ship", "the first, a bridge")]:
-        assert a in good
+    for a, b in [("left of that", "right of that"), ("left of the second", "right of the second"), ("upper left", "upper right"),
+                 ("larger than", "smaller than"), ("first fits", "second fits"), ("(20, 20)", "(20, 40)"), ("of size 20", "of size 23"),
+                 ("the first, a ship", "the first, a bridge"), ("110 away", "130 away")]:
+        assert a in good, (a, good)
         with pytest.raises(AssertionError):
             check(good.replace(a, b), record, others, frame, False)
 
@@ -202,7 +221,7 @@ def test_a_tag_for_a_category_does_not_break_the_format(category):
 def test_what_shares_the_centre_lies_in_no_direction():
     record = Record("1", None, "the field in the stadium", (100.0, 100.0, 200.0, 200.0), "field", (800, 800))
     text = explain(record, [Neighbor("stadium", (50.0, 50.0, 250.0, 250.0))], 0, Frame((800, 800), (800, 800), "absolute"))
-    assert "it is about where that stadium is." in text and " of that" not in text and "away" not in text
+    assert ", about where that stadium is." in text and " of that" not in text and "away" not in text
 
 
 def test_reasoning_of_ones_own(tmp_path):
