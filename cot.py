@@ -15,8 +15,10 @@ public to us.
     {"id": "123", "think": "..."}            a line of a JSONL of your own (sft.py --cot FILE); the answer is added from the annotation
     {"id": "124", "refused": "..."}          a record without such reasoning: it gets the one written from the annotations
 """
+import itertools
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -219,10 +221,11 @@ def load_jsonl(path, records):
     return told
 
 
-def read_lines(path):
-    """Yields (number, JSON value) of the lines of a JSONL that are not blank."""
+def read_lines(path, content=None):
+    """Yields (number, JSON value) of the lines of a JSONL that are not blank. content: its bytes, where they were read already."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")    # splitlines would also cut at U+2028, which JSON allows
+        content = Path(path).read_bytes() if content is None else content
+        lines = content.decode("utf-8-sig").split("\n")                  # splitlines would also cut at U+2028, which JSON allows
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: unreadable reasoning ({error})") from None
     for n, text in enumerate(lines, 1):
@@ -243,17 +246,33 @@ def judge(text, record, frame):
     if overlap(data.to_image_frame(box, frame), record.box) < AGREED:
         return None, "disagrees with the annotation"
     think = text[text.index("<think>") + len("<think>"):text.index("</think>")].strip()
-    said, known = data.numbers(think), data.to_model_frame(record.box, frame)
-    for i in range(len(said) - 3):
-        if any(max(abs(a - b) for a, b in zip(said[i:i + 4], given)) <= LEAK for given in (box, known)):
-            return None, "gives the box away before the answer"
+    said = [float(n) for n in re.findall(r"(?<![A-Za-z\d.])\d{1,6}(?:\.\d+)?", think)]                # x1 is a name, 100-150 two numbers
+    for x1, y1, x2, y2 in (box, data.to_model_frame(record.box, frame)):
+        for sides in ((x1, y1, x2, y2), (x1, y1, x2 - x1, y2 - y1)):
+            if any(holds(said[i:i + 6], sides) for i in range(max(1, len(said) - 5))):
+                return None, "gives the box away before the answer"
     return (think, None) if think else (None, "no reasoning")
+
+
+def holds(said, sides):
+    """Is each of these sides near a number of its own among those said, in whatever order?"""
+    return any(all(abs(a - b) <= LEAK for a, b in zip(some, sides)) for some in itertools.permutations(said, 4))
 
 
 def teach(args, records):
     """Has a checkpoint explain each record's known box; writes a line for each, kept or refused, as soon as it is judged."""
-    out = Path(args.out or f"cot_{args.name.replace('/', '_')}_{args.split}.jsonl")
-    done = {str(line["id"]): "refused" in line for _, line in read_lines(out)} if out.exists() else {}
+    out, done = Path(args.out or f"cot_{args.name.replace('/', '_')}_{args.split}.jsonl"), {}
+    try:
+        out.touch()
+        whole, _, cut = out.read_bytes().rpartition(b"\n")               # a call that was stopped may have left part of a line
+    except OSError as error:
+        raise DataError(f"{out} can't be written ({error.strerror}); name another file with --out") from None
+    for n, line in read_lines(out, whole):
+        if not isinstance(line, dict) or "id" not in line:
+            raise DataError(f'{out}, line {n}: not a JSON object with an "id"; name another file with --out')
+        done[str(line["id"])] = "refused" in line
+    if cut:
+        os.truncate(out, len(whole) + bool(whole))
     left = [r for r in records if r.id not in done][:args.limit]
     model = QwenVL.from_pretrained(args.teacher, torch.bfloat16 if args.device == "cuda" else torch.float32, args.device)
     processor = data.Processor.from_pretrained(args.teacher)

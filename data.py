@@ -27,6 +27,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+Image.MAX_IMAGE_PIXELS = 1 << 31  # aerial scenes are large, and one's own files no bombs
 PROMPT = ('Locate the object that is described: {text}\nFirst reason about positions in the image in <think> </think> tags, then answer '
           'with one box in <answer> </answer> tags, like <answer>{{"bbox_2d": [x1, y1, x2, y2]}}</answer>')
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
@@ -133,7 +134,7 @@ def open_image(record):
 # ------------------------------------------------------------------------------------------------------------------ what readers share
 
 class NoSplit(DataError):
-    """The data set is there and has no split of that name."""
+    """There is no split of that name, or not the file that holds it."""
 
 
 class Collector:
@@ -148,7 +149,10 @@ class Collector:
         self.folder, self.prefer, self.exact = folder, prefer, exact
         self.records, self.ids, self.sizes, self.paths, walked = Records([], {}), set(), {}, {}, set()
         for path, inner, files in os.walk(folder, followlinks=True) if not exact else ():
-            inner[:] = [name for name in inner if name != "__MACOSX"] if os.path.realpath(path) not in walked else []
+            if os.path.realpath(path) in walked:                         # by a link beside it, or a loop
+                inner[:] = []
+                continue
+            inner[:] = [name for name in inner if name != "__MACOSX"]
             walked.add(os.path.realpath(path))
             for name in files:
                 stem, suffix = os.path.splitext(name)
@@ -180,7 +184,9 @@ class Collector:
         if not name or os.path.isabs(name) or name.split("/")[0] in ("..", "."):
             return None, None, "image outside the data set" if name else "no image named", []
         base = os.path.basename(name)
-        found = [self.folder / name] if self.exact else self.paths.get(os.path.splitext(base)[0], [])
+        stem, suffix = os.path.splitext(base)
+        stem, suffix = (stem, suffix) if suffix.lower() in IMAGES else (base, "")                     # P0.v2 has none
+        found = [self.folder / name] if self.exact else self.paths.get(stem, [])
         for better in (lambda p: p.name == base, lambda p: p.as_posix().endswith(f"/{name}"),
                        lambda p: self.prefer in p.relative_to(self.folder).parts):
             found = [p for p in found if better(p)] or found
@@ -189,7 +195,7 @@ class Collector:
         path = found[0]
         if path not in self.sizes:                                       # once an image
             self.sizes[path] = image_size(path)
-        renamed = [] if path.name == base else [f"image called *{os.path.splitext(base)[1]} is *{path.suffix}"]
+        renamed = [] if path.name == base else [f"image called *{suffix} is *{path.suffix}"]
         return (path, *self.sizes[path], renamed)
 
 
@@ -207,7 +213,8 @@ def image_size(path):
 def repair_box(values, size, per=None):
     """Four numbers -> box within the image, None and what was repaired; or None, why there is none and []. per: see Collector.add."""
     try:
-        box = [float(v) for v in values]
+        comma = [isinstance(v, str) and re.fullmatch(r"\s*-?\d+,\d+\s*", v) is not None for v in values]
+        box = [float(v.replace(",", ".") if c else v) for v, c in zip(values, comma)]
     except (TypeError, ValueError, OverflowError):
         box = []
     if len(box) != 4 or not all(map(math.isfinite, box)):
@@ -221,17 +228,22 @@ def repair_box(values, size, per=None):
     cut = tuple(min(max(v, 0.0), float(size[i % 2])) for i, v in enumerate(ordered))
     if cut[2] <= cut[0] or cut[3] <= cut[1]:
         return None, "empty box" if ordered == list(cut) else "box outside the image", []
-    return cut, None, ["swapped corners"] * (ordered != box) + ["box past the edge"] * (cut != tuple(ordered))
+    mended = {"decimal comma": any(comma), "swapped corners": ordered != box, "box past the edge": cut != tuple(ordered)}
+    return cut, None, [repair for repair, done in mended.items() if done]
 
 
 def numbers(value):
-    """Every number in a list or a text, as floats, but none too large for one."""
+    """Every number in a list or a text, as floats, but in a text none too large for one."""
+    if isinstance(value, list):
+        return [x for v in value for x in ([v] if type(v) in (int, float) else numbers(v))]
     found = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", str(value))
     return [float(v) for v in found if math.isfinite(float(v))]
 
 
 def bracketed(value):
-    """The numbers within the only innermost [...] of a list or a text, else []."""
+    """A list's numbers, or those within the only innermost [...] of a text or of a list in a list, else []."""
+    if isinstance(value, list) and not any(isinstance(v, list) for v in value):
+        return numbers(value)
     found = re.findall(r"\[[^\[\]]*\]", str(value))
     return numbers(found[0]) if len(found) == 1 else []
 
@@ -241,7 +253,7 @@ def one_of(root, *names):
     for name in names:
         if (root / name).exists():
             return root / name
-    raise DataError(f"no {' or '.join(names)} in {root}{zipped(root)}; --root must name the folder of the data set as it was downloaded")
+    raise NoSplit(f"no {' or '.join(names)} in {root}{zipped(root)}; --root must name the folder of the data set as it was downloaded")
 
 
 def zipped(root):
@@ -368,7 +380,8 @@ def read_opt(root, split):
 
 
 def read_rsvg_hr(root, split):
-    """RSVG-HR: lines image,x1,y1,x2,y2,text. What follows the fifth comma is text, unless a decimal comma makes a fifth number."""
+    """RSVG-HR: lines image,x1,y1,x2,y2,text. What follows the fifth comma is text, unless a decimal comma before it makes a fifth number; a
+    number behind it may as well begin the text, as in "12,storey building", and does."""
     if split in ("sft", "rft", "val"):
         return hold_out(read_rsvg_hr(root, "train"), split)
     if split not in ("train", "test"):
@@ -384,7 +397,7 @@ def read_rsvg_hr(root, split):
             if len(pairs) > 1:
                 collected.refuse("five numbers, and more than one may hold a decimal comma", where)
                 continue
-            for i in pairs:
+            for i in pairs if pairs != [3] else ():
                 box, text = [*fields[:i], f"{fields[i]}.{fields[i + 1]}", *fields[i + 2:5]], ",".join(fields[5:])
                 repairs = ["decimal comma"]
         collected.add(where, f"{split}-{n}", image.strip(), text, box, repairs=repairs)
@@ -407,10 +420,13 @@ def read_vrsbench(root, split):
         if split == "test":
             corners, grid = numbers(row.get("obj_corner")), numbers(row.get("ground_truth"))
             box, per, repairs = [f(corners[i::2]) for f in (min, max) for i in (0, 1)] if len(corners) == 8 else [], 1, []
-            if not box:
+            if not box or not (box[0] < box[2] and box[1] < box[3]):
                 box, per, repairs = grid, 100, ["box of ground_truth, for want of obj_corner"]
+                if len(grid) == 4 and (grid[0] == grid[2] or grid[1] == grid[3]):                     # both ends count there
+                    box = [*grid[:2], *(b + (a == b) for a, b in zip(grid, grid[2:]))]
+                    repairs = ["whole cells of ground_truth, for want of area"]
             collected.add(where, identity, row.get("image_id"), row.get("question"), box, row.get("obj_cls"), per, repairs,
-                          unique=str(row["unique"]).lower() in ("true", "1") if "unique" in row else None,
+                          unique=str(row["unique"]).lower() in ("true", "1") if row.get("unique") is not None else None,
                           grid=tuple(map(int, grid)) if len(grid) == 4 else None)
             continue
         turns = row.get("conversations")
@@ -425,19 +441,24 @@ def read_vrsbench(root, split):
 
 def read_refgeo(root, split):
     """refGeo (GeoGround): every data set's file of the split, or one, as in "dior_rsvg_test". Its boxes are xyxy pixels; its ids may have
-    another suffix than the image's file, and a folder of images another case or other hyphens than the data set's name."""
+    another suffix than the image's file, and a folder of images another case or other hyphens than the data set's name. Where no data set
+    has such a folder, images are looked for everywhere; where some have, an image of another one's folder would be another image."""
+    if split in ("sft", "rft", "val") and not any((root / "metainfo").glob("*_val.jsonl")):
+        return hold_out(read_refgeo(root, "train"), split)
     split = {"sft": "train", "rft": "train"}.get(split, split)
     names = [f"{part}_{split}" for part in REFGEO] if split in ("train", "val", "test") else [split]
     files = [p for p in (root / "metainfo" / f"{name}.jsonl" for name in names) if p.exists()]
     if not files:
         raise NoSplit(f"no {one_of(root, 'metainfo') / names[0]}.jsonl or the like; refgeo has train, val, test, and those of one data "
                       "set, like rsvg_test")
-    total = Records([], {})
+    folders = {p: re.sub("[-_ ]", "", p.name.lower()) for place in (root / "images", root) for p in sorted(place.glob("*")) if p.is_dir()}
+
+    def folder_of(part):
+        return next((p for same in (str.__eq__, str.startswith) for p in folders if same(folders[p], part.replace("_", ""))), None)
+    anywhere, total = not any(map(folder_of, REFGEO)), Records([], {})
     for file in files:
-        part, folders = file.stem.rsplit("_", 1)[0], sorted(p for p in (root / "images").glob("*") if p.is_dir())
-        plain = {p: re.sub("[-_ ]", "", p.name.lower()) for p in folders}
-        folder = next((p for same in (str.__eq__, str.startswith) for p in folders if same(plain[p], part.replace("_", ""))), None)
-        collected = Collector(folder or root / "images" / part)
+        part = file.stem.rsplit("_", 1)[0]
+        collected = Collector(folder_of(part) or (root if anywhere else root / "images" / part))
         for n, row in read_objects(file):
             if row is None:
                 collected.refuse("no JSON object", f"{file}, line {n}")
@@ -666,10 +687,10 @@ class Processor:
 
 def read_json(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: unreadable ({error})") from None
 
 
@@ -703,7 +724,8 @@ def read_tokenizer(path):
 def draw_boxes(image, boxes, caption="", width=336):
     """PIL image, boxes as (xyxy in its pixels, colour) -> PIL image of this width with the boxes on it and the caption beneath."""
     scale = width / image.width
-    picture = image.resize((width, round(image.height * scale)), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+    size = width, max(1, round(image.height * scale))
+    picture = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(picture)
     for box, colour in boxes:
         pen.rectangle([v * scale for v in box], outline=colour, width=2)
@@ -742,6 +764,7 @@ def main():
     parser.add_argument("--show", type=int, default=12, help="records of the first split on the contact sheet")
     parser.add_argument("--out", default="data_check.png", help="where the contact sheet goes")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")                    # a name in a data set may hold what no encoding has
     try:
         check(args)
     except DataError as error:

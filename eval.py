@@ -110,10 +110,10 @@ def hits(iou, t, inclusive):
 
 def vrsbench_iou(pred, gt, size, grid=None):
     """As `metrics` -> (N,) IoU as VRSBench's own evaluation computes it: boxes cut down to whole hundredths of the image's sides, both ends
-    counted in (+1). A target whose cells are one point has an area there, and is hit by a box of the same cells. NaN rows are 0.
+    counted in (+1). A box that is a line or a point has an area there, and is hit by one of the same cells. NaN rows are 0.
     grid (N, 4): the targets in whole hundredths as the data set itself gives them, NaN where it does not."""
     size = size.double().repeat(1, 2)
-    p, g = ((100 * (box.double().clamp(min=0).minimum(size) / size)).floor() for box in (pred, gt))
+    p, g = ((100 * (box.double().clamp(min=0).minimum(size) / size) + 1e-6).floor() for box in (pred, gt))         # 29% is 29
     g = g if grid is None else torch.where(grid.isnan(), g, grid.double())
     inside = (torch.minimum(p[:, 2:], g[:, 2:]) - torch.maximum(p[:, :2], g[:, :2]) + 1).clamp(min=0).prod(1)
     area_p, area_g = ((box[:, 2:] - box[:, :2] + 1).prod(1) for box in (p, g))
@@ -134,17 +134,34 @@ def locate(box, frame):
     return box and reward.clamp_box(data.to_image_frame(box, frame), frame.original)
 
 
+def said_in(prediction):
+    """The frame of a prediction's text."""
+    return Frame(**{k: v if k == "convention" else tuple(v) for k, v in prediction["frame"].items()})
+
+
 def read_prediction(prediction, record):
     """-> strict box, lenient box (original pixels, clamped, or None), and the failure of the strict one: None or one of FAILURES."""
     if prediction is None:
         return None, None, "no prediction"
     if "text" in prediction:
-        text, frame = prediction["text"], Frame(**{k: v if k == "convention" else tuple(v) for k, v in prediction["frame"].items()})
+        text, frame = prediction["text"], said_in(prediction)
         box, lenient, why = locate(reward.parse_box(text), frame), locate(reward.parse_box_lenient(text), frame), reward.failure(text)
     else:
         written, why = reward.checked(prediction["box"]) if prediction["box"] else (None, "no answer")
-        box = lenient = written and reward.clamp_box(written, record.size)
+        box = lenient = None if why else reward.clamp_box(written, record.size)
     return box, lenient, why or (None if box else "outside image")
+
+
+def on_grid(prediction, record):
+    """As `read_prediction`'s strict box, but a line or a point within the image counts too: VRSBench's grid gives it an area."""
+    box, _, why = read_prediction(prediction, record)
+    if why == "no area":
+        if "text" in prediction:
+            flat = data.to_image_frame(reward.read_answer(prediction["text"])[0], said_in(prediction))
+        else:
+            flat = reward.checked(prediction["box"])[0]
+        box = flat if 0 <= flat[0] <= flat[2] <= record.size[0] and 0 <= flat[1] <= flat[3] <= record.size[1] else None
+    return box
 
 
 def score(records, predictions, inclusive=False):
@@ -178,7 +195,8 @@ def details(records, predictions, name, known):
             extra["breakdowns"][by] = {value: {"n": len(rows), "mIoU": iou[rows].mean().item(), "Pr@0.5": hit[rows].mean().item()}
                                        for value, rows in groups.items()}
     if name == "vrsbench":
-        extra["vrsbench"] = vrsbench(pred, target, size, [r.unique for r in records], tensor([r.grid for r in records]))
+        flat = tensor([on_grid(p, r) for p, r in zip(predictions, records)])
+        extra["vrsbench"] = vrsbench(flat, target, size, [r.unique for r in records], tensor([r.grid for r in records]))
     if any(p and "samples" in p for p in predictions):
         extra |= sampled(records, predictions, target, size, inclusive)
     return extra
@@ -325,7 +343,7 @@ def read_predictions(path, records, coords=None, processor=None):
     """A predictions file -> dict id -> prediction, every text with its frame. One that does not fit these records is a DataError."""
     by_id, found, path = {r.id: r for r in records}, {}, Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: unreadable predictions ({error})") from None
     for number, line in enumerate(lines, 1):
@@ -492,16 +510,18 @@ def main():
             if not files:
                 text = "".join(json.dumps(p) + "\n" for p in predictions)
                 (out / f"predictions_{suffix}.jsonl").write_text(text, encoding="utf-8")
+            (out / "eval.json").write_text(json.dumps({"rows": rows, **more}, indent=2) + "\n", encoding="utf-8")
             cases.append(judged(records, predictions))
             contact_sheet(records, predictions, out / f"overlays_{suffix}.png")
-            (out / "eval.json").write_text(json.dumps({"rows": rows, **more}, indent=2) + "\n", encoding="utf-8")
 
     if files:
         answers = [[found.get(r.id) for r in records] for found in given]
         if args.compare:
             more["comparison"] = {"a": files[0], "b": files[1], **paired(records, *answers, name in AT_LEAST)}
-        for file, predictions in zip(files, answers):
-            report(Path(file).stem.removeprefix("predictions_"), file, None, predictions)
+        stems = [Path(file).stem.removeprefix("predictions_") for file in files]
+        for file, stem, predictions in zip(files, stems, answers):
+            named = stem if stems.count(stem) == 1 else f"{Path(file).resolve().parent.name}_{stem}"
+            report(named, file, None, predictions)
     else:
         for stage, folder in stages:
             model = QwenVL.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
@@ -543,7 +563,8 @@ def ask(stage, folder, device, args):
     processor = data.Processor.from_pretrained(folder)
     prompt = processor(image, args.text)
     (W, H), (w, h) = prompt.frame.original, prompt.frame.resized
-    if W * H > processor.max_pixels:
+    unit = processor.patch * processor.merge
+    if round(W / unit) * round(H / unit) * unit ** 2 > processor.max_pixels:
         print(f"{path} has {W} x {H} pixels, more than the model's limit of {processor.max_pixels:,}: it is shrunk to {w} x {h}, and small "
               "objects may be lost; cut it into parts to keep them")
     model = QwenVL.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
@@ -571,9 +592,10 @@ def writable(folder):
 
 
 def train_records(name, root, split):
-    """The train split that the other splits are compared with, or None where the data set has none (a file of one's own)."""
+    """The records trained on that those of another split are compared with (validation may be held out of "train"), or None where the data
+    set has none (a file of one's own)."""
     try:
-        return None if split in ("train", "sft", "rft") else list(data.load(name, root, "train"))
+        return None if split in ("train", "sft", "rft") else list(data.load(name, root, "sft" if split == "val" else "train"))
     except DataError:
         return None
 

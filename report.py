@@ -13,7 +13,8 @@ import data
 
 PICTURES, PICTURE_BYTES = 200, 12_000
 SIDE = 320                        # pixels, longer side of a picture
-LETTERS = 1000                    # of an answer that are shown
+LETTERS = 1000                    # of an answer that are shown, fewer where they take more room in HTML
+VALUES = 60                       # lines of a breakdown, those of the most records
 CURVES = (("reward", "iou", "positional", "format"), ("dispersion",), ("length",), ("kl",), ("loss",), ("val_mIoU", "val_Pr@0.5"))
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 STYLE = """body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 12px;max-width:1000px;color:#222}
@@ -33,7 +34,7 @@ def write(path, rows, cases, stages, records=(), more=None):
     logs = [(name, list(read_lines(folder / "metrics.jsonl")), list(read_lines(folder / "rollouts.jsonl"))) for name, folder in stages]
     groups = [(name, spread([x for x in rollouts if x.get("id") in by_id and by_id[x["id"]].text == x.get("expression")], 4))
               for name, _, rollouts in logs]
-    each = max(1, min(6, (PICTURES - sum(len(lines) for _, lines in groups)) // (3 * max(1, len(rows)))))
+    each = max(0, min(6, (PICTURES - sum(len(lines) for _, lines in groups)) // (3 * max(1, len(rows)))))
     parts = [f"<h1>Evaluation</h1><p>{text(rows[0]['data'])}, split {text(rows[0]['split'])}, {rows[0]['n']} records</p>",
              "<h2>Scores</h2><p>In brackets 95% intervals, resampled over images.</p>",
              scores(rows), guessed(more["centre_box"]) if more else "", compared((more or {}).get("comparison"))]
@@ -45,7 +46,7 @@ def write(path, rows, cases, stages, records=(), more=None):
         if lines:
             parts.append(f"<h2>Groups of rollouts: {text(name)}</h2><p>Green: the target; the redder a box, the less its reward.</p>"
                          f"<div class=row>{''.join(group(line, by_id[line['id']]) for line in lines)}</div>")
-    for row, some in zip(rows, cases):
+    for row, some in zip(rows, cases) if each else ():
         parts.append(f"<h2>Cases: {label(row)}</h2><p>Green: the target; red: the answer.</p>")
         for title, chosen in choose(some, each):
             parts.append(f"<h3>{title}</h3><div class=row>{''.join(case(*c) for c in chosen)}</div>")
@@ -57,8 +58,9 @@ def write(path, rows, cases, stages, records=(), more=None):
 
 
 def text(anything):
-    """Safe in HTML, between tags and in quotes; a lone surrogate, which no encoding has, becomes "?"."""
-    return html.escape(str(anything)).encode("utf-8", "replace").decode()
+    """Safe in HTML, between tags and in quotes, never of more than 2 * LETTERS; what no encoding has, a lone surrogate, becomes "?"."""
+    safe = [html.escape(str(anything)[:n]).encode("utf-8", "replace") for n in (LETTERS, LETTERS // 6)]
+    return (safe[0] if len(safe[0]) < 2 * LETTERS else safe[1]).decode()
 
 
 def label(row):
@@ -101,9 +103,13 @@ def breakdowns(rows):
     """One table a property: Pr@0.5 of every row, for each of its values."""
     page = ""
     for by, values in rows[0]["breakdowns"].items():
-        lines = [[text(value), first["n"], *(f"{row['breakdowns'][by][value]['mIoU']:.3f} / {row['breakdowns'][by][value]['Pr@0.5']:.3f}"
-                                             for row in rows)] for value, first in values.items()]
+        most = sorted(values, key=lambda value: -values[value]["n"])[:VALUES]
+        shown = [(value, first) for value, first in values.items() if value in most]
+        found = [row["breakdowns"][by] for row in rows]
+        lines = [[text(value[:60]), first["n"], *(f"{f[value]['mIoU']:.3f} / {f[value]['Pr@0.5']:.3f}" for f in found)]
+                 for value, first in shown]
         page += f"<h3>By {text(by)}</h3>" + table(["mIoU / Pr@0.5", "n", *map(label, rows)], lines)
+        page += f"<p>and {len(values) - VALUES} more in eval.json</p>" if len(values) > VALUES else ""
     return f"<h2>Breakdowns</h2>{page}" if page else ""
 
 
@@ -155,7 +161,7 @@ def group(line, record):
     low, high = min(line["reward"]), max(line["reward"])
     drawn = [(box, (255, int(200 * (r - low) / (high - low + 1e-6)), 0)) for box, r in zip(line["boxes"], line["reward"]) if box]
     rewards = ", ".join(f"{r:.2f}" for r in line["reward"])
-    caption = f"<b>step {text(line['step'])}</b> {text(record.text[:LETTERS])}<br>rewards {rewards}"
+    caption = f"<b>step {text(line['step'])}</b> {text(record.text)}<br>rewards {rewards}"
     return figure(record, [*drawn, (record.box, "lime")], caption, line["texts"][0])
 
 
@@ -174,12 +180,12 @@ def choose(cases, each):
 
 def case(record, box, iou, answer):
     said = f"IoU {iou:.2f}" if box else "no box"
-    return figure(record, [(record.box, "lime"), *([(box, "red")] if box else ())], f"<b>{said}</b> {text(record.text[:LETTERS])}", answer)
+    return figure(record, [(record.box, "lime"), *([(box, "red")] if box else ())], f"<b>{said}</b> {text(record.text)}", answer)
 
 
 def figure(record, boxes, caption, answer):
     """caption is HTML, answer is not."""
-    said = f"<pre>{text(answer[:LETTERS])}</pre>" if answer else ""
+    said = f"<pre>{text(answer)}</pre>" if answer else ""
     return f'<figure><img alt="" src="{picture(record, boxes)}"><figcaption>{caption}{said}</figcaption></figure>'
 
 

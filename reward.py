@@ -29,7 +29,8 @@ def parse_box(text):
     whose "bbox_2d" is four JSON numbers, finite, x2 > x1, y2 > y1. Other keys are ignored, and what stands outside the answer.
 
     Whatever the text, it takes linear time and never raises: rewards are computed on what a policy under training writes."""
-    return read_answer(text)[0]
+    box, why = read_answer(text)
+    return None if why else box
 
 
 def failure(text):
@@ -38,7 +39,7 @@ def failure(text):
 
 
 def read_answer(text):
-    """-> (box, None) or (None, one of FAILURES)"""
+    """-> (box, None) or (None, one of FAILURES), but (box, "no area") for one that is a line or a point, or stands on its head"""
     opened, closed = (text.count(tag) for tag in ANSWER)
     start, end = text.find(ANSWER[0]), text.find(ANSWER[1])
     if opened > 1 or closed > 1:
@@ -60,11 +61,11 @@ def refuse(name):
 
 
 def checked(box):
-    """A parsed value -> (box, None) or (None, one of FAILURES). A boolean is no number; 1e999 and a 5,000-digit integer are infinite."""
+    """A parsed value -> as `read_answer`. A boolean is no number; 1e999 and a 5,000-digit integer are infinite."""
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, float) and math.isfinite(x) for x in box):
         return None, "not four numbers"
     x1, y1, x2, y2 = box
-    return ((x1, y1, x2, y2), None) if x2 > x1 and y2 > y1 else (None, "no area")
+    return (x1, y1, x2, y2), None if x2 > x1 and y2 > y1 else "no area"
 
 
 def parse_box_lenient(text):
@@ -75,7 +76,8 @@ def parse_box_lenient(text):
     if box is None:
         behind = ANSWER[0] if ANSWER[0] in text else "</think>"
         found = FOUR_NUMBERS.search(text, max(text.rfind(behind), 0))
-        box = checked([float(x) for x in found.groups()])[0] if found else None
+        box, why = checked([float(x) for x in found.groups()]) if found else (None, None)
+        box = None if why else box
     return box
 
 

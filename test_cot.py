@@ -260,6 +260,10 @@ FRAME = Frame((800, 800), (400, 400), "absolute")                        # the m
     ("it is left of the pier.", [100, 200, 300, 400], "disagrees with the annotation"),              # pixels of the original image
     ("it lies in [50, 100, 150, 200].", [50, 100, 150, 200], "gives the box away before the answer"),
     ("from 51 across and 102 down to 149 and 199.", [50, 100, 150, 200], "gives the box away before the answer"),
+    ("x1=50, y1=100, x2=150, y2=200", [50, 100, 150, 200], "gives the box away before the answer"),
+    ("x from 50 to 150, y 100-200", [50, 100, 150, 200], "gives the box away before the answer"),
+    ("top left (50, 100), one of 2 ships, bottom right (150, 200)", [50, 100, 150, 200], "gives the box away before the answer"),
+    ("left 50, top 100, width 101, height 99", [50, 100, 150, 200], "gives the box away before the answer"),
     ("there are 2: near 50, 100 and near 300, 310.", [50, 100, 150, 200], None),
     (" ", [50, 100, 150, 200], "no reasoning"),
     ("it is </think><answer> left.", [50, 100, 150, 200], "does not parse: several answers"),
@@ -287,6 +291,8 @@ def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_f
         return tokens, torch.zeros(tokens.shape), torch.tensor([[len(i)] for i in ids])
     monkeypatch.setattr(cot, "generate", generate)
     for limit in ("3", "1000", "1000"):
+        if len(asked) == 3:                                              # stopped in the middle of a line
+            out.write_text(out.read_text() + '{"id": "9", "thi')
         monkeypatch.setattr("sys.argv", ["cot.py", "dior", "--root", str(dior_root), "--teacher", str(tiny_checkpoint), "--out", str(out),
                                          "--limit", limit, "--batch", "2", "--device", "cpu"])
         cot.main()

@@ -290,6 +290,7 @@ def test_links_are_followed_and_a_circle_of_them_ends(folder, tmp_path_factory):
     (folder / "JPEGImages").rename(elsewhere)
     (folder / "JPEGImages").symlink_to(elsewhere)
     (elsewhere / "circle").symlink_to(folder)
+    (folder / "images").symlink_to(elsewhere)                            # the same once more under another name
     assert len(load("dior", folder, "train")) == 1
 
 
@@ -299,16 +300,17 @@ def test_rsvg_hr_repairs_what_has_one_reading_and_refuses_the_rest(tmp_path):
     lines(tmp_path / "rsvg_hr_test.txt", "a.jpg,1.5,2.5,30.25,40.0,a pool, left of a road, by the sea",
           "a.jpg,170.0,774.0,216,00,803.21,find a pool", "b.jpg,556.5,461.5,511.1,602.12,swapped", "b.jpg,1,2,1032.12,132.73,past the edge",
           "b.jpg,1,2,3,4,5,six or seven", "b.jpg,1.5,2.5,3.5,4.5,5,6 planes", "b.jpg,1,2,3", "c.jpg,1,2,3,4,no image", "",
-          "b.jpg,5,5,5,9,flat", "b.jpg,1100,5,1200,9,outside", "b.jpg,1,2,nan,4,no number", "../a.jpg,1,2,3,4,path")
+          "b.jpg,5.5,5.5,7.5,9,12,storey building", "b.jpg,5,5,5,9,flat", "b.jpg,1100,5,1200,9,outside",
+          "b.jpg,1,2,nan,4,no number", "../a.jpg,1,2,3,4,path")
     records = load("rsvg-hr", tmp_path, "test")
     assert [(r.id, r.text, r.box) for r in records] == [
         ("test-1", "a pool, left of a road, by the sea", (1.5, 2.5, 30.25, 40.0)), ("test-2", "find a pool", (170.0, 774.0, 216.0, 803.21)),
         ("test-3", "swapped", (511.1, 461.5, 556.5, 602.12)), ("test-4", "past the edge", (1.0, 2.0, 1024.0, 132.73)),
-        ("test-6", "5,6 planes", (1.5, 2.5, 3.5, 4.5))]
+        ("test-6", "5,6 planes", (1.5, 2.5, 3.5, 4.5)), ("test-10", "12,storey building", (5.5, 5.5, 7.5, 9.0))]
     assert numbers_of(records.repaired) == {"decimal comma": [2], "swapped corners": [3], "box past the edge": [4]}
-    assert numbers_of(records.refused) == {"five numbers, and more than one may hold a decimal comma": [5], "no box": [7, 12],
-                                           "missing image": [8], "empty box": [10], "box outside the image": [11],
-                                           "image outside the data set": [13]}
+    assert numbers_of(records.refused) == {"five numbers, and more than one may hold a decimal comma": [5], "no box": [7, 13],
+                                           "missing image": [8], "empty box": [11], "box outside the image": [12],
+                                           "image outside the data set": [14]}
 
 
 @pytest.mark.skipif(not (SHARED / "samples" / "rsvg_hr").exists(), reason="the genuine samples are not here")
@@ -343,18 +345,19 @@ def test_vrsbench_test_is_its_referring_file_with_the_precise_box(tmp_path):
                       unique=False),
             referring("P1_0001.png", "No corners.", None, "{<10><20><30><40>}"),
             referring("P1_0001.png", "Half outside.", [0.9, 0.5, 1.1, 0.5, 1.1, 0.7, 0.9, 0.7], "{<90><50><110><70>}"),
-            referring("P1_0001.png", "Nothing.", None, "{<50><50><50><50>}"),
+            referring("P1_0001.png", "One cell.", [0.5] * 8, "{<50><50><50><60>}", unique=None),
             referring("P9_0001.png", "Gone.", [0, 0, 1, 0, 1, 1, 0, 1], "{}")]
     lines(tmp_path / "VRSBench_EVAL_referring.json", json.dumps(rows))
     records = load("vrsbench", tmp_path, "test")
-    assert [r.text for r in records] == ["The ship.", "The tiny ship.", "No corners.", "Half outside."]
+    assert [r.text for r in records] == ["The ship.", "The tiny ship.", "No corners.", "Half outside.", "One cell."]
     assert np.allclose([r.box for r in records], [(128, 192, 171.52, 309.76), (256, 256, 258.56, 258.56),
-                                                  (51.2, 102.4, 153.6, 204.8), (460.8, 256, 512, 358.4)])
-    assert [r.unique for r in records] == [True, False, True, True] and records[0].size == (512, 512)
+                                                  (51.2, 102.4, 153.6, 204.8), (460.8, 256, 512, 358.4), (256, 256, 261.12, 307.2)])
+    assert [r.unique for r in records] == [True, False, True, True, None] and records[0].size == (512, 512)
     assert records[0].grid == (25, 37, 33, 60)
     assert records[1].grid == (50, 50, 50, 50) and records[0].category == "ship"      # without area there, with area here: it counts
-    assert numbers_of(records.repaired) == {"box of ground_truth, for want of obj_corner": [2], "box past the edge": [3]}
-    assert numbers_of(records.refused) == {"empty box": [4], "missing image": [5]}
+    assert numbers_of(records.repaired) == {"box of ground_truth, for want of obj_corner": [2], "box past the edge": [3],
+                                            "whole cells of ground_truth, for want of area": [4]}
+    assert numbers_of(records.refused) == {"missing image": [5]}
 
 
 def test_vrsbench_train_gives_the_referring_turns_alone(tmp_path):
@@ -397,11 +400,18 @@ def test_refgeo_finds_each_data_sets_images_in_its_own_folder(tmp_path):
     assert numbers_of(records.repaired) == {"swapped corners": [1], "box past the edge": [1], "image called *.jpg is *.png": [1, 21]}
     assert "vrsbench_test.jsonl, avvg_test.jsonl" in records.note
     assert [r.id for r in load("refgeo", tmp_path, "rsvg_test")] == ["rsvg_test-1"]
-    with pytest.raises(DataError, match="dior_rsvg_val.jsonl"):
-        load("refgeo", tmp_path, "val")
+    with pytest.raises(DataError, match="dior_rsvg_train.jsonl"):
+        load("refgeo", tmp_path, "val")                                  # without a file of its own held out of train, which is not there
     shutil.copytree(tmp_path / "images" / "rsvg", tmp_path / "images" / "other")
     shutil.rmtree(tmp_path / "images" / "rsvg")                          # an image of that name elsewhere is another image
     assert list(load("refgeo", tmp_path, "rsvg_test").refused) == ["missing image"]
+    shutil.rmtree(tmp_path / "images")
+    image(tmp_path / "images" / "JPEGImages" / "1.jpg")                  # one folder for all
+    image(tmp_path / "images" / "JPEGImages" / "P0.v2.png")
+    lines(tmp_path / "metainfo" / "rsvg_train.jsonl", *(row("1.jpg", f"road {i}") for i in range(3)), row("P0.v2", "a name with a dot"))
+    assert len(load("refgeo", tmp_path, "rsvg_test")) == 1
+    sft, val = load("refgeo", tmp_path, "sft"), load("refgeo", tmp_path, "val")
+    assert not {r.image for r in sft} & {r.image for r in val} and len(sft) + len(val) == 4
 
 
 def own(name, text="the ship", box=(1, 2, 30, 40), **more):

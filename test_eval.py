@@ -150,6 +150,20 @@ def test_vrsbench_counts_cells():
                         "non_unique": {"n": 2, "Acc@0.5": 0.0, "Acc@0.7": 0.0}}
 
 
+def test_vrsbench_cells_survive_their_way_through_pixels():
+    """An answer in thousandths that begins at a cell's very edge is of that cell, on every side length; a line is a box there."""
+    for side in (512, 640, 700, 1024):
+        target = Record("0", "a.png", "", (0.29 * side, 0.29 * side, 0.57 * side, 0.58 * side), "ship", (side, side), grid=(29, 29, 57, 58))
+        frame = {"original": [side, side], "resized": [side, side], "convention": "1000"}
+        for told, grid, official, missed in (([290, 290, 570, 580], (29, 29, 57, 58), 1.0, False),
+                                             ([290, 290, 290, 580], (29, 29, 29, 58), 1.0, True),
+                                             ([570, 290, 290, 580], (29, 29, 29, 58), 0.0, True)):
+            text = f'<think>a</think><answer>{{"bbox_2d": {told}}}</answer>'
+            record, said = replace(target, grid=grid), [{"id": "0", "text": text, "frame": frame}]
+            assert evaluation.details([record], said, "vrsbench", (None, [record]))["vrsbench"]["all"]["Acc@0.7"] == official
+            assert (evaluation.score([record], said)["failures"]["no area"] == 1) == missed
+
+
 def on_images(images, boxes=None):
     """Records of 10 x 10 targets in 100 x 100 images of these names."""
     return [Record(str(i), image, "", boxes[i] if boxes else (0.0, 0.0, 10.0, 10.0), "ship", (100, 100)) for i, image in enumerate(images)]

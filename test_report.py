@@ -109,6 +109,15 @@ def test_200_pictures_of_noise_stay_under_5_mb(tmp_path):
     assert picture.format == "JPEG" and picture.width > 150
 
 
+def test_texts_that_swell_in_html_and_a_thousand_categories_stay_under_5_mb():
+    """Quotes take six letters each in HTML; a breakdown lists the categories of the most records."""
+    assert len(report.text('"' * 5_000)) <= 2 * report.LETTERS < len(report.text("ab" * 600)) * 3
+    values = {f"category {i} " + "x" * 2_000: {"n": i, "mIoU": 0.5, "Pr@0.5": 0.5} for i in range(1_000)}
+    row = {"stage": "sft", "temperature": 0.0, "blind": False, "breakdowns": {"category": values}}
+    table = report.breakdowns([row])
+    assert len(table) < 50_000 and "category 999 " in table and "category 10 " not in table and "940 more" in table
+
+
 def test_cases_are_best_median_worst_and_none_twice():
     cases = [(None, None, iou / 10, "") for iou in (3, 9, 1, 5, 7)]
     assert {title: [c[2] for c in some] for title, some in report.choose(cases, 1)} == {"Best": [0.9], "Median": [0.5], "Worst": [0.1]}
