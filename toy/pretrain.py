@@ -124,16 +124,16 @@ def around(box):
     return f"near {cot.near(box, FRAME)}"
 
 
-MANNERS = ("{}",) * 4 + ("look at the picture. {}", "{} be brief.", "this was taken from above.\n{}",
+MANNERS = ("{}",) * 12 + ("look at the picture. {}", "{} be brief.", "this was taken from above.\n{}",
                          "{}\nlook at the whole image first, then say what is asked, once and in the form that is asked for, like this.")
 
 
-MOST = 6                          # pairs for a scene
+LISTS, OTHERS = 3, 3              # pairs for a scene at most
 
 
 def questions(scene, rng):
     """Some (question, answer) pairs: each thing that has a name, by box or point; the things of each category; what lies near a point."""
-    pairs = []
+    pairs, lists = [], []
     for name, o in names(scene):
         if rng.random() < 0.6:
             pairs.append((rng.choice(("{}", "where is {}?", "locate {}.", "i look for {}.")).format(name), f"{name} {spoken(o.box)}"))
@@ -144,11 +144,12 @@ def questions(scene, rng):
     listed |= {f"{o.color} {o.category}": same for o in ordered if len(same := [p for p in listed[o.category] if p.color == o.color]) > 1}
     for phrase, things in listed.items():
         say = rng.choice((spoken, around))
-        pairs.append((f"list every {phrase}{'' if say is spoken else ' by a point'}.",
+        lists.append((f"list every {phrase}{'' if say is spoken else ' by a point'}.",
                       ", ".join(f"{cot.called(o)} {say(o.box)}" for o in things)))
     for o in rng.sample(ordered, min(2, len(ordered))):
         pairs.append((f"what is {around(o.box)}?", f"{cot.called(o)} {spoken(o.box)}"))
-    return [(rng.choice(MANNERS).format(question), answer) for question, answer in rng.sample(pairs, min(MOST, len(pairs)))]
+    chosen = rng.sample(lists, min(LISTS, len(lists))) + rng.sample(pairs, min(OTHERS, len(pairs)))
+    return [(rng.choice(MANNERS).format(question), answer) for question, answer in chosen]
 
 
 PATCHES = scenes.SIDE // 14       # a side
@@ -242,11 +243,11 @@ def train(model, processor, args, out):
 
     image = processor.turns("", PATCHES ** 2 // 4)
     image = torch.tensor(image[:image.index(processor.ids["<|vision_end|>"]) + 1])
+    seen = (image == model.config.image_id).repeat(args.batch)
 
     def inputs(step):
         rng = random.Random(f"{args.seed} {step}")
-        n = args.batch * (1 if step >= args.warm else 3)                 # seeing costs little as long as nothing is said
-        looked = [scenes.scene(split.first + rng.randrange(split.scenes), split) for _ in range(n)]
+        looked = [scenes.scene(split.first + rng.randrange(split.scenes), split) for _ in range(args.batch)]
         prompts = [data.Prompt(image, *processor.patches(s.draw())[:2], None) for s in looked]
         said = [list(talk(processor, questions(s, rng), soft, model.config.vocab)) if step >= args.warm else [] for s in looked]
         return prompts, said, [torch.cat(t) for t in zip(*(dense_targets(s) for s in looked))]
@@ -254,7 +255,6 @@ def train(model, processor, args, out):
         for step in bar:
             prompts, said, (kinds, colors, boxes) = inputs(step)
             x, where, lengths = model.pack(prompts)
-            seen = (image == model.config.image_id).repeat(len(prompts))
             tokens = x[seen]
             told = [ids for group in said for ids, _ in group]
             lasting, start = [len(ids) - 1 for ids in told], int(where[:, :len(image)].max()) + 1
@@ -351,8 +351,8 @@ def main():
     add = parser.add_argument
     add("--out", default="ckpt/base", help="folder of the base")
     add("--resume", action="store_true", help="go on where --out was stopped")
-    add("--steps", type=runtime.positive, default=10_000, help="steps")
-    add("--warm", type=runtime.positive, default=3_000, help="the first of them, without language, with three times the scenes")
+    add("--steps", type=runtime.positive, default=14_000, help="steps")
+    add("--warm", type=runtime.positive, default=100, help="the first of them, without language")
     add("--batch", type=runtime.positive, default=16, help="scenes a step")
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--seed", type=int, default=0, help="of weights and scenes")
