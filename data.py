@@ -427,7 +427,7 @@ def read_vrsbench(root, split):
                     repairs = ["whole cells of ground_truth, for want of area"]
             collected.add(where, identity, row.get("image_id"), row.get("question"), box, row.get("obj_cls"), per, repairs,
                           unique=str(row["unique"]).lower() in ("true", "1") if row.get("unique") is not None else None,
-                          grid=tuple(map(int, grid)) if len(grid) == 4 else None)
+                          grid=tuple(map(int, grid)) if len(grid) == 4 and all(map(math.isfinite, grid)) else None)
             continue
         turns = row.get("conversations")
         turns = [str(t["value"]) if isinstance(t, dict) and "value" in t else "" for t in turns] if isinstance(turns, list) else []
