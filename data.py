@@ -235,7 +235,7 @@ def repair_box(values, size, per=None):
 def numbers(value):
     """Every number in a list or a text, as floats, but in a text none too large for one."""
     if isinstance(value, list):
-        return [x for v in value for x in ([v] if type(v) in (int, float) else numbers(v))]
+        return [x for v in value for x in ([float(str(v))] if type(v) in (int, float) else numbers(v))]         # 10**400 is inf
     found = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", str(value))
     return [float(v) for v in found if math.isfinite(float(v))]
 
