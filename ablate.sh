@@ -38,8 +38,8 @@ for seed in $SEEDS; do
       rft="rft.py --data $data --init $sft --steps $RFT --prompts 16 --lr 1e-4 --every 100 --micro-tokens 16384 $TOKENS --seed $seed"
       case $arm in
         sft) ;;
-        iou) train $here/$arm $rft --weights 1 0 0.5 --weighting none;;
-        positional) train $here/$arm $rft --weighting none;;
+        iou) train $here/$arm $rft --weights 1 0 0.5 --weighting off;;
+        positional) train $here/$arm $rft --weighting off;;
         coherent | focus | shuffled) train $here/$arm $rft --weighting $arm;;
         boxes) train $here/$arm sft.py --data $data --split rft --answer-only --init $sft --steps $RFT --batch 16 --lr 1e-4 --every 100 \
           $TOKENS --seed $seed;;
