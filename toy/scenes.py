@@ -45,10 +45,10 @@ class Split:
 
 
 SPLITS = {"pretrain": Split(0, 400_000, 1, 9), "sft": Split(10_000_000, 4_000, 2, 8), "rft": Split(20_000_000, 10_000, 2, 12),
-          "val": Split(30_000_000, 500, 2, 12), "test": Split(40_000_000, 2_000, 2, 12),
+          "val": Split(30_000_000, 500, 2, 12), "test": Split(40_000_000, 2_020, 2, 12),
           "novel": Split(50_000_000, 1_000, 6, 12, novel=True)}
 SMALL = {"rft": Split(60_000_000, 10_000, 2, 12, 0.5), "val": Split(70_000_000, 500, 2, 12, 0.5),
-         "test": Split(80_000_000, 2_000, 2, 12, 0.5)}
+         "test": Split(80_000_000, 2_020, 2, 12, 0.5)}
 
 
 def unseen(category, color):
