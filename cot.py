@@ -1,11 +1,11 @@
 """Chain-of-thought written from annotations: spatial reasoning in words that can be checked against the boxes.
 
-A text says what is asked for; where the object lies that the expression refers to, if there is one; one candidate after another, with what
-tells them apart: place, size where sizes are spoken of, how it lies to that other object. Only then which one fits, how it compares, where
-its centre is about; then the box. Reasons stand before what follows from them, for a model writes in this order. Every sentence is true of
-the annotated boxes; wording varies with the seed. In the synthetic world all objects are known, so candidates may be counted. A real data
-set annotates some of the objects: there it speaks only of those whose own expression is in the split at hand, and claims neither numbers
-nor completeness.
+A text says what is asked for; where the object lies that the expression refers to, if there is one; then one candidate after another, in
+the order that the expression asks about ("the topmost": from top to bottom), with what tells them apart: place, size where sizes are spoken
+of, how it lies to that other object, and whether it fits; then where the centre of that one is about, and the box. Reasons stand before
+what follows from them, for a model writes in this order. Every sentence is true of the annotated boxes; wording varies with the seed. A
+real data set annotates some of its objects: a text speaks only of those whose own expression is in the split at hand, and never claims that
+there are no more.
 
 Source: our reading of "synthetic spatial reasoning" in the abstract of RSGround-R1 (arXiv 2601.21634); the paper's own texts are not
 public to us.
@@ -37,7 +37,6 @@ from model import QwenVL
 
 REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"), ("lower left", "bottom", "lower right"))
 SAME_OBJECT = 0.9                 # IoU above which another annotation is the target itself under another expression
-ALIKE = 1.2                       # ratio of areas up to which two objects are "about as large"
 COARSE = 0.02                     # centres and distances are rounded to about this share of the frame's longer side, in fives
 MOST = 5                          # other candidates spoken of
 SIZES = re.compile(r"\b(?:large|larger|largest|big|bigger|biggest|huge|small|smaller|smallest|tiny|tinier|tiniest|little)\b")
@@ -97,9 +96,25 @@ def beside(a, b, name, frame):
     return f"{direction(a, b)} {name}, {away} away" if away else f"about where {name} is"
 
 
-def compare(a, b):
-    ratio = area(a) / area(b)
-    return "larger than" if ratio > ALIKE else "smaller than" if ratio < 1 / ALIKE else "about as large as"
+# what an expression asks about: its words; the order in which candidates are told then; the key of a box that sorts them, given the other
+# object's box
+ORDERS = ((r"leftmost|farthest to the left", "from left to right", lambda box, to: centre(box)[0]),
+          (r"rightmost|farthest to the right", "from right to left", lambda box, to: -centre(box)[0]),
+          (r"topmost|uppermost|highest|nearest to the top|closest to the top", "from top to bottom", lambda box, to: centre(box)[1]),
+          (r"lowest|bottommost|nearest to the bottom|closest to the bottom", "from bottom to top", lambda box, to: -centre(box)[1]),
+          (r"nearest|closest|next to", "from near to far", lambda box, to: math.dist(centre(box), centre(to)) if to else 0),
+          (r"largest|biggest", "from large to small", lambda box, to: -area(box)),
+          (r"smallest|tiniest", "from small to large", lambda box, to: area(box)))
+RELATIONS = re.compile(r"\b(?:left of|right of|above|below|over|under|beside|near|nearest|closest|next|of|higher|further)\b")
+
+
+def order(text, head, to):
+    """The order in which an expression's candidates are told, (words, key of a box). head: its text up to a relation, for a size behind one
+    is the other object's ("the car below the largest plane"); to: box of that object, or None."""
+    for words, said, key in ORDERS:
+        if re.search(rf"\b(?:{words})\b", head if "large" in said else text) and (to or said != "from near to far"):
+            return f"{said}: ", lambda box: key(box, to)
+    return "", centre
 
 
 def spoken_of(o, text):
@@ -118,38 +133,32 @@ def called(o):
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def explain(record, others, seed, frame, complete=False, color=""):
-    """One record's completion. others: Neighbors in its image, the target not among them; complete: they are all there is (so they may be
-    counted); frame: data.Frame, whose coordinates the text speaks in; color: of the target, where known. A seed gives one text."""
+def explain(record, others, seed, frame, color=""):
+    """One record's completion. others: Neighbors in its image, the target not among them; frame: data.Frame, whose coordinates the text
+    speaks in; color: of the target, where known. A seed gives one text."""
     rng, text = random.Random(f"{seed} {record.id}"), record.text.lower()
     target, noun = Neighbor(record.category, record.box, color), record.category.lower() or "object"
     kind = f"{color} {noun}" if color and f"{color} {noun}" in text else noun                         # what all candidates are
     alike = [o for o in others if o.category == record.category and (kind == noun or o.color == color)]
-    alike.sort(key=lambda o: math.dist(centre(o.box), centre(record.box)))
-    candidates = sorted([target, *alike[:MOST]], key=lambda o: centre(o.box))                         # from left to right
-    names = dict(zip(candidates, ORDINALS)) if complete or len(candidates) > 1 else {target: noun}
     words = {o: f"{o.color} {noun}" if o.category == record.category else o.category.lower() for o in others}
     named = sorted((o for o in others if o not in alike and o.category and words[o] in text), key=lambda o: spoken_of(o, text))[:1]
+    nearest = sorted(alike, key=lambda o: math.dist(centre(o.box), centre(record.box)))[:MOST]
+    head = RELATIONS.split(text)[0]
+    said, key = order(text, head, named[0].box if named else None)
+    candidates = sorted([target, *nearest], key=lambda o: key(o.box))
 
     lines = [rng.choice((f"i look for {record.text}.", f"the question asks for {record.text}."))]
     for o in named:
         lines.append(f"{called(o)} is near {near(o.box, frame)}, at the {region(o.box, record.size)}.")
-    for o in candidates:
-        lies = rng.choice(("is", "lies"))
-        lines.append(f"the {names[o]}, {called(o)}, {lies} near {near(o.box, frame)}, at the {region(o.box, record.size)}")
-        if SIZES.search(text):
+    for nth, o in zip(ORDINALS, candidates):
+        lines.append(f"the {nth}, {called(o)}, {rng.choice(('is', 'lies'))} near {near(o.box, frame)}, at the {region(o.box, record.size)}")
+        if SIZES.search(head):
             lines[-1] += f", of size {round(math.sqrt(area(data.to_model_frame(o.box, frame))))}"
         for other in named:
             lines[-1] += f", {beside(o.box, other.box, f'that {other.category.lower()}', frame)}"
-        lines[-1] += "."
-    if complete:
-        n = len(alike) + 1
-        several = rng.choice((f"there are {n} of the kind {kind}.", f"i see {n} of the kind {kind}."))
-        lines.append(f"there is 1 {kind}." if n == 1 else several)
-    lines.append(f"the {names[target]} fits.")
-    for o in alike[:1]:
-        lines.append(f"it is {beside(record.box, o.box, f'the {names[o]}', frame)}, and {compare(record.box, o.box)} it.")
-    lines.append(rng.choice(("its center is near {}.", "the center is about {}.")).format(near(record.box, frame)))
+        lines[-1] = (said if o is candidates[0] else "") + lines[-1] + (": it fits." if o is target else ".")
+    center = rng.choice(("the center of the {} is near {}.", "the center of the {} is about {}."))
+    lines.append(center.format(ORDINALS[candidates.index(target)], near(record.box, frame)))
     think = " ".join(lines).replace("<", "(").replace(">", ")")          # a tag inside an expression must not look like one of ours
     return f"<think>{think}</think>{answer(record, frame)}"
 
@@ -196,7 +205,7 @@ def writer(records, file=None, answer_only=False):
         if told.get(record.id):
             return told[record.id] + answer(record, frame)
         color = next((o.color for o in getattr(record.image, "objects", ()) if o.box == record.box), "")
-        return explain(record, others(record), seed, frame, complete=hasattr(record.image, "objects"), color=color)
+        return explain(record, others(record), seed, frame, color)
     return write
 
 
