@@ -20,7 +20,7 @@ import runtime  # noqa: E402
 
 ARMS = {"sft": "SFT", "boxes": "SFT, more boxes", "iou": "RFT, IoU", "positional": "+ positional", "coherent": "+ coherent",
         "focus": "+ focus", "shuffled": "+ shuffled weights"}
-DATA = {"small": "synth-small", "wide": "synth", "little": "synth"}
+DATA = {"little": "synth", "small": "synth-small", "wide": "synth"}
 TRAINED = ("no_overlap_groups", "zero_variance_groups", "entropy", "dispersion", "positional_group_std", "iou_group_std")
 
 
@@ -50,7 +50,8 @@ def line(cells):
 def compare(regime, arms, split):
     """-> Markdown of one regime on one split, and (arm, seed, test) of the greedy differences."""
     records = data.load(DATA[regime.name], None, split)
-    head = ["", "mIoU greedy", "minus SFT, seed by seed [95%]", "mean", "Pr@0.5", "cIoU", "centre error", "mIoU T=1", "small targets"]
+    head = ["", "mIoU greedy", "minus SFT, seed by seed [95%]", "mean", "Pr@0.5", "cIoU", "centre error", "mIoU T=1", "small targets",
+            "no box"]
     text, tests = line(head) + line(["---"] * len(head)), []
     for arm in arms:
         seeds = [s for s in sorted(regime.iterdir()) if row_of(s / arm / f"eval_{split}")]
@@ -65,10 +66,11 @@ def compare(regime, arms, split):
         each = "; ".join(f"{t['difference']:+.3f} [{t['ci'][0]:+.3f}, {t['ci'][1]:+.3f}]" for t in found)
         text += line([ARMS[arm], mean([r["mIoU"] for r in rows]), each or "-", mean([t["difference"] for t in found]),
                       *(mean([r[k] for r in rows]) for k in ("Pr@0.5", "cIoU", "center_error")), mean([r and r["mIoU"] for r in warm]),
-                      mean([r["breakdowns"]["size"].get("small", {}).get("mIoU") for r in rows])])
+                      mean([r["breakdowns"]["size"].get("small", {}).get("mIoU") for r in rows]),
+                      mean([sum(r["failures"].values()) / r["n"] for r in rows])])
         for t in ("0.8", "0.6") if arm == "sft" else ():
             cooler = [row_of(s / arm / f"eval_{split}_T{t}") for s in seeds]
-            text += line([f"SFT sampled at T={t}", mean([r and r["mIoU"] for r in cooler]), *["-"] * 7]) if any(cooler) else ""
+            text += line([f"SFT sampled at T={t}", mean([r and r["mIoU"] for r in cooler]), *["-"] * 8]) if any(cooler) else ""
     return text, tests
 
 
