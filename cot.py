@@ -1,11 +1,11 @@
 """Chain-of-thought written from annotations: spatial reasoning in words that can be checked against the boxes.
 
 A text says what is asked for; where the object lies that the expression refers to, if there is one; then one candidate after another, in
-the order that the expression asks about ("the topmost": from top to bottom), with what tells them apart: place, size where sizes are spoken
-of, how it lies to that other object, and whether it fits; then where the centre of that one is about, and the box. Reasons stand before
-what follows from them, for a model writes in this order. Every sentence is true of the annotated boxes; wording varies with the seed. A
-real data set annotates some of its objects: a text speaks only of those whose own expression is in the split at hand, and never claims that
-there are no more.
+the order that the expression asks about ("the topmost": from top to bottom), each with its place, with what the expression tells candidates
+apart by (size, side or distance of that other object), and whether it fits; then the box. Reasons stand before what follows from them, for
+a model writes in this order. One thing has one wording: in RFT every token that could as well be another is noise in the gradient. Every
+sentence is true of the annotated boxes. A real data set annotates some of its objects: a text speaks only of those whose own expression is
+in the split at hand, and never claims that there are no more.
 
 Source: our reading of "synthetic spatial reasoning" in the abstract of RSGround-R1 (arXiv 2601.21634); the paper's own texts are not
 public to us.
@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import sys
 from dataclasses import dataclass
@@ -40,6 +39,8 @@ SAME_OBJECT = 0.9                 # IoU above which another annotation is the ta
 COARSE = 0.02                     # centres and distances are rounded to about this share of the frame's longer side, in fives
 MOST = 5                          # other candidates spoken of
 SIZES = re.compile(r"\b(?:large|larger|largest|big|bigger|biggest|huge|small|smaller|smallest|tiny|tinier|tiniest|little)\b")
+NEARNESS = re.compile(r"\b(?:near|nearest|close|closest|next|beside)\b")
+SIDES = re.compile(r"\b(?:left|right|above|below|over|under|higher|lower|upper|further|top|bottom)\b")
 AGREED = 0.5                      # IoU from which a teacher's box is that of the annotation
 LEAK = 3                          # units of the model's frame: four numbers this near to the box's give it away
 TEACHER = ("The object that is described as {text} lies in the box {box}. Write down how one finds it who does not know the box: what is "
@@ -88,12 +89,14 @@ def near(box, frame):
     return f"({coarse(x, frame)}, {coarse(y, frame)})"
 
 
-def beside(a, b, name, frame):
-    """Where box a lies to box b, which is called `name`: direction, and distance of the centres in units of the model's frame. What has its
-    centre there as well (a field in its stadium) lies in no direction."""
+def beside(a, b, text, frame):
+    """Where box a lies to box b, as an expression asks for it: direction, or distance of the centres in units of the model's frame, or both
+    where it does not say. What has its centre there as well (a field in its stadium) lies in no direction."""
     (ax, ay), (bx, by) = (data.to_model_frame((*centre(x), 0, 0), frame)[:2] for x in (a, b))
-    away = coarse(math.hypot(ax - bx, ay - by), frame)
-    return f"{direction(a, b)} {name}, {away} away" if away else f"about where {name} is"
+    away, nearness, side = coarse(math.hypot(ax - bx, ay - by), frame), NEARNESS.search(text), SIDES.search(text)
+    if not away:
+        return "about where it is"
+    return ", ".join([f"{direction(a, b)} it"] * bool(side or not nearness) + [f"{away} away"] * bool(nearness or not side))
 
 
 # what an expression asks about: its words; the order in which candidates are told then; the key of a box that sorts them, given the other
@@ -124,20 +127,17 @@ def spoken_of(o, text):
     return f"{o.color} {noun}" not in text, -area(o.box) if larger else area(o.box) if smaller else 0
 
 
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-
-
 def called(o):
     """An object's colour, where known, and category, with their article."""
     words = f"{o.color} {o.category.lower() or 'object'}".strip()
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def explain(record, others, seed, frame, color=""):
+def explain(record, others, frame, color=""):
     """One record's completion. others: Neighbors in its image, the target not among them; frame: data.Frame, whose coordinates the text
-    speaks in; color: of the target, where known. A seed gives one text."""
-    rng, text = random.Random(f"{seed} {record.id}"), record.text.lower()
-    target, noun = Neighbor(record.category, record.box, color), record.category.lower() or "object"
+    speaks in; color: of the target, where known."""
+    text, noun = record.text.lower(), record.category.lower() or "object"
+    target = Neighbor(record.category, record.box, color)
     kind = f"{color} {noun}" if color and f"{color} {noun}" in text else noun                         # what all candidates are
     alike = [o for o in others if o.category == record.category and (kind == noun or o.color == color)]
     words = {o: f"{o.color} {noun}" if o.category == record.category else o.category.lower() for o in others}
@@ -147,18 +147,14 @@ def explain(record, others, seed, frame, color=""):
     said, key = order(text, head, named[0].box if named else None)
     candidates = sorted([target, *nearest], key=lambda o: key(o.box))
 
-    lines = [rng.choice((f"i look for {record.text}.", f"the question asks for {record.text}."))]
-    for o in named:
-        lines.append(f"{called(o)} is near {near(o.box, frame)}, at the {region(o.box, record.size)}.")
-    for nth, o in zip(ORDINALS, candidates):
-        lines.append(f"the {nth}, {called(o)}, {rng.choice(('is', 'lies'))} near {near(o.box, frame)}, at the {region(o.box, record.size)}")
+    lines = [f"{record.text}.", *(f"{called(o)} near {near(o.box, frame)}." for o in named)]
+    for o in candidates:
+        line = f"{said if o is candidates[0] else ''}{called(o)} near {near(o.box, frame)}, at the {region(o.box, record.size)}"
         if SIZES.search(head):
-            lines[-1] += f", of size {round(math.sqrt(area(data.to_model_frame(o.box, frame))))}"
+            line += f", of size {round(math.sqrt(area(data.to_model_frame(o.box, frame))))}"
         for other in named:
-            lines[-1] += f", {beside(o.box, other.box, f'that {other.category.lower()}', frame)}"
-        lines[-1] = (said if o is candidates[0] else "") + lines[-1] + (": it fits." if o is target else ".")
-    center = rng.choice(("the center of the {} is near {}.", "the center of the {} is about {}."))
-    lines.append(center.format(ORDINALS[candidates.index(target)], near(record.box, frame)))
+            line += f", {beside(o.box, other.box, text, frame)}"
+        lines.append(line + (": it fits." if o is target else "."))
     think = " ".join(lines).replace("<", "(").replace(">", ")")          # a tag inside an expression must not look like one of ours
     return f"<think>{think}</think>{answer(record, frame)}"
 
@@ -196,16 +192,16 @@ def overlap(a, b):
 
 
 def writer(records, file=None, answer_only=False):
-    """-> function (record, frame, seed) -> completion text: from the annotations, from a JSONL file, or the answer without reasoning."""
+    """-> function (record, frame) -> completion text: from the annotations, from a JSONL file, or the answer without reasoning."""
     if answer_only:
-        return lambda record, frame, seed: answer(record, frame)
+        return lambda record, frame: answer(record, frame)
     others, told = neighbors(records), load_jsonl(file, records) if file else {}
 
-    def write(record, frame, seed):
+    def write(record, frame):
         if told.get(record.id):
             return told[record.id] + answer(record, frame)
         color = next((o.color for o in getattr(record.image, "objects", ()) if o.box == record.box), "")
-        return explain(record, others(record), seed, frame, color)
+        return explain(record, others(record), frame, color)
     return write
 
 
@@ -319,7 +315,7 @@ def main():
     parser.add_argument("--root", help="its folder; default data/<name>")
     parser.add_argument("--split", default="sft", help="split")
     parser.add_argument("--show", type=runtime.positive, default=8, help="records")
-    parser.add_argument("--seed", type=int, default=0, help="of the wording")
+    parser.add_argument("--seed", type=int, default=0, help="of the teacher's sampling")
     parser.add_argument("--out", help="picture, default cot_check.png; with --teacher the JSONL, default cot_<name>_<split>.jsonl")
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", metavar="CKPT", help="have this checkpoint explain the known boxes")
@@ -338,7 +334,7 @@ def main():
     write, pictures = writer(records), []
     for record in records[::max(1, len(records) // args.show)][:args.show]:
         image = data.open_image(record)
-        text = write(record, data.Frame(image.size, image.size, "absolute"), args.seed)
+        text = write(record, data.Frame(image.size, image.size, "absolute"))
         if not reward.format_ok(text):
             sys.exit(f"cot.py: record {record.id} makes a text that breaks the format: {text}")
         print(f"{record.id}: {record.text}\n  {text}")

@@ -81,7 +81,7 @@ def main():
         for place, record in enumerate(runtime.batch(records, step, args.batch, args.seed)):
             if place % runtime.world() == runtime.rank():
                 prompt = processor(data.open_image(record), record.text)
-                examples.append((prompt, processor.encode(reason(record, prompt.frame, step * args.batch + place))))
+                examples.append((prompt, processor.encode(reason(record, prompt.frame))))
         return examples
     steps, skipped = range(first, args.steps), 0
     with tqdm(steps, initial=first, total=args.steps, desc="sft", disable=runtime.rank() > 0) as bar:

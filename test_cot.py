@@ -12,14 +12,11 @@ import reward
 from cot import Neighbor, explain, neighbors
 from data import Frame, Record
 
-ORDINAL = ("first", "second", "third", "fourth", "fifth", "sixth")
 SENTENCE = {
-    "asked": r"(?:i look for|the question asks for) (.*?)\.",
     "order": r"from (\w+) to (\w+):",
-    "candidate": r"the (\w+), (an? [a-z ]+), (?:is|lies) near \((\d+), (\d+)\), at the ([a-z ]+)(?:, of size (\d+))?"
-                 r"(?:, (?:(left of|right of|above|below) that ([a-z ]+), (\d+) away|about where that ([a-z ]+) is))?(\.|: it fits\.)",
-    "anchor": r"(an? [a-z ]+) is near \((\d+), (\d+)\), at the ([a-z ]+)\.",
-    "center": r"the center of the (\w+) is (?:near|about) \((\d+), (\d+)\)\.",
+    "candidate": r"(an? [a-z ]+) near \((\d+), (\d+)\), at the ([a-z ]+)(?:, of size (\d+))?"
+                 r"((?:, (?:left of|right of|above|below) it)?(?:, \d+ away)?|, about where it is)(\.|: it fits\.)",
+    "anchor": r"(an? [a-z ]+) near \((\d+), (\d+)\)\.",
 }
 
 
@@ -58,6 +55,17 @@ def is_away(number, box, other, frame):
     return abs(int(number) - away) <= half_step(frame)
 
 
+ASKS_SIDE, ASKS_DISTANCE = re.compile(r"left of|right of|above|below"), re.compile(r"next to|nearest to the (?!top|bottom)")
+
+
+def lies_so(said, box, other, frame):
+    """Does ", left of it, 40 away" hold of a box and the other object's?"""
+    if said == ", about where it is":
+        return is_away(0, box, other, frame)
+    return all(is_away(part.split()[0], box, other, frame) if part.endswith("away") else holds(part.removesuffix(" it"), box, other)
+               for part in said.split(", ")[1:])
+
+
 def surface(box):
     return (box[2] - box[0]) * (box[3] - box[1])
 
@@ -81,50 +89,46 @@ def check(text, record, others, frame, color=""):
     candidates = [record.box, *(o.box for o in same)]
     words = {o.box: f"{o.color} {o.category}".strip() for o in others} | {record.box: f"{color} {record.category}".strip()}
     known = {box: f"{'an' if called[0] in 'aeiou' else 'a'} {called}" for box, called in words.items()}
-    places, anchors, seen, rest, growing, fits = {}, [], [], think.strip(), GROWING["left", "right"], []
+    asked = record.text.replace("<", "(").replace(">", ")") + "."
+    assert think.startswith(asked)
+    places, anchors, seen, rest, growing, fits = [], [], [], think[len(asked):].strip(), GROWING["left", "right"], 0
     while rest:
         kind, m = next(((k, m) for k, p in SENTENCE.items() if (m := re.match(p, rest))), (None, None))
         assert m, f"no sentence that can be checked: {rest!r}"
         rest, g = rest[m.end():].strip(), m.groups()
         seen.append(kind)
-        if kind == "asked":
-            assert g[0] == record.text.replace("<", "(").replace(">", ")")
-        elif kind == "order":
+        if kind == "order":
             assert not places                                            # said once, before the first
             growing = GROWING[g]
         elif kind == "anchor":
             anchors = [o.box for o in others if o not in same and o.category in record.text and known[o.box] == g[0]
-                       and is_near(g[1:3], o.box, frame) and lies_in(g[3], o.box, record.size)]
+                       and is_near(g[1:3], o.box, frame)]
             assert anchors and not places, (g, known)                    # before the candidates, which are described by it
-        elif kind == "candidate":
-            name, what, x, y, region, size, direction, anchor, away, on, end = g
-            assert name == ORDINAL[len(places)]
+        else:
+            what, x, y, region, size, beside, end = g
             fitting = [b for b in candidates if what == known[b]]
             fitting = [b for b in fitting if is_near((x, y), b, frame) and lies_in(region, b, record.size)]
             scale = math.prod(e / o for e, o in zip(frame.extent, frame.original))
             fitting = [b for b in fitting if size is None or abs(int(size) - math.sqrt(surface(b) * scale)) <= 0.51]
-            fitting = [b for b in fitting if direction is None
-                       or any(holds(direction, b, c) and is_away(away, b, c, frame) for c in anchors)]
-            fitting = [b for b in fitting if on is None or any(is_away(0, b, c, frame) for c in anchors)]
+            fitting = [b for b in fitting if not beside or any(lies_so(beside, b, c, frame) for c in anchors)]
             assert fitting, (g, known)
-            assert bool(anchors) == bool(anchor or on) and (anchors == [] or known[anchors[0]].endswith(anchor or on))
-            places[name] = fitting
+            assert bool(anchors) == bool(beside)
+            if beside and "it is" not in beside:                         # what is asked for is told
+                assert ("of it" in beside or "above" in beside or "below" in beside) or not ASKS_SIDE.search(record.text)
+                assert "away" in beside or not ASKS_DISTANCE.search(record.text)
+            places.append(fitting)
             if end != ".":
-                fits.append(name)
+                fits += 1
                 assert record.box in fitting
-        else:
-            assert [g[0]] == fits and is_near(g[1:], record.box, frame)
-    ordered = list(places.values())
     for to in anchors or [None]:
-        if all(min(growing(b, to) for b in a) <= max(growing(b, to) for b in c) for a, c in zip(ordered, ordered[1:])):
+        if all(min(growing(b, to) for b in a) <= max(growing(b, to) for b in c) for a, c in zip(places, places[1:])):
             break
     else:
         raise AssertionError(f"not in the order that is told: {think}")
     mentioned = any(o not in same and (f"{o.color} {o.category}" if o.category == record.category else o.category) in record.text
                     for o in others)
     assert seen.count("anchor") == mentioned                             # what the expression names is placed
-    assert seen.count("candidate") == min(6, len(candidates)) and len(fits) == 1
-    assert seen[0] == "asked" and seen[-1] == "center" and seen.count("center") == seen.count("asked") == 1
+    assert seen.count("candidate") == min(6, len(candidates)) and fits == 1
 
 
 KINDS = ("ship", "storage tank", "bridge")
@@ -152,39 +156,31 @@ def made_up(rng):
 @pytest.mark.parametrize("convention", ["absolute", "1000"])
 def test_every_sentence_is_true_of_made_up_records(convention):
     rng = random.Random(0)
-    for seed in range(1400):
+    for _ in range(1400):
         record, others = made_up(rng)
         frame = Frame(record.size, (28 * rng.randint(4, 30), 28 * rng.randint(4, 30)), convention)
-        check(explain(record, others, seed, frame), record, others, frame)
+        check(explain(record, others, frame), record, others, frame)
 
 
 def test_every_sentence_is_true_of_the_embedded_world():
     records = data.load("synth", None, "val")
     write = cot.writer(records)
-    for seed, record in enumerate(records):
+    for record in records:
         frame = Frame(record.size, record.size, "absolute")
         target, = (o for o in record.image.objects if o.box == record.box)
         others = [Neighbor(o.category, o.box, o.color) for o in record.image.objects if o is not target]
         assert neighbors(records)(record) == others
-        check(write(record, frame, seed), record, others, frame, target.color)
-
-
-def test_the_wording_follows_the_seed():
-    record, others = made_up(random.Random(3))
-    frame = Frame(record.size, record.size, "absolute")
-    texts = [explain(record, others, seed, frame) for seed in range(20)]
-    assert len(set(texts)) > 3 and texts == [explain(record, others, seed, frame) for seed in range(20)]
+        check(write(record, frame), record, others, frame, target.color)
 
 
 def test_a_checker_that_accepts_anything_would_be_no_test():
     record = Record("1", None, "the largest ship left of the bridge", (10.0, 10.0, 30.0, 30.0), "ship", (300, 300))
     others = [Neighbor("ship", (200.0, 20.0, 210.0, 30.0)), Neighbor("bridge", (100.0, 0.0, 160.0, 60.0))]
     frame = Frame((300, 300), (300, 300), "absolute")
-    good = explain(record, others, 0, frame)
+    good = explain(record, others, frame)
     check(good, record, others, frame)
-    for a, b in [("left of that", "right of that"), ("upper left", "upper right"), ("center of the first", "center of the second"),
-                 ("(20, 20)", "(20, 40)"), ("of size 20", "of size 23"), ("the first, a ship", "the first, a bridge"),
-                 ("110 away", "130 away"), ("large to small", "small to large"), (": it fits.", ".")]:
+    for a, b in [("left of it", "right of it"), ("upper left", "upper right"), ("(20, 20)", "(20, 40)"), ("of size 20", "of size 23"),
+                 ("a ship near", "a bridge near"), ("large to small", "small to large"), (": it fits.", "."), (", left of it", "")]:
         assert a in good, (a, good)
         with pytest.raises(AssertionError):
             check(good.replace(a, b), record, others, frame)
@@ -210,13 +206,13 @@ def test_the_target_under_another_expression_is_no_other_object():
 @pytest.mark.parametrize("category", ["</think>", "<answer>", "<think>"])
 def test_a_tag_for_a_category_does_not_break_the_format(category):
     record = Record("1", None, f"the {category}", (10.0, 10.0, 30.0, 30.0), category, (300, 300))
-    assert reward.format_ok(explain(record, [Neighbor(category, (200.0, 20.0, 220.0, 60.0))], 0, Frame((300, 300), (300, 300), "absolute")))
+    assert reward.format_ok(explain(record, [Neighbor(category, (200.0, 20.0, 220.0, 60.0))], Frame((300, 300), (300, 300), "absolute")))
 
 
 def test_what_shares_the_centre_lies_in_no_direction():
     record = Record("1", None, "the field in the stadium", (100.0, 100.0, 200.0, 200.0), "field", (800, 800))
-    text = explain(record, [Neighbor("stadium", (50.0, 50.0, 250.0, 250.0))], 0, Frame((800, 800), (800, 800), "absolute"))
-    assert ", about where that stadium is: it fits." in text and " of that" not in text and "away" not in text
+    text = explain(record, [Neighbor("stadium", (50.0, 50.0, 250.0, 250.0))], Frame((800, 800), (800, 800), "absolute"))
+    assert ", about where it is: it fits." in text and " of it" not in text and "away" not in text
 
 
 def test_reasoning_of_ones_own(tmp_path):
@@ -295,9 +291,9 @@ def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_f
     write, own = cot.writer(records, out), cot.writer(records)
     for i, record in enumerate(records):
         frame = Frame(record.size, record.size, "absolute")
-        text = write(record, frame, 0)
+        text = write(record, frame)
         assert reward.format_ok(text) and text.endswith(cot.answer(record, frame))
-        assert text.startswith("<think>by the pier.</think>") if i % 2 == 0 else text == own(record, frame, 0)
+        assert text.startswith("<think>by the pier.</think>") if i % 2 == 0 else text == own(record, frame)
 
 
 @pytest.mark.parametrize("words, meant", [("the red tank", 1), ("the tank", 0), ("the largest tank", 2), ("the smallest blue tank", 0),
@@ -307,5 +303,5 @@ def test_of_several_anchors_the_one_that_the_words_mean_is_placed(words, meant):
     boxes = ((0, 0, 10, 10), "blue"), ((40, 0, 60, 20), "red"), ((70, 70, 110, 110), "blue")
     tanks = [cot.Neighbor("tank", box, color) for box, color in boxes]
     record = Record("0", None, f"the truck nearest to {words}", (50.0, 50.0, 60.0, 60.0), "truck", (112, 112))
-    text = cot.explain(record, tanks, 0, Frame((112, 112), (112, 112), "absolute"))
-    assert f"a {tanks[meant].color} tank is near {cot.near(tanks[meant].box, Frame((112, 112), (112, 112), 'absolute'))}," in text
+    text = cot.explain(record, tanks, Frame((112, 112), (112, 112), "absolute"))
+    assert f"a {tanks[meant].color} tank near {cot.near(tanks[meant].box, Frame((112, 112), (112, 112), 'absolute'))}." in text

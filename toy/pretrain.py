@@ -84,8 +84,8 @@ def corpus(seed):
     write = cot.writer(records)
     for i, r in enumerate(records):
         yield data.PROMPT.format(text=r.text)
-        yield write(r, FRAME, seed + i)
-        yield from (text for question in questions(r.image, random.Random(i)) for text in question)
+        yield write(r, FRAME)
+        yield from (text for question in questions(r.image, random.Random(seed + i)) for text in question)
         yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
 
 
