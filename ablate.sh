@@ -10,9 +10,9 @@ PY=${PY:-.venv/bin/python}
 STUDY=${STUDY:-ckpt/study}
 REGIMES=${REGIMES:-little small wide}       # SFT on a tenth of its records, then RFT on the world as it is; or with things half as long; SFT on all
 SEEDS=${SEEDS:-0 1 2}
-RFT=${RFT:-100} TEST=${TEST:-1000}
+RFT=${RFT:-120} TEST=${TEST:-1000}
 ARMS=${ARMS:-coherent positional iou focus shuffled boxes}
-TOKENS="--max-new-tokens 200"
+TOKENS="--max-new-tokens 160"
 
 train() {                                    # folder, then the command; --resume where it was stopped
   [ -e "$1/done" ] && return
@@ -36,7 +36,8 @@ for seed in $SEEDS; do
     sft=$STUDY/sft_${learn/:/_}/$seed
     train $sft sft.py --data $learn --init toy/base --steps $steps --batch 16 --lr 1.5e-3 --freeze-vision --every $steps $TOKENS --seed $seed
     for arm in sft $ARMS; do
-      rft="rft.py --data $data --init $sft --steps $RFT --prompts 32 --lr 2e-4 --every 50 --micro-tokens 16384 $TOKENS --seed $seed"
+      rft="rft.py --data $data --init $sft --steps $RFT --prompts 32 --temperature 0.6 --no-std --lr 2e-4 --freeze-vision
+           --every 40 --micro-tokens 16384 $TOKENS --seed $seed"
       model=$here/$arm
       case $arm in
         sft) model=$sft;;

@@ -17,9 +17,10 @@ import torch
 
 import data
 import eval as evaluation
+import rft
 import runtime
 from model import QwenVL
-from toy import pretrain, scenes, study
+from toy import gradient, pretrain, scenes, study
 from toy.scenes import CATEGORIES, COLORS, SMALL, SPLITS, Split, scene
 
 NINTHS = {"upper left": (0, 0), "top": (1, 0), "upper right": (2, 0), "left": (0, 1), "center": (1, 1), "right": (2, 1),
@@ -224,3 +225,52 @@ def test_the_study_compares_each_arm_with_its_own_start(tmp_path):
     assert "+0.500 [+0.500, +0.500]; +0.000 [+0.000, +0.000]" in arm and "| 0.250 ± 0.354 |" in arm
     assert "| RFT, IoU | 0.250 → 0.250 |" in done.stdout and (tmp_path / "study.png").exists()
     assert [t[:4] for t in json.loads((tmp_path / "study.json").read_text())] == [["small", "test", "iou", seed] for seed in "01"]
+
+
+def test_signal_and_noise_are_told_apart():
+    rng = torch.Generator().manual_seed(0)
+    true = torch.zeros(400)
+    true[:3] = torch.tensor([2.0, 1.0, -2.0])                            # length 3; the noise below has length 20
+    seen = true + torch.randn(300, 400, generator=rng)
+    signal, signal_error, progress, progress_error = gradient.estimate(seen, seen)
+    assert abs(signal - 9 / 409) < 3 * signal_error < 0.02 and abs(progress - 3 / 409 ** 0.5) < 3 * progress_error < 0.1
+    aside = torch.randn(300, 400, generator=rng) + true.roll(100)        # a reward that has nothing to do with the target
+    _, _, progress, progress_error = gradient.estimate(aside, seen)
+    assert abs(progress) < 3 * progress_error
+
+
+def test_a_variants_gradient_is_that_of_its_own_objective(monkeypatch):
+    """The gradient for the mean IoU, by hand: the log-probability of each answer times its IoU above its group's mean."""
+    model, processor = QwenVL.from_pretrained("toy/base", torch.float32), data.Processor.from_pretrained("toy/base")
+    model.visual.requires_grad_(False)
+    questions, args = data.load("synth", None, "val")[:2], rft.flags().parse_args(["--temperature", "0.7"])
+    moved = [[(0, 0), (3, 1), (200, 200)], [(1, 1), (9, 0), (2, 5)]]     # by so much from the target; (200, 200) leaves the image
+    texts = [[f'<answer>{{"bbox_2d": {[v + shift[i % 2] for i, v in enumerate(r.box)]}}}</answer>' for shift in some]
+             for r, some in zip(questions, moved)]
+    completions = [[processor.encode(t) for t in group] for group in texts]
+    monkeypatch.setattr(rft, "rollout", lambda *_: (completions, None, texts))
+    found, means = gradient.gradients(model, processor, questions, None, args)
+    prompts = [processor(data.open_image(r), r.text) for r in questions]
+    logp, _ = model.score(prompts, completions, 0.7)
+    each = [part.sum() for part in logp.split([len(c) for group in completions for c in group])]
+    iou = torch.tensor([[data_iou(r.box, [v + s[i % 2] for i, v in enumerate(r.box)]) for s in some] for r, some in zip(questions, moved)])
+    assert iou[0, 2] == 0 < iou[0, 1] < iou[0, 0] == 1 and abs(means["iou"] - iou.mean().item()) < 1e-5
+    above = (iou - iou.mean(1, keepdim=True)).flatten().tolist()
+    objective = -sum(a * lp for a, lp in zip(above, each)) / len(logp)
+    wanted = torch.autograd.grad(objective, [p for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(found[gradient.TARGET], torch.cat([g.flatten() for g in wanted]), rtol=1e-3, atol=1e-7)
+
+
+def data_iou(a, b):
+    """Of boxes in the image, whose side is scenes.SIDE; 0 for one that leaves it."""
+    if max(b) > scenes.SIDE + 90:
+        return 0.0
+    b = [min(v, scenes.SIDE) for v in b]
+    inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+
+
+def test_without_a_reward_there_is_no_gradient_to_measure(run):
+    done = run("toy/gradient.py", "--init", "toy/base", "--batches", 3, "--prompts", 2, "--group", 2, "--max-new-tokens", 8,
+               "--device", "cpu")
+    assert done.returncode == 2 and "rewarded alike" in done.stderr and "Traceback" not in done.stderr

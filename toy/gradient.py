@@ -1,0 +1,118 @@
+"""How much of a policy gradient is signal: what a change of the reward or of the sampling promises, in minutes and before any training.
+
+A step's gradient g is the true one plus the noise of its few rollouts. From several batches of fresh questions, none of which trains:
+
+    signal    |E g|^2 / E |g|^2: the share of a step's squared length that is not noise; the number of steps of which one is worth, inverted
+    progress  <E g, u> / sqrt(E |g|^2), u the unit vector of the gradient of the mean IoU: the part of a step's length that raises it
+
+Both are estimated from pairs of different batches, whose noise is independent, so they are unbiased but for the ratio and may come out
+below 0; the standard errors are jackknifed over batches. "as Adam sees it" divides each coordinate by its root mean square first.
+
+    python toy/gradient.py --data synth --init ckpt/sft --temperature 0.6 --freeze-vision           flags as of rft.py, and --batches
+
+Rewards and weightings are all tried on the same rollouts. What concerns training alone (--lr, --out) has no effect here. Every gradient is
+kept whole in memory: for small models.
+"""
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data  # noqa: E402
+import reward  # noqa: E402
+import rft  # noqa: E402
+import runtime  # noqa: E402
+from model import QwenVL  # noqa: E402
+
+TARGET = "IoU, no std"            # its gradient is that of the mean IoU
+
+
+def variants(terms, boxes, questions, args):
+    """What the same rollouts would teach under each reward: name -> advantages (Q, G). terms, boxes: as rft.grade returns them."""
+    valid, size = ~boxes.isnan().any(-1), torch.tensor([r.size for r in questions], dtype=torch.float32)
+    consistency, share = reward.spatial_consistency(boxes, valid, size), valid.float().mean(1)
+    off, total = torch.ones(len(questions)), terms["reward"]
+    return {"total": rft.advantages(total, off), "total, no std": rft.advantages(total, off, False),
+            **{f"total, {mode}": rft.advantages(total, reward.update_weight(consistency, share, mode)) for mode in ("coherent", "focus")},
+            "IoU": rft.advantages(terms["iou"], off), TARGET: rft.advantages(terms["iou"], off, False),
+            "positional": rft.advantages(terms["positional"], off), "format": rft.advantages(terms["format"], off)}
+
+
+def gradients(model, processor, questions, seeds, args):
+    """One batch of rollouts -> name -> flat gradient of the policy loss, and the mean of each term of the reward."""
+    prompts = [processor(data.open_image(r), r.text) for r in questions]
+    completions, _, texts = rft.rollout(model, processor, prompts, args, seeds)
+    terms, boxes = rft.grade(texts, prompts, questions, args)
+    lengths = torch.tensor([len(c) for group in completions for c in group])
+    logp, _ = model.score(prompts, completions, args.temperature)
+    trained, found = [p for p in model.parameters() if p.requires_grad], {}
+    for name, advantage in variants(terms, boxes, questions, args).items():
+        loss, _ = rft.policy_loss(logp, logp.detach(), None, advantage.flatten().repeat_interleave(lengths), len(logp))
+        parts = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+        found[name] = torch.cat([g.flatten() for g in parts if g is not None])
+    return found, {name: term.mean().item() for name, term in terms.items()}
+
+
+def pairs(gram):
+    """Mean of a square matrix off its diagonal: the scalar product of different batches."""
+    n = len(gram)
+    return (gram.sum() - gram.diag().sum()) / (n * (n - 1))
+
+
+def estimate(g, u):
+    """Gradients g of a variant and u of the mean IoU, (B, n) each -> signal, its standard error, progress, its standard error."""
+    grams = [a @ b.T for a, b in ((g, g), (g, u), (u, u))]
+
+    def both(keep):
+        gg, gu, uu = (m[keep][:, keep] for m in grams)
+        length = gg.diag().mean()
+        return torch.stack((pairs(gg) / length, pairs(gu) / (length * pairs(uu).clamp(min=1e-20)).sqrt()))
+    every, n = torch.arange(len(g)), len(g)
+    left_out = torch.stack([both(every[every != i]) for i in every])
+    error = ((left_out - left_out.mean(0)).square().sum(0) * (n - 1) / n).sqrt()
+    (signal, progress), (signal_error, progress_error) = both(every).tolist(), error.tolist()
+    return signal, signal_error, progress, progress_error
+
+
+def table(found):
+    """name -> gradients (B, n) -> Markdown"""
+    scale = found["total"].square().mean(0).sqrt() + 1e-12
+    text = "| advantages | signal | progress | signal, as Adam sees it | progress, as Adam sees it |\n|---|---|---|---|---|\n"
+    for name, g in found.items():
+        cells = [f"{value:.3f} ± {error:.3f}" for h, u in ((g, found[TARGET]), (g / scale, found[TARGET] / scale))
+                 for value, error in zip(*[iter(estimate(h, u))] * 2)]
+        text += f"| {name} | " + " | ".join(cells) + " |\n"
+    return text
+
+
+def main():
+    parser = rft.flags()
+    parser.description = "Measures how much of the policy gradient of rft.py, under the same flags, is signal"
+    parser.add_argument("--batches", type=runtime.positive, default=12, help="of --prompts questions each; three at least")
+    args = parser.parse_args()
+    rft.check(args)
+    if args.batches < 3:
+        runtime.fail(f"--batches {args.batches} has no pairs left once one is left out; use 3 or more")
+    records, init = data.load(args.data, args.root, "rft"), Path(args.init)
+    model, processor = QwenVL.from_pretrained(init, dtype=None), data.Processor.from_pretrained(init, max_pixels=args.max_pixels)
+    model = runtime.prepare(model, runtime.start(args.device), args.freeze_vision)
+    found, means = {}, []
+    with tqdm(range(args.batches), desc="gradients") as bar:
+        for step in bar:
+            questions = runtime.batch(records, step, args.prompts, args.seed)
+            one, mean = gradients(model, processor, questions, torch.arange(args.prompts) + step * args.prompts, args)
+            means.append(mean)
+            for name, g in one.items():
+                found.setdefault(name, []).append(g)
+            bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in mean.items()))
+    if not any(g.any() for g in found["total"]):
+        runtime.fail(f"{init}: all answers of a group were rewarded alike, so there is no gradient; train it longer first")
+    print(f"{init}, {args.data}, T={args.temperature:g}, {args.batches} batches of {args.prompts} x {args.group} rollouts: "
+          + ", ".join(f"{k} {sum(m[k] for m in means) / len(means):.3f}" for k in means[0]) + "\n")
+    print(table({name: torch.stack(g) for name, g in found.items()}))
+
+
+if __name__ == "__main__":
+    runtime.main(main)
