@@ -12,12 +12,17 @@ export GOMP_SPINCOUNT=10000          # threads that wait spin shortly, then slee
 # 2. CoT-SFT from toy/base, a Qwen2.5-VL shape of two million parameters that knows the embedded world's things and where they lie, but neither
 #    reasoning nor the answer format. Reasoning is expensive, boxes are not: 400 records with reasoning, written from their annotations.
 mkdir ckpt && ln -s ../toy/base ckpt/base                             # its scores will stand beside the stages'
-.venv/bin/python sft.py --data synth:0.1 --init toy/base --steps 300 --batch 16 --lr 1.5e-3 --freeze-vision --every 150 --max-new-tokens 200
+.venv/bin/python sft.py --data synth:0.1 --init toy/base --steps 300 --batch 16 --lr 1.5e-3 --freeze-vision --every 150 --max-new-tokens 160
 
 # 3. RFT on boxes alone: groups of eight sampled answers, rewarded for overlap, nearness and format; groups that agree in space weigh more.
-.venv/bin/python rft.py --steps 100 --prompts 32 --micro-tokens 16384 --lr 2e-4 --every 50 --max-new-tokens 200
+#    Sampling is cool and advantages keep their size: there most of the gradient is signal (toy/gradient.py measures it).
+.venv/bin/python rft.py --steps 100 --prompts 32 --temperature 0.6 --no-std --lr 2e-4 --freeze-vision --micro-tokens 16384 \
+  --every 50 --max-new-tokens 160
 
 # 4. Scores on scenes that no stage has seen: greedy and sampled; without looking at the image; and where everything is unfamiliar.
-.venv/bin/python eval.py ckpt/ --temperature 0 1 --limit 500 --max-new-tokens 200 --batch 125
-.venv/bin/python eval.py ckpt/rft --blind --limit 500 --max-new-tokens 200 --batch 125 --out ckpt/eval/blind
-.venv/bin/python eval.py ckpt/ --split novel --limit 500 --max-new-tokens 200 --batch 125 --out ckpt/eval/novel
+.venv/bin/python eval.py ckpt/ --temperature 0 1 --limit 500 --max-new-tokens 160 --batch 125
+.venv/bin/python eval.py ckpt/rft --blind --limit 500 --max-new-tokens 160 --batch 125 --out ckpt/eval/blind
+.venv/bin/python eval.py ckpt/ --split novel --limit 500 --max-new-tokens 160 --batch 125 --out ckpt/eval/novel
+
+# 5. What RFT changed on the same scenes, greedy, with a 95% interval.
+.venv/bin/python eval.py --compare ckpt/eval/predictions_sft.jsonl ckpt/eval/predictions_rft.jsonl --data synth --limit 500
