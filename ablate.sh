@@ -31,7 +31,7 @@ score() {                                    # model, data, split, then flags; o
 for seed in $SEEDS; do
   for regime in $REGIMES; do
     case $regime in little) learn=synth:0.1 steps=300 data=synth;; small) learn=synth:0.1 steps=300 data=synth-small;;
-      wide) learn=synth steps=2000 data=synth;; esac
+      wide) learn=synth steps=1000 data=synth;; esac
     here=$STUDY/$regime/$seed
     sft=$STUDY/sft_${learn/:/_}/$seed
     train $sft sft.py --data $learn --init toy/base --steps $steps --batch 16 --lr 1.5e-3 --freeze-vision --every $steps $TOKENS --seed $seed
