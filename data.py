@@ -94,7 +94,8 @@ def load(name, root=None, split="train"):
 
 def mix(names, root, split):
     """A part with a weight below 1 gives that share of its records, one above 1 repeats them (2.5: all twice and a half of them again).
-    Which records, and their order, depend on their ids alone; an id is preceded by its data set's name and followed by its repetition."""
+    Weights are for training: of splits that measure, each part gives every record once. Which records, and their order, depend on their ids
+    alone; an id is preceded by its data set's name and followed by its repetition."""
     mixed, notes, seen = Records([], {}), [], set()
     for part in names.split("+"):
         name, colon, weight = part.partition(":")
@@ -106,6 +107,7 @@ def mix(names, root, split):
             raise DataError(f"{part!r} can't be a part of the mixture {names!r}; each part is a data set's name, no name comes twice, and "
                             f":WEIGHT may follow, above 0 and below 1000; there are {', '.join(READERS)}")
         seen.add(name)
+        weight = weight if split in ("sft", "rft") or split.endswith("train") else 1.0
         records = READERS[name](root / name, split)
         order = sorted(records, key=lambda r: fingerprint(f"{name}/{r.id}"))
         shares = [order[:round(min(weight - turn, 1) * len(order))] for turn in range(math.ceil(weight))]

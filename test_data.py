@@ -519,6 +519,13 @@ def test_a_mixture_takes_shares_and_repeats_and_keeps_ids_apart(parent):
     assert len(sft) == 47 and len(val) == 3 and not {r.id for r in sft} & {r.id for r in val} and "jsonl: validation" in val.note
 
 
+def test_a_mixtures_weights_are_for_training_and_leave_what_measures_whole():
+    for split in ("val", "test"):
+        whole = load("synth", None, split)
+        assert {r.id for r in load("synth:0.1", None, split)} == {f"synth/{r.id}" for r in whole} and len(whole) > 400
+    assert len(load("synth:0.1", None, "sft")) == round(0.1 * len(load("synth", None, "sft")))
+
+
 @pytest.mark.parametrize("name", ["jsonl+jsonl", "jsonl+other", "jsonl:0", "jsonl:-1", "jsonl:nan", "jsonl:inf", "jsonl:x", "jsonl:",
                                   "jsonl+", "jsonl:1:1"])
 def test_a_mixture_that_has_no_meaning_is_refused(parent, name):
