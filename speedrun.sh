@@ -15,7 +15,7 @@ mkdir ckpt && ln -s ../toy/base ckpt/base                             # its scor
 .venv/bin/python sft.py --data synth:0.1 --init toy/base --steps 300 --batch 16 --lr 1.5e-3 --freeze-vision --every 150 --max-new-tokens 160
 
 # 3. RFT on boxes alone: groups of eight sampled answers, rewarded for overlap, nearness and format; groups that agree in space weigh more.
-#    Sampling is cool and advantages keep their size: there most of the gradient is signal (toy/gradient.py measures it).
+#    Sampling is cool, and advantages keep their size: the study's setting.
 .venv/bin/python rft.py --steps 100 --prompts 32 --temperature 0.6 --no-std --lr 2e-4 --freeze-vision --micro-tokens 16384 \
   --every 50 --max-new-tokens 160
 

@@ -3,10 +3,12 @@
 A step's gradient g is the true one plus the noise of its few rollouts. From several batches of fresh questions, none of which trains:
 
     signal    |E g|^2 / E |g|^2: the share of a step's squared length that is not noise; the number of steps of which one is worth, inverted
-    progress  <E g, u> / sqrt(E |g|^2), u the unit vector of the gradient of the mean IoU: the part of a step's length that raises it
+    progress  <E g, E u> / sqrt(E |g|^2 E |u|^2), u the gradient of the mean IoU: how far one batch's step agrees with what raises the IoU
+              on others; where g is u, it is the signal
 
 Both are estimated from pairs of different batches, whose noise is independent, so they are unbiased but for the ratio and may come out
-below 0; the standard errors are jackknifed over batches. "as Adam sees it" divides each coordinate by its root mean square first.
+below 0. The standard errors are jackknifed over batches: a dozen tell a half-trained model from a trained one, small differences need
+hundreds. "as Adam sees it" divides each coordinate by its root mean square first.
 
     python toy/gradient.py --data synth --init ckpt/sft --temperature 0.6 --freeze-vision           flags as of rft.py, and --batches
 
@@ -67,8 +69,7 @@ def estimate(g, u):
 
     def both(keep):
         gg, gu, uu = (m[keep][:, keep] for m in grams)
-        length = gg.diag().mean()
-        return torch.stack((pairs(gg) / length, pairs(gu) / (length * pairs(uu).clamp(min=1e-20)).sqrt()))
+        return torch.stack((pairs(gg) / gg.diag().mean(), pairs(gu) / (gg.diag().mean() * uu.diag().mean()).sqrt()))
     every, n = torch.arange(len(g)), len(g)
     left_out = torch.stack([both(every[every != i]) for i in every])
     error = ((left_out - left_out.mean(0)).square().sum(0) * (n - 1) / n).sqrt()
