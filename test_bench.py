@@ -40,6 +40,9 @@ def test_the_table_has_a_row_for_every_part_beside_transformers(run, tmp_path):
     rows = report["rows"]
     assert {r["name"] for r in rows if "transformers" in r["peer"]} == {"load", "prefill", "decode", "update", "step", "sft", "images"}
     for r in rows:
+        if "(difference)" in r["peer"]:                                  # of two noisy times, over too few tokens here: of either sign
+            assert r["ratio"] == r["theirs"] / r["ours"]
+            continue
         assert r["ours"] > 0 and r["theirs"] > 0 and r["spread"][0] <= r["ratio"] * 1.001 <= r["spread"][1] * 1.002, r
         faster = r["theirs"] / r["ours"] if r["unit"] in ("s", "MiB at peak") else r["ours"] / r["theirs"]
         assert abs(faster / r["ratio"] - 1) < 1e-6                       # above 1 means that ours is faster or smaller
