@@ -1,4 +1,4 @@
-"""How much of a policy gradient is signal: what a change of the reward or of the sampling promises, in minutes and before any training.
+"""How much of a policy gradient is signal, under each term of the reward and each weighting, before any training.
 
 A step's gradient g is the true one plus the noise of its few rollouts. From several batches of fresh questions, none of which trains:
 
