@@ -50,7 +50,7 @@ for seed in $SEEDS; do
       esac
       score $model $data test
       score $model $data test --temperature 1
-      [ $regime = wide ] && score $model synth novel
+      [ $data = synth ] && score $model synth novel
       if [ $arm = sft ]; then for t in 0.8 0.6; do score $model $data test --temperature $t; done; fi
     done
   done

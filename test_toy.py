@@ -205,26 +205,35 @@ def test_the_base_in_the_repository():
 
 
 def test_the_study_compares_each_arm_with_its_own_start(tmp_path):
-    """Two seeds; SFT's boxes are half as wide as the targets (IoU 0.5), the arm's are exact for one seed and SFT's own for the other."""
+    """Two seeds; SFT's boxes are half as wide as the targets (IoU 0.5) and the last ten are missing; without the positional term the arm's
+    are exact for one seed and SFT's own for the other; with it they are exact for both."""
     records = list(data.load("synth-small", None, "test"))[:40]
     frame = {"original": [scenes.SIDE] * 2, "resized": [scenes.SIDE] * 2, "convention": "absolute"}
-    for seed, arm, share in ((0, "sft", 0.5), (0, "iou", 1.0), (1, "sft", 0.5), (1, "iou", 0.5)):
+    for seed, arm, exact in ((0, "sft", False), (0, "iou", True), (1, "sft", False), (1, "iou", False), (0, "positional", True),
+                             (1, "positional", True)):
         folder = tmp_path / "small" / str(seed) / arm / "eval_test"
         folder.mkdir(parents=True)
-        boxes = [(x1, y1, x1 + share * (x2 - x1), y2) for x1, y1, x2, y2 in (r.box for r in records)]
+        boxes = [r.box if exact else (x1, y1, (x1 + x2) / 2, y2) for r in records for x1, y1, x2, y2 in [r.box]]
         texts = [f'<think>a</think><answer>{{"bbox_2d": {list(b)}}}</answer>' for b in boxes]
+        texts[30:] = texts[30:] if exact else ["nothing"] * 10
         said = [{"id": r.id, "text": t, "frame": frame} for r, t in zip(records, texts)]
         (folder / "predictions_x.jsonl").write_text("".join(json.dumps(p) + "\n" for p in said))
         row = {**evaluation.score(records, said), **evaluation.details(records, said, "synth-small", (None, records))}
         (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
         step = {"step": 1, **dict.fromkeys(study.TRAINED, 0.25), "reward": 0.1}
-        (folder.parent / "metrics.jsonl").write_text(json.dumps(step if arm == "iou" else {"step": 1, "loss": 1.0}) + "\n")
+        (folder.parent / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0} if arm == "sft" else step) + "\n")
     done = subprocess.run([sys.executable, "toy/study.py", tmp_path], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
-    arm = next(line for line in done.stdout.splitlines() if line.startswith("| RFT, IoU | 0.750"))
-    assert "+0.500 [+0.500, +0.500]; +0.000 [+0.000, +0.000]" in arm and "| 0.250 ± 0.354 |" in arm
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in done.stdout.splitlines() if not line.startswith("| ---")}
+    iou = next(line for line in done.stdout.splitlines() if line.startswith("| RFT, IoU | 0.68"))              # 1 and 0.375
+    assert "; +0.000 [+0.000, +0.000]" in iou and "+0.625 [" in iou and "| 0.312 ± 0.442 |" in iou
+    # One seed in two gains 0.625 everywhere, and 1 where SFT gave no box; there the centre comes nearer by all the distance there is.
+    seeds, miou, _, _, missed, nearer = rows["+ positional minus RFT, IoU"]
+    assert seeds == "2" and miou.startswith("+0.312 [") and miou.endswith("± 0.442")
+    assert missed == "+0.500 [+0.500, +0.500] ± 0.707" and nearer.startswith("-0.500 [-0.500, -0.500] ± 0.707")
     assert "| RFT, IoU | 0.250 → 0.250 |" in done.stdout and (tmp_path / "study.png").exists()
-    assert [t[:4] for t in json.loads((tmp_path / "study.json").read_text())] == [["small", "test", "iou", seed] for seed in "01"]
+    assert [t[:4] for t in json.loads((tmp_path / "study.json").read_text())] == \
+        [["small", "test", arm, seed] for arm in ("iou", "positional") for seed in "01"]
 
 
 def test_signal_and_noise_are_told_apart():

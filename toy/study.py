@@ -1,7 +1,9 @@
-"""What ablate.sh found: tables of every regime and arm beside the SFT model they started from, and a figure of the differences.
+"""What ablate.sh found: tables of every regime and arm beside the SFT model they started from, of what each term adds, and a figure.
 
 A difference is paired: both models answered the same scenes, which are resampled together for its 95% interval. Every seed has its own SFT
-model and its own difference; the mean over seeds stands beside their standard deviation.
+model and its own difference; the mean over seeds stands beside their standard deviation. What a term adds is the difference between two
+arms that started from the same SFT models, over all seeds at once: its interval is of scenes, resampled with the answers of all seeds, and
+the standard deviation beside it is of seeds.
 
     python toy/study.py ckpt/study           prints Markdown, writes study.png and study.md there
 """
@@ -10,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,6 +25,8 @@ import runtime  # noqa: E402
 ARMS = {"sft": "SFT", "boxes": "SFT, more boxes", "iou": "RFT, IoU", "positional": "+ positional", "coherent": "+ coherent",
         "focus": "+ focus", "shuffled": "+ shuffled weights"}
 DATA = {"little": "synth", "small": "synth-small", "wide": "synth"}
+CONTRASTS = (("positional", "iou"), ("coherent", "positional"), ("focus", "positional"), ("shuffled", "positional"),
+             ("coherent", "shuffled"), ("coherent", "boxes"))
 TRAINED = ("no_overlap_groups", "zero_variance_groups", "entropy", "dispersion", "positional_group_std", "iou_group_std")
 
 
@@ -55,6 +61,8 @@ def compare(regime, arms, split):
     text, tests = line(head) + line(["---"] * len(head)), []
     for arm in arms:
         seeds = [s for s in sorted(regime.iterdir()) if row_of(s / arm / f"eval_{split}")]
+        if not seeds:
+            continue
         rows = [row_of(s / arm / f"eval_{split}") for s in seeds]
         warm = [row_of(s / arm / f"eval_{split}_T1") for s in seeds]
         found = []
@@ -72,6 +80,40 @@ def compare(regime, arms, split):
             cooler = [row_of(s / arm / f"eval_{split}_T{t}") for s in seeds]
             text += line([f"SFT sampled at T={t}", mean([r and r["mIoU"] for r in cooler]), *["-"] * 8]) if any(cooler) else ""
     return text, tests
+
+
+def measured(folder, records):
+    """-> (3, N) of a folder's answers: IoU; IoU above 0.5; distance of the centres in image sides over sqrt(2), 1 (the most there is) where
+    there is no box."""
+    boxes = [evaluation.read_prediction(p, r)[0] for p, r in zip(predictions_of(folder, records), records, strict=True)]
+    target, size = (torch.tensor([getattr(r, key) for r in records], dtype=torch.float64) for key in ("box", "size"))
+    valid, iou, _, _, away = evaluation.compare(evaluation.tensor(boxes), target, size)
+    return np.stack([iou.numpy(), evaluation.hits(iou, 0.5, False).numpy(), away.where(valid, 1.0).numpy()])
+
+
+def contrasts(regime, split):
+    """Markdown: what one arm has more than another, over all scenes, and over those where the SFT model's greedy answer touched nothing."""
+    records = data.load(DATA[regime.name], None, split)
+    head = ["", "seeds", "mIoU", "Pr@0.5", "centre distance", "where SFT missed: mIoU", "centre distance there"]
+    text = line(head) + line(["---"] * len(head))
+    for arm, other in CONTRASTS:
+        seeds = [s for s in sorted(regime.iterdir()) if row_of(s / arm / f"eval_{split}") and row_of(s / other / f"eval_{split}")]
+        if not seeds:
+            continue
+        asked = records[:row_of(seeds[0] / arm / f"eval_{split}")["n"]]
+        start, ours, theirs = (np.stack([measured(s / name / f"eval_{split}", asked) for s in seeds]) for name in ("sft", arm, other))
+        missed = start[:, 0] == 0                                                                     # (seeds, N)
+        counts, image = evaluation.resample(asked)
+        cells = []
+        for k, among in ((0, None), (1, None), (2, None), (0, missed), (2, missed)):
+            among = np.ones_like(missed) if among is None else among
+            apart = (ours - theirs)[:, k] * among
+            above, below = (counts @ np.bincount(image, v, counts.shape[1]) for v in (apart.sum(0), among.sum(0)))
+            low, high = np.percentile(above / below, (2.5, 97.5))
+            spread = f" ± {statistics.stdev((apart.sum(1) / among.sum(1)).tolist()):.3f}" if len(seeds) > 1 else ""
+            cells.append(f"{apart.sum() / among.sum():+.3f} [{low:+.3f}, {high:+.3f}]{spread}")
+        text += line([f"{ARMS[arm]} minus {ARMS[other]}", str(len(seeds)), *cells])
+    return text
 
 
 def kinds(regime, arms, split):
@@ -126,9 +168,11 @@ def main():
         runtime.fail(f"no regime ({', '.join(DATA)}) in {study}; run ablate.sh first")
     text, tests = "", []
     for regime in regimes:
-        for split in ("test", "novel") if regime.name == "wide" else ("test",):
+        for split in ("test", "novel"):
+            if not any(regime.glob(f"*/*/eval_{split}/eval.json")):
+                continue
             table, found = compare(regime, ARMS, split)
-            text += f"### {regime.name}, {split}\n\n{table}\n{kinds(regime, ARMS, split)}\n"
+            text += f"### {regime.name}, {split}\n\n{table}\n{contrasts(regime, split)}\n{kinds(regime, ARMS, split)}\n"
             tests += [(regime.name, split, *t) for t in found]
         text += training(regime, ARMS) + "\n"
     (study / "study.md").write_text(text, encoding="utf-8")
