@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -370,9 +371,11 @@ def dior_indices(root, withdrawn=DIOR_WITHDRAWN):
             raise DataError(f"{root / name}.txt has {len(indices)} lines: the split generation withdrawn by its authors in 2023, which "
                             "leaks test into train beside the current one; download the current train.txt, val.txt, test.txt")
     every = [i for indices in splits.values() for i in indices]
-    if len(set(every)) < len(every) or min(every, default=0) < 0:
-        twice = sorted(i for i in set(every) if every.count(i) > 1)[:3] if len(every) < 10_000 else "some"
-        raise DataError(f"{root}: the split files overlap or repeat an index ({twice}); test would leak into train: download them again")
+    if min(every, default=0) < 0:
+        raise DataError(f"{root}: the split files hold an index below 0; download them again")
+    twice = [i for i, n in Counter(every).items() if n > 1]
+    if twice:
+        raise DataError(f"{root}: the split files overlap or repeat an index ({twice[:3]}); test would leak into train: download them again")
     return splits
 
 

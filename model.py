@@ -175,18 +175,20 @@ class Cache:
         (Q, KV, P, hd), (R, H, _), T = self.prompt_k[layer].shape, q.shape, self.bucket
         for own, new in ((self.own_k, k), (self.own_v, v)):
             own[layer].index_copy_(2, self.at, new[:, :, None])
-        by_rollout, by_group = (R, KV, H // KV, -1), (Q, KV, R * H // Q // KV, -1)
+        G, shared = R // Q, H // KV                                      # rollouts of a prompt; query heads that share a key head
 
-        def turn(x, shape):                                              # the same rows with rollouts before heads, or behind them
-            other = (Q, R // Q, KV, H // KV, -1) if shape is by_group else (Q, KV, R // Q, H // KV, -1)
-            return x.reshape(other).transpose(1, 2).reshape(shape)
-        q = (q * hd ** -0.5).view(by_rollout)
-        far = turn(q, by_group) @ self.prompt_k[layer].transpose(2, 3)                                # (Q, KV, G * H/KV, P)
-        near = turn(q @ self.own_k[layer][:, :, :T].transpose(2, 3), by_group)                        # (Q, KV, G * H/KV, T)
+        def by_group(x):                                                 # (R, KV, H/KV, n) -> (Q, KV, G * H/KV, n)
+            return x.reshape(Q, G, KV, shared, -1).transpose(1, 2).reshape(Q, KV, G * shared, -1)
+
+        def by_rollout(x):                                               # and back
+            return x.reshape(Q, KV, G, shared, -1).transpose(1, 2).reshape(R, KV, shared, -1)
+        q = (q * hd ** -0.5).view(R, KV, shared, hd)
+        far = by_group(q) @ self.prompt_k[layer].transpose(2, 3)                                      # (Q, KV, G * H/KV, P)
+        near = by_group(q @ self.own_k[layer][:, :, :T].transpose(2, 3))                              # (Q, KV, G * H/KV, T)
         unseen = torch.cat((self.blocked, (torch.arange(T, device=q.device) > self.at).expand(Q, 1, 1, T)), -1)
         weights = torch.cat((far, near), -1).masked_fill_(unseen, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype)
-        near = turn(weights[..., P:], by_rollout) @ self.own_v[layer][:, :, :T]
-        return (turn(weights[..., :P] @ self.prompt_v[layer], by_rollout) + near).reshape(R, H, hd)
+        far, near = weights[..., :P] @ self.prompt_v[layer], by_rollout(weights[..., P:]) @ self.own_v[layer][:, :, :T]
+        return (by_rollout(far) + near).reshape(R, H, hd)
 
 
 def cumulative(lengths, device):

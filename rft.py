@@ -214,11 +214,11 @@ def train_step(model, reference, opt, processor, questions, prompts, args, step)
 def summary(step, terms, boxes, valid, size, consistency, weight, advantage, lengths, texts, sums, n_tokens, args):
     """What a step logs, over the groups of all ranks."""
     scatter, measured = reward.dispersion(boxes, valid, size), valid.sum(1) >= 2
-    n = args.prompts * args.group
+    n, apart = args.prompts * args.group, terms["iou"].amax(1) == 0      # apart: no box of the group touches the target
     local = {**{name: term.sum() / n for name, term in terms.items()},
              **{f"{name}_group_std": term.std(1).nan_to_num().sum() / args.prompts for name, term in terms.items()},
              "length": lengths.sum() / n, "truncated": (lengths == args.max_new_tokens).sum() / n, "unparsable": (~valid).sum() / n,
-             "no_overlap_groups": (terms["iou"].amax(1) == 0).sum() / args.prompts,
+             "no_overlap_groups": apart.sum() / args.prompts, "no_overlap_advantage": advantage[apart].abs().sum() / n,
              "zero_variance_groups": (terms["reward"].amax(1) == terms["reward"].amin(1)).sum() / args.prompts,
              "unique": sum(len(set(group)) for group in texts) / n,
              "consistency": consistency.sum() / args.prompts, "weight": weight.sum() / args.prompts, "advantage": advantage.abs().sum() / n,
@@ -228,6 +228,7 @@ def summary(step, terms, boxes, valid, size, consistency, weight, advantage, len
     total = runtime.all_sum(torch.tensor([float(v) for v in local.values()], dtype=torch.float64)).tolist()
     line = dict(zip(local, total))
     line["dispersion"] = line.pop("scattered") / max(1.0, line.pop("measured"))
+    line["no_overlap_advantage"] /= max(1e-12, line["advantage"])        # their share of the step's sum of |A|
     return {"step": step + 1, **line, "sampled_scored_max": runtime.all_max(torch.tensor(sums["sampled_scored"])).item()}
 
 

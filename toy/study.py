@@ -103,15 +103,14 @@ def contrasts(regime, split):
         asked = records[:row_of(seeds[0] / arm / f"eval_{split}")["n"]]
         start, ours, theirs = (np.stack([measured(s / name / f"eval_{split}", asked) for s in seeds]) for name in ("sft", arm, other))
         missed = start[:, 0] == 0                                                                     # (seeds, N)
-        counts, image = evaluation.resample(asked)
+        everywhere = np.ones_like(missed)
+        columns = [(0, everywhere), (1, everywhere), (2, everywhere), (0, missed), (2, missed)]            # of `head`
+        rates = {i: ((ours - theirs)[:, k] * among, among) for i, (k, among) in enumerate(columns)}      # (seeds, N) each
+        bounds = evaluation.intervals(asked, {i: (above.sum(0), below.sum(0)) for i, (above, below) in rates.items()})
         cells = []
-        for k, among in ((0, None), (1, None), (2, None), (0, missed), (2, missed)):
-            among = np.ones_like(missed) if among is None else among
-            apart = (ours - theirs)[:, k] * among
-            above, below = (counts @ np.bincount(image, v, counts.shape[1]) for v in (apart.sum(0), among.sum(0)))
-            low, high = np.percentile(above / below, (2.5, 97.5))
-            spread = f" ± {statistics.stdev((apart.sum(1) / among.sum(1)).tolist()):.3f}" if len(seeds) > 1 else ""
-            cells.append(f"{apart.sum() / among.sum():+.3f} [{low:+.3f}, {high:+.3f}]{spread}")
+        for i, (above, below) in rates.items():
+            spread = f" ± {statistics.stdev((above.sum(1) / below.sum(1)).tolist()):.3f}" if len(seeds) > 1 else ""
+            cells.append(f"{above.sum() / below.sum():+.3f} [{bounds[i][0]:+.3f}, {bounds[i][1]:+.3f}]{spread}")
         text += line([f"{ARMS[arm]} minus {ARMS[other]}", str(len(seeds)), *cells])
     return text
 
