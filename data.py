@@ -375,7 +375,8 @@ def dior_indices(root, withdrawn=DIOR_WITHDRAWN):
         raise DataError(f"{root}: the split files hold an index below 0; download them again")
     twice = [i for i, n in Counter(every).items() if n > 1]
     if twice:
-        raise DataError(f"{root}: the split files overlap or repeat an index ({twice[:3]}); test would leak into train: download them again")
+        raise DataError(f"{root}: the split files overlap or repeat an index ({twice[:3]}), so test would leak into train; download them "
+                        "again")
     return splits
 
 

@@ -89,7 +89,7 @@ def metrics(pred, gt, size, inclusive=False):
 
 def centre_box(records):
     """What a guess scores that looks at nothing: a box in the middle of each image, of the median width and height of these records."""
-    gt, size = (torch.tensor([getattr(r, name) for r in records], dtype=torch.float64) for name in ("box", "size"))
+    gt, size = targets(records)
     half = ((gt[:, 2:] - gt[:, :2]) / size).median(0).values / 2
     return metrics(torch.cat((size * (0.5 - half), size * (0.5 + half)), 1), gt, size)
 
@@ -167,9 +167,8 @@ def on_grid(prediction, record):
 def score(records, predictions, inclusive=False):
     """N records, N predictions (dicts as `evaluate` and `read_predictions` give them; None: there is none) -> part of an eval.json row."""
     strict, lenient, failures = zip(*(read_prediction(p, r) for p, r in zip(predictions, records, strict=True)))
-    target, size = (torch.tensor([getattr(r, name) for r in records], dtype=torch.float64) for name in ("box", "size"))
     counts = Counter(failures)
-    ours, theirs = (metrics(tensor(boxes), target, size, inclusive) for boxes in (strict, lenient))
+    ours, theirs = (metrics(tensor(boxes), *targets(records), inclusive) for boxes in (strict, lenient))
     return {**ours, "failures": {why: counts[why] for why in FAILURES}, "lenient": theirs}
 
 
@@ -178,13 +177,22 @@ def tensor(boxes):
     return torch.tensor([box or [math.nan] * 4 for box in boxes], dtype=torch.float64)
 
 
+def targets(records):
+    """N records -> their boxes (N, 4) in original pixels, their images' sizes (N, 2) as (W, H), double."""
+    return tuple(torch.tensor([getattr(r, key) for r in records], dtype=torch.float64) for key in ("box", "size"))
+
+
+def answered(records, predictions):
+    """N records and their predictions (or None) -> strict boxes (N, 4) in original pixels, double, NaN where there is none."""
+    return tensor([read_prediction(p, r)[0] for p, r in zip(predictions, records, strict=True)])
+
+
 def details(records, predictions, name, known):
     """What else a row of eval.json says: 95% intervals "ci", "breakdowns", "vrsbench" on that data set, and where predictions carry several
     samples "pass" and "dispersion". known: the records of train (None: not there) and of the whole split, for what a record is compared
     with. The same numbers on every process and from a predictions file: the resampling is seeded."""
     inclusive = name in AT_LEAST
-    target, size = (torch.tensor([getattr(r, key) for r in records], dtype=torch.float64) for key in ("box", "size"))
-    pred = tensor([read_prediction(p, r)[0] for p, r in zip(predictions, records)])
+    pred, (target, size) = answered(records, predictions), targets(records)
     _, iou, inside, union, _ = compare(pred, target, size)
     hit = hits(iou, 0.5, inclusive).double()
     rates = {"mIoU": (iou, None), **{f"Pr@{t}": (hits(iou, t, inclusive).double(), None) for t in THRESHOLDS}, "cIoU": (inside, union)}
@@ -267,8 +275,7 @@ def intervals(records, rates):
 def paired(records, a, b, inclusive=False):
     """Predictions a and b of the same records -> name -> {"difference" (b - a), "ci" (95%), "p"}: both are resampled by the same images,
     and p is two-sided: twice the share of resamples whose difference is 0 or on the rarer side of it, counted with one more at 0."""
-    target, size = (torch.tensor([getattr(r, key) for r in records], dtype=torch.float64) for key in ("box", "size"))
-    iou = [compare(tensor([read_prediction(p, r)[0] for p, r in zip(side, records)]), target, size)[1] for side in (a, b)]
+    iou = [compare(answered(records, side), *targets(records))[1] for side in (a, b)]
     counts, image = resample(records)
     n = counts @ np.bincount(image, minlength=counts.shape[1])
     found = {}
@@ -410,32 +417,20 @@ def overlay(image, boxes, path=None):
     draw, width = ImageDraw.Draw(image), max(1, round(max(image.size) / 200))
     for (x1, y1, x2, y2), label, colour in boxes:
         draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=width)
-        caption(draw, (x1 + width, y1 + width), label, colour, max(10, max(image.size) // 40))
+        font = ImageFont.load_default(max(10, max(image.size) // 40))
+        draw.text((x1 + width, y1 + width), label.encode("ascii", "replace").decode(), fill=colour, font=font)
     if path:
         image.save(path)
     return image
 
 
-def caption(draw, where, text, colour, height):
-    draw.text(where, text.encode("ascii", "replace").decode(), fill=colour, font=ImageFont.load_default(height))
-
-
-def contact_sheet(records, predictions, path, n=12, side=360, columns=4):
-    """Up to n records, evenly spread: the true box green, the predicted one red, the expression and the IoU below."""
-    chosen = [i * len(records) // min(n, len(records)) for i in range(min(n, len(records)))]
-    sheet = Image.new("RGB", (columns * side, -(-len(chosen) // columns) * (side + 32)))
-    draw = ImageDraw.Draw(sheet)
-    for k, i in enumerate(chosen):
-        record, box = records[i], read_prediction(predictions[i], records[i])[0]
-        boxes = [(record.box, "", GREEN)] + ([(box, "", RED)] if box else [])
-        image = overlay(data.open_image(record), boxes)
-        scale = side / max(image.size)
-        x, y = k % columns * side, k // columns * (side + 32)
-        sheet.paste(image.resize([max(1, round(v * scale)) for v in image.size]), (x, y))
-        iou = reward.iou(torch.tensor(box), torch.tensor(record.box)).item() if box else 0.0
-        caption(draw, (x + 4, y + side + 1), record.text[:60], (255, 255, 255), 12)
-        caption(draw, (x + 4, y + side + 16), f"IoU {iou:.2f}" if box else "no box", RED if iou <= 0.5 else GREEN, 12)
-    sheet.save(path)
+def contact_sheet(records, predictions, path, n=12):
+    """Up to n records, evenly spread: the true box green, the answered one red, the expression and the IoU below."""
+    shown = []
+    for record, box, iou, _ in page.spread(judged(records, predictions), n):
+        boxes = [(record.box, "lime"), *([(box, "red")] if box else ())]
+        shown.append(data.draw_boxes(data.open_image(record), boxes, f"{record.text}: {f'IoU {iou:.2f}' if box else 'no box'}"))
+    data.contact_sheet(shown).save(path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ the report

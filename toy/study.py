@@ -5,7 +5,11 @@ model and its own difference; the mean over seeds stands beside their standard d
 arms that started from the same SFT models, over all seeds at once: its interval is of scenes, resampled with the answers of all seeds, and
 the standard deviation beside it is of seeds.
 
-    python toy/study.py ckpt/study           prints Markdown, writes study.png and study.md there
+The two questions asked beforehand, in mIoU on small objects: "+ positional minus RFT, IoU", and "+ coherent minus + shuffled weights". All
+other differences are looks around: of a hundred such intervals, five leave 0 out by chance. All seeds share toy/base and the records of
+SFT; a seed is the order of the data and the sampling.
+
+    python toy/study.py ckpt/study           prints Markdown, writes study.md, study.json (the differences from SFT) and study.png there
 """
 import json
 import statistics
@@ -13,7 +17,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,7 +30,8 @@ ARMS = {"sft": "SFT", "boxes": "SFT, more boxes", "iou": "RFT, IoU", "positional
 DATA = {"little": "synth", "small": "synth-small", "wide": "synth"}
 CONTRASTS = (("positional", "iou"), ("coherent", "positional"), ("focus", "positional"), ("shuffled", "positional"),
              ("coherent", "shuffled"), ("coherent", "boxes"))
-TRAINED = ("no_overlap_groups", "zero_variance_groups", "entropy", "dispersion", "positional_group_std", "iou_group_std")
+TRAINED = ("no_overlap_groups", "no_overlap_advantage", "zero_variance_groups", "entropy", "dispersion", "positional_group_std",
+           "iou_group_std")
 
 
 def row_of(folder):
@@ -42,11 +46,20 @@ def predictions_of(folder, records):
     return [found[r.id] for r in records if r.id in found]
 
 
-def mean(values):
+def mean_text(values):
     """Mean and standard deviation over seeds, as text."""
     values = [v for v in values if v is not None]
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}" if values else "-"
+
+
+def scored(regime, arm, split, other="sft"):
+    """The seeds' folders where both arms were scored, on as many scenes."""
+    seeds = [s for s in sorted(regime.iterdir()) if row_of(s / arm / f"eval_{split}") and row_of(s / other / f"eval_{split}")]
+    counts = {row_of(s / name / f"eval_{split}")["n"] for s in seeds for name in (arm, other)}
+    if len(counts) > 1:
+        runtime.fail(f"{regime}: scores of {' and '.join(map(str, sorted(counts)))} scenes can't be compared; give each a study of its own")
+    return seeds
 
 
 def line(cells):
@@ -56,11 +69,10 @@ def line(cells):
 def compare(regime, arms, split):
     """-> Markdown of one regime on one split, and (arm, seed, test) of the greedy differences."""
     records = data.load(DATA[regime.name], None, split)
-    head = ["", "mIoU greedy", "minus SFT, seed by seed [95%]", "mean", "Pr@0.5", "cIoU", "centre error", "mIoU T=1", "small targets",
-            "no box"]
+    head = ["", "seeds", "mIoU greedy", "minus SFT, seed by seed [95%]", "mean", "Pr@0.5", "cIoU", "mIoU T=1", "no box"]
     text, tests = line(head) + line(["---"] * len(head)), []
     for arm in arms:
-        seeds = [s for s in sorted(regime.iterdir()) if row_of(s / arm / f"eval_{split}")]
+        seeds = scored(regime, arm, split)
         if not seeds:
             continue
         rows = [row_of(s / arm / f"eval_{split}") for s in seeds]
@@ -72,55 +84,56 @@ def compare(regime, arms, split):
             found.append(evaluation.paired(asked, *sides)["mIoU"])
             tests.append((arm, s.name, found[-1]))
         each = "; ".join(f"{t['difference']:+.3f} [{t['ci'][0]:+.3f}, {t['ci'][1]:+.3f}]" for t in found)
-        text += line([ARMS[arm], mean([r["mIoU"] for r in rows]), each or "-", mean([t["difference"] for t in found]),
-                      *(mean([r[k] for r in rows]) for k in ("Pr@0.5", "cIoU", "center_error")), mean([r and r["mIoU"] for r in warm]),
-                      mean([r["breakdowns"]["size"].get("small", {}).get("mIoU") for r in rows]),
-                      mean([sum(r["failures"].values()) / r["n"] for r in rows])])
+        text += line([ARMS[arm], " ".join(s.name for s in seeds), mean_text([r["mIoU"] for r in rows]), each or "-",
+                      mean_text([t["difference"] for t in found]), *(mean_text([r[k] for r in rows]) for k in ("Pr@0.5", "cIoU")),
+                      mean_text([r and r["mIoU"] for r in warm]), mean_text([sum(r["failures"].values()) / r["n"] for r in rows])])
         for t in ("0.8", "0.6") if arm == "sft" else ():
             cooler = [row_of(s / arm / f"eval_{split}_T{t}") for s in seeds]
-            text += line([f"SFT sampled at T={t}", mean([r and r["mIoU"] for r in cooler]), *["-"] * 8]) if any(cooler) else ""
+            text += line([f"SFT sampled at T={t}", "", mean_text([r and r["mIoU"] for r in cooler]), *["-"] * 6]) if any(cooler) else ""
     return text, tests
 
 
-def measured(folder, records):
-    """-> (3, N) of a folder's answers: IoU; IoU above 0.5; distance of the centres in image sides over sqrt(2), 1 (the most there is) where
-    there is no box."""
-    boxes = [evaluation.read_prediction(p, r)[0] for p, r in zip(predictions_of(folder, records), records, strict=True)]
-    target, size = (torch.tensor([getattr(r, key) for r in records], dtype=torch.float64) for key in ("box", "size"))
-    valid, iou, _, _, away = evaluation.compare(evaluation.tensor(boxes), target, size)
-    return np.stack([iou.numpy(), evaluation.hits(iou, 0.5, False).numpy(), away.where(valid, 1.0).numpy()])
+def answers(folder, records):
+    """A folder's answers -> was there a box (N,), its IoU (N,), the distance of its centre from the target's (N,), 0 without a box."""
+    found = evaluation.answered(records, predictions_of(folder, records))
+    valid, iou, _, _, away = evaluation.compare(found, *evaluation.targets(records))
+    return valid.numpy(), iou.numpy(), away.where(valid, 0.0).numpy()
 
 
 def contrasts(regime, split):
-    """Markdown: what one arm has more than another, over all scenes, and over those where the SFT model's greedy answer touched nothing."""
+    """Markdown: what one arm has more than another. Distances are over the scenes where both gave a box."""
     records = data.load(DATA[regime.name], None, split)
-    head = ["", "seeds", "mIoU", "Pr@0.5", "centre distance", "where SFT missed: mIoU", "centre distance there"]
+    head = ["", "seeds", "mIoU", "Pr@0.5", "box given", "centre distance", "mIoU, target under 1% of the image",
+            "mIoU where SFT's box touched nothing", "centre distance there"]
     text = line(head) + line(["---"] * len(head))
     for arm, other in CONTRASTS:
-        seeds = [s for s in sorted(regime.iterdir()) if row_of(s / arm / f"eval_{split}") and row_of(s / other / f"eval_{split}")]
+        seeds = scored(regime, arm, split, other)
         if not seeds:
             continue
         asked = records[:row_of(seeds[0] / arm / f"eval_{split}")["n"]]
-        start, ours, theirs = (np.stack([measured(s / name / f"eval_{split}", asked) for s in seeds]) for name in ("sft", arm, other))
-        missed = start[:, 0] == 0                                                                     # (seeds, N)
-        everywhere = np.ones_like(missed)
-        columns = [(0, everywhere), (1, everywhere), (2, everywhere), (0, missed), (2, missed)]            # of `head`
-        rates = {i: ((ours - theirs)[:, k] * among, among) for i, (k, among) in enumerate(columns)}      # (seeds, N) each
-        bounds = evaluation.intervals(asked, {i: (above.sum(0), below.sum(0)) for i, (above, below) in rates.items()})
+        (box, iou, _), (box_a, iou_a, away_a), (box_b, iou_b, away_b) = (
+            [np.stack(x) for x in zip(*(answers(s / name / f"eval_{split}", asked) for s in seeds))] for name in ("sft", arm, other))
+        small = [(x2 - x1) * (y2 - y1) < 0.01 * r.size[0] * r.size[1] for r in asked for x1, y1, x2, y2 in [r.box]]
+        small = np.broadcast_to(small, box.shape)
+        every, both, missed = np.ones_like(box), box_a & box_b, box & (iou == 0)                      # (seeds, N), as all of these
+        columns = [(iou_a - iou_b, every), ((iou_a > 0.5) * 1.0 - (iou_b > 0.5), every), (box_a * 1.0 - box_b, every),
+                   (away_a - away_b, both), (iou_a - iou_b, small), (iou_a - iou_b, missed), (away_a - away_b, missed & both)]
+        bounds = evaluation.intervals(asked, {i: ((v * among).sum(0), among.sum(0)) for i, (v, among) in enumerate(columns)})
         cells = []
-        for i, (above, below) in rates.items():
-            spread = f" ± {statistics.stdev((above.sum(1) / below.sum(1)).tolist()):.3f}" if len(seeds) > 1 else ""
-            cells.append(f"{above.sum() / below.sum():+.3f} [{bounds[i][0]:+.3f}, {bounds[i][1]:+.3f}]{spread}")
+        for i, (value, among) in enumerate(columns):
+            each = [v[m].mean().item() for v, m in zip(value, among) if m.any()]
+            spread = f" ± {statistics.stdev(each):.3f}" if len(each) > 1 else ""
+            cells.append(f"{value[among].mean():+.3f} [{bounds[i][0]:+.3f}, {bounds[i][1]:+.3f}]{spread}" if each else "-")
         text += line([f"{ARMS[arm]} minus {ARMS[other]}", str(len(seeds)), *cells])
     return text
 
 
 def kinds(regime, arms, split):
     """Markdown: mIoU by kind of expression, mean over seeds."""
-    rows = {arm: [r for s in sorted(regime.iterdir()) if (r := row_of(s / arm / f"eval_{split}"))] for arm in arms}
+    rows = {arm: [row_of(s / arm / f"eval_{split}") for s in scored(regime, arm, split)] for arm in arms}
     names = sorted({kind for found in rows.values() for r in found for kind in r["breakdowns"]["kind"]})
     text = line(["mIoU by kind", *names]) + line(["---"] * (1 + len(names)))
-    return text + "".join(line([ARMS[arm], *(mean([r["breakdowns"]["kind"][k]["mIoU"] for r in found]) for k in names)])
+    return text + "".join(line([ARMS[arm], *(mean_text([r["breakdowns"]["kind"][k]["mIoU"] for r in found]) for k in names)])
                           for arm, found in rows.items() if found)
 
 
@@ -128,10 +141,10 @@ def training(regime, arms):
     """Markdown: what the steps logged, mean of the first and of the last tenth of them, mean over seeds."""
     text = line(["first → last tenth of the steps", *TRAINED]) + line(["---"] * (1 + len(TRAINED)))
     for arm in arms:
-        logs = [list(report.read_lines(s / arm / "metrics.jsonl")) for s in sorted(regime.iterdir())]
-        logs = [log for log in logs if log and "dispersion" in log[0]]
+        logs = [list(report.read_lines(s / arm / "metrics.jsonl")) for s in sorted(regime.iterdir()) if (s / arm / "done").exists()]
+        logs = [log for log in logs if "dispersion" in log[0]]
         if logs:
-            ends = [[statistics.mean(statistics.mean(x[k] for x in part(log, max(1, len(log) // 10))) for log in logs) for k in TRAINED]
+            ends = [[np.mean([[x[k] for x in part(log, max(1, len(log) // 10))] for log in logs]) for k in TRAINED]
                     for part in (lambda log, n: log[:n], lambda log, n: log[-n:])]
             text += line([ARMS[arm], *(f"{a:.3f} → {b:.3f}" for a, b in zip(*ends))])
     return text
