@@ -2,18 +2,19 @@
 
 A step's gradient g is the true one plus the noise of its few rollouts. From several batches of fresh questions, none of which trains:
 
-    signal    |E g|^2 / E |g|^2: the share of a step's squared length that is not noise; the number of steps of which one is worth, inverted
+    signal    |E g|^2 / E |g|^2: the share of a step's squared length that is not noise
     progress  <E g, E u> / sqrt(E |g|^2 E |u|^2), u the gradient of the mean IoU: how far one batch's step agrees with what raises the IoU
               on others; where g is u, it is the signal
 
 Both are estimated from pairs of different batches, whose noise is independent, so they are unbiased but for the ratio and may come out
 below 0. The standard errors are jackknifed over batches: a dozen tell a half-trained model from a trained one, small differences need
-hundreds. "as Adam sees it" divides each coordinate by its root mean square first.
+hundreds. "as Adam sees it" divides each coordinate by its root mean square over these very batches first, which biases it upwards; the row
+"dealt at random", whose rewards are permuted within their groups and so teach nothing, shows by how much.
 
     python toy/gradient.py --data synth --init ckpt/sft --temperature 0.6 --freeze-vision           flags as of rft.py, and --batches
 
-Rewards and weightings are all tried on the same rollouts. What concerns training alone (--lr, --out) has no effect here. Every gradient is
-kept whole in memory: for small models.
+Rewards and weightings are all tried on the same rollouts, their advantages divided by std unless --no-std; those of u never are. What
+concerns training alone (--lr, --out, --weighting) has no effect here. Every gradient is kept whole in memory: for small models.
 """
 import sys
 from pathlib import Path
@@ -28,18 +29,21 @@ import rft  # noqa: E402
 import runtime  # noqa: E402
 from model import QwenVL  # noqa: E402
 
-TARGET = "IoU, no std"            # its gradient is that of the mean IoU
+TARGET = "mean IoU"
 
 
 def variants(terms, boxes, questions, args):
     """What the same rollouts would teach under each reward: name -> advantages (Q, G). terms, boxes: as rft.grade returns them."""
     valid, size = ~boxes.isnan().any(-1), torch.tensor([r.size for r in questions], dtype=torch.float32)
     consistency, share = reward.spatial_consistency(boxes, valid, size), valid.float().mean(1)
-    off, total = torch.ones(len(questions)), terms["reward"]
-    return {"total": rft.advantages(total, off), "total, no std": rft.advantages(total, off, False),
-            **{f"total, {mode}": rft.advantages(total, reward.update_weight(consistency, share, mode)) for mode in ("coherent", "focus")},
-            "IoU": rft.advantages(terms["iou"], off), TARGET: rft.advantages(terms["iou"], off, False),
-            "positional": rft.advantages(terms["positional"], off), "format": rft.advantages(terms["format"], off)}
+    dealt = torch.rand(boxes.shape[:2], generator=torch.Generator().manual_seed(args.seed)).argsort(1)
+    rewards = {"total": terms["reward"], "total without positional": terms["reward"] - args.weights[1] * terms["positional"],
+               "IoU": terms["iou"], "positional": terms["positional"], "format": terms["format"],
+               "total, dealt at random": terms["reward"].gather(1, dealt)}
+    off, std = torch.ones(len(questions)), not args.no_std
+    return {TARGET: rft.advantages(terms["iou"], off, False), **{name: rft.advantages(r, off, std) for name, r in rewards.items()},
+            **{f"total, {mode}": rft.advantages(terms["reward"], reward.update_weight(consistency, share, mode), std)
+               for mode in ("coherent", "focus")}}
 
 
 def gradients(model, processor, questions, seeds, args):
@@ -57,34 +61,34 @@ def gradients(model, processor, questions, seeds, args):
     return found, {name: term.mean().item() for name, term in terms.items()}
 
 
-def pairs(gram):
+def off_diagonal_mean(gram):
     """Mean of a square matrix off its diagonal: the scalar product of different batches."""
     n = len(gram)
     return (gram.sum() - gram.diag().sum()) / (n * (n - 1))
 
 
 def estimate(g, u):
-    """Gradients g of a variant and u of the mean IoU, (B, n) each -> signal, its standard error, progress, its standard error."""
+    """Gradients g of a variant and u of the mean IoU, (B, n) each -> (signal, its standard error), (progress, its standard error)."""
     grams = [a @ b.T for a, b in ((g, g), (g, u), (u, u))]
 
     def both(keep):
         gg, gu, uu = (m[keep][:, keep] for m in grams)
-        return torch.stack((pairs(gg) / gg.diag().mean(), pairs(gu) / (gg.diag().mean() * uu.diag().mean()).sqrt()))
+        length = gg.diag().mean()
+        return torch.stack((off_diagonal_mean(gg) / length, off_diagonal_mean(gu) / (length * uu.diag().mean()).sqrt()))
     every, n = torch.arange(len(g)), len(g)
     left_out = torch.stack([both(every[every != i]) for i in every])
     error = ((left_out - left_out.mean(0)).square().sum(0) * (n - 1) / n).sqrt()
-    (signal, progress), (signal_error, progress_error) = both(every).tolist(), error.tolist()
-    return signal, signal_error, progress, progress_error
+    return tuple(zip(both(every).tolist(), error.tolist()))
 
 
 def table(found):
     """name -> gradients (B, n) -> Markdown"""
-    scale = found["total"].square().mean(0).sqrt() + 1e-12
+    def as_adam(g):
+        return g / (g.square().mean(0).sqrt() + 1e-12)
     text = "| advantages | signal | progress | signal, as Adam sees it | progress, as Adam sees it |\n|---|---|---|---|---|\n"
     for name, g in found.items():
-        cells = [f"{value:.3f} ± {error:.3f}" for h, u in ((g, found[TARGET]), (g / scale, found[TARGET] / scale))
-                 for value, error in zip(*[iter(estimate(h, u))] * 2)]
-        text += f"| {name} | " + " | ".join(cells) + " |\n"
+        pairs = *estimate(g, found[TARGET]), *estimate(as_adam(g), as_adam(found[TARGET]))
+        text += f"| {name} | " + " | ".join(f"{value:.3f} ± {error:.3f}" for value, error in pairs) + " |\n"
     return text
 
 
