@@ -2,6 +2,7 @@
 # The study: what the two terms give on the embedded world, beside their controls, in several regimes and for several seeds. Hours on two cores.
 # It can be stopped at any time and run again: what is finished stands, what was stopped goes on. toy/study.py writes the tables and the figure.
 #   STUDY=ckpt/look REGIMES=little SEEDS=0 RFT=20 TEST=40 bash ablate.sh        a quick look
+#   ARMS=own OWN="--positional size-aware --tau 1" bash ablate.sh               a variant of yours beside them; a study has one of them
 #   OMP_NUM_THREADS=1 SEEDS=0 taskset -c 0 bash ablate.sh                       one core for a seed, another one beside it
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -50,10 +51,11 @@ for seed in $SEEDS; do
         iou) train $model $rft --weights 1.5 0 0.5 --weighting off;;         # the positional term's weight on the IoU: the format keeps its share
         positional) train $model $rft --weighting off;;
         coherent | focus | shuffled) train $model $rft --weighting $arm;;
+        own) train $model $rft --weighting off ${OWN:?says what your variant changes, as flags of rft.py};;
         # As long as RFT takes: one of its steps of 256 rollouts, made and learned from, costs what ten of 32 answers cost.
         boxes) train $model sft.py --data $data --split rft --answer-only --init $sft --steps $((10 * RFT)) --batch 32 --lr 5e-4 \
           --freeze-vision --every $((10 * RFT)) $TOKENS --seed $seed;;
-        *) echo "ablate.sh: no arm $arm; there are iou, positional, coherent, shuffled, focus, boxes" >&2; exit 2;;
+        *) echo "ablate.sh: no arm $arm; there are iou, positional, coherent, shuffled, focus, boxes, own" >&2; exit 2;;
       esac
       score $model $data test
       score $model $data test 1

@@ -26,10 +26,10 @@ import report  # noqa: E402
 import runtime  # noqa: E402
 
 ARMS = {"sft": "SFT", "boxes": "SFT, more boxes", "iou": "RFT, IoU", "positional": "+ positional", "coherent": "+ coherent",
-        "focus": "+ focus", "shuffled": "+ shuffled weights"}
+        "focus": "+ focus", "shuffled": "+ shuffled weights", "own": "own variant"}
 DATA = {"little": "synth", "small": "synth-small", "wide": "synth"}
 CONTRASTS = (("positional", "iou"), ("coherent", "positional"), ("focus", "positional"), ("shuffled", "positional"),
-             ("coherent", "shuffled"), ("coherent", "boxes"))
+             ("coherent", "shuffled"), ("coherent", "boxes"), ("own", "positional"))
 TRAINED = ("no_overlap_groups", "no_overlap_advantage", "zero_variance_groups", "entropy", "dispersion", "positional_group_std",
            "iou_group_std")
 
