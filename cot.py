@@ -120,8 +120,8 @@ def order(text, head, to):
     return "", centre
 
 
-def spoken_of(o, text):
-    """Sorts objects by how well a text's words for them fit: the colour that is named first, then by size where one is named."""
+def anchor_key(o, text):
+    """Sort key of an object: first those of the colour that the text names, then by area as its size word asks."""
     noun = o.category.lower()
     larger, smaller = (re.search(rf"\b(?:{size}) (?:[a-z]+ )?{re.escape(noun)}", text) for size in ("largest|biggest", "smallest|tiniest"))
     return f"{o.color} {noun}" not in text, -area(o.box) if larger else area(o.box) if smaller else 0
@@ -141,7 +141,7 @@ def explain(record, others, frame, color=""):
     kind = f"{color} {noun}" if color and f"{color} {noun}" in text else noun                         # what all candidates are
     alike = [o for o in others if o.category == record.category and (kind == noun or o.color == color)]
     words = {o: f"{o.color} {noun}" if o.category == record.category else o.category.lower() for o in others}
-    named = sorted((o for o in others if o not in alike and o.category and words[o] in text), key=lambda o: spoken_of(o, text))[:1]
+    named = sorted((o for o in others if o not in alike and o.category and words[o] in text), key=lambda o: anchor_key(o, text))[:1]
     nearest = sorted(alike, key=lambda o: math.dist(centre(o.box), centre(record.box)))[:MOST]
     head = RELATIONS.split(text)[0]
     said, key = order(text, head, named[0].box if named else None)
@@ -254,12 +254,12 @@ def judge(text, record, frame):
     said = [float(n) for n in re.findall(r"(?<![A-Za-z\d.])\d{1,6}(?:\.\d+)?", think)]                # x1 is a name, 100-150 two numbers
     for x1, y1, x2, y2 in (box, data.to_model_frame(record.box, frame)):
         for sides in ((x1, y1, x2, y2), (x1, y1, x2 - x1, y2 - y1)):
-            if any(holds(said[i:i + 6], sides) for i in range(max(1, len(said) - 5))):
+            if any(gives_away(said[i:i + 6], sides) for i in range(max(1, len(said) - 5))):
                 return None, "gives the box away before the answer"
     return (think, None) if think else (None, "no reasoning")
 
 
-def holds(said, sides):
+def gives_away(said, sides):
     """Is each of these sides near a number of its own among those said, in whatever order?"""
     return any(all(abs(a - b) <= LEAK for a, b in zip(some, sides)) for some in itertools.permutations(said, 4))
 

@@ -320,6 +320,7 @@ def read_synth(root, split, small=False):
                     for i, scene, text, box, category, kind in scenes.records(splits[split])], {})
 
 
+SPLITS = ("train", "val", "test")
 DIOR_WITHDRAWN = {"train": 15_328, "val": 3_832, "test": 19_160}
 
 
@@ -327,8 +328,8 @@ def read_dior(root, split, name="dior", prefer="JPEGImages", withdrawn=DIOR_WITH
     """DIOR-RSVG as it is downloaded. A split file holds indices of <object>s, counted from 0 over all XML files sorted by path: every
     object counts, a refused one too, or all later indices would shift."""
     split = {"sft": "train", "rft": "train"}.get(split, split)
-    if split not in DIOR_WITHDRAWN:
-        raise NoSplit(f"{name} has no split {split!r}; it has train, val, test")
+    if split not in SPLITS:
+        raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(SPLITS)}")
     wanted = set(dior_indices(root, withdrawn)[split])
     folder = root / "Annotations"
     files = (p for p in folder.rglob("*.xml") if not p.name.startswith("._") and "__MACOSX" not in p.parts)
@@ -357,7 +358,7 @@ def read_dior(root, split, name="dior", prefer="JPEGImages", withdrawn=DIOR_WITH
 def dior_indices(root, withdrawn=DIOR_WITHDRAWN):
     """The split files, in root or in root/split: name -> indices. They must be whole numbers, disjoint, and of the current generation."""
     splits, root = {}, root if (root / "train.txt").exists() or not (root / "split").is_dir() else root / "split"
-    for name in DIOR_WITHDRAWN:
+    for name in SPLITS:
         file = root / f"{name}.txt"
         try:
             splits[name] = [int(line) for line in file.read_text(encoding="utf-8-sig").split()]
@@ -452,7 +453,7 @@ def read_refgeo(root, split):
     if split in ("sft", "rft", "val") and not any((root / "metainfo").glob("*_val.jsonl")):
         return hold_out(read_refgeo(root, "train"), split)
     split = {"sft": "train", "rft": "train"}.get(split, split)
-    names = [f"{part}_{split}" for part in REFGEO] if split in ("train", "val", "test") else [split]
+    names = [f"{part}_{split}" for part in REFGEO] if split in SPLITS else [split]
     files = [p for p in (root / "metainfo" / f"{name}.jsonl" for name in names) if p.exists()]
     if not files:
         raise NoSplit(f"no {one_of(root, 'metainfo') / names[0]}.jsonl or the like; refgeo has train, val, test, and those of one data "
@@ -483,7 +484,7 @@ def read_jsonl(root, split):
     files = [root] if root.is_file() else sorted(root.glob("*.jsonl"))
     if not files:
         raise DataError(f"no *.jsonl in {root}; --root must name a folder with train.jsonl, val.jsonl, test.jsonl, or one JSONL file")
-    known, rows = ("train", "val", "test", "sft", "rft"), {}
+    known, rows = (*SPLITS, "sft", "rft"), {}
     for file in files:
         own = file.stem if len(files) > 1 or file.stem in known else "train"
         for n, row in read_objects(file):
@@ -692,6 +693,7 @@ class Processor:
 
 
 def read_json(path):
+    """A JSON file's value, or None where there is no such file; DataError where it is unreadable."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -780,7 +782,7 @@ def main():
 
 def check(args):
     loaded = {}
-    for split in args.split or ("train", "val", "test"):
+    for split in args.split or SPLITS:
         try:
             loaded[split] = load(args.name, args.root, split)
         except NoSplit as error:

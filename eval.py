@@ -80,7 +80,7 @@ def metrics(pred, gt, size, inclusive=False):
 
     mIoU: mean IoU; Pr@t: share with IoU > t (>= t where inclusive); cIoU: sum of intersections over sum of unions; center_error: mean
     `reward.center_distance` over the valid rows, None where there is none; n: N."""
-    valid, iou, inside, union, away = compare(pred, gt, size)
+    valid, iou, inside, union, away = overlaps(pred, gt, size)
     n = len(gt)
     return {"mIoU": iou.sum().item() / max(n, 1), **{f"Pr@{t}": hits(iou, t, inclusive).sum().item() / max(n, 1) for t in THRESHOLDS},
             "cIoU": inside.sum().item() / max(union.sum().item(), 1e-12),
@@ -94,7 +94,7 @@ def centre_box(records):
     return metrics(torch.cat((size * (0.5 - half), size * (0.5 + half)), 1), gt, size)
 
 
-def compare(pred, gt, size):
+def overlaps(pred, gt, size):
     """As `metrics` -> (N,) each: is there a box, IoU, area of intersection and of union (pixels), `reward.center_distance` (of no meaning
     where there is no box)."""
     pred, gt, size = pred.double(), gt.double(), size.double()
@@ -193,7 +193,7 @@ def details(records, predictions, name, known):
     with. The same numbers on every process and from a predictions file: the resampling is seeded."""
     inclusive = name in AT_LEAST
     pred, (target, size) = answered(records, predictions), targets(records)
-    _, iou, inside, union, _ = compare(pred, target, size)
+    _, iou, inside, union, _ = overlaps(pred, target, size)
     hit = hits(iou, 0.5, inclusive).double()
     rates = {"mIoU": (iou, None), **{f"Pr@{t}": (hits(iou, t, inclusive).double(), None) for t in THRESHOLDS}, "cIoU": (inside, union)}
     extra = {"ci": intervals(records, rates), "breakdowns": {}}
@@ -228,7 +228,7 @@ def properties(records, train, split):
         values["size"].append("small" if area < 32 ** 2 else "medium" if area < 96 ** 2 else "large")
         values["category"].append(r.category or None)
         values["region"].append(f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}")
-        values["kind"].append(getattr(r, "kind", None) or None)
+        values["kind"].append(r.kind or None)
         values["distractors"].append(str(others) if others < 3 else "3 or more")
         values["train image"].append(None if train is None else "also in train" if r.image in images else "disjoint")
         values["train category"].append(None if train is None or not r.category else "seen" if r.category in categories else "unseen")
@@ -243,7 +243,7 @@ def sampled(records, predictions, target, size, inclusive):
     found = [[read_prediction({**p, "text": text}, r)[0] for text in group] for group, p, r in zip(texts, predictions, records)]
     boxes = torch.stack([tensor([*group, *[None] * (k - len(group))]) for group in found])                           # (N, k, 4)
     valid = ~boxes[..., 0].isnan()
-    each = [hits(compare(boxes[:, j], target, size)[1], 0.5, inclusive) for j in range(k)]
+    each = [hits(overlaps(boxes[:, j], target, size)[1], 0.5, inclusive) for j in range(k)]
     right = torch.stack(each, 1).sum(1).tolist()
     tries = sorted({1, *(2 ** i for i in range(1, k.bit_length()) if 2 ** i <= k), k})
     scatter = reward.dispersion(boxes, valid, size)[valid.sum(1) >= 2]
@@ -275,7 +275,7 @@ def intervals(records, rates):
 def paired(records, a, b, inclusive=False):
     """Predictions a and b of the same records -> name -> {"difference" (b - a), "ci" (95%), "p"}: both are resampled by the same images,
     and p is two-sided: twice the share of resamples whose difference is 0 or on the rarer side of it, counted with one more at 0."""
-    iou = [compare(answered(records, side), *targets(records))[1] for side in (a, b)]
+    iou = [overlaps(answered(records, side), *targets(records))[1] for side in (a, b)]
     counts, image = resample(records)
     n = counts @ np.bincount(image, minlength=counts.shape[1])
     found = {}

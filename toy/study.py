@@ -96,7 +96,7 @@ def compare(regime, arms, split):
 def answers(folder, records):
     """A folder's answers -> was there a box (N,), its IoU (N,), the distance of its centre from the target's (N,), 0 without a box."""
     found = evaluation.answered(records, predictions_of(folder, records))
-    valid, iou, _, _, away = evaluation.compare(found, *evaluation.targets(records))
+    valid, iou, _, _, away = evaluation.overlaps(found, *evaluation.targets(records))
     return valid.numpy(), iou.numpy(), away.where(valid, 0.0).numpy()
 
 
