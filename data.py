@@ -7,7 +7,8 @@ see pixels of the original image, and coordinates are converted nowhere but here
 A new data set is one function in READERS: (root, split) -> Records. It hands each annotation to a Collector, which finds the image, repairs
 what has one reading and counts what it refuses.
 
-    python data.py dior                       counts beside the published ones, refused and repaired records, a contact sheet
+    python data.py dior                       counts beside the published ones, refused and repaired records, images that don't decode,
+                                              a contact sheet
 """
 import argparse
 import hashlib
@@ -19,6 +20,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -27,8 +29,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tqdm import tqdm
 
 Image.MAX_IMAGE_PIXELS = 1 << 31  # aerial scenes are large, and one's own files no bombs
+ASPECT = 200                      # longer side of an image over its shorter one, at most: the families' own limit
 PROMPT = ('Locate the object that is described: {text}\nFirst reason about positions in the image in <think> </think> tags, then answer '
           'with one box in <answer> </answer> tags, like <answer>{{"bbox_2d": [x1, y1, x2, y2]}}</answer>')
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
@@ -124,14 +128,24 @@ def fingerprint(text):
 
 
 def open_image(record):
-    """The record's image, PIL RGB; a synth record is drawn here."""
+    """The record's image, PIL RGB; a synth record is drawn here. DataError where it can't be decoded to its end.
+
+    Pixels are as the file stores them, for the boxes of data sets are: an EXIF orientation turns nothing. (`eval.py --image` turns the
+    picture upright, as viewers show it, and answers in pixels of what it then is.)"""
     if hasattr(record.image, "draw"):
         return record.image.draw()
     try:
         with Image.open(record.image) as image:
-            return image.convert("RGB")
+            return rgb(image)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{record.image}: unreadable image of record {record.id} ({error})") from None
+        raise DataError(f"{record.image}: unreadable image of record {record.id} ({error}); repair or remove it") from None
+
+
+def rgb(image):
+    """PIL image -> RGB. ValueError where that would clip it to white or black: 16-bit, 32-bit and float values."""
+    if image.mode[0] in "IF":
+        raise ValueError("16-bit or float image, scale it to 8 bits")
+    return image.convert("RGB")
 
 
 # ------------------------------------------------------------------------------------------------------------------ what readers share
@@ -203,14 +217,17 @@ class Collector:
 
 
 def image_size(path):
-    """(width, height) and None, or None and the reason why the image can't be used."""
+    """(width, height) as stored and None, or None and the reason why the image can't be used. Its header is read, its pixels are not."""
     try:
         with Image.open(path) as image:
-            return image.size, None
+            size, mode = image.size, image.mode
     except FileNotFoundError:
         return None, "missing image"
     except (OSError, ValueError, Image.DecompressionBombError):
         return None, "unreadable image"
+    if mode[0] in "IF":
+        return None, "16-bit or float image"
+    return (None, f"image more than {ASPECT} times as long as wide") if max(size) > ASPECT * min(size) else (size, None)
 
 
 def repair_box(values, size, per=None):
@@ -580,8 +597,8 @@ def prompt_hash():
 
 def smart_resize(width, height, factor, min_pixels, max_pixels):
     """The family's rule: both sides multiples of `factor`, the area between min_pixels and max_pixels, the aspect ratio about kept."""
-    if max(width, height) > 200 * min(width, height):
-        raise DataError(f"an image of {width} x {height} is more than 200 times as long as wide; cut it before use")
+    if max(width, height) > ASPECT * min(width, height):
+        raise DataError(f"an image of {width} x {height} is more than {ASPECT} times as long as wide; cut it before use")
     w, h = round(width / factor) * factor, round(height / factor) * factor
     if w * h > max_pixels:
         shrink = math.sqrt(width * height / max_pixels)
@@ -671,7 +688,7 @@ class Processor:
         Patches come merge x merge at a time, as the tower joins them; a still image fills both frames of the temporal patch."""
         p, m = self.patch, self.merge
         w, h = smart_resize(*image.size, p * m, self.min_pixels, self.max_pixels)
-        x = np.asarray(image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC)).reshape(h // p // m, m, p, w // p // m, m, p, 3)
+        x = np.asarray(rgb(image).resize((w, h), Image.Resampling.BICUBIC)).reshape(h // p // m, m, p, w // p // m, m, p, 3)
         x = x.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, -1, 1, p, p)     # channel; block row, block column, patch in block; pixel
         shades = (np.arange(256, dtype=np.float32)[:, None] / 255 - self.mean) / self.std             # (256, 3): all values there are
         out = np.empty((x.shape[1], 3, self.temporal_patch, p, p), np.float32)
@@ -757,6 +774,14 @@ def contact_sheet(pictures, columns=4):
     return sheet
 
 
+def save_sheet(pictures, path):
+    """Writes PIL images of one width to a picture's file, in rows; DataError where that can't be."""
+    try:
+        contact_sheet(pictures).save(path)
+    except (OSError, ValueError, KeyError) as error:                     # no folder, no such format, one that is only read
+        raise DataError(f"the contact sheet can't be written to {path} ({error}); name another file with --out") from None
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"data.py: {message}; data.py --help explains every flag\n")
@@ -764,7 +789,7 @@ class Parser(argparse.ArgumentParser):
 
 def main():
     parser = Parser(description="Checks a data set: counts beside the published ones, refused and repaired records by reason, sizes of the "
-                                "boxes, images that splits share, a contact sheet")
+                                "boxes, images that splits share, images that can't be decoded, a contact sheet")
     parser.add_argument("name", help=f"one of {', '.join(READERS)}, or a mixture like dior+vrsbench:0.5")
     parser.add_argument("--root", help="its folder; default data/<name>; of a mixture the folder that holds theirs, default data")
     parser.add_argument("--split", nargs="+", help="splits to check; default those of train, val, test that there are")
@@ -790,18 +815,34 @@ def check(args):
                 raise
             print(f"{args.name} {split}: {error}")
         else:
-            describe(args.name, split, loaded[split], args.places or None)
+            describe(args.name, split, loaded[split], args.places)
     images = {split: {r.image for r in records} for split, records in loaded.items()}
     for a, b in itertools.combinations(images, 2):
         print(f"images in both {a} and {b}: {len(images[a] & images[b]):,}")
-    split = next((split for split, records in loaded.items() if records), None)
+    files = {r.image: r for records in loaded.values() for r in records if not hasattr(r.image, "draw")}           # a record an image
+    broken = undecodable(files)
+    print_places(f"images decoded: {len(files):,}, unreadable", list(broken.values()), args.places)
+    whole = {split: [r for r in records if r.image not in broken] for split, records in loaded.items()}
+    split = next((split for split, records in whole.items() if records), None)
     if split and args.show > 0:
-        shown = loaded[split][::max(1, len(loaded[split]) // args.show)][:args.show]
-        try:
-            contact_sheet([draw_boxes(open_image(r), [(r.box, "red")], r.text) for r in shown]).save(args.out)
-        except (OSError, ValueError) as error:
-            raise DataError(f"the contact sheet can't be written to {args.out} ({error}); name another file with --out") from None
+        shown = whole[split][::max(1, len(whole[split]) // args.show)][:args.show]
+        save_sheet([draw_boxes(open_image(r), [(r.box, "red")], r.text) for r in shown], args.out)
         print(f"{len(shown)} records of {split} with their boxes: {args.out}")
+    if broken:
+        raise DataError(f"{len(broken):,} of {len(files):,} images can't be decoded, and a run ends at the first that it meets; repair or "
+                        "remove those listed above")
+
+
+def undecodable(files):
+    """{image: a record of it} -> {image: what is wrong}, of those that can't be decoded to their end."""
+    def trouble(record):
+        try:
+            open_image(record)
+        except DataError as error:
+            return str(error)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(tqdm(pool.map(trouble, files.values()), total=len(files), desc="decoding", unit="img", leave=False, disable=None))
+    return {image: why for image, why in zip(files, found) if why}
 
 
 def describe(name, split, records, places):
@@ -818,12 +859,17 @@ def describe(name, split, records, places):
         print(f"  {records.note}")
     for verb, reasons in (("refused", records.refused), ("repaired", records.repaired)):
         for reason, where in reasons.items():
-            rest = [f"    and {len(where) - places:,} more; --places 0 lists all"] if places and len(where) > places else []
-            print(f"  {verb}, {reason}: {len(where):,}", *(f"    {place}" for place in where[:places]), *rest, sep="\n")
+            print_places(f"  {verb}, {reason}", where, places)
     if records:
         area = np.array([(r.box[2] - r.box[0]) * (r.box[3] - r.box[1]) / (r.size[0] * r.size[1]) for r in records]) * 100
         shares = ", ".join(f"{q}% {v:.3g}" for q, v in zip((5, 25, 50, 75, 95), np.percentile(area, (5, 25, 50, 75, 95))))
         print(f"  box area in % of the image, quantiles: {shares}; below 1%: {(area < 1).mean():.1%} of the boxes")
+
+
+def print_places(title, where, most):
+    """A title, how many places there are, and the first of them; most: 0 for all."""
+    rest = [f"    and {len(where) - most:,} more; --places 0 lists all"] if 0 < most < len(where) else []
+    print(f"{title}: {len(where):,}", *(f"    {place}" for place in where[:most or None]), *rest, sep="\n")
 
 
 if __name__ == "__main__":

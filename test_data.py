@@ -184,8 +184,39 @@ def test_an_image_cut_short_is_named_when_it_is_opened(folder):
     path = folder / "JPEGImages" / "00001.jpg"
     path.write_bytes(path.read_bytes()[:700])
     record = load("dior", folder, "test")[0]
-    with pytest.raises(DataError, match="00001.jpg: unreadable image of record 0"):
+    with pytest.raises(DataError, match="00001.jpg: unreadable image of record 0 .*; repair or remove it"):
         data.open_image(record)
+
+
+def test_an_image_that_would_be_clipped_to_white_is_refused(folder):
+    """Values of more than 8 bits: PIL's conversion to RGB makes all above 255 white."""
+    path = folder / "JPEGImages" / "00010.tif"
+    path.with_suffix(".jpg").unlink()
+    for dtype in (np.uint16, np.int32, np.float32):
+        Image.fromarray(np.full((40, 50), 2000, dtype)).save(path)
+        records = load("dior", folder, "train")
+        assert not records and "object 5" in records.refused["16-bit or float image"][0]
+        record = data.Record("5", path, "five", (1.0, 2.0, 30.0, 40.0), "ship", (50, 40))
+        with pytest.raises(DataError, match="00010.tif: unreadable image of record 5 .16-bit or float"):
+            data.open_image(record)
+    Image.fromarray(np.full((40, 50), 200, np.uint8)).save(path)
+    assert data.open_image(load("dior", folder, "train")[0]).getpixel((3, 3)) == (200,) * 3
+
+
+def test_an_image_too_long_for_the_model_is_refused_when_records_are_collected(folder):
+    for size, usable in (((4000, 20), True), ((20, 4000), True), ((4001, 20), False), ((20, 4001), False)):
+        Image.new("RGB", size).save(folder / "JPEGImages" / "00010.jpg")
+        records = load("dior", folder, "train")
+        assert bool(records) == usable == ("image more than 200 times as long as wide" not in records.refused)
+
+
+def test_pixels_of_a_data_set_are_as_stored(folder):
+    """An EXIF orientation turns nothing: neither the size that boxes are cut to, nor the picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                     # lying; a viewer shows 40 x 50
+    noise(50, 40).save(folder / "JPEGImages" / "00010.jpg", exif=exif)
+    record = load("dior", folder, "train")[0]
+    assert record.size == data.open_image(record).size == (50, 40) and record.box == (1.0, 2.0, 30.0, 40.0)
 
 
 @pytest.mark.parametrize("splits, words", [
@@ -538,12 +569,22 @@ def test_a_mixture_that_has_no_meaning_is_refused(parent, name):
 
 def test_the_check_of_a_data_set_counts_and_draws(folder, run, tmp_path):
     done = run("data.py", "dior", "--root", folder, "--out", tmp_path / "sheet.png")
-    assert done.returncode == 0 and "dior train: 1 records, 3 refused" in done.stdout and "00002.xml, object 2" in done.stdout
+    assert done.returncode == 0 and not done.stderr and "images decoded: 3, unreadable: 0\n" in done.stdout, done.stderr
+    assert "dior train: 1 records, 3 refused" in done.stdout and "00002.xml, object 2" in done.stdout
     assert "expressions found: 4, 26,991 are published; a subset" in done.stdout and "images in both train and val: 0" in done.stdout
     assert "quantiles: 5% 55.1, " in done.stdout and "below 1%: 0.0%" in done.stdout        # 29 x 38 of 50 x 40
     assert Image.open(tmp_path / "sheet.png").width > 300
     done = run("data.py", "dior", "--root", tmp_path / "nowhere")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_check_decodes_every_image_and_names_what_would_end_a_run(folder, run, tmp_path):
+    path = folder / "JPEGImages" / "00001.jpg"
+    path.write_bytes(path.read_bytes()[:-300])
+    done = run("data.py", "dior", "--root", folder, "--out", tmp_path / "sheet.png")
+    assert f"images decoded: 3, unreadable: 1\n    {path}: unreadable image of record 0 (" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "1 of 3 images can't be decoded" in done.stderr
+    assert Image.open(tmp_path / "sheet.png").width > 300                # of those that can be
 
 
 def test_the_check_says_what_splits_share_and_what_a_set_lacks(tmp_path, capsys, monkeypatch):
