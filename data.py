@@ -81,15 +81,26 @@ class Records(list):
                 every.setdefault(reason, []).extend(prefix + place for place in places)
 
     @property
+    def refusals(self):
+        """Reason -> how many records it refuses."""
+        return {reason: len(places) for reason, places in self.refused.items()}
+
+    @property
     def hash(self):
         """16 hex characters that change with any id, text, box or size."""
         lines = (json.dumps([r.id, r.text, r.box, r.category, r.size]) for r in self)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+def in_words(counts):
+    """{"missing image": 3, "empty box": 1} -> "missing image: 3, empty box: 1"."""
+    return ", ".join(f"{reason}: {n:,}" for reason, n in counts.items())
+
+
 def load(name, root=None, split="train"):
     """Records of a data set's split; "sft" and "rft" mean "train" where a data set has no split of that name. A mixture is written
-    "dior+vrsbench:0.5": then root is the folder that holds dior/ and vrsbench/."""
+    "dior+vrsbench:0.5": then root is the folder that holds dior/ and vrsbench/. DataError where there is no such data set or split, or its
+    files don't fit; one annotation that does not is refused (`Records.refused`), and where all are, no record is left."""
     if "+" in name or ":" in name:
         return mix(name, Path(root or "data"), split)
     if name not in READERS:
@@ -292,9 +303,11 @@ def read_lines(file):
 
 def read_objects(file):
     """Yields (line number, object) of a JSONL file, None for what is no object. An object may go on over several lines, as in some of
-    refGeo's; a line that begins another one ends what is unfinished."""
-    start, text = 0, ""
-    for n, line in enumerate([*read_lines(file), "{"], 1):
+    refGeo's; a line that begins another one ends what is unfinished. DataError where the file is one JSON array."""
+    (start, text), lines = (0, ""), read_lines(file)
+    if next((line for line in map(str.strip, lines) if line), "").startswith("["):
+        raise DataError(f"{file}: a JSON array, where one JSON object a line is needed; jq -c '.[]' makes lines of it")
+    for n, line in enumerate([*lines, "{"], 1):
         if text and line.startswith("{"):
             yield start, None
             text = ""
@@ -312,10 +325,14 @@ def read_objects(file):
         text = ""
 
 
-def hold_out(records, split):
+def hold_out(records, split, root):
     """For data without validation records: "val" is one image in 20 of train, chosen by its name, and the training stages ("sft", "rft")
-    get the rest and what was refused. "train" stays whole."""
+    get the rest and what was refused. "train" stays whole. DataError where train has not an image for each."""
     images = sorted({r.image for r in records}, key=lambda p: (fingerprint(p.name), p))
+    if len(images) < 2:
+        refused = f" (refused: {in_words(records.refusals)})" if records.refused else ""
+        raise NoSplit(f"{split} needs two usable images in train, of which one is held out for validation, and {root} has {len(images)}"
+                      f"{refused}; add images, or records of a split val")
     held = set(images[:max(len(images) // 20, 1)])
     note = f"validation is {len(held):,} of train's {len(images):,} images, which sft and rft leave out"
     if split == "val":
@@ -407,7 +424,7 @@ def read_rsvg_hr(root, split):
     """RSVG-HR: lines image,x1,y1,x2,y2,text. What follows the fifth comma is text, unless a decimal comma before it makes a fifth number; a
     number behind it may as well begin the text, as in "12,storey building", and does."""
     if split in ("sft", "rft", "val"):
-        return hold_out(read_rsvg_hr(root, "train"), split)
+        return hold_out(read_rsvg_hr(root, "train"), split, root)
     if split not in ("train", "test"):
         raise NoSplit(f"rsvg-hr has no split {split!r}; it has train, test, and val held out of train")
     file, collected = one_of(root, f"rsvg_hr_{split}.txt", f"Annotations/rsvg_hr_{split}.txt"), Collector(root, "images")
@@ -432,7 +449,7 @@ def read_vrsbench(root, split):
     """VRSBench. The evaluation's boxes are obj_corner, the precise ones, and `grid` keeps those of its official metric. Train has whole
     hundredths of the image alone; its records of other tasks ([caption], [vqa]) are none of ours."""
     if split in ("sft", "rft", "val"):
-        return hold_out(read_vrsbench(root, "train"), split)
+        return hold_out(read_vrsbench(root, "train"), split, root)
     if split not in ("train", "test"):
         raise NoSplit(f"vrsbench has no split {split!r}; it has train, test, and val held out of train")
     file = one_of(root, {"train": "VRSBench_train.json", "test": "VRSBench_EVAL_referring.json"}[split])
@@ -468,7 +485,7 @@ def read_refgeo(root, split):
     another suffix than the image's file, and a folder of images another case or other hyphens than the data set's name. Where no data set
     has such a folder, images are looked for everywhere; where some have, an image of another one's folder would be another image."""
     if split in ("sft", "rft", "val") and not any((root / "metainfo").glob("*_val.jsonl")):
-        return hold_out(read_refgeo(root, "train"), split)
+        return hold_out(read_refgeo(root, "train"), split, root)
     split = {"sft": "train", "rft": "train"}.get(split, split)
     names = [f"{part}_{split}" for part in REFGEO] if split in SPLITS else [split]
     files = [p for p in (root / "metainfo" / f"{name}.jsonl" for name in names) if p.exists()]
@@ -508,7 +525,7 @@ def read_jsonl(root, split):
             rows.setdefault(str((row or {}).get("split") or own), []).append((file, n, row))
     if split not in rows and split in ("sft", "rft", "val") and "train" in rows:
         whole = read_jsonl(root, "train")
-        return whole if "val" in rows else hold_out(whole, split)
+        return whole if "val" in rows else hold_out(whole, split, root)
     if split not in rows:
         raise NoSplit(f"{root} has no records of a split {split!r}; it has {', '.join(rows) or 'none'}: name a file {split}.jsonl, or give "
                       f'its lines "split": "{split}"')

@@ -486,6 +486,26 @@ def test_the_splits_of_your_own_data(tmp_path):
     assert [[r.image.stem for r in load("jsonl", tmp_path, name)] for name in ("train", "sft", "rft", "val")] == [["0", "1"]] * 3 + [["2"]]
 
 
+def test_a_json_array_is_no_jsonl(tmp_path):
+    image(tmp_path / "1.jpg")
+    rows = [own("1.jpg", "one"), own("1.jpg", "two"), own("1.jpg", "three")]
+    for text in (json.dumps(rows), "\n [" + ",\n".join(map(json.dumps, rows)) + "]", json.dumps(rows, indent=1)):
+        (tmp_path / "train.jsonl").write_text(text)
+        with pytest.raises(DataError, match=r"train\.jsonl: a JSON array, where one JSON object a line is needed; jq -c '\.\[\]'"):
+            load("jsonl", tmp_path, "train")
+
+
+def test_one_image_can_not_be_trained_on_and_held_out(tmp_path):
+    image(tmp_path / "1.jpg")
+    lines(tmp_path / "train.jsonl", own("1.jpg"), own("1.jpg", box=(3, 4, 5, 6)), own("2.jpg"))
+    assert len(load("jsonl", tmp_path, "train")) == 2
+    for name in ("sft", "rft", "val"):
+        with pytest.raises(DataError, match=f"{name} needs two usable images .* has 1 .refused: missing image: 1.; add"):
+            load("jsonl", tmp_path, name)
+    image(tmp_path / "2.jpg")
+    assert {len(load("jsonl", tmp_path, name)) for name in ("sft", "val")} == {1, 2}
+
+
 @pytest.mark.skipif(not (SHARED / "samples" / "refcoco_jsonl").exists(), reason="the genuine samples are not here")
 def test_the_genuine_pairs_of_vlm_r1_are_read(tmp_path):
     pairs = json.loads(next((SHARED / "samples" / "refcoco_jsonl").glob("*.json")).read_text())
