@@ -92,6 +92,13 @@ class Records(list):
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+def told_refused(records, name, root, split):
+    """How many of a split's records are refused, why, and the command that says where; "" where none is."""
+    n = sum(records.refusals.values())
+    command = f"python data.py {name}{f' --root {root}' if root else ''} --split {split}"
+    return f"{n:,} of {n + len(records):,} records are refused ({in_words(records.refusals)}); {command} says where" if n else ""
+
+
 def in_words(counts):
     """{"missing image": 3, "empty box": 1} -> "missing image: 3, empty box: 1"."""
     return ", ".join(f"{reason}: {n:,}" for reason, n in counts.items())

@@ -61,7 +61,8 @@ def flags():
     add("--max-new-tokens", type=runtime.positive, default=256, help="tokens of an answer, reasoning included")
     add("--batch", type=runtime.positive, default=32, help="records answered at once")
     add("--blind", action="store_true", help="show another record's image: what is scored then was not seen")
-    add("--predictions", help="score this JSONL file instead of running a model")
+    add("--predictions", help='score this JSONL file instead of running a model; a line a record: {"id": ..., "text": ...} or {"id": '
+        '..., "box": [x1, y1, x2, y2] in original pixels, or null}')
     add("--compare", nargs=2, metavar=("A", "B"), help="score two JSONL files and test whether B differs from A (paired bootstrap)")
     add("--image", help="a picture's file: answer --text about it, print the answer, draw its box")
     add("--text", help="what to look for in --image; the last of the stages under CKPT answers")
@@ -348,7 +349,8 @@ def strangers(records):
 
 def read_predictions(path, records, coords=None, processor=None):
     """A predictions file -> dict id -> prediction, every text with its frame. One that does not fit these records is a DataError."""
-    by_id, found, path = {r.id: r for r in records}, {}, Path(path)
+    by_id, found, path, refused = {r.id: r for r in records}, {}, Path(path), getattr(records, "refusals", {})
+    unknown = "check --data, --root and --split" + (f"; it may be one of those refused ({data.in_words(refused)})" if refused else "")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -356,21 +358,21 @@ def read_predictions(path, records, coords=None, processor=None):
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                prediction = read_line(line, by_id, found, coords, processor)
+                prediction = read_line(line, by_id, unknown, found, coords, processor)
             except (ValueError, OverflowError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: {error}") from None
             found[prediction["id"]] = prediction
     return found
 
 
-def read_line(line, by_id, found, coords, processor):
-    """One line -> prediction; what is wrong with it is a ValueError."""
+def read_line(line, by_id, unknown, found, coords, processor):
+    """One line -> prediction; what is wrong with it is a ValueError. unknown: what to say of an id that no record has."""
     prediction = json.loads(line)
-    if not isinstance(prediction, dict) or not isinstance(prediction.get("id"), str):
-        raise ValueError('not a JSON object with an "id" that is a string')
-    record = by_id.get(prediction["id"])
+    if not isinstance(prediction, dict) or type(prediction.get("id")) not in (str, int):
+        raise ValueError('not a JSON object with an "id" that is a text or a whole number')
+    record = by_id.get(str(prediction["id"]))
     if record is None:
-        raise ValueError(f"no record of this split has the id {prediction['id']!r}; check --data, --root and --split")
+        raise ValueError(f"no record of this split has the id {str(prediction['id'])!r}; {unknown}")
     if record.id in found:
         raise ValueError(f"the id {record.id!r} comes a second time; one line a record")
     if isinstance(prediction.get("text"), str) and (prediction.get("frame") or coords):
@@ -486,9 +488,10 @@ def main():
     name = args.data or recorded.get("data", "synth")
     root = args.root or (recorded.get("root") if recorded.get("data") == name else None)
     records = data.load(name, root, args.split)
+    refused = data.told_refused(records, name, root, args.split)
     if not records:
-        raise DataError(f"no usable record in the split {args.split} of {name}; python data.py {name} says why")
-    common = {"data": name, "split": args.split, "data_hash": records.hash, "blind": args.blind}
+        raise DataError(f"no usable record in the split {args.split} of {name}: {refused or 'it is empty'}")
+    common = {"data": name, "split": args.split, "data_hash": records.hash, "blind": args.blind, "refused": records.refusals}
     processor = data.Processor.from_pretrained(stages[-1][1]) if args.coords == "resized" else None
     given = [read_predictions(file, records, args.coords, processor) for file in files]
     known = (train_records(name, root, args.split), list(records))
@@ -533,6 +536,8 @@ def main():
                                     for stage, folder in stages]         # a downloaded checkpoint lies in no stage's folder
         page.write(out / "report.html", rows, cases, folders, [*(known[0] or ()), *known[1]], more)
         print_table(rows, more["centre_box"])
+        if refused:
+            print(f"not scored: {refused}")
         for metric, test in more.get("comparison", {}).items():
             if isinstance(test, dict):
                 low, high = test["ci"]

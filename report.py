@@ -35,7 +35,9 @@ def write(path, rows, cases, stages, records=(), more=None):
     groups = [(name, spread([x for x in rollouts if x.get("id") in by_id and by_id[x["id"]].text == x.get("expression")], 4))
               for name, _, rollouts in logs]
     each = max(0, min(6, (PICTURES - sum(len(lines) for _, lines in groups)) // (3 * max(1, len(rows)))))
-    parts = [f"<h1>Evaluation</h1><p>{text(rows[0]['data'])}, split {text(rows[0]['split'])}, {rows[0]['n']} records</p>",
+    refused = rows[0].get("refused", {})
+    lost = f"; {sum(refused.values()):,} more are refused ({text(data.in_words(refused))}) and not scored" if refused else ""
+    parts = [f"<h1>Evaluation</h1><p>{text(rows[0]['data'])}, split {text(rows[0]['split'])}, {rows[0]['n']:,} records{lost}</p>",
              "<h2>Scores</h2><p>In brackets 95% intervals, resampled over images.</p>",
              scores(rows), guessed(more["centre_box"]) if more else "", compared((more or {}).get("comparison"))]
     for name, lines, _ in logs:

@@ -441,6 +441,35 @@ def test_a_record_without_a_line_is_a_miss(own, tmp_path):
     assert rows(tmp_path / "some")[0]["mIoU"] == pytest.approx(row["mIoU"] * 4)
 
 
+@pytest.fixture
+def poor(tmp_path):
+    """Four records of one's own with whole numbers for ids; three images are not there. A perfect predictions file of the fourth."""
+    rows = [{"id": i, "image": f"{i}.png", "text": "the ship", "box": [1, 2, 30, 40]} for i in range(4)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("RGB", (50, 50)).save(tmp_path / "2.png")
+    (tmp_path / "p").mkdir()
+    file = tmp_path / "p" / "theirs.jsonl"
+    file.write_text(json.dumps({"id": 2, "box": [1, 2, 30, 40]}))
+    return tmp_path, file
+
+
+def test_refused_records_are_said_wherever_scores_are(poor, fakes, capfd):
+    folder, file = poor
+    fakes("--predictions", file, "--data", "jsonl", "--root", folder)
+    [row] = rows(folder / "p" / "theirs")
+    assert (row["n"], row["mIoU"], row["refused"]) == (1, 1.0, {"missing image": 3})
+    says = f"3 of 4 records are refused (missing image: 3); python data.py jsonl --root {folder} --split test says where"
+    assert f"\nnot scored: {says}\n" in capfd.readouterr().out
+    assert "1 records; 3 more are refused (missing image: 3) and not scored" in (folder / "p" / "theirs" / "report.html").read_text()
+    file.write_text(json.dumps({"id": 3, "box": None}))                  # a record's, but refused
+    with pytest.raises(DataError, match=r"line 1: no record .* the id '3'; .* it may be one of those refused \(missing image: 3\)"):
+        fakes("--predictions", file, "--data", "jsonl", "--root", folder)
+    (folder / "2.png").unlink()
+    with pytest.raises(DataError, match="no usable record in the split test of jsonl: 4 of 4 .*missing image: 4.* says where") as error:
+        fakes("--predictions", file, "--data", "jsonl", "--root", folder)
+    assert "\n" not in str(error.value)
+
+
 def text_of(box):
     return f'<answer>{{"bbox_2d": {list(box)}}}</answer>'
 
@@ -478,7 +507,9 @@ FRAME = {"original": [800, 800], "resized": [812, 812], "convention": "absolute"
     ({"id": "r0", "text": "x"}, 'line 2: a text without a "frame" needs --coords'),
     ({"id": "nobody", "box": None}, "line 2: no record of this split has the id 'nobody'"),
     ({"id": "r1", "box": None}, "line 2: the id 'r1' comes a second time"),
-    ({"id": 1, "box": None}, 'line 2: not a JSON object with an "id"'),
+    ({"id": 1, "box": None}, "line 2: no record of this split has the id '1'"),
+    ({"id": True, "box": None}, 'line 2: not a JSON object with an "id"'),
+    ({"id": 1.0, "box": None}, 'line 2: not a JSON object with an "id"'),
     (["r0"], 'line 2: not a JSON object with an "id"'),
     ({"id": "r0"}, 'line 2: neither a "text" nor a "box"'),
     ({"id": "r0", "box": [1, 2, 3]}, "line 2: \"box\" is neither four numbers nor null"),
@@ -551,7 +582,7 @@ def test_missing_checkpoint_and_empty_split(root, fakes, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         fakes(tmp_path, "--device", "cpu")
     stage(tmp_path / "sft", root)
-    with pytest.raises(DataError, match="no usable record in the split empty"):
+    with pytest.raises(DataError, match="no usable record in the split empty of tiny: it is empty"):
         fakes(tmp_path, "--split", "empty", "--device", "cpu")
     assert not (tmp_path / "eval").exists()
 

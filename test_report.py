@@ -33,8 +33,8 @@ def answers(some):
 
 
 def row(some, predictions, name=EVIL):
-    return {"stage": name, "temperature": 0.0, "blind": False, "data": EVIL, "split": EVIL, **evaluation.score(some, predictions),
-            **evaluation.details(some, predictions, "vrsbench", (some[:2], some))}
+    return {"stage": name, "temperature": 0.0, "blind": False, "data": EVIL, "split": EVIL, "refused": {EVIL: 1234},
+            **evaluation.score(some, predictions), **evaluation.details(some, predictions, "vrsbench", (some[:2], some))}
 
 
 class Tags(HTMLParser):
@@ -88,7 +88,7 @@ def test_hostile_texts_stay_texts(page):
 
 
 def test_the_page_tells_the_whole_story(page):
-    for words in ("Scores", "in the middle of each image: mIoU 0.0",
+    for words in ("20 records; 1,234 more are refused (&lt;script&gt;", "Scores", "in the middle of each image: mIoU 0.0",
                   "Breakdowns", "VRSBench", "By size", "By region", "By distractors", "By train image", "Training: ",
                   "step 1 to 499", "Groups of rollouts", "Best", "Median", "Worst", "IoU", "no box", "width=device-width"):
         assert words in page, words
