@@ -20,6 +20,7 @@ whose coordinates a text speaks is said by the line's "frame" (our own files hav
 import itertools
 import json
 import math
+import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
@@ -64,7 +65,7 @@ def flags():
     add("--predictions", help='score this JSONL file instead of running a model; a line a record: {"id": ..., "text": ...} or {"id": '
         '..., "box": [x1, y1, x2, y2] in original pixels, or null}')
     add("--compare", nargs=2, metavar=("A", "B"), help="score two JSONL files and test whether B differs from A (paired bootstrap)")
-    add("--image", help="a picture's file: answer --text about it, print the answer, draw its box")
+    add("--image", help="a picture's file, turned upright as its EXIF says: answer --text about it, print the answer, draw its box")
     add("--text", help="what to look for in --image; the last of the stages under CKPT answers")
     add("--coords", choices=("original", "resized", "1000"), help="coordinates of texts without a frame: pixels of the original "
         "image, pixels of the image as CKPT's processor resizes it, or thousandths of its sides")
@@ -477,6 +478,7 @@ def print_table(rows, guess):
 
 def main():
     args = flags().parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")                    # an answer, or a path, may hold what no encoding has
     check_flags(args)
     files = args.compare or ([args.predictions] if args.predictions else [])
     device = None if files else runtime.start(args.device)
@@ -497,7 +499,8 @@ def main():
     known = (train_records(name, root, args.split), list(records))
     records = list(records)[:args.limit]
     beside = "_vs_".join((str(Path(files[0]).with_suffix("")), *(Path(file).stem for file in files[1:]))) if files else None
-    out = writable(args.out or beside or Path(args.ckpt) / "eval")
+    out = Path(args.out or beside or Path(args.ckpt) / "eval")
+    runtime.writable(out)                                                # before anything is computed that could be lost
     rows, cases, more = [], [], {"centre_box": centre_box(records)}
 
     def report(stage, checkpoint, temperature, predictions):
@@ -553,13 +556,17 @@ def judged(records, predictions):
 
 
 def ask(stage, folder, device, args):
-    """One question about one picture: prints reasoning and box, and draws it."""
+    """One question about one picture: prints reasoning and box, and draws it. The picture is turned upright first, as its EXIF says and as
+    viewers show it: the question speaks of what one sees. (A data set's images are taken as stored, see `data.open_image`.)"""
     path = Path(args.image)
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            image = data.rgb(ImageOps.exif_transpose(file))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"--image {path}: unreadable ({error})") from None
+    out = Path(args.out or Path(args.ckpt) / "eval")
+    runtime.writable(out)
     processor = data.Processor.from_pretrained(folder)
     prompt = processor(image, args.text)
     (W, H), (w, h) = prompt.frame.original, prompt.frame.resized
@@ -572,23 +579,14 @@ def ask(stage, folder, device, args):
     answer = processor.decode(tokens[0, 0].cpu()[:lengths[0, 0]])
     strict = locate(reward.parse_box(answer), prompt.frame)
     box = strict or locate(reward.parse_box_lenient(answer), prompt.frame)
-    print(f"{stage}: {answer.encode('utf-8', 'replace').decode()}")
+    print(f"{stage}: {answer}")
     if not box:
         print(f"no box: {reward.failure(answer) or 'outside image'}")
         return
-    out = writable(args.out or Path(args.ckpt) / "eval")
     overlay(image, [(box, args.text[:60], RED)], out / f"{path.stem}_answer.png")
-    print("box in pixels of the picture: " + ", ".join(f"{v:.1f}" for v in box) + ("" if strict else " (read leniently)"))
+    print(f"box in pixels of the picture{', turned upright as its EXIF says' if turned else ''}: {', '.join(f'{v:.1f}' for v in box)}"
+          f"{'' if strict else ' (read leniently)'}")
     print(f"drawn: {out / f'{path.stem}_answer.png'}")
-
-
-def writable(folder):
-    """Makes a folder for what is written -> its path."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"the report can't be written to {folder} ({error.strerror}); name another folder with --out") from None
-    return Path(folder)
 
 
 def train_records(name, root, split):

@@ -587,6 +587,20 @@ def test_missing_checkpoint_and_empty_split(root, fakes, tmp_path):
     assert not (tmp_path / "eval").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that even root can't write to")
+@pytest.mark.parametrize("more", [(), ("--image", "a.png", "--text", "a ship"), ("--predictions", "p.jsonl")])
+def test_a_folder_that_cannot_be_written_to_is_said_before_a_model_is_loaded(root, fakes, tmp_path, monkeypatch, capfd, more):
+    stage(tmp_path / "sft", root)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (100, 100)).save("a.png")
+    Path("p.jsonl").write_text(json.dumps({"id": "r0", "box": None}))
+    monkeypatch.setattr(evaluation, "QwenVL", None)
+    with pytest.raises(SystemExit) as stop:
+        fakes(tmp_path, "--device", "cpu", "--out", "/proc/self", *more)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and "/proc/self" in error and error.count("\n") == 1
+
+
 def test_overlay_draws_on_a_copy(tmp_path):
     image = Image.new("RGB", (200, 100))
     boxes = [((20, 10, 120, 60), "ship \u8239", evaluation.GREEN), ((0, 0, 0.4, 0.4), "", evaluation.RED)]
@@ -614,6 +628,18 @@ def test_ask_about_a_picture(root, fakes, tmp_path, capfd):
     fakes(tmp_path, "--image", small, "--text", "2: 1,1,9,9", "--device", "cpu", "--out", tmp_path / "asked")
     said = capfd.readouterr().out
     assert "shrunk" not in said and "no box: no answer" in said and not (tmp_path / "asked" / "small_answer.png").exists()
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                     # stored lying, shown standing
+    lying = tmp_path / "lying.jpg"
+    Image.new("RGB", (200, 100)).save(lying, exif=exif)
+    fakes(tmp_path, "--image", lying, "--text", "0: 10,20,90,180", "--device", "cpu", "--out", tmp_path / "asked")
+    said = capfd.readouterr().out
+    box = [float(v) for v in re.search(r"box in pixels of the picture, turned upright as its EXIF says: (.*)", said)[1].split(",")]
+    assert box == pytest.approx((10, 20, 90, 180), abs=2) and Image.open(tmp_path / "asked" / "lying_answer.png").size == (100, 200)
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((90, 90), 2000, np.uint16)).save(deep)
+    with pytest.raises(DataError, match="--image .*deep.png: unreadable .16-bit or float image, scale it to 8 bits"):
+        fakes(tmp_path, "--image", deep, "--text", "a ship", "--device", "cpu")
     small.write_bytes(b"no picture")
     for missing in (small, tmp_path / "none.png"):
         with pytest.raises(DataError, match="unreadable") as error:
