@@ -10,7 +10,8 @@ in the split at hand, and never claims that there are no more.
 Source: our reading of "synthetic spatial reasoning" in the abstract of RSGround-R1 (arXiv 2601.21634); the paper's own texts are not
 public to us.
 
-    python cot.py dior                       a few texts beside their pictures
+    python cot.py dior                       a few texts beside their pictures, in pixels of the picture
+    python cot.py dior --init CKPT           the same in that checkpoint's coordinates, as sft.py --init CKPT trains on them
     python cot.py dior --teacher CKPT        another model explains the known boxes, into cot_dior_sft.jsonl; goes on where it was stopped
     {"id": "123", "think": "..."}            a line of a JSONL of your own (sft.py --cot FILE); the answer is added from the annotation
     {"id": "124", "refused": "..."}          a record without such reasoning: it gets the one written from the annotations
@@ -264,14 +265,17 @@ def gives_away(said, sides):
     return any(all(abs(a - b) <= LEAK for a, b in zip(some, sides)) for some in itertools.permutations(said, 4))
 
 
-def teach(args, records):
+def teach(args, records, device):
     """Has a checkpoint explain each record's known box; writes a line for each, kept or refused, as soon as it is judged."""
-    out, done = Path(args.out or f"cot_{args.name.replace('/', '_')}_{args.split}.jsonl"), {}
+    out, done, content = Path(args.out or f"cot_{args.name.replace('/', '_')}_{args.split}.jsonl"), {}, b""
+    runtime.writable(out.parent)
     try:
-        out.touch()
-        whole, _, cut = out.read_bytes().rpartition(b"\n")               # a call that was stopped may have left part of a line
+        if out.exists():
+            with open(out, "r+b") as file:                               # to be read, and written to
+                content = file.read()
     except OSError as error:
         raise DataError(f"{out} can't be written ({error.strerror}); name another file with --out") from None
+    whole, _, cut = content.rpartition(b"\n")                            # a call that was stopped may have left part of a line
     for n, line in read_lines(out, whole):
         if not isinstance(line, dict) or "id" not in line:
             raise DataError(f'{out}, line {n}: not a JSON object with an "id"; name another file with --out')
@@ -279,7 +283,7 @@ def teach(args, records):
     if cut:
         os.truncate(out, len(whole) + bool(whole))
     left = [r for r in records if r.id not in done][:args.limit]
-    model = QwenVL.from_pretrained(args.teacher, torch.bfloat16 if args.device == "cuda" else torch.float32, args.device)
+    model = QwenVL.from_pretrained(args.teacher, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     processor = data.Processor.from_pretrained(args.teacher)
     reasons = {}
     with open(out, "a", encoding="utf-8") as file, tqdm(total=len(left), desc="teacher") as bar:
@@ -314,6 +318,8 @@ def main():
     parser.add_argument("name", help="data set")
     parser.add_argument("--root", help="its folder; default data/<name>")
     parser.add_argument("--split", default="sft", help="split")
+    parser.add_argument("--init", metavar="CKPT", help="checkpoint in whose coordinates texts are shown, as sft.py --init writes them; "
+                        "without it they are in pixels of the picture")
     parser.add_argument("--show", type=runtime.positive, default=8, help="records")
     parser.add_argument("--seed", type=int, default=0, help="of the teacher's sampling")
     parser.add_argument("--out", help="picture, default cot_check.png; with --teacher the JSONL, default cot_<name>_<split>.jsonl")
@@ -325,22 +331,31 @@ def main():
     add("--temperature", type=float, default=0.7, help="of sampling; 0 is greedy")
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where the teacher runs")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")                    # an expression may hold what no encoding has
+    if not 0 <= args.temperature < math.inf:
+        runtime.fail(f"--temperature {args.temperature} is not a number from 0 up; 0 is greedy")
+    if args.teacher and args.init:
+        runtime.fail("--init is for the check; a --teacher speaks in its own frame")
+    device = runtime.start(args.device) if args.teacher else None
     records = data.load(args.name, args.root, args.split)
+    if not records:
+        raise DataError(f"no usable record in the split {args.split} of {args.name}: "
+                        f"{data.told_refused(records, args.name, args.root, args.split) or 'it is empty'}")
     if args.teacher:
-        if args.temperature < 0:
-            runtime.fail(f"--temperature {args.temperature} is below 0; 0 is greedy")
-        teach(args, records)
+        teach(args, records, device)
         return
+    processor, out = data.Processor.from_pretrained(args.init) if args.init else None, Path(args.out or "cot_check.png")
+    runtime.writable(out.parent)
     write, pictures = writer(records), []
     for record in records[::max(1, len(records) // args.show)][:args.show]:
         image = data.open_image(record)
-        text = write(record, data.Frame(image.size, image.size, "absolute"))
+        frame = processor(image, record.text).frame if processor else data.Frame(image.size, image.size, "absolute")
+        text = write(record, frame)
         if not reward.format_ok(text):
             sys.exit(f"cot.py: record {record.id} makes a text that breaks the format: {text}")
         print(f"{record.id}: {record.text}\n  {text}")
         pictures.append(data.draw_boxes(image, [(record.box, "red")], text))
-    out = args.out or "cot_check.png"
-    data.contact_sheet(pictures).save(out)
+    data.save_sheet(pictures, out)
     print(f"written: {out}")
 
 

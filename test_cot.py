@@ -5,6 +5,7 @@ import random
 import re
 
 import pytest
+from PIL import Image
 
 import cot
 import data
@@ -236,6 +237,51 @@ def test_it_can_be_looked_at(run, tmp_path):
     done = run("cot.py", "synth", "--split", "val", "--show", 3, "--out", tmp_path / "cot.png")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("<think>") == 3 and (tmp_path / "cot.png").exists()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script("dior", "--show", 3) runs cot.py's main in this process."""
+    return lambda *flags: (monkeypatch.setattr("sys.argv", ["cot.py", *map(str, flags)]), cot.main())
+
+
+def test_it_is_shown_in_the_coordinates_that_a_checkpoint_is_trained_on(script, tiny_checkpoint, dior_root, tmp_path, capsys):
+    records, processor = data.load("dior", dior_root, "sft"), data.Processor.from_pretrained(tiny_checkpoint)
+    for more, frame in (((), Frame((120, 90), (120, 90), "absolute")),
+                        (("--init", tiny_checkpoint), processor(data.open_image(records[0]), "").frame)):
+        script("dior", "--root", dior_root, "--show", 1, "--out", tmp_path / "cot.png", *more)
+        assert cot.writer(records)(records[0], frame) in capsys.readouterr().out
+    assert frame.extent != (120, 90)
+
+
+def test_what_no_encoding_has_is_printed_all_the_same(run, tmp_path, monkeypatch):
+    Image.new("RGB", (50, 50)).save(tmp_path / "a.png")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"image": "a.png", "text": "the ship \u8239 \ud800", "box": [1, 2, 30, 40]}))
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run("cot.py", "jsonl", "--root", tmp_path, "--split", "train", "--out", tmp_path / "cot.png")
+    assert done.returncode == 0 and r"the ship \u8239 \ud800." in done.stdout, done.stderr
+
+
+def test_a_users_mistake_is_one_line(script, run, tiny_checkpoint, dior_root, tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"image": "a.png", "text": "the ship", "box": [1, 2, 30, 40]}))
+    with pytest.raises(data.DataError, match="no usable record in the split train of jsonl: 1 of 1 .*missing image: 1") as error:
+        script("jsonl", "--root", tmp_path, "--split", "train", "--out", tmp_path / "cot.png")
+    assert "\n" not in str(error.value)
+    (tmp_path / "file").write_text("")
+    dior = ("dior", "--root", dior_root)
+    with pytest.raises(SystemExit) as stop:
+        script(*dior, "--out", tmp_path / "file" / "cot.png")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and str(tmp_path / "file") in error and error.count("\n") == 1
+    for name in ("cot.xyz", "cot.psd"):
+        with pytest.raises(data.DataError, match=f"can't be written to .*{name}"):
+            script(*dior, "--out", tmp_path / name)
+    for flags, says in ((("--teacher", tmp_path / "nope"), "no checkpoint at"),
+                        (("--teacher", tiny_checkpoint, "--device", "cuda"), "torch sees no CUDA device"),
+                        (("--teacher", tiny_checkpoint, "--init", tiny_checkpoint), "--init is for the check")):
+        done = run("cot.py", *dior, "--device", "cpu", "--out", tmp_path / "told.jsonl", *flags)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+    assert not (tmp_path / "told.jsonl").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------------ a teacher's reasoning
