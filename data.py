@@ -845,7 +845,8 @@ def check(args):
         print(f"images in both {a} and {b}: {len(images[a] & images[b]):,}")
     files = {r.image: r for records in loaded.values() for r in records if not hasattr(r.image, "draw")}           # a record an image
     broken = undecodable(files)
-    print_places(f"images decoded: {len(files):,}, unreadable", list(broken.values()), args.places)
+    if files:
+        print_places(f"images decoded: {len(files):,}, unreadable", list(broken.values()), args.places)
     whole = {split: [r for r in records if r.image not in broken] for split, records in loaded.items()}
     split = next((split for split, records in whole.items() if records), None)
     if split and args.show > 0:
