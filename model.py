@@ -73,6 +73,8 @@ class Config:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not a readable config.json ({error})") from None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: not a JSON object; is this the config.json of a Qwen2.5-VL checkpoint?")
         if raw.get("model_type") != "qwen2_5_vl":
             raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}; this code runs 'qwen2_5_vl' checkpoints")
         text = raw.get("text_config") or raw
@@ -95,6 +97,8 @@ class Config:
                 vision_config, raw)
         except KeyError as error:
             raise CheckpointError(f"{path}: {error} is missing; is this the config.json of a Qwen2.5-VL checkpoint?") from None
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{path}: not the config.json of a Qwen2.5-VL checkpoint ({error})") from None
         if sum(config.mrope_section) * 2 != config.head_dim:
             raise CheckpointError(f"{path}: mrope_section {config.mrope_section} is not half the head width {config.head_dim}")
         return config
@@ -666,6 +670,19 @@ class QwenVL(nn.Module):
         model.set_vocabulary(read_token_ids(path))
         return model
 
+    def check_processor(self, processor):
+        """A data.Processor that cuts other patches or speaks in other ids than this model's is a CheckpointError that names the files."""
+        vision, where = self.config.vision, processor.source
+        for name, there, here in (("patch_size", processor.patch, vision.patch), ("merge_size", processor.merge, vision.merge),
+                                  ("temporal_patch_size", processor.temporal_patch, vision.temporal_patch)):
+            if there != here:
+                raise CheckpointError(f"{where / 'preprocessor_config.json'}: {name} is {there}, but config.json asks for {here}; take "
+                                      "both files from one checkpoint")
+        image, last = processor.ids["<|image_pad|>"], max(processor.tokenizer.get_vocab().values())
+        if image != self.config.image_id or last >= self.config.vocab:
+            raise CheckpointError(f"{where}: the tokenizer is another model's: its <|image_pad|> is {image}, its last id {last}, but "
+                                  f"config.json says {self.config.image_id} and {self.config.vocab} ids; take both from one checkpoint")
+
     def save_pretrained(self, path, tensors=None, shard_bytes=5 * 10 ** 9):
         """Writes config.json and safetensors in hub layout, in the checkpoint's own dtype. tensors: (name, tensor) pairs to write
         instead of the model's own, where those are sharded over processes."""
@@ -732,8 +749,12 @@ def read_token_ids(path):
     """Token text -> id, from tokenizer.json or from vocab.json and tokenizer_config.json in a checkpoint folder; {} without them."""
     def read(name):
         return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).exists() else {}
-    tokenizer = read("tokenizer.json")
-    if tokenizer:
-        return {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])}}
-    added = read("tokenizer_config.json").get("added_tokens_decoder", {})
-    return {**read("vocab.json"), **{t["content"]: int(i) for i, t in added.items()}} if (path / "vocab.json").exists() else {}
+    try:
+        tokenizer = read("tokenizer.json")
+        if tokenizer:
+            return {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])}}
+        added = read("tokenizer_config.json").get("added_tokens_decoder", {})
+        return {**read("vocab.json"), **{t["content"]: int(i) for i, t in added.items()}} if (path / "vocab.json").exists() else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = "tokenizer.json is" if (path / "tokenizer.json").exists() else "vocab.json or tokenizer_config.json is"
+        raise CheckpointError(f"{path}: {files} not a tokenizer's ({error}); copy it again from where the weights came from") from None

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
 import model as ours
 from model import CheckpointError, Plan, QwenVL, attention, positions
 
@@ -271,7 +272,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "../model.safetensors"}}))
     with pytest.raises(CheckpointError, match="no weights at"):
         QwenVL.from_pretrained(tmp_path)
-    for broken, words in [("{", "not a readable"), (text.replace("qwen2_5_vl", "llama", 1), "model_type is 'llama'"),
+    for broken, words in [("{", "not a readable"), ("[]", "not a JSON object"),
+                          (text.replace('"hidden_size": 64', '"hidden_size": []'), "not the config.json of"),
+                          (text.replace("qwen2_5_vl", "llama", 1), "model_type is 'llama'"),
                           (text.replace("hidden_size", "width"), "hidden_size"), (text.replace("mrope_section", "m"), "mrope_section")]:
         config.write_text(broken)
         with pytest.raises(CheckpointError, match=words):
@@ -330,3 +333,38 @@ def test_ids_without_a_text_and_vision_markers_are_banned(tmp_path):
     assert model.banned.nonzero()[:, 0].tolist() == list(range(282, 300))
     logp = model.distribution(torch.full((300,), 50.0), 2.0)
     assert torch.allclose(logp[:282].exp().sum(), torch.tensor(1.0)) and (logp[282:].exp() == 0).all()
+
+
+@pytest.mark.parametrize("file, text", [
+    ("tokenizer.json", '{"model": {"voc'), ("tokenizer.json", "[1]"), ("tokenizer.json", '{"model": 1}'),
+    ("tokenizer.json", '{"model": {}}'), ("tokenizer.json", '{"model": {"vocab": {}}, "added_tokens": [1]}'),
+    ("vocab.json", '{"a": 1, '), ("vocab.json", "[1]")])
+def test_a_tokenizer_that_cant_be_read_is_refused_by_name(tmp_path, file, text):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{file}.* is not a tokenizer's \(.*; copy it again"):
+        ours.read_token_ids(tmp_path)
+
+
+def test_a_processor_of_another_model_is_refused_by_name(tiny_checkpoint, tmp_path):
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((tiny_checkpoint / name).read_bytes())
+    model, file = QwenVL.from_pretrained(tmp_path), tmp_path / "preprocessor_config.json"
+    model.check_processor(data.Processor.from_pretrained(tmp_path))
+    good = json.loads(file.read_text())
+    for name, value in (("patch_size", 16), ("merge_size", 1), ("temporal_patch_size", 1)):
+        file.write_text(json.dumps({**good, name: value}))
+        with pytest.raises(CheckpointError, match=f"preprocessor_config.json: {name} is {value}, but config.json asks for {good[name]}"):
+            model.check_processor(data.Processor.from_pretrained(tmp_path))
+    file.write_text(json.dumps(good))
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in tokenizer["added_tokens"]:                              # another model's: the same names, other ids
+        token["id"] += 1
+    tokenizer["model"]["vocab"]["<more>"] = 256
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match="the tokenizer is another model's: its <.image_pad.> is 263, .* says 262 and 272 ids"):
+        model.check_processor(data.Processor.from_pretrained(tmp_path))
+    tokenizer = data.Processor.from_pretrained(tiny_checkpoint).tokenizer
+    tokenizer.add_tokens([f"<{i}>" for i in range(9)])                   # ids 264 to 272; the embedding has 272 rows
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="its last id 272, but"):
+        model.check_processor(data.Processor.from_pretrained(tmp_path))
