@@ -36,21 +36,23 @@ def flags():
     add("--prompts", type=runtime.positive, default=16, help="questions Q a step, over all processes")
     add("--group", type=runtime.positive, default=8, help="rollouts G of each question")
     add("--max-new-tokens", type=runtime.positive, default=256, help="tokens; a longer rollout is cut and counted as truncated")
-    add("--temperature", type=float, default=1.0, help="of sampling, and so of the scored log-probabilities")
+    add("--temperature", type=runtime.above_zero, default=1.0, help="of sampling, and so of the scored log-probabilities")
     add("--cuda-graphs", action="store_true", help="decode by CUDA graphs; not measured yet, see LOG.md")
-    add("--lr", type=float, default=1e-6, help="peak learning rate; 1e-6 for a 3B model, about 1e-4 for the embedded one")
+    add("--lr", type=runtime.above_zero, default=1e-6, help="peak learning rate; 1e-6 for a 3B model, about 1e-4 for the embedded one")
     add("--updates", type=runtime.positive, default=1, help="passes over a step's rollouts")
-    add("--clip", type=float, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"), help="the ratio is clipped to 1 - LOW .. 1 + HIGH")
-    add("--beta", type=float, default=0.0, help="weight of the KL to the starting policy; at 0 no reference model is kept")
+    add("--clip", type=runtime.not_negative, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"),
+        help="the ratio is clipped to 1 - LOW .. 1 + HIGH")
+    add("--beta", type=runtime.not_negative, default=0.0, help="weight of the KL to the starting policy; at 0 no reference model is kept")
     add("--no-std", action="store_true", help="do not divide advantages by their group's standard deviation")
     add = parser.add_argument_group("reward").add_argument
-    add("--weights", type=float, nargs=3, default=(1.0, 0.5, 0.5), metavar=("IOU", "POS", "FORMAT"), help="of the reward's terms")
+    add("--weights", type=runtime.finite, nargs=3, default=(1.0, 0.5, 0.5), metavar=("IOU", "POS", "FORMAT"), help="of the reward's terms")
     add("--positional", choices=reward.POSITIONAL, default="exp", help="shape of the positional term")
-    add("--tau", type=float, default=0.1, help="its scale, in image sides (in target diagonals where size-aware: try 1)")
+    add("--tau", type=runtime.above_zero, default=0.1, help="its scale, in image sides (in target diagonals where size-aware: try 1)")
     add("--weighting", choices=(*reward.WEIGHTINGS, "shuffled"), default="coherent",
         help="of groups: more for those that agree, or that scatter (focus), none, or the coherent weights dealt at random (control)")
+    add = parser.add_argument_group("watching").add_argument
     add("--every", type=runtime.positive, default=50, help="steps between checkpoints, pictures and validation")
-    add("--val", type=int, default=64, help="records of the val split in a validation; 0 for none")
+    add("--val", type=runtime.natural, default=64, help="records of the val split in a validation; 0 for none")
     return parser
 
 
@@ -107,7 +109,7 @@ def grade(texts, prompts, records, args):
     target, size = (torch.tensor([getattr(r, name) for r in records], dtype=torch.float32)[:, None] for name in ("box", "size"))
     terms = {"iou": reward.iou(boxes, target), "positional": reward.positional(boxes, target, size, args.tau, args.positional),
              "format": torch.tensor([[float(reward.format_ok(t)) for t in group] for group in texts])}
-    return {"reward": sum(w * term for w, term in zip(args.weights, terms.values())), **terms}, boxes
+    return {"reward": sum(w * term for w, term in zip(args.weights, terms.values(), strict=True)), **terms}, boxes
 
 
 def group_weights(consistency, valid_share, args, step):
@@ -272,8 +274,6 @@ def check(args):
         runtime.fail(f"--prompts {args.prompts} is not a multiple of the {runtime.world()} processes")
     if args.group < 2:
         runtime.fail("--group 1 leaves nothing to compare a rollout with; use 2 or more")
-    if args.temperature <= 0:
-        runtime.fail(f"--temperature {args.temperature} samples nothing; it must be above 0")
 
 
 if __name__ == "__main__":

@@ -47,11 +47,25 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message}; {self.prog} --help explains every flag")
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return value
+def number(kind, fits, words):
+    """-> the type of a flag: text -> a number of this kind, refused in these words where it does not fit."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+    return read
+
+
+positive = number(int, lambda v: v > 0, "a whole number above 0")
+natural = number(int, lambda v: v >= 0, "a whole number from 0 up")
+seed = number(int, lambda v: 0 <= v < 2 ** 31, f"a whole number from 0 to {2 ** 31 - 1}")    # a million times it fits in 64 bits
+finite = number(float, math.isfinite, "a finite number")
+above_zero = number(float, lambda v: 0 < v < math.inf, "a finite number above 0")
+not_negative = number(float, lambda v: 0 <= v < math.inf, "a finite number from 0 up")
 
 
 def add_common_flags(parser, stage, init, steps):
@@ -62,10 +76,10 @@ def add_common_flags(parser, stage, init, steps):
     add("--init", default=init, help="checkpoint to start from: a folder in hub layout, or a stage's")
     add("--out", default=f"ckpt/{stage}", help="folder for checkpoints, log and pictures")
     add("--steps", type=positive, default=steps, help="optimizer steps")
-    add("--seed", type=int, default=0, help="of data order and sampling")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--seed", type=seed, default=0, help="of data order and sampling")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out; flags not given are as in its run.json")
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    add("--workers", type=int, default=2 if torch.cuda.is_available() else 0, help="processes that prepare images ahead; 0: none")
+    add("--workers", type=natural, default=2 if torch.cuda.is_available() else 0, help="processes that prepare images ahead; 0: none")
     add = parser.add_argument_group("memory").add_argument
     add("--micro-tokens", type=positive, default=8192, help="packed tokens in one forward and backward pass: memory against speed")
     add("--gradient-checkpointing", action="store_true", help="keep no activations within a layer: a third more compute, far less memory")

@@ -28,13 +28,13 @@ def flags():
     runtime.add_common_flags(parser, "sft", "toy/base", 1000)
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=runtime.positive, default=16, help="records a step, over all processes")
-    add("--lr", type=float, default=1e-5, help="peak learning rate; 1e-5 for a 3B model, about 1e-3 for the embedded one")
+    add("--lr", type=runtime.above_zero, default=1e-5, help="peak learning rate; 1e-5 for a 3B model, about 1e-3 for the embedded one")
     add("--cot", metavar="FILE", help="JSONL of your own reasoning by record id; default: written from the annotations")
     add("--split", default="sft", help="records to train on; rft with --answer-only: the boxes of the second stage, as a control")
     add("--answer-only", action="store_true", help="no reasoning, the answer alone: the baseline")
     add = parser.add_argument_group("watching").add_argument
     add("--every", type=runtime.positive, default=200, help="steps between checkpoints and validation")
-    add("--val", type=int, default=64, help="records of the val split in a validation; 0 for none")
+    add("--val", type=runtime.natural, default=64, help="records of the val split in a validation; 0 for none")
     add("--max-new-tokens", type=runtime.positive, default=256, help="tokens of an answer in validation at most")
     return parser
 

@@ -1,4 +1,4 @@
-"""runtime.py: schedule, data order and log by hand, checkpoints as files. (Processes and resume: test_sft.py, test_rft.py.)"""
+"""runtime.py: flags, schedule, data order and log by hand, checkpoints as files. (Processes and resume: test_sft.py, test_rft.py.)"""
 import json
 import math
 
@@ -8,6 +8,19 @@ import torch
 import data
 import runtime
 from model import CheckpointError, QwenVL
+
+
+def test_numbers_that_are_out_of_range_are_no_flags():
+    for kind, good, bad in [(runtime.positive, ["1", "7"], ["0", "-1", "1.5", "nan", "many"]),
+                            (runtime.natural, ["0", "7"], ["-1", "inf", ""]),
+                            (runtime.seed, ["0", "2147483647"], ["-1", "2147483648", "9999999999999999"]),
+                            (runtime.finite, ["-1", "0", "1e-6"], ["nan", "inf", "-inf", "x"]),
+                            (runtime.above_zero, ["1e-6", "2"], ["0", "-1", "nan", "inf"]),
+                            (runtime.not_negative, ["0", "0.2"], ["-0.1", "nan", "inf"])]:
+        assert [kind(text) for text in good] == [float(text) for text in good]
+        for text in bad:
+            with pytest.raises(runtime.argparse.ArgumentTypeError, match=f"^{text} is not a "):
+                kind(text)
 
 
 def test_learning_rate_by_hand():
