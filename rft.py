@@ -149,16 +149,20 @@ def main():
         for step, prompts in zip(bar, runtime.ahead(prompts_of, steps, args.workers)):
             line, pictured = train_step(model, reference, opt, processor, questions_of(records, args, step), prompts, args, step)
             skipped = 0 if line["finite"] else skipped + 1
-            if (step + 1) % args.every == 0 or step + 1 == args.steps:
-                line |= evaluation.validate(model, processor, val, args)
+            due = (step + 1) % args.every == 0 or step + 1 == args.steps
+            line |= evaluation.validate(model, processor, val, args) if due else {}
+            if due and runtime.rank() == 0:
+                pictured().save(out / f"rollouts_{step + 1:06d}.png")
+            runtime.log(out / "metrics.jsonl", line)
+            if due:                                                      # last: what a checkpoint covers is logged
                 runtime.save(out, step + 1, model, opt, processor, run)
                 if runtime.rank() == 0:
                     pictured().save(out / f"rollouts_{step + 1:06d}.png")
             runtime.log(out / "metrics.jsonl", line)
             bar.set_postfix_str(f"reward {line['reward']:.3f} iou {line['iou']:.3f} tokens {line['length']:.0f} kl {line['kl']:.4f} "
                                 f"sampled-scored {line['sampled_scored_max']:.1e} peak {line['peak_GiB']:.1f} GiB")
-            if skipped == runtime.STOP_AFTER_SKIPPED:
-                runtime.fail(f"{skipped} steps in a row had a gradient that is not finite; lower --lr; the last checkpoint stands in {out}")
+            if skipped == runtime.STOP_AFTER_SKIPPED or skipped and step + 1 == args.steps:
+                runtime.fail(f"no gradient is finite from step {step + 2 - skipped} on; lower --lr; what was saved before stands in {out}")
 
 
 def questions_of(records, args, step):

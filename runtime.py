@@ -331,13 +331,19 @@ def log(path, line):
 
 
 def cut_log(path, step):
-    """Removes from a JSONL what a run that went on past its last checkpoint has logged of later steps."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+    """Removes from a JSONL what a run that went on past its last checkpoint has logged of later steps, and a last line that broke off."""
+    if not path.exists():
+        return
+    lines, kept = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
+    for n, line in enumerate(lines, 1):
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except (ValueError, KeyError, TypeError):
+            if n < len(lines):
+                raise DataError(f"{path}, line {n}: not a step's line; remove it to go on") from None
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ checkpoints

@@ -88,15 +88,17 @@ def main():
         for step, examples in zip(bar, runtime.ahead(examples_of, steps, args.workers)):
             line = train_step(model, opt, examples, args, step)
             skipped = 0 if line["finite"] else skipped + 1
-            if (step + 1) % args.every == 0 or step + 1 == args.steps:
-                line |= evaluation.validate(model, processor, val, args)
+            due = (step + 1) % args.every == 0 or step + 1 == args.steps
+            line |= evaluation.validate(model, processor, val, args) if due else {}
+            runtime.log(out / "metrics.jsonl", line)
+            if due:                                                      # last: what a checkpoint covers is logged
                 runtime.save(out, step + 1, model, opt, processor, run)
             runtime.log(out / "metrics.jsonl", line)
             bar.set_postfix_str(f"loss {line['loss']:.4f} tokens/s {line['tokens_per_second']:.0f} "
                                 f"peak {line['peak_GiB']:.1f} GiB"
                                 + (f" val mIoU {line['val_mIoU']:.3f}" if "val_mIoU" in line else ""))
-            if skipped == runtime.STOP_AFTER_SKIPPED:
-                runtime.fail(f"{skipped} steps in a row had a gradient that is not finite; lower --lr; the last checkpoint stands in {out}")
+            if skipped == runtime.STOP_AFTER_SKIPPED or skipped and step + 1 == args.steps:
+                runtime.fail(f"no gradient is finite from step {step + 2 - skipped} on; lower --lr; what was saved before stands in {out}")
 
 
 if __name__ == "__main__":

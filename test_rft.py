@@ -1,6 +1,7 @@
 """rft.py: its objective by hand and by finite differences, and the whole stage as a user runs it."""
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -251,6 +252,21 @@ def test_a_number_that_makes_no_sense_is_one_line(capsys, flags):
         rft.flags().parse_args(flags.split())
     said = capsys.readouterr().err.strip().splitlines()
     assert leaving.value.code == 2 and len(said) == 1 and f"{flags.split()[0]}: {flags.split()[1]} is not a" in said[0]
+
+
+def test_picture_and_log_come_before_the_checkpoint_and_a_last_gradient_must_be_finite(monkeypatch, capfd, tiny_checkpoint, dior_root,
+                                                                                      tmp_path):
+    def seen(out, step, *rest):
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["step"] == step and "val_mIoU" in lines[-1] and (out / f"rollouts_{step:06d}.png").exists()
+    monkeypatch.setattr(rft.runtime, "save", seen)
+    monkeypatch.setattr(rft.runtime, "update", lambda model, opt, lr: math.nan if lr < 7e-5 else 1.0)    # the last of three
+    flags = ["--data", "dior", "--root", dior_root, "--init", tiny_checkpoint, "--out", tmp_path / "out", "--prompts", 2, "--group", 2,
+             "--max-new-tokens", 4, "--val", 1, "--every", 1, "--steps", 3, "--lr", 1e-4, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["rft.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as leaving:
+        rft.main()
+    assert leaving.value.code == 2 and "no gradient is finite from step 3 on" in capfd.readouterr().err
 
 
 def test_an_output_that_stands_is_not_overwritten(run, taught, dior_root):

@@ -42,9 +42,13 @@ def test_a_log_is_cut_behind_the_step_that_a_run_goes_on_from(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
         runtime.log(path, {"step": step})
-    path.write_text(path.read_text() + '{"step": 4, "lo')                # the crash came while writing
-    runtime.cut_log(path, 2)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}]
+    for broken in ('{"step": 4, "lo', '{"step": 2, "each": {"iou": 0}', "\0\0"):                     # the crash came while writing
+        path.write_text(path.read_text() + broken)
+        runtime.cut_log(path, 2)
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')                 # no crash leaves this
+    with pytest.raises(data.DataError, match="metrics.jsonl, line 2"):
+        runtime.cut_log(path, 2)
 
 
 def test_clipping_and_a_gradient_that_is_not_finite():

@@ -1,6 +1,7 @@
 """sft.py: what its loss counts, and the stage as a user runs it."""
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -145,6 +146,20 @@ def test_ones_own_reasoning_is_read_and_its_mistakes_are_named(run, tiny_checkpo
 def test_a_run_whose_gradient_stays_not_finite_stops(run, tiny_checkpoint, dior_root, tmp_path):
     done = run("sft.py", "--data", "dior", "--root", dior_root, "--init", tiny_checkpoint, "--out", tmp_path / "out", "--steps", 12,
                "--batch", 2, "--val", 0, "--every", 12, "--lr", 1e30, "--device", "cpu")
-    assert done.returncode == 2 and f"{runtime.STOP_AFTER_SKIPPED} steps in a row" in done.stderr, done.stderr
+    assert done.returncode == 2 and "no gradient is finite from step 2 on" in done.stderr, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["finite"] for line in lines[-runtime.STOP_AFTER_SKIPPED:]] == [False] * runtime.STOP_AFTER_SKIPPED and len(lines) < 12
+
+
+def test_a_last_step_whose_gradient_is_not_finite_is_no_success(monkeypatch, capfd, tiny_checkpoint, dior_root, tmp_path):
+    here(monkeypatch, tiny_checkpoint, dior_root, tmp_path / "out", "--lr", 1e30, "--steps", 3)
+    with pytest.raises(SystemExit) as leaving:
+        sft.main()
+    assert leaving.value.code == 2 and "no gradient is finite from step 2 on; lower --lr" in capfd.readouterr().err
+
+
+def here(monkeypatch, checkpoint, root, out, *more):
+    """The command line of a short run in this process."""
+    flags = ["--data", "dior", "--root", root, "--init", checkpoint, "--out", out, "--batch", 2, "--val", 1, "--every", 2,
+             "--max-new-tokens", 4, "--device", "cpu", *more]
+    monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, flags)])
