@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -434,9 +434,15 @@ def restore(out, model, opt):
     files = sorted((out / "latest" / "state").glob("rank_*.safetensors"))
     if not files or len(files) != int(files[0].stem.rsplit("_", 1)[1]):
         raise CheckpointError(f"{out / 'latest' / 'state'}: the training state is not whole; start anew with --init {out / 'latest'}")
-    opened = [safe_open(f, "pt") for f in files]
+    opened, rows = [], []
+    for file in files:
+        try:
+            opened.append(safe_open(file, "pt"))
+            rows.append(json.loads(opened[-1].metadata()["rows"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: not a whole training state ({error}); point {out / 'latest'} at an earlier step, or start anew "
+                                  f"with --init {out / 'latest'}") from None
     meta = opened[0].metadata()
-    rows = [json.loads(f.metadata()["rows"]) for f in opened]
     names = [set(f.keys()) for f in opened]
     with torch.no_grad():
         for key, p in model.named_parameters():

@@ -98,6 +98,15 @@ def test_a_state_that_is_not_whole_is_refused(saved):
         runtime.restore(out, model, opt)
 
 
+def test_a_state_that_is_cut_off_is_refused_by_name(saved):
+    out, model, opt = saved
+    file = next((out / "latest" / "state").iterdir())
+    for kept in (0, 100, file.stat().st_size - 1):
+        file.write_bytes(file.read_bytes()[:kept])
+        with pytest.raises(CheckpointError, match=r"rank_00000_of_00001.safetensors: .*latest at an earlier step"):
+            runtime.restore(out, model, opt)
+
+
 def test_an_interrupted_save_leaves_the_last_checkpoint_standing(saved, monkeypatch):
     out, model, opt = saved
     processor = data.Processor.from_pretrained(out)
