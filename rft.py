@@ -24,7 +24,7 @@ import eval as evaluation
 import reward
 import runtime
 from generate import generate
-from model import QwenVL
+from model import QwenVL, folder
 
 MAX_LOG_RATIO = 20.0              # exp() of more is of no use and may be infinite
 
@@ -124,12 +124,13 @@ def group_weights(consistency, valid_share, args, step):
 # ------------------------------------------------------------------------------------------------------------------ the stage
 
 def main():
-    args = flags().parse_args()
+    args = runtime.parse(flags(), "rft")
     check(args)
-    records, val = data.load(args.data, args.root, "rft"), data.load(args.data, args.root, "val")[:args.val]
-    init, out = Path(args.init), Path(args.out)
-    model, processor = QwenVL.from_pretrained(init, dtype=None), data.Processor.from_pretrained(init, max_pixels=args.max_pixels)
+    records, val = runtime.load_records(args, "rft")
+    init, out = folder(args.init), Path(args.out)
     runtime.check_output(out, args.resume)
+    model, processor = QwenVL.from_pretrained(init, dtype=None), data.Processor.from_pretrained(init, max_pixels=args.max_pixels)
+    model.check_processor(processor)
     device = runtime.start(args.device)
     reference = None
     if args.beta:                                                        # in the compute dtype, frozen
@@ -138,7 +139,7 @@ def main():
     opt = runtime.optimizer(model, args.lr)
     first = runtime.restore(out, model, opt) if args.resume else 0
     run = runtime.describe(args, "rft", records)
-    runtime.begin(out, first, model, records, ("metrics.jsonl", "rollouts.jsonl"))
+    runtime.begin(out, first, model, ("metrics.jsonl", "rollouts.jsonl"))
 
     def prompts_of(step):
         return [processor(data.open_image(r), r.text) for r in questions_of(records, args, step)]
@@ -156,9 +157,6 @@ def main():
             runtime.log(out / "metrics.jsonl", line)
             if due:                                                      # last: what a checkpoint covers is logged
                 runtime.save(out, step + 1, model, opt, processor, run)
-                if runtime.rank() == 0:
-                    pictured().save(out / f"rollouts_{step + 1:06d}.png")
-            runtime.log(out / "metrics.jsonl", line)
             bar.set_postfix_str(f"reward {line['reward']:.3f} iou {line['iou']:.3f} tokens {line['length']:.0f} kl {line['kl']:.4f} "
                                 f"sampled-scored {line['sampled_scored_max']:.1e} peak {line['peak_GiB']:.1f} GiB")
             if skipped == runtime.STOP_AFTER_SKIPPED or skipped and step + 1 == args.steps:

@@ -16,6 +16,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -28,11 +29,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from data import DataError, prompt_hash
+from data import DataError, load, prompt_hash, read_json
 from model import CheckpointError
 
 STUCK_AFTER = 1800                # seconds without a step: every process prints where it is
 STOP_AFTER_SKIPPED = 5            # non-finite steps in a row: something is broken
+FREE = ("root", "steps", "device", "workers", "micro_tokens", "every", "val", "gradient_checkpointing")     # what a resume may change;
+                                  # whatever its root, the data must have the run's hash
 
 
 # ------------------------------------------------------------------------------------------------------------------ flags and mistakes
@@ -85,6 +88,27 @@ def add_common_flags(parser, stage, init, steps):
     add("--gradient-checkpointing", action="store_true", help="keep no activations within a layer: a third more compute, far less memory")
     add("--freeze-vision", action="store_true", help="train the language model alone")
     add("--max-pixels", type=positive, help="area of the resized image at most; default: the checkpoint's own")
+
+
+def parse(parser, stage):
+    """The command line's flags. With --resume those not given are as the run in --out had them; one that changes its course is refused."""
+    args = parser.parse_args()
+    if not args.resume:
+        return args
+    run = recorded(Path(args.out))
+    if run["stage"] != stage:
+        fail(f"--resume, but {args.out} holds a run of {run['stage']}.py; name the --out of a run of {stage}.py")
+    before = {name: value for name, value in run["flags"].items() if name not in ("out", "resume")}
+    parser.set_defaults(**before)
+    args = parser.parse_args()
+
+    def same(a, b):                                                      # however a path is written
+        return a == b or isinstance(a, str) and isinstance(b, str) and os.path.realpath(a) == os.path.realpath(b)
+    for name, value in before.items():
+        if name not in FREE and not same(getattr(args, name), value):
+            fail(f"--resume with --{name.replace('_', '-')} {getattr(args, name)}, but the run in {args.out} has {value}; leave the flag "
+                 "out, or start another run with another --out")
+    return args
 
 
 def fail(message):
@@ -262,7 +286,24 @@ def update(model, opt, lr, max_norm=1.0):
     return norm.item()
 
 
-# ------------------------------------------------------------------------------------------------------------------ data order and log
+# ------------------------------------------------------------------------------------------------------------------ data and log
+
+def load_records(args, split):
+    """The records to train on, one at least and with --resume those of the run, and --val of the val split; prints what was refused."""
+    loaded = {name: load(args.data, args.root, name) for name in ((split, "val") if args.val else (split,))}
+    refused = {name: {reason: len(places) for reason, places in records.refused.items()} for name, records in loaded.items()}
+    records, command = loaded[split], f"python data.py {args.data}" + (f" --root {args.root}" if args.root else "")
+    if not records:
+        why = f"refused: {refused[split]}; {command} says where" if refused[split] else "none was refused; is its share too small?"
+        raise DataError(f"no record of {args.data} {split} to train on; {why}")
+    if args.resume and (before := recorded(Path(args.out))["data_hash"]) != records.hash:
+        fail(f"--resume, but the records of {args.data} {split} are not those of the run in {args.out} ({records.hash}, not {before}); "
+             "name their --root, or start another run with another --out")
+    if rank() == 0:
+        for name, counts in refused.items():
+            print(f"{len(loaded[name]):,} records of {name}" + (f", refused: {counts}" if counts else ""))
+    return records, loaded.get("val", [])[:args.val]
+
 
 def batch(records, step, size, seed):
     """The `size` records of a step: epochs one behind the other, each in an order of its own. A pure function: a resume needs no state."""
@@ -348,24 +389,47 @@ def cut_log(path, step):
 
 # ------------------------------------------------------------------------------------------------------------------ checkpoints
 
+def writable(folder):
+    """Makes a folder, with those above it, and tries that a file can be written there -> its path."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        fail(f"nothing can be written to {folder} ({error.strerror}); name another folder with --out")
+    return Path(folder)
+
+
 def check_output(out, resume):
-    """The output folder must be new, or be resumed."""
-    stands = (out / "latest").exists()
-    if stands and not resume:
-        fail(f"{out} already holds a run, up to {os.readlink(out / 'latest')}; go on with --resume, or name another --out")
-    if resume and not stands:
-        fail(f"--resume, but there is no checkpoint in {out}; leave --resume out, or name the --out of the run")
-    if not resume and out.exists() and any(out.iterdir()):
+    """The output folder must be writable, and new or to be resumed. The first process looks, for all: none sees another's trial file."""
+    if rank():
+        return
+    writable(out)
+    if not resume and (out / "latest").exists():
+        fail(f"{out} already holds a run, up to {(out / 'latest').resolve().name}; go on with --resume, or name another --out")
+    if not resume and any(out.iterdir()):
         fail(f"{out} is not empty, but holds no checkpoint; remove it, or name another --out")
 
 
-def begin(out, step, model, records, logs=("metrics.jsonl",)):
-    """Prepares the output folder of a run that starts behind `step`: what was logged of later steps is cut off."""
+def recorded(out):
+    """run.json of the newest checkpoint of a run that is to be resumed."""
+    latest = out / "latest"
+    if not os.path.exists(latest):
+        fail(f"--resume, but there is no checkpoint in {out}; leave --resume out, or name the --out of the run")
+    if not latest.is_symlink():
+        newest = max((p.name for p in out.glob("step_*")), default="copy")
+        fail(f"{latest} is a folder, but must be a link to a step's (cp -rL follows links); mv {latest} {out / 'copy'} && "
+             f"ln -s {newest} {latest}")
+    run = read_json(latest / "run.json")
+    if not isinstance(run, dict) or not isinstance(run.get("flags"), dict) or not {"stage", "data_hash"} <= run.keys():
+        fail(f"{latest / 'run.json'} does not say how the run began; copy it there from another step, or start anew with --init {latest}")
+    return run
+
+
+def begin(out, step, model, logs=("metrics.jsonl",)):
+    """Says what is trained by a run that starts behind `step`, and cuts off what was logged of later steps."""
     print_parameters(model)
     if rank() == 0:
-        refused = {reason: len(places) for reason, places in records.refused.items()}
-        print(f"{len(records):,} records" + (f", refused: {refused}" if refused else ""))
-        out.mkdir(parents=True, exist_ok=True)
         for name in logs:
             cut_log(out / name, step)
     barrier()

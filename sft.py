@@ -20,7 +20,7 @@ import cot
 import data
 import eval as evaluation
 import runtime
-from model import QwenVL
+from model import QwenVL, folder
 
 
 def flags():
@@ -61,19 +61,20 @@ def train_step(model, opt, examples, args, step):
 
 
 def main():
-    args = flags().parse_args()
+    args = runtime.parse(flags(), "sft")
     if args.batch % runtime.world():
         runtime.fail(f"--batch {args.batch} is not a multiple of the {runtime.world()} processes")
-    records, val = data.load(args.data, args.root, args.split), data.load(args.data, args.root, "val")[:args.val]
+    records, val = runtime.load_records(args, args.split)
     reason = cot.writer(records, args.cot, args.answer_only)
-    init, out = Path(args.init), Path(args.out)
-    model, processor = QwenVL.from_pretrained(init, dtype=None), data.Processor.from_pretrained(init, max_pixels=args.max_pixels)
+    init, out = folder(args.init), Path(args.out)
     runtime.check_output(out, args.resume)
+    model, processor = QwenVL.from_pretrained(init, dtype=None), data.Processor.from_pretrained(init, max_pixels=args.max_pixels)
+    model.check_processor(processor)
     model = runtime.prepare(model, runtime.start(args.device), args.freeze_vision, args.gradient_checkpointing)
     opt = runtime.optimizer(model, args.lr)
     first = runtime.restore(out, model, opt) if args.resume else 0
     run = runtime.describe(args, "sft", records)
-    runtime.begin(out, first, model, records)
+    runtime.begin(out, first, model)
 
     def examples_of(step):
         """This process's (Prompt, completion ids) of a step."""
@@ -93,7 +94,6 @@ def main():
             runtime.log(out / "metrics.jsonl", line)
             if due:                                                      # last: what a checkpoint covers is logged
                 runtime.save(out, step + 1, model, opt, processor, run)
-            runtime.log(out / "metrics.jsonl", line)
             bar.set_postfix_str(f"loss {line['loss']:.4f} tokens/s {line['tokens_per_second']:.0f} "
                                 f"peak {line['peak_GiB']:.1f} GiB"
                                 + (f" val mIoU {line['val_mIoU']:.3f}" if "val_mIoU" in line else ""))

@@ -1,6 +1,9 @@
 """runtime.py: flags, schedule, data order and log by hand, checkpoints as files. (Processes and resume: test_sft.py, test_rft.py.)"""
 import json
 import math
+import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +11,15 @@ import torch
 import data
 import runtime
 from model import CheckpointError, QwenVL
+
+
+def refused(capsys, call, *args):
+    """The one line that a user's mistake is answered with."""
+    with pytest.raises(SystemExit) as leaving:
+        call(*args)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert leaving.value.code == 2 and len(lines) == 1
+    return lines[0]
 
 
 def test_numbers_that_are_out_of_range_are_no_flags():
@@ -105,6 +117,86 @@ def test_a_state_that_is_cut_off_is_refused_by_name(saved):
         file.write_bytes(file.read_bytes()[:kept])
         with pytest.raises(CheckpointError, match=r"rank_00000_of_00001.safetensors: .*latest at an earlier step"):
             runtime.restore(out, model, opt)
+
+
+def test_an_output_that_cant_be_written_to_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for folder in [tmp_path / "file", tmp_path / "file" / "in"] + ([runtime.Path("/proc/here")] if sys.platform == "linux" else []):
+        for words in (refused(capsys, runtime.check_output, folder, False), refused(capsys, runtime.writable, folder)):
+            assert f"nothing can be written to {folder} (" in words and "--out" in words
+    assert runtime.writable(tmp_path / "a" / "b") == tmp_path / "a" / "b" and not list((tmp_path / "a" / "b").iterdir())
+    runtime.check_output(tmp_path / "a" / "b", False)                    # an empty folder is a new one
+
+
+def parsed(monkeypatch, *flags):
+    parser = runtime.Parser("")
+    runtime.add_common_flags(parser, "sft", "toy/base", 1000)
+    parser.add_argument("--val", type=runtime.natural, default=0)
+    parser.add_argument("--lr", type=runtime.above_zero, default=1e-5)
+    parser.add_argument("--weights", type=float, nargs=3, default=(1.0, 0.5, 0.5))
+    monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, flags)])
+    return runtime.parse(parser, "sft")
+
+
+@pytest.fixture
+def run_json(saved, monkeypatch):
+    """run.json of a run with some flags, beside the checkpoint that it belongs to."""
+    out, (first, last) = saved[0], (data.Records([], {}), data.Records([data.Record("1", "", "x", (0, 0, 1, 1), "", (9, 9))], {}))
+    args = parsed(monkeypatch, "--out", out, "--data", "dior", "--lr", 1e-4, "--init", "toy/base", "--steps", 4, "--freeze-vision")
+    file = out / "latest" / "run.json"
+    file.write_text(json.dumps({**runtime.describe(args, "sft", first), "step": 2}))
+    return out, file, last
+
+
+def test_a_resume_takes_up_the_flags_of_its_run(run_json, monkeypatch, capsys):
+    out, file, _ = run_json
+    args = parsed(monkeypatch, "--out", out, "--resume", "--steps", 6, "--init", "./toy/../toy/base/", "--weights", 1, 0.5, 0.5)
+    assert (args.data, args.lr, args.freeze_vision, args.steps, args.resume, args.out) == ("dior", 1e-4, True, 6, True, str(out))
+    moved = out.rename(out.parent / "moved")
+    assert parsed(monkeypatch, "--out", moved, "--resume", "--workers", 1, "--root", "elsewhere").out == str(moved)
+    for flags, words in [(("--lr", 1e-3), f"--lr 0.001, but the run in {moved} has 0.0001"), (("--data", "synth"), "--data synth"),
+                         (("--init", "other"), "--init other"), (("--seed", 1), "--seed 1"), (("--max-pixels", 9), "--max-pixels 9")]:
+        assert words in refused(capsys, parsed, monkeypatch, "--out", moved, "--resume", *flags)
+
+
+def test_a_resume_goes_on_with_no_other_stage_data_or_folder(run_json, monkeypatch, capsys):
+    out, file, other = run_json
+    monkeypatch.setattr(runtime, "load", lambda *a: other)
+    args = parsed(monkeypatch, "--out", out, "--resume")
+    assert "the records of dior sft are not those of the run" in refused(capsys, runtime.load_records, args, "sft")
+    run = json.loads(file.read_text())
+    file.write_text(json.dumps({**run, "stage": "rft"}))
+    assert "holds a run of rft.py" in refused(capsys, parsed, monkeypatch, "--out", out, "--resume")
+    for broken in ("[]", "{}"):
+        file.write_text(broken)
+        assert "run.json does not say how the run began" in refused(capsys, parsed, monkeypatch, "--out", out, "--resume")
+    file.unlink()
+    assert "run.json does not say how the run began" in refused(capsys, parsed, monkeypatch, "--out", out, "--resume")
+    step = (out / "latest").resolve()
+    (out / "latest").unlink()
+    shutil.copytree(step, out / "latest")
+    assert f"&& ln -s step_000002 {out / 'latest'}" in refused(capsys, parsed, monkeypatch, "--out", out, "--resume")
+    shutil.rmtree(out / "latest")
+    assert "there is no checkpoint in" in refused(capsys, parsed, monkeypatch, "--out", out, "--resume")
+
+
+def test_a_stage_needs_a_record_and_says_what_was_refused(tmp_path, capsys):
+    def args(name, root=None):
+        return SimpleNamespace(data=name, root=root, val=2, resume=False)
+    with pytest.raises(data.DataError, match=r"no record of synth:0.00001 sft to train on; none was refused; is its share too small\?"):
+        runtime.load_records(args("synth:0.00001"), "sft")
+    line = {"image": "none.png", "text": "x", "box": [0, 0, 1, 1]}
+    (tmp_path / "train.jsonl").write_text(json.dumps({**line, "id": "1"}))
+    (tmp_path / "val.jsonl").write_text(json.dumps({**line, "id": "2"}))
+    with pytest.raises(data.DataError, match=rf"to train on; refused: \{{.*: 1\}}; python data.py jsonl --root {tmp_path} says where"):
+        runtime.load_records(args("jsonl", tmp_path), "train")
+    data.Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    (tmp_path / "train.jsonl").write_text(json.dumps({**line, "id": "1", "image": "one.png"}))
+    capsys.readouterr()
+    records, val = runtime.load_records(args("jsonl", tmp_path), "train")
+    assert len(records) == 1 and not val
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "1 records of train" and said[1].startswith("0 records of val, refused: {")
 
 
 def test_an_interrupted_save_leaves_the_last_checkpoint_standing(saved, monkeypatch):

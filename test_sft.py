@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import data
 import runtime
 import sft
-from model import QwenVL
+from model import CheckpointError, QwenVL
 
 
 @pytest.fixture
@@ -112,7 +112,9 @@ def test_one_and_two_processes_and_a_resume_agree(run, tiny_checkpoint, dior_roo
 
     (tmp_path / "one" / "latest").unlink()
     (tmp_path / "one" / "latest").symlink_to("step_000002")
-    again = train(run, tiny_checkpoint, dior_root, tmp_path / "one", "--resume")
+    done = run("sft.py", "--out", tmp_path / "one", "--resume")           # all other flags are the run's
+    assert done.returncode == 0, done.stderr
+    again = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in again] == [line["loss"] for line in whole]          # bit for bit, and nothing logged twice
     resumed = load_file(tmp_path / "one" / "latest" / "model.safetensors")
     assert all(torch.equal(resumed[n], straight[n]) for n in straight)
@@ -163,3 +165,37 @@ def here(monkeypatch, checkpoint, root, out, *more):
     flags = ["--data", "dior", "--root", root, "--init", checkpoint, "--out", out, "--batch", 2, "--val", 1, "--every", 2,
              "--max-new-tokens", 4, "--device", "cpu", *more]
     monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, flags)])
+
+
+def test_a_crash_between_checkpoint_and_log_loses_no_line(monkeypatch, tiny_checkpoint, dior_root, tmp_path):
+    save = runtime.save
+
+    def killed(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(runtime, "save", killed)
+    here(monkeypatch, tiny_checkpoint, dior_root, tmp_path / "out", "--steps", 4)
+    with pytest.raises(KeyboardInterrupt):
+        sft.main()
+    monkeypatch.setattr(runtime, "save", save)
+    here(monkeypatch, tiny_checkpoint, dior_root, tmp_path / "out", "--resume")
+    sft.main()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "val_mIoU" in line) for line in lines] == [(1, False), (2, True), (3, False), (4, True)]
+
+
+def test_an_output_or_a_processor_that_does_not_fit_is_said_before_training(monkeypatch, tiny_checkpoint, dior_root, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(QwenVL, "from_pretrained", lambda *a, **k: pytest.fail("the weights were loaded"))
+    here(monkeypatch, tiny_checkpoint, dior_root, tmp_path / "file")
+    with pytest.raises(SystemExit):
+        sft.main()
+    monkeypatch.undo()
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in tiny_checkpoint.iterdir():
+        (other / file.name).write_text(file.read_text().replace('"patch_size": 14', '"patch_size": 16')) if "pre" in file.name else (
+            other / file.name).symlink_to(file)
+    here(monkeypatch, other, dior_root, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="patch_size is 16"):
+        sft.main()
