@@ -33,7 +33,6 @@ import reward
 import runtime
 from data import DataError
 from generate import generate
-from model import QwenVL
 
 REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"), ("lower left", "bottom", "lower right"))
 SAME_OBJECT = 0.9                 # IoU above which another annotation is the target itself under another expression
@@ -283,8 +282,7 @@ def teach(args, records, device):
     if cut:
         os.truncate(out, len(whole) + bool(whole))
     left = [r for r in records if r.id not in done][:args.limit]
-    model = QwenVL.from_pretrained(args.teacher, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-    processor = data.Processor.from_pretrained(args.teacher)
+    model, processor = runtime.open_checkpoint(args.teacher, device)
     reasons = {}
     with open(out, "a", encoding="utf-8") as file, tqdm(total=len(left), desc="teacher") as bar:
         for i in range(0, len(left), args.batch):

@@ -38,7 +38,7 @@ import reward
 import runtime
 from data import DataError, Frame
 from generate import generate
-from model import CheckpointError, QwenVL
+from model import CheckpointError
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 AT_LEAST = ("opt",)                                       # data sets whose own evaluation counts IoU >= t
@@ -525,8 +525,7 @@ def main():
             report(named, file, None, predictions)
     else:
         for stage, folder in stages:
-            model = QwenVL.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-            processor = data.Processor.from_pretrained(folder)
+            model, processor = runtime.open_checkpoint(folder, device)
             if runs[folder].get("prompt_hash", data.prompt_hash()) != data.prompt_hash() and runtime.rank() == 0:
                 print(f"{folder}: trained with another prompt than data.PROMPT; expect lower scores")
             for temperature in args.temperature:
@@ -567,14 +566,13 @@ def ask(stage, folder, device, args):
         raise DataError(f"--image {path}: unreadable ({error})") from None
     out = Path(args.out or Path(args.ckpt) / "eval")
     runtime.writable(out)
-    processor = data.Processor.from_pretrained(folder)
+    model, processor = runtime.open_checkpoint(folder, device)
     prompt = processor(image, args.text)
     (W, H), (w, h) = prompt.frame.original, prompt.frame.resized
     unit = processor.patch * processor.merge
     if round(W / unit) * round(H / unit) * unit ** 2 > processor.max_pixels:
         print(f"{path} has {W} x {H} pixels, more than the model's limit of {processor.max_pixels:,}: it is shrunk to {w} x {h}, and small "
               "objects may be lost; cut it into parts to keep them")
-    model = QwenVL.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     tokens, _, lengths = generate(model, [prompt], 1, args.max_new_tokens, args.temperature[0], torch.tensor([args.seed]))
     answer = processor.decode(tokens[0, 0].cpu()[:lengths[0, 0]])
     strict = locate(reward.parse_box(answer), prompt.frame)

@@ -1,8 +1,9 @@
 """Qwen2.5-VL from its safetensors: vision tower, language model, one attention function.
 
-Tokens are packed, (N, D), everywhere: the sequences of a batch lie one behind the other and no padding is computed. A `Plan` says what may
-see what; a layer is norm, attention, norm, MLP and knows nothing of batches. Two steps serve everything: prompts are prefilled, completions
-extend them, with gradient (`score`) or without (`prefill`, `decode`; see generate.py), so that sampled and scored log-probabilities agree.
+Tokens are packed, (N, D), everywhere: the sequences of a batch lie one behind the other and no padding is computed, but that a decoding
+step masks the ends of shorter prompts (`Cache`). A `Plan` says what may see what; a layer is norm, attention, norm, MLP and knows nothing
+of batches. Two steps serve everything: prompts are prefilled, completions extend them, with gradient (`score`) or without (`prefill`,
+`decode`; see generate.py), so that sampled and scored log-probabilities agree.
 
 Shapes: N packed tokens, D width, H heads, KV key-value heads, hd head width, Q prompts, G rollouts of a prompt, V vocabulary.
 Source: the Qwen2.5-VL report (arXiv 2502.13923) and the released checkpoints; module names are the checkpoint's names.

@@ -24,7 +24,7 @@ import eval as evaluation
 import reward
 import runtime
 from generate import generate
-from model import QwenVL, folder
+from model import folder
 
 MAX_LOG_RATIO = 20.0              # exp() of more is of no use and may be infinite
 
@@ -47,7 +47,8 @@ def flags():
     add = parser.add_argument_group("reward").add_argument
     add("--weights", type=runtime.finite, nargs=3, default=(1.0, 0.5, 0.5), metavar=("IOU", "POS", "FORMAT"), help="of the reward's terms")
     add("--positional", choices=reward.POSITIONAL, default="exp", help="shape of the positional term")
-    add("--tau", type=runtime.above_zero, default=0.1, help="its scale, in image sides (in target diagonals where size-aware: try 1)")
+    add("--tau", type=runtime.above_zero, default=0.1, help="its scale, in image sides over sqrt(2) (in target diagonals where size-aware: "
+        "try 1)")
     add("--weighting", choices=(*reward.WEIGHTINGS, "shuffled"), default="coherent",
         help="of groups: more for those that agree, or that scatter (focus), none, or the coherent weights dealt at random (control)")
     add = parser.add_argument_group("watching").add_argument
@@ -129,12 +130,11 @@ def main():
     records, val = runtime.load_records(args, "rft")
     init, out = folder(args.init), Path(args.out)
     runtime.check_output(out, args.resume)
-    model, processor = QwenVL.from_pretrained(init, dtype=None), data.Processor.from_pretrained(init, max_pixels=args.max_pixels)
-    model.check_processor(processor)
+    model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
     device = runtime.start(args.device)
     reference = None
     if args.beta:                                                        # in the compute dtype, frozen
-        reference = QwenVL.from_pretrained(init, torch.bfloat16 if device.type == "cuda" else torch.float32, device).requires_grad_(False)
+        reference = runtime.open_checkpoint(init, device)[0].requires_grad_(False)
     model = runtime.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
     opt = runtime.optimizer(model, args.lr)
     first = runtime.restore(out, model, opt) if args.resume else 0

@@ -29,8 +29,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from data import DataError, load, prompt_hash, read_json
-from model import CheckpointError
+from data import DataError, Processor, load, prompt_hash, read_json, told_refused
+from model import CheckpointError, QwenVL
 
 STUCK_AFTER = 1800                # seconds without a step: every process prints where it is
 STOP_AFTER_SKIPPED = 5            # non-finite steps in a row: something is broken
@@ -40,11 +40,16 @@ FREE = ("root", "steps", "device", "workers", "micro_tokens", "every", "val", "g
 
 # ------------------------------------------------------------------------------------------------------------------ flags and mistakes
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):                                  # no "(default: None)" behind a text that says what happens then
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """A wrong flag is one line, exit status 2."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, formatter_class=Defaults)
 
     def error(self, message):
         fail(f"{message}; {self.prog} --help explains every flag")
@@ -291,17 +296,16 @@ def update(model, opt, lr, max_norm=1.0):
 def load_records(args, split):
     """The records to train on, one at least and with --resume those of the run, and --val of the val split; prints what was refused."""
     loaded = {name: load(args.data, args.root, name) for name in ((split, "val") if args.val else (split,))}
-    refused = {name: {reason: len(places) for reason, places in records.refused.items()} for name, records in loaded.items()}
-    records, command = loaded[split], f"python data.py {args.data}" + (f" --root {args.root}" if args.root else "")
+    refused = {name: told_refused(some, args.data, args.root, name) for name, some in loaded.items()}
+    records = loaded[split]
     if not records:
-        why = f"refused: {refused[split]}; {command} says where" if refused[split] else "none was refused; is its share too small?"
-        raise DataError(f"no record of {args.data} {split} to train on; {why}")
+        raise DataError(f"no record of {args.data} {split} to train on; {refused[split] or 'none was refused; is its share too small?'}")
     if args.resume and (before := recorded(Path(args.out))["data_hash"]) != records.hash:
         fail(f"--resume, but the records of {args.data} {split} are not those of the run in {args.out} ({records.hash}, not {before}); "
              "name their --root, or start another run with another --out")
     if rank() == 0:
-        for name, counts in refused.items():
-            print(f"{len(loaded[name]):,} records of {name}" + (f", refused: {counts}" if counts else ""))
+        for name, some in loaded.items():
+            print(f"{len(some):,} records of {name}" + (f"; {refused[name]}" if refused[name] else ""))
     return records, loaded.get("val", [])[:args.val]
 
 
@@ -409,6 +413,16 @@ def check_output(out, resume):
         fail(f"{out} already holds a run, up to {(out / 'latest').resolve().name}; go on with --resume, or name another --out")
     if not resume and any(out.iterdir()):
         fail(f"{out} is not empty, but holds no checkpoint; remove it, or name another --out")
+
+
+def open_checkpoint(folder, device=None, max_pixels=None):
+    """-> QwenVL and Processor of a checkpoint, which fit each other, or a CheckpointError: to answer on a device, in what it computes in
+    (bfloat16 on CUDA, float32 on CPU), or without one as stored, to be prepared for training."""
+    dtype = None if device is None else torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = QwenVL.from_pretrained(folder, dtype, device or "cpu")
+    processor = Processor.from_pretrained(folder, max_pixels=max_pixels)
+    model.check_processor(processor)
+    return model, processor
 
 
 def recorded(out):

@@ -20,7 +20,7 @@ import cot
 import data
 import eval as evaluation
 import runtime
-from model import QwenVL, folder
+from model import folder
 
 
 def flags():
@@ -68,8 +68,7 @@ def main():
     reason = cot.writer(records, args.cot, args.answer_only)
     init, out = folder(args.init), Path(args.out)
     runtime.check_output(out, args.resume)
-    model, processor = QwenVL.from_pretrained(init, dtype=None), data.Processor.from_pretrained(init, max_pixels=args.max_pixels)
-    model.check_processor(processor)
+    model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
     model = runtime.prepare(model, runtime.start(args.device), args.freeze_vision, args.gradient_checkpointing)
     opt = runtime.optimizer(model, args.lr)
     first = runtime.restore(out, model, opt) if args.resume else 0

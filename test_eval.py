@@ -278,7 +278,7 @@ def fake_generate(model, prompts, group, max_new_tokens, temperature, seeds):
 def install(replace):
     """The fakes, by `setattr` or monkeypatch's."""
     replace(evaluation, "generate", fake_generate)
-    replace(evaluation, "QwenVL", SimpleNamespace(from_pretrained=lambda folder, dtype, device: None))
+    replace(evaluation.runtime, "open_checkpoint", lambda folder, device: (None, FakeProcessor()))
     replace(data, "Processor", SimpleNamespace(from_pretrained=lambda folder: FakeProcessor()))
     replace(data, "READERS", {**data.READERS, "tiny": tiny})
 
@@ -594,7 +594,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_a_model_is_loaded(roo
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (100, 100)).save("a.png")
     Path("p.jsonl").write_text(json.dumps({"id": "r0", "box": None}))
-    monkeypatch.setattr(evaluation, "QwenVL", None)
+    monkeypatch.setattr(evaluation.runtime, "open_checkpoint", None)
     with pytest.raises(SystemExit) as stop:
         fakes(tmp_path, "--device", "cpu", "--out", "/proc/self", *more)
     error = capfd.readouterr().err

@@ -27,7 +27,6 @@ import data  # noqa: E402
 import reward  # noqa: E402
 import rft  # noqa: E402
 import runtime  # noqa: E402
-from model import QwenVL  # noqa: E402
 
 TARGET = "mean IoU"
 
@@ -101,7 +100,7 @@ def main():
     if args.batches < 3:
         runtime.fail(f"--batches {args.batches} has no pairs left once one is left out; use 3 or more")
     records, init = data.load(args.data, args.root, "rft"), Path(args.init)
-    model, processor = QwenVL.from_pretrained(init, dtype=None), data.Processor.from_pretrained(init, max_pixels=args.max_pixels)
+    model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
     model = runtime.prepare(model, runtime.start(args.device), args.freeze_vision)
     found, means = {}, []
     with tqdm(range(args.batches), desc="gradients") as bar:
