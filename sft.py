@@ -30,7 +30,8 @@ def flags():
     add("--batch", type=runtime.positive, default=16, help="records a step, over all processes")
     add("--lr", type=runtime.above_zero, default=1e-5, help="peak learning rate; 1e-5 for a 3B model, about 1e-3 for the embedded one")
     add("--cot", metavar="FILE", help="JSONL of your own reasoning by record id; default: written from the annotations")
-    add("--split", default="sft", help="records to train on; rft with --answer-only: the boxes of the second stage, as a control")
+    add("--split", default="sft", help="records to train on; rft: those of the second stage, with --answer-only "
+        "their boxes alone, as a control")
     add("--answer-only", action="store_true", help="no reasoning, the answer alone: the baseline")
     add = parser.add_argument_group("watching").add_argument
     add("--every", type=runtime.positive, default=200, help="steps between checkpoints and validation")
