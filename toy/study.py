@@ -152,16 +152,17 @@ def training(regime, arms):
 
 def figure(tests, path):
     """tests: (regime, split, arm, seed, test) -> a picture: each difference from SFT with its interval, a line an arm and seed."""
-    high, left, width = 17, 330, 900
-    limit = max(0.02, *(abs(v) for *_, t in tests for v in t["ci"]))
+    high, left, width = 17, 280, 900
+    ends = [v for *_, t in tests for v in t["ci"]]
+    low, most = min(-0.01, *ends), max(0.01, *ends)
     image = Image.new("RGB", (width, high * (len(tests) + 2)), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
 
     def at(v):
-        return left + (width - left - 20) * (v + limit) / (2 * limit)
+        return left + (width - left - 20) * (v - low) / (most - low)
     pen.line([at(0), high, at(0), image.height - high], fill="#999999")
-    pen.text((at(0) - 90, 1), "mIoU greedy, minus SFT", fill="black", font=font)
-    for value in (-limit, 0, limit):
+    pen.text((left, 1), "mIoU greedy, minus SFT: difference and 95% interval over scenes", fill="black", font=font)
+    for value in (low, 0, most):
         pen.text((at(value) - 15, image.height - high), f"{value:+.2f}", fill="black", font=font)
     for i, (regime, split, arm, seed, t) in enumerate(tests):
         y = high * (i + 1.5)
