@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The study: what the two terms give on the embedded world, beside their controls, in several regimes and for several seeds. Hours on two cores.
+# The study: the paper's four ablations on the embedded world (CoT-SFT, reward, weight, stability), beside their controls, in several
+# regimes and for several seeds. Hours on two cores.
 # It can be stopped at any time and run again: what is finished stands, what was stopped goes on. toy/study.py writes the tables and the figure.
 #   STUDY=ckpt/look REGIMES=little SEEDS=0 RFT=20 TEST=40 bash ablate.sh        a quick look
-#   ARMS=own OWN="--positional size-aware --tau 1" bash ablate.sh               a variant of yours beside them; a study has one of them
+#   ARMS=own OWN="--alpha 10" bash ablate.sh                                    a variant of yours beside them; a study has one of them
 #   OMP_NUM_THREADS=1 SEEDS=0 taskset -c 0 bash ablate.sh                       one core for a seed, another one beside it
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -12,7 +13,9 @@ STUDY=${STUDY:-ckpt/study}
 REGIMES=${REGIMES:-little small wide}       # SFT on a tenth of its records, then RFT on the world as it is; or with things half as long; SFT on all
 SEEDS=${SEEDS:-0 1 2}
 RFT=${RFT:-120} TEST=${TEST:-1000}
-ARMS=${ARMS:-iou positional coherent shuffled focus boxes}
+# does CoT-SFT matter: base direct (sft) iou consistency boxes; which reward: iou giou diou center positional; which weight: positional (off)
+# mean variance consistency shuffled; stability: iou and consistency for twice the steps.
+ARMS=${ARMS:-base direct iou giou diou center positional mean variance consistency shuffled boxes longer consistency-longer}
 TOKENS="--max-new-tokens 160"
 
 train() {                                    # folder, then the command; --resume where it was stopped
@@ -43,19 +46,25 @@ for seed in $SEEDS; do
     sft=$STUDY/sft_${learn/:/_}/$seed
     train $sft sft.py --data $learn --init toy/base --steps $steps --batch 16 --lr 1.5e-3 --freeze-vision --every $steps $TOKENS --seed $seed
     for arm in sft $ARMS; do
-      rft="rft.py --data $data --init $sft --steps $RFT --prompts 32 --temperature 0.6 $std --lr 2e-4 --freeze-vision
-           --every 40 --micro-tokens 16384 $TOKENS --seed $seed"
+      common="rft.py --data $data --prompts 32 --temperature 0.6 $std --lr 2e-4 --beta 0 --freeze-vision --every 40 --micro-tokens 16384
+              $TOKENS --seed $seed"
+      rft="$common --init $sft --steps $RFT"
       model=$here/$arm
       case $arm in
         sft) model=$sft;;
-        iou) train $model $rft --weights 1.5 0 0.5 --weighting off;;         # the positional term's weight on the IoU: the format keeps its share
-        positional) train $model $rft --weighting off;;
-        coherent | focus | shuffled) train $model $rft --weighting $arm;;
+        base) model=toy/base;;
+        direct) train $model $common --init toy/base --steps $RFT --reward iou=1 format=1 --weighting off;;
+        iou) train $model $rft --reward iou=1 format=1 --weighting off;;
+        giou | diou | center | positional) train $model $rft --reward iou=1 $arm=0.1 format=1 --weighting off;;
+        mean | variance | consistency | shuffled) train $model $rft --weighting $arm;;
+        longer) train $model $common --init $sft --steps $((2 * RFT)) --reward iou=1 format=1 --weighting off;;
+        consistency-longer) train $model $common --init $sft --steps $((2 * RFT));;
         own) train $model $rft --weighting off ${OWN:?says what your variant changes, as flags of rft.py};;
         # As long as RFT takes: one of its steps of 256 rollouts, made and learned from, costs what ten of 32 answers cost.
         boxes) train $model sft.py --data $data --split rft --answer-only --init $sft --steps $((10 * RFT)) --batch 32 --lr 5e-4 \
           --freeze-vision --every $((10 * RFT)) $TOKENS --seed $seed;;
-        *) echo "ablate.sh: no arm $arm; there are iou, positional, coherent, shuffled, focus, boxes, own" >&2; exit 2;;
+        *) echo "ablate.sh: no arm $arm; there are base, direct, iou, giou, diou, center, positional, mean, variance," \
+             "consistency, shuffled, boxes, longer, consistency-longer, own" >&2; exit 2;;
       esac
       score $model $data test
       score $model $data test 1

@@ -32,6 +32,6 @@ for a, b in zip(whole, resumed, strict=True):
 PYTHON
     done ;;
 study)      # the main regime of ablate.sh for longer than two cores can
-    PY=python STUDY="$out/study" REGIMES=small SEEDS=0 RFT="${STEPS:-1000}" ARMS="iou positional coherent" bash ablate.sh ;;
+    PY=python STUDY="$out/study" REGIMES=small SEEDS=0 RFT="${STEPS:-1000}" ARMS="iou positional consistency" bash ablate.sh ;;
 *)  echo "gpu.sh: say which part: speed, batches, stages or study" >&2; exit 2 ;;
 esac

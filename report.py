@@ -15,8 +15,9 @@ PICTURES, PICTURE_BYTES = 200, 12_000
 SIDE = 320                        # pixels, longer side of a picture
 LETTERS = 1000                    # of an answer that are shown, fewer where they take more room in HTML
 VALUES = 60                       # lines of a breakdown, those of the most records
-CURVES = (("reward", "iou", "positional", "format"), ("dispersion",), ("length",), ("kl",), ("loss",), ("val_mIoU", "val_Pr@0.5"))
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+CURVES = (("consistency_weight_min", "consistency_weight", "consistency_weight_max"), ("dispersion",), ("length",), ("kl",), ("loss",),
+          ("val_mIoU", "val_Pr@0.5"))
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 STYLE = """body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 12px;max-width:1000px;color:#222}
 h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85em}td,th{white-space:nowrap;
@@ -41,7 +42,8 @@ def write(path, rows, cases, stages, records=(), more=None):
              "<h2>Scores</h2><p>In brackets 95% intervals, resampled over images.</p>",
              scores(rows), guessed(more["centre_box"]) if more else "", compared((more or {}).get("comparison"))]
     for name, lines, _ in logs:
-        pictures = "".join(curve([(k, [(x["step"], x[k]) for x in lines if plottable(x, k)]) for k in keys]) for keys in CURVES)
+        pictures = "".join(curve([(k, [(x["step"], x[k]) for x in lines if plottable(x, k)]) for k in keys])
+                           for keys in (*reward_curves(lines), *CURVES))
         if pictures:
             parts.append(f"<h2>Training: {text(name)}</h2><div class=row>{pictures}</div>")
     for name, lines in groups:
@@ -130,6 +132,14 @@ def read_lines(path):
                     yield value
 
 
+def reward_curves(lines) -> list[tuple[str, ...]]:
+    """The curves of the reward: its terms, and their standard deviation within a group. Whatever terms a run had, each is logged beside
+    a key NAME_group_std, by which it is known here."""
+    suffix = "_group_std"
+    deviations = list(dict.fromkeys(key for line in lines for key in line if key.endswith(suffix)))
+    return [tuple(key.removesuffix(suffix) for key in deviations), tuple(deviations)]
+
+
 def plottable(line, key):
     return all(type(line.get(k)) in (int, float) and math.isfinite(line[k]) for k in ("step", key))
 
@@ -142,10 +152,12 @@ def curve(series, width=320, height=170):
     xs, ys = zip(*(p for _, points in series for p in points))
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
     lines, names = [], []
-    for colour, (name, points) in zip(COLOURS, series):
+    for i, (name, points) in enumerate(series):
+        colour = COLOURS[i % len(COLOURS)]
+        dashes = f' stroke-dasharray="{3 * (i // len(COLOURS))} 3"' if i >= len(COLOURS) else ""
         across, up = (width - 8) / (right - left or 1), (height - 36) / (high - low or 1)
         at = " ".join(f"{4 + across * (x - left):.1f},{height - 18 - up * (y - low):.1f}" for x, y in points)
-        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{at}"/>')
+        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.5"{dashes} points="{at}"/>')
         names.append(f'<span style="color:{colour}">{text(name)}</span>')
     marks = ((4, 12, f"{high:.4g}"), (4, height - 4, f"{low:.4g}"), (width / 2, height - 4, f"step {left} to {right}"))
     words = "".join(f'<text x="{x}" y="{y}" font-size="11" fill="#666">{word}</text>' for x, y, word in marks)

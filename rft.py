@@ -1,19 +1,24 @@
-"""Stage 2: GRPO on groups of rollouts, with a continuous positional reward and updates weighted by the rollouts' spatial consistency.
+"""Stage 2: GRPO on groups of rollouts, with a continuous positional reward and a loss weighted by the rollouts' spatial consistency.
 
-Per step: sample G answers to each of Q questions, reward them (reward.py), compare each with its own group, weight the groups by how far
-their boxes agree, and take one clipped policy-gradient step (or --updates of them). Boxes alone are needed, no reasoning.
+Per step: sample G answers to each of Q questions, reward them (reward.py), compare each with its own group, weight the loss of each group
+by how far its rollouts fail or scatter, and take one clipped policy-gradient step (or --updates of them). Boxes alone are needed, no
+reasoning.
 
-Source: GRPO is DeepSeekMath's (arXiv 2402.03300) with token-level normalisation over the whole step's tokens; the positional reward and the
-consistency weight are our reading of the abstract of RSGround-R1 (arXiv 2601.21634), whose formulas are not public to us. The weight is
-scaled so that a step moves the policy as far as without it; otherwise its effect could not be told from another learning rate.
+Source: RSGround-R1 (arXiv 2601.21634): the reward is R = IoU + 0.1 positional + format (section 3.3), and the whole loss of a group is
+multiplied by its weight (section 3.4); both second-hand. That the KL is part of what is multiplied, and that weights are not renormalised
+over the step, is our reading. Where the paper's settings are not known, the defaults are VLM-R1's (G 8, lr 1e-6, KL 0.04, clip 0.2,
+temperature 1). GRPO is DeepSeekMath's (arXiv 2402.03300); that the loss is a mean over all tokens of the step is ours.
 
-    torchrun rft.py --data dior                                  one GPU; starts from ckpt/sft, writes ckpt/rft
+    torchrun rft.py --data dior --epochs 0.4                     one GPU; starts from ckpt/sft, writes ckpt/rft
     torchrun --nproc_per_node 8 rft.py --data dior               eight GPUs, the same result to rounding
     python rft.py                                                the embedded data on a laptop
 """
+import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,13 +32,36 @@ from generate import generate
 from model import folder
 
 MAX_LOG_RATIO = 20.0              # exp() of more is of no use and may be infinite
+REWARD = {"iou": 1.0, "positional": 0.1, "format": 1.0}
+WEIGHTINGS = ("consistency", "mean", "variance", "off", "shuffled")
+
+
+class NamedWeights(argparse.Action):
+    """NAME=WEIGHT ... -> a dict. Names are those of reward.TERMS, and "format"."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
+                 option: str | None = None) -> None:
+        weights: dict[str, float] = {}
+        for text in values:
+            name, _, weight = text.partition("=")
+            if name not in (*reward.TERMS, "format"):
+                raise argparse.ArgumentError(self, f"{text}: no term is called {name!r}; there are {', '.join((*reward.TERMS, 'format'))}")
+            if name in weights:
+                raise argparse.ArgumentError(self, f"{text}: {name} comes twice")
+            try:
+                weights[name] = runtime.finite(weight)
+            except argparse.ArgumentTypeError:
+                raise argparse.ArgumentError(self, f"{text} is not NAME=WEIGHT with a finite number") from None
+        # In one order, whatever the user's: the sum of the terms is then the same to the bit.
+        ordered = {name: weights[name] for name in (*reward.TERMS, "format") if name in weights}
+        setattr(namespace, self.dest, ordered)
 
 
 def flags():
     parser = runtime.Parser("GRPO with a positional reward and consistency-weighted updates (stage 2)")
-    runtime.add_common_flags(parser, "rft", "ckpt/sft", 500)
+    runtime.add_common_flags(parser, "rft", "ckpt/sft", "0.4 epochs")
     add = parser.add_argument_group("policy gradient").add_argument
-    add("--prompts", type=runtime.positive, default=16, help="questions Q a step, over all processes")
+    add("--prompts", type=runtime.positive, default=8, help="questions Q a step, over all processes")
     add("--group", type=runtime.positive, default=8, help="rollouts G of each question")
     add("--max-new-tokens", type=runtime.positive, default=256, help="tokens; a longer rollout is cut and counted as truncated")
     add("--temperature", type=runtime.above_zero, default=1.0, help="of sampling, and so of the scored log-probabilities")
@@ -42,15 +70,17 @@ def flags():
     add("--updates", type=runtime.positive, default=1, help="passes over a step's rollouts")
     add("--clip", type=runtime.not_negative, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"),
         help="the ratio is clipped to 1 - LOW .. 1 + HIGH")
-    add("--beta", type=runtime.not_negative, default=0.0, help="weight of the KL to the starting policy; at 0 no reference model is kept")
+    add("--beta", type=runtime.not_negative, default=0.04, help="weight of the KL to the starting policy; at 0 no reference model is kept")
     add("--no-std", action="store_true", help="do not divide advantages by their group's standard deviation")
     add = parser.add_argument_group("reward").add_argument
-    add("--weights", type=runtime.finite, nargs=3, default=(1.0, 0.5, 0.5), metavar=("IOU", "POS", "FORMAT"), help="of the reward's terms")
-    add("--positional", choices=reward.POSITIONAL, default="exp", help="shape of the positional term")
-    add("--tau", type=runtime.above_zero, default=0.1, help="its scale, in image sides over sqrt(2) (in target diagonals where size-aware: "
-        "try 1)")
-    add("--weighting", choices=(*reward.WEIGHTINGS, "shuffled"), default="coherent",
-        help="of groups: more for those that agree, or that scatter (focus), none, or the coherent weights dealt at random (control)")
+    add("--reward", nargs="+", action=NamedWeights, default=dict(REWARD), metavar="NAME=WEIGHT",
+        help=f"terms of the reward with their weights: {', '.join(reward.TERMS)}, format; at 0 a term is logged alone; default: "
+        + " ".join(f"{name}={weight:g}" for name, weight in REWARD.items()))
+    add("--alpha", type=runtime.above_zero, default=2.5, help="scale of the positional term's kernel, in halves of the true box's sides")
+    add("--weighting", choices=WEIGHTINGS, default="consistency", help="of a group's loss: by mean and variance of its IoU, by one, "
+        "not at all, or the consistency weights dealt at random (control)")
+    add("--lambdas", type=runtime.finite, nargs=2, default=(1.2, 1.0), metavar=("MEAN", "VARIANCE"),
+        help="of the consistency weight: exp(MEAN (1 - mean IoU) + VARIANCE variance), cut to 0.5 .. 3")
     add = parser.add_argument_group("watching").add_argument
     add("--every", type=runtime.positive, default=50, help="steps between checkpoints, pictures and validation")
     add("--val", type=runtime.natural, default=64, help="records of the val split in a validation; 0 for none")
@@ -59,36 +89,35 @@ def flags():
 
 # ------------------------------------------------------------------------------------------------------------------ the objective
 
-def advantages(reward, weight, divide_by_std=True):
-    """reward (Q, G), weight (Q,) -> advantages (Q, G) float32, over the groups of all ranks; our reading of the consistency guidance.
+def advantages(rewards: torch.Tensor, divide_by_std: bool = True) -> torch.Tensor:
+    """rewards (Q, G) -> advantages (Q, G): (R - mean) / (std + 1e-4) within a group, exactly 0 where all its rewards are equal.
 
-    (R - mean) / (std + 1e-4) within a group, exactly 0 where all rewards are equal; then times the group's weight, scaled so that the sum
-    of |A| over the step stays what it was. One weight a group: its advantages still sum to 0."""
-    plain = reward - reward.mean(1, keepdim=True)
+    Source: GRPO (arXiv 2402.03300), as VLM-R1 computes it; without the division: Dr. GRPO (arXiv 2503.20783)."""
+    advantage = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std:
-        plain = plain / (reward.std(1, keepdim=True) + 1e-4)
-    plain = plain.masked_fill((reward.amax(1) == reward.amin(1))[:, None], 0.0)
-    weighted = plain * weight[:, None]
-    before, after = runtime.all_sum(torch.stack((plain.abs().sum(), weighted.abs().sum()))).tolist()
-    return weighted * (before / after) if after > 0 else plain
+        advantage = advantage / (rewards.std(1, keepdim=True) + 1e-4)
+    return advantage.masked_fill((rewards.amax(1) == rewards.amin(1))[:, None], 0.0)
 
 
-def policy_loss(logp, logp_old, logp_ref, advantage, n_tokens, clip=(0.2, 0.2), beta=0.0):
-    """logp, logp_old, logp_ref (None at beta 0), advantage: packed (tokens,) -> loss, and sums over tokens to log.
+def policy_loss(logp: torch.Tensor, logp_old: torch.Tensor, logp_ref: torch.Tensor | None, advantage: torch.Tensor,
+                weight: torch.Tensor, n_tokens: int, clip: tuple[float, float] = (0.2, 0.2), beta: float = 0.0,
+                ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """logp, logp_old, logp_ref (None at beta 0), advantage, weight: packed (tokens,) -> loss, and sums over tokens to log.
 
     n_tokens: of the whole step, over all micro-batches and ranks, so that losses and gradients simply add up. Clipped surrogate of PPO
-    (arXiv 1707.06347) minus beta times the k3 estimate of the KL to the reference."""
+    (arXiv 1707.06347) minus beta times the k3 estimate of the KL to the reference. The whole of a token's loss is multiplied by the weight
+    of its group: section 3.4 of RSGround-R1 (second-hand); that the KL is part of it is our reading."""
     log_ratio = (logp - logp_old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
     gain = torch.minimum(ratio * advantage, clipped * advantage)
     sums = {"clipped": (ratio * advantage > clipped * advantage).float().sum().detach()}
     if beta:
-        away = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        kl = away.exp() - away - 1
+        log_ref = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        kl = log_ref.exp() - log_ref - 1
         gain = gain - beta * kl
         sums["kl"] = kl.sum().detach()
-    return -gain.sum() / n_tokens, sums
+    return -(weight.detach() * gain).sum() / n_tokens, sums
 
 
 # ------------------------------------------------------------------------------------------------------------------ rollouts, rewards
@@ -104,22 +133,56 @@ def rollout(model, processor, prompts, args, seeds):
 
 
 def grade(texts, prompts, records, args):
-    """texts (Q lists of G) -> the reward and its terms, each (Q, G); boxes (Q, G, 4) in original pixels, NaN where invalid."""
+    """texts (Q lists of G) -> the reward and its terms, each (Q, G); boxes (Q, G, 4) in original pixels, NaN where invalid.
+
+    Where a box is invalid every term but the format is 0, whatever its function gives."""
     nothing = (torch.nan,) * 4
     boxes = torch.tensor([[evaluation.locate(reward.parse_box(t), p.frame) or nothing for t in group] for group, p in zip(texts, prompts)])
     target, size = (torch.tensor([getattr(r, name) for r in records], dtype=torch.float32)[:, None] for name in ("box", "size"))
-    terms = {"iou": reward.iou(boxes, target), "positional": reward.positional(boxes, target, size, args.tau, args.positional),
-             "format": torch.tensor([[float(reward.format_ok(t)) for t in group] for group in texts])}
-    return {"reward": sum(w * term for w, term in zip(args.weights, terms.values(), strict=True)), **terms}, boxes
+    terms = {}
+    for name in args.reward:
+        if name == "format":
+            terms[name] = torch.tensor([[float(reward.format_ok(t)) for t in group] for group in texts])
+        else:
+            value = term_function(name, args.alpha)(boxes, target, size)
+            if value.shape != boxes.shape[:2]:
+                raise ValueError(f"the reward term {name} has the shape {tuple(value.shape)}, not (Q, G) = {tuple(boxes.shape[:2])}")
+            terms[name] = value.masked_fill(boxes.isnan().any(-1), 0.0)
+    terms.setdefault("iou", reward.iou(boxes, target))                   # weights and log need it, be it rewarded or not
+    return {"reward": sum(weight * terms[name] for name, weight in args.reward.items()), **terms}, boxes
 
 
-def group_weights(consistency, valid_share, args, step):
-    """consistency (Q,), valid_share (Q,) -> weight (Q,) of each group in the update."""
-    if args.weighting != "shuffled":
-        return reward.update_weight(consistency, valid_share, args.weighting)
-    weights = runtime.all_gather(reward.update_weight(consistency, valid_share, "coherent"))          # of all ranks, the same on each
-    dealt = torch.randperm(len(weights), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + step))
-    return weights[dealt][runtime.rank() * len(consistency):][:len(consistency)]
+def term_function(name: str, alpha: float) -> Callable:
+    """The function of reward.TERMS of this name; the positional term with this alpha."""
+    if name == "positional":
+        return lambda pred, target, size: reward.positional(pred, target, alpha)
+    return reward.TERMS[name]
+
+
+def group_weights(iou: torch.Tensor, args: argparse.Namespace, step: int) -> torch.Tensor:
+    """IoU rewards (Q, G) of this process's groups -> the weight (Q,) of each group's loss. No sum over the step is kept: weights are not
+    renormalised (our reading of section 3.4).
+
+    shuffled: the consistency weights of the whole step, dealt at random over its groups, on all processes alike. Ours, a control."""
+    weight = partial(reward.consistency_weight, iou)
+    mean, variance = args.lambdas
+    if args.weighting == "off":
+        return torch.ones(len(iou))
+    if args.weighting == "mean":
+        return weight(mean, 0.0)
+    if args.weighting == "variance":
+        return weight(0.0, variance)
+    if args.weighting == "consistency":
+        return weight(mean, variance)
+    whole_step = by_place(runtime.all_gather(weight(mean, variance)))
+    dealt = torch.randperm(len(whole_step), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+    return whole_step[dealt][runtime.rank()::runtime.world()]
+
+
+def by_place(gathered: torch.Tensor) -> torch.Tensor:
+    """(world * n,) with each process's values one behind the other -> the same by place in the step: process r has the places r,
+    r + world, ... So what is dealt to a place does not depend on the number of processes."""
+    return gathered.view(runtime.world(), -1).T.flatten()
 
 
 # ------------------------------------------------------------------------------------------------------------------ the stage
@@ -128,6 +191,7 @@ def main():
     args = runtime.parse(flags(), "rft")
     check(args)
     records, val = runtime.load_records(args, "rft")
+    runtime.set_steps(args, len(records), args.prompts, epochs=0.4)
     init, out = folder(args.init), Path(args.out)
     runtime.check_output(out, args.resume)
     model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
@@ -157,7 +221,8 @@ def main():
             runtime.log(out / "metrics.jsonl", line)
             if due:                                                      # last: what a checkpoint covers is logged
                 runtime.save(out, step + 1, model, opt, processor, run)
-            bar.set_postfix_str(f"reward {line['reward']:.3f} iou {line['iou']:.3f} tokens {line['length']:.0f} kl {line['kl']:.4f} "
+            kl = f"kl {line['kl']:.4f} " if "kl" in line else ""
+            bar.set_postfix_str(f"reward {line['reward']:.3f} iou {line['iou']:.3f} tokens {line['length']:.0f} {kl}"
                                 f"sampled-scored {line['sampled_scored_max']:.1e} peak {line['peak_GiB']:.1f} GiB")
             if skipped == runtime.STOP_AFTER_SKIPPED or skipped and step + 1 == args.steps:
                 runtime.fail(f"no gradient is finite from step {step + 2 - skipped} on; lower --lr; what was saved before stands in {out}")
@@ -178,9 +243,8 @@ def train_step(model, reference, opt, processor, questions, prompts, args, step)
 
     terms, boxes = grade(texts, prompts, questions, args)
     valid, size = ~boxes[..., 0].isnan(), torch.tensor([r.size for r in questions], dtype=torch.float32)
-    consistency = reward.spatial_consistency(boxes, valid, size)
-    weight = group_weights(consistency, valid.float().mean(1), args, step)
-    advantage = advantages(terms["reward"], weight, not args.no_std)     # (Q, G)
+    weight = group_weights(terms["iou"], args, step)                     # (Q,)
+    advantage = advantages(terms["reward"], not args.no_std)             # (Q, G)
     lengths = torch.tensor([[len(c) for c in group] for group in completions])
     n_tokens = runtime.all_sum(lengths.sum()).item()                     # once, before any micro-batch
     clock.append(time.perf_counter())
@@ -200,14 +264,15 @@ def train_step(model, reference, opt, processor, questions, prompts, args, step)
                 if reference is not None:
                     with torch.no_grad():
                         ref[m.start] = reference.score(prompts[m], completions[m], args.temperature)[0]
-            each = advantage[m].flatten().repeat_interleave(lengths[m].flatten()).to(logp.device)
-            loss, logged = policy_loss(logp, old[m.start], ref.get(m.start), each, n_tokens, args.clip, args.beta)
+            of_tokens = partial(per_token, lengths=lengths[m], device=logp.device)
+            loss, logged = policy_loss(logp, old[m.start], ref.get(m.start), of_tokens(advantage[m]),
+                                       of_tokens(weight[m, None].expand_as(lengths[m])), n_tokens, args.clip, args.beta)
             loss.backward()
             for name, value in (("loss", loss.detach()), ("entropy", entropy.sum()), *logged.items()):
                 sums[name] += value.item()
         norms.append(runtime.update(model, opt, lr))
     clock.append(time.perf_counter())
-    line = summary(step, terms, boxes, valid, size, consistency, weight, advantage, lengths, texts, sums, n_tokens, args)
+    line = summary(step, terms, boxes, valid, size, weight, advantage, lengths, texts, sums, n_tokens, args)
     line |= {"lr": lr, "grad_norm": norms[-1], "finite": all(n < float("inf") for n in norms),
              **{f"seconds_{name}": b - a for name, a, b in zip(("rollout", "reward", "update"), clock, clock[1:])},
              "peak_GiB": runtime.peak_memory(model)}
@@ -215,7 +280,26 @@ def train_step(model, reference, opt, processor, questions, prompts, args, step)
     return line, lambda: picture(questions[0], boxes[0], terms["reward"][0])
 
 
-def summary(step, terms, boxes, valid, size, consistency, weight, advantage, lengths, texts, sums, n_tokens, args):
+def per_token(values: torch.Tensor, lengths: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """values (Q, G) of rollouts with these lengths (Q, G) -> packed (tokens,), each token its rollout's value."""
+    return values.flatten().repeat_interleave(lengths.flatten()).to(device)
+
+
+def varies(term: torch.Tensor) -> torch.Tensor:
+    """(Q, G) -> (Q,) bool: do a group's values differ?"""
+    return term.amax(1) > term.amin(1)
+
+
+def positional_alone(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+    """Groups (Q,) bool in which no term of the reward but the positional one tells rollouts apart."""
+    others = [varies(terms[name]) for name, weight in weights.items() if weight and name != "positional"]
+    alone = varies(terms["positional"]) & (weights["positional"] != 0)
+    for other in others:
+        alone = alone & ~other
+    return alone
+
+
+def summary(step, terms, boxes, valid, size, weight, advantage, lengths, texts, sums, n_tokens, args):
     """What a step logs, over the groups of all ranks."""
     scatter, measured = reward.dispersion(boxes, valid, size), valid.sum(1) >= 2
     n, apart = args.prompts * args.group, terms["iou"].amax(1) == 0      # apart: no box of the group touches the target
@@ -223,16 +307,24 @@ def summary(step, terms, boxes, valid, size, consistency, weight, advantage, len
              **{f"{name}_group_std": term.std(1).nan_to_num().sum() / args.prompts for name, term in terms.items()},
              "length": lengths.sum() / n, "truncated": (lengths == args.max_new_tokens).sum() / n, "unparsable": (~valid).sum() / n,
              "no_overlap_groups": apart.sum() / args.prompts, "no_overlap_advantage": advantage[apart].abs().sum() / n,
-             "zero_variance_groups": (terms["reward"].amax(1) == terms["reward"].amin(1)).sum() / args.prompts,
+             "zero_variance_groups": (~varies(terms["reward"])).sum() / args.prompts,
              "unique": sum(len(set(group)) for group in texts) / n,
-             "consistency": consistency.sum() / args.prompts, "weight": weight.sum() / args.prompts, "advantage": advantage.abs().sum() / n,
+             "consistency_weight": weight.sum() / args.prompts, "advantage": advantage.abs().sum() / n,
              "scattered": scatter[measured].sum(), "measured": measured.sum(),
-             "entropy": sums["entropy"] / (n_tokens * args.updates), "kl": sums["kl"] / (n_tokens * args.updates),
+             "entropy": sums["entropy"] / (n_tokens * args.updates),
              "clipped": sums["clipped"] / (n_tokens * args.updates), "loss": sums["loss"] / args.updates}
+    if args.beta:
+        local["kl"] = sums["kl"] / (n_tokens * args.updates)
+    if "positional" in args.reward:
+        local["positional_alone_advantage"] = advantage[positional_alone(terms, args.reward)].abs().sum() / n
     total = runtime.all_sum(torch.tensor([float(v) for v in local.values()], dtype=torch.float64)).tolist()
     line = dict(zip(local, total))
     line["dispersion"] = line.pop("scattered") / max(1.0, line.pop("measured"))
-    line["no_overlap_advantage"] /= max(1e-12, line["advantage"])        # their share of the step's sum of |A|
+    for name in ("no_overlap_advantage", "positional_alone_advantage"):  # their share of the step's sum of |A|
+        if name in line:
+            line[name] /= max(1e-12, line["advantage"])
+    line["consistency_weight_min"] = -runtime.all_max(-weight.min()).item()
+    line["consistency_weight_max"] = runtime.all_max(weight.max()).item()
     return {"step": step + 1, **line, "sampled_scored_max": runtime.all_max(torch.tensor(sums["sampled_scored"])).item()}
 
 

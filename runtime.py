@@ -34,15 +34,16 @@ from model import CheckpointError, QwenVL
 
 STUCK_AFTER = 1800                # seconds without a step: every process prints where it is
 STOP_AFTER_SKIPPED = 5            # non-finite steps in a row: something is broken
-FREE = ("root", "steps", "device", "workers", "micro_tokens", "every", "val", "gradient_checkpointing")     # what a resume may change;
-                                  # whatever its root, the data must have the run's hash
+FREE = ("root", "steps", "epochs", "device", "workers", "micro_tokens", "every", "val", "gradient_checkpointing")
+                                  # what a resume may change; whatever its root, the data must have the run's hash
 
 
 # ------------------------------------------------------------------------------------------------------------------ flags and mistakes
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):                                  # no "(default: None)" behind a text that says what happens then
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        said = action.default in (None, False) or isinstance(action.default, dict)
+        return action.help if said else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,14 +77,17 @@ above_zero = number(float, lambda v: 0 < v < math.inf, "a finite number above 0"
 not_negative = number(float, lambda v: 0 <= v < math.inf, "a finite number from 0 up")
 
 
-def add_common_flags(parser, stage, init, steps):
-    """The flags that mean the same in every stage."""
-    add = parser.add_argument_group("run").add_argument
+def add_common_flags(parser, stage, init, length):
+    """The flags that mean the same in every stage. length: how long it trains without --steps and --epochs, in words."""
+    run = parser.add_argument_group("run")
+    add = run.add_argument
     add("--data", default="synth", help="data set: a name that data.py knows")
     add("--root", help="its folder; default data/<name>")
     add("--init", default=init, help="checkpoint to start from: a folder in hub layout, or a stage's")
     add("--out", default=f"ckpt/{stage}", help="folder for checkpoints, log and pictures")
-    add("--steps", type=positive, default=steps, help="optimizer steps")
+    either = run.add_mutually_exclusive_group()
+    either.add_argument("--steps", type=positive, help=f"optimizer steps; default {length}")
+    either.add_argument("--epochs", type=above_zero, help="passes over the records, in place of --steps; parts of one are fine")
     add("--seed", type=seed, default=0, help="of data order and sampling")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out; flags not given are as in its run.json")
     add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
@@ -106,14 +110,37 @@ def parse(parser, stage):
     before = {name: value for name, value in run["flags"].items() if name not in ("out", "resume")}
     parser.set_defaults(**before)
     args = parser.parse_args()
+    unknown = [name for name in vars(args) if name not in (*before, *FREE, "out", "resume")]
+    if unknown:
+        fail(f"--resume, but the run in {args.out} was begun by another version of {stage}.py, which knew no --"
+             f"{unknown[0].replace('_', '-')}; start another run with --init {args.out} and another --out")
 
     def same(a, b):                                                      # however a path is written
         return a == b or isinstance(a, str) and isinstance(b, str) and os.path.realpath(a) == os.path.realpath(b)
     for name, value in before.items():
         if name not in FREE and not same(getattr(args, name), value):
-            fail(f"--resume with --{name.replace('_', '-')} {getattr(args, name)}, but the run in {args.out} has {value}; leave the flag "
-                 "out, or start another run with another --out")
+            fail(f"--resume with --{name.replace('_', '-')} {as_typed(getattr(args, name))}, but the run in {args.out} has "
+                 f"{as_typed(value)}; leave the flag out, or start another run with another --out")
     return args
+
+
+def as_typed(value) -> str:
+    """A flag's value as one types it."""
+    if isinstance(value, dict):
+        return " ".join(f"{name}={weight:g}" for name, weight in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def set_steps(args, records: int, per_step: int, **default) -> None:
+    """Turns --epochs, or where neither flag is given the default (steps=..., or epochs=...), into args.steps. args.epochs is None from
+    then on: what run.json records, and a resume reads, are the steps."""
+    if args.steps is None and args.epochs is None:
+        vars(args).update(default)
+    if args.epochs is not None:
+        args.steps = max(1, round(args.epochs * records / per_step))
+        args.epochs = None
 
 
 def fail(message):

@@ -25,7 +25,7 @@ from model import folder
 
 def flags():
     parser = runtime.Parser("Supervised fine-tuning on spatial reasoning that ends in a box (stage 1)")
-    runtime.add_common_flags(parser, "sft", "toy/base", 1000)
+    runtime.add_common_flags(parser, "sft", "toy/base", "1000")
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=runtime.positive, default=16, help="records a step, over all processes")
     add("--lr", type=runtime.above_zero, default=1e-5, help="peak learning rate; 1e-5 for a 3B model, about 1e-3 for the embedded one")
@@ -66,6 +66,7 @@ def main():
     if args.batch % runtime.world():
         runtime.fail(f"--batch {args.batch} is not a multiple of the {runtime.world()} processes")
     records, val = runtime.load_records(args, args.split)
+    runtime.set_steps(args, len(records), args.batch, steps=1000)
     reason = cot.writer(records, args.cot, args.answer_only)
     init, out = folder(args.init), Path(args.out)
     runtime.check_output(out, args.resume)

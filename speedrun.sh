@@ -14,9 +14,9 @@ export GOMP_SPINCOUNT=10000          # threads that wait spin shortly, then slee
 mkdir ckpt && ln -s ../toy/base ckpt/base                             # its scores will stand beside the stages'
 .venv/bin/python sft.py --data synth:0.1 --init toy/base --steps 300 --batch 16 --lr 1.5e-3 --freeze-vision --every 150 --max-new-tokens 160
 
-# 3. RFT on boxes alone: groups of eight sampled answers, rewarded for overlap, nearness and format; groups that agree in space weigh more.
-#    Sampling is cool, and advantages keep their size: the study's setting.
-.venv/bin/python rft.py --steps 100 --prompts 32 --temperature 0.6 --no-std --lr 2e-4 --freeze-vision --micro-tokens 16384 \
+# 3. RFT on boxes alone: groups of eight sampled answers, rewarded for overlap, nearness and format; groups that fail or scatter weigh more.
+#    Reward and weights are the paper's. Sampling is cool, advantages keep their size and no reference is kept: the study's setting.
+.venv/bin/python rft.py --steps 100 --prompts 32 --temperature 0.6 --no-std --beta 0 --lr 2e-4 --freeze-vision --micro-tokens 16384 \
   --every 50 --max-new-tokens 160
 
 # 4. Scores on scenes that no stage has seen: greedy and sampled; without looking at the image; and where everything is unfamiliar.

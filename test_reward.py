@@ -7,7 +7,19 @@ import pytest
 import torch
 
 import reward
-from reward import FAILURES, POSITIONAL, clamp_box, dispersion, failure, format_ok, iou, parse_box, parse_box_lenient
+from reward import (
+    FAILURES,
+    TERMS,
+    clamp_box,
+    consistency_weight,
+    dispersion,
+    failure,
+    format_ok,
+    iou,
+    parse_box,
+    parse_box_lenient,
+    positional,
+)
 
 IMAGE = torch.tensor([800.0, 400.0])                                    # width, height
 NAN = [math.nan] * 4
@@ -36,30 +48,64 @@ def test_iou_by_hand():
     assert iou(box(0, 0, 10, 10), box(5, 0, 15, 10)).item() == pytest.approx(50 / 150)
 
 
-@pytest.mark.parametrize("kind, want", [("exp", math.exp(-0.5)), ("gaussian", math.exp(-0.125)), ("linear", 0.9),
-                                        ("size-aware", math.exp(-1.0))])
-def test_positional_by_hand(kind, want):
-    # Centres (200, 200) and (280, 240): 0.1 of the width and 0.1 of the height apart, so d = sqrt(0.01 + 0.01) / sqrt(2) = 0.1.
-    # In pixels sqrt(80^2 + 40^2) = 89.44; the target is 160 x 80, its diagonal sqrt(160^2 + 80^2) = 178.9: half of it.
-    pred, target = box(190, 190, 210, 210), box(200, 200, 360, 280)
-    tau = 0.5 if kind == "size-aware" else 0.2
-    assert reward.positional(pred, target, IMAGE, tau, kind).item() == pytest.approx(want, rel=1e-5)
+TARGET = box(100, 100, 140, 120)                                         # 40 x 20, so sx = 2.5 * 40 / 2 = 50 and sy = 25
 
 
-def test_consistency_by_hand():
+@pytest.mark.parametrize("pred, want", [
+    ((100, 100, 140, 120), 0.9486),                                      # itself
+    ((150, 100, 190, 120), 0.5905),                                      # 50 px to the right: one sx
+    ((100, 125, 140, 145), 0.5905),                                      # 25 px down: one sy
+    ((110, 105, 130, 115), 0.9868),                                      # half as long, in the centre
+    ((0, 0, 800, 800), 0.0122),                                          # the whole image
+    ((400, 100, 440, 120), 0.0),                                         # 300 px away: six sx
+])
+def test_positional_by_hand(pred, want):
+    assert positional(box(*pred), TARGET).item() == pytest.approx(want, abs=5e-5)
+
+
+def test_positional_worked_out():
+    # Itself: per axis the interval is c - s / 2.5 .. c + s / 2.5, so u = 0.4 / sqrt(2) = 0.28284 on either side, and the mean is
+    # sqrt(pi) / 2 * 2 erf(u) / (2 u) = 0.886227 * 0.310843 / 0.282843 = 0.973963; both axes: 0.948604.
+    u = 0.4 / math.sqrt(2)
+    assert math.erf(u) == pytest.approx(0.310843, abs=1e-6)
+    assert positional(TARGET, TARGET).item() == pytest.approx((math.sqrt(math.pi) / 2 * math.erf(u) / u) ** 2, abs=1e-6)
+
+
+def test_rivals_by_hand():
+    # 10 x 10 and 10 x 10, the second 30 to the right. Nothing is shared, the union is 200, the hull 40 x 10 = 400: GIoU = 0 - 200 / 400.
+    # The centres are 30 apart, the hull's diagonal squared is 40^2 + 10^2 = 1700: DIoU = 0 - 900 / 1700.
+    a, b = box(0, 0, 10, 10), box(30, 0, 40, 10)
+    assert reward.giou(a, b).item() == pytest.approx((1 - 0.5) / 2)
+    assert reward.diou(a, b).item() == pytest.approx((1 - 900 / 1700) / 2)
+    # In an image of 800 x 400: 30 / 800 of its width apart and 0 of its height, over sqrt(2).
+    assert reward.center(a, b, IMAGE).item() == pytest.approx(1 - 30 / 800 / math.sqrt(2))
+
+
+@pytest.mark.parametrize("group, want", [
+    ((0.5, 0.5, 0.0, 0.0), math.exp(1.2 * 0.75 + 0.0625)),               # m 0.25, v 0.0625: 2.618
+    ((1.0, 1.0, 1.0, 1.0), 1.0),                                         # m 1, v 0
+    ((0.0, 0.0, 0.0, 0.0), 3.0),                                         # exp(1.2) = 3.32, cut
+    ((1.0, 0.0), math.exp(0.6 + 0.25)),                                  # a group of two: m 0.5, v 0.25
+])
+def test_weight_by_hand(group, want):
+    assert consistency_weight(torch.tensor([group])).item() == pytest.approx(want)
+
+
+def test_weight_by_its_terms_and_bounds():
+    # m 0.25, v 0.0625 again: the mean term alone exp(0.9), the variance term alone exp(0.0625); a negative lambda meets the lower bound
+    iou = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    assert consistency_weight(iou, variance=0.0).item() == pytest.approx(math.exp(0.9))
+    assert consistency_weight(iou, mean=0.0).item() == pytest.approx(math.exp(0.0625))
+    assert consistency_weight(iou, mean=-2.0).item() == 0.5
+    assert consistency_weight(iou, low=2.0, high=2.5).item() == 2.5
+
+
+def test_dispersion_by_hand():
     # Four rollouts, three of them valid, centres x = 100, 200, 300 of 800 and y = 100, 100, 100 of 400.
-    # Var x = ((-1/8)^2 + 0 + (1/8)^2) / 3 = 1/96, Var y = 0; s = sqrt(1/96); c = 3/4 exp(-s / 0.15).
+    # Var x = ((-1/8)^2 + 0 + (1/8)^2) / 3 = 1/96, Var y = 0.
     group = torch.stack([box(90, 90, 110, 110), box(190, 90, 210, 110), box(290, 90, 310, 110), torch.tensor(NAN)])[None]
     valid = torch.tensor([[True, True, True, False]])
     assert dispersion(group, valid, IMAGE[None]).item() == pytest.approx(math.sqrt(1 / 96))
-    assert reward.spatial_consistency(group, valid, IMAGE[None]).item() == pytest.approx(0.75 * math.exp(-math.sqrt(1 / 96) / 0.15))
-
-
-@pytest.mark.parametrize("mode, want", [("coherent", [0.6, 0.2]), ("focus", [0.4, 0.2]), ("off", [1.0, 1.0])])
-def test_weight_by_hand(mode, want):
-    # First group: c 0.5 of a valid share of 0.75.  coherent 0.2 + 0.8 * 0.5 = 0.6, focus 0.2 + 0.8 * (0.75 - 0.5) = 0.4.
-    # Second: one of eight rollouts valid, so c is 0, and both are at their floor.
-    assert reward.update_weight(torch.tensor([0.5, 0.0]), torch.tensor([0.75, 0.125]), mode).tolist() == pytest.approx(want)
 
 
 # ---------------------------------------------------------------------------------------------------------- text to box
@@ -258,79 +304,100 @@ def test_iou_counts_pixels():
     assert torch.equal(iou(a[:50, None], b[None, :60])[7], iou(a[7].expand(60, 4), b[:60]))      # broadcast
 
 
-def test_an_invalid_box_is_worth_nothing_and_poisons_nothing():
+def scored(name, pred, target, size=IMAGE):
+    """A term of the reward as rft.py calls it, for one question: pred (G, 4), target (4,) -> (G,)."""
+    return TERMS[name](pred[None], target[None, None], size[None, None])[0]
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_every_term_lies_in_0_and_1_and_nothing_beats_the_target_but_a_smaller_box(name):
+    boxes = random_boxes(400) * 8
+    boxes = torch.minimum(boxes, IMAGE.repeat(2))
+    boxes = boxes[reward.has_area(boxes)]
+    target = box(104, 56, 176, 120)
+    got = scored(name, boxes, target)
+    assert got.shape == (len(boxes),) and (got >= 0).all() and (got <= 1).all()
+    best = scored(name, target[None], target)
+    assert (got <= best).all() or name == "positional" and (got <= 1).all()
+    assert got.std() > 0.01
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_an_invalid_box_is_worth_nothing_and_poisons_nothing(name):
+    boxes = torch.tensor([[10.0, 10, 20, 20], NAN, [12, 12, 22, 22], [10, 10, 20, math.nan]])
+    got = scored(name, boxes, box(10, 10, 20, 20))
+    assert got[1] == got[3] == 0 and 0 < got[2] < got[0] <= 1
+    many = TERMS[name](boxes.expand(3, 4, 4), box(10, 10, 20, 20).expand(3, 1, 4), IMAGE.expand(3, 1, 2))          # (Q, G), as rft asks
+    assert torch.equal(many, got.expand(3, 4))
+
+
+def test_dispersion_leaves_invalid_boxes_out():
     boxes = torch.tensor([[10.0, 10, 20, 20], NAN, [12, 12, 22, 22]])
-    target = box(10, 10, 20, 20)
-    assert iou(boxes, target)[1] == 0 and iou(boxes, target)[0] == 1
-    for kind in POSITIONAL:
-        got = reward.positional(boxes, target, IMAGE, kind=kind)
-        assert got[1] == 0 and got[0] == 1 and 0 < got[2] < 1
-    both = torch.tensor([[True, False, True]])
-    without = boxes[[0, 2]][None]
-    assert dispersion(boxes[None], both, IMAGE[None]).item() == pytest.approx(dispersion(without, both[:, [0, 2]], IMAGE[None]).item())
-    assert reward.spatial_consistency(boxes[None], both, IMAGE[None]).isfinite().all()
+    valid = torch.tensor([[True, False, True]])
+    two = dispersion(boxes[[0, 2]][None], valid[:, [0, 2]], IMAGE[None])
+    assert dispersion(boxes[None], valid, IMAGE[None]).item() == pytest.approx(two.item())
 
 
-@pytest.mark.parametrize("kind", POSITIONAL)
-def test_positional_reward_is_alive_where_iou_is_zero(kind):
-    target = box(400, 200, 420, 220)
-    x = torch.linspace(420, 780, 50)                                     # boxes ever further to the right, none touches the target
-    away = torch.stack((x, torch.full_like(x, 200), x + 20, torch.full_like(x, 220)), 1)
-    got = reward.positional(away, target, IMAGE, 1.0, kind)
-    assert (iou(away, target) == 0).all() and (got > 0).all() and (got <= 1).all() and (got.diff() < 0).all()
-    many = reward.positional(away.view(5, 10, 4), target.expand(5, 1, 4), IMAGE.expand(5, 1, 2), 1.0, kind)          # (Q, G), as rft asks
-    assert torch.equal(many, got.view(5, 10))
+def kernel_on_a_grid(pred, target, alpha, n=1500):
+    """The mean of the kernel at n x n midpoints of the predicted box: the plain slow way, in double."""
+    kernel = []
+    for low in (0, 1):
+        sigma, centre = alpha * (target[low + 2] - target[low]) / 2, (target[low] + target[low + 2]) / 2
+        at = pred[low] + (pred[low + 2] - pred[low]) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        kernel.append(torch.exp(-(at - centre) ** 2 / (2 * sigma ** 2)))
+    return (kernel[0][:, None] * kernel[1][None]).mean().item()
 
 
-def test_positional_reward_of_opposite_corners():
-    """d is 1 for centres at opposite corners, whatever the shape of the image: exp(-1 / tau)."""
-    for W, H in ((800, 400), (300, 1200)):
-        got = reward.positional(box(-1, -1, 1, 1), box(W - 1, H - 1, W + 1, H + 1), torch.tensor([W, H]), 0.5)
-        assert got.item() == pytest.approx(math.exp(-2), rel=1e-5)
+@pytest.mark.parametrize("alpha", [0.7, 2.5, 6.0])
+def test_positional_beside_a_fine_grid(alpha):
+    preds, targets = random_boxes(40).double() * 3.7, random_boxes(40, seed=1).double() * 3.7
+    for pred, target in zip(preds, targets):
+        want = kernel_on_a_grid(pred, target, alpha)
+        assert positional(pred, target, alpha).item() == pytest.approx(want, rel=1e-4, abs=1e-12)
+        assert positional(pred.float(), target.float(), alpha).item() == pytest.approx(want, rel=1e-4, abs=1e-12)
 
 
-def test_wrong_names_are_refused():
-    with pytest.raises(ValueError, match="exponential.*exp, gaussian, linear, size-aware"):
-        reward.positional(box(0, 0, 1, 1), box(0, 0, 1, 1), IMAGE, kind="exponential")
-    with pytest.raises(ValueError, match="coherence.*coherent, focus, off"):
-        reward.update_weight(torch.ones(1), torch.ones(1), "coherence")
+def test_positional_at_every_scale():
+    # What is scaled with all its surroundings keeps its value: a target of a thousandth of a pixel, and one of a million.
+    pred, target = box(150, 110, 190, 120).double(), TARGET.double()
+    want = positional(pred, target).item()
+    for scale in (1e-5, 1.0, 1e5):
+        assert positional(pred * scale, target * scale).item() == pytest.approx(want, rel=1e-9)
+    # A target of one pixel, its box found, missed by a pixel, by ten (2.9e-14 by hand: exp(-(10 / 1.25)^2 / 2) and more), by a thousand.
+    one = box(400, 200, 401, 201)
+    got = [positional(one + torch.tensor([d, 0.0, d, 0.0]), one).item() for d in (0.0, 1.0, 10.0, 1000.0)]
+    assert got[0] == pytest.approx(0.9486, abs=1e-4) and got[0] > got[1] > got[2] > 0 and got[3] == 0
+    assert got[2] == pytest.approx(kernel_on_a_grid((one + torch.tensor([10.0, 0, 10, 0])).double(), one.double(), 2.5), rel=1e-4)
+    # A speck has the kernel at its own place, here one sx from the centre; so has one that is far shorter than a float's step.
+    for width in (1e-3, 1e-9):
+        speck = torch.tensor([170.0, 110.0, 170.0 + width, 110.0 + width], dtype=torch.float64)
+        assert positional(speck, TARGET.double()).item() == pytest.approx(math.exp(-0.5), rel=1e-4)
+    assert positional(box(-1e30, -1e30, 1e30, 1e30), TARGET).item() == 0
+    assert positional(box(100, 100, 140, 120), box(5, 5, 5, 5)).item() == 0
+
+
+def test_positional_is_even_and_falls_on_either_side():
+    away = torch.linspace(0, 240, 61)
+    shift = torch.stack((away, torch.zeros(61), away, torch.zeros(61)), 1)
+    right, left = positional(TARGET + shift, TARGET), positional(TARGET - shift, TARGET)
+    assert (right.diff() < 0).all() and (right > 0).all() and torch.allclose(left, right, rtol=1e-4)
+    assert (iou(TARGET + shift, TARGET)[11:] == 0).all()                 # alive where nothing overlaps
 
 
 # ---------------------------------------------------------------------------------------------------------- consistency
 
-def groups(Q=64, G=8, seed=0):
-    """Q groups of boxes within IMAGE, from tight to scattered, the odd box invalid."""
-    g = torch.Generator().manual_seed(seed)
-    center = (0.5 + torch.linspace(0, 0.45, Q)[:, None, None] * (2 * torch.rand(Q, G, 2, generator=g) - 1)) * IMAGE
-    valid = torch.rand(Q, G, generator=g) < 0.8
-    return torch.cat((center - 9, center + 9), -1).masked_fill(~valid[..., None], math.nan), valid
-
-
-def test_consistency_beside_numpy():
+def test_weight_beside_numpy_and_without_gradient():
     np = pytest.importorskip("numpy")
-    boxes, valid = groups()
-    got = reward.spatial_consistency(boxes, valid, IMAGE.expand(len(boxes), 2))
-    for group, ok, c in zip(boxes.double().numpy(), valid.numpy(), got.tolist()):
-        x, y = (group[ok, 0] + group[ok, 2]) / 2 / 800, (group[ok, 1] + group[ok, 3]) / 2 / 400
-        want = ok.mean() * np.exp(-np.sqrt(np.var(x) + np.var(y)) / 0.15) if ok.sum() > 1 else 0.0
-        assert c == pytest.approx(want, rel=1e-4, abs=1e-7)
-    assert (got >= 0).all() and (got <= 1).all()
+    group = torch.rand(200, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    got = consistency_weight(group, 1.7, 2.3, 0.9, 4.1)
+    values = group.detach().double().numpy()
+    want = np.clip(np.exp(1.7 * (1 - values.mean(1)) + 2.3 * values.var(1)), 0.9, 4.1)
+    assert torch.allclose(got, torch.from_numpy(want).float()) and not got.requires_grad
 
 
-@pytest.mark.parametrize("n_valid, want", [(0, 0.0), (1, 0.0), (2, 0.25), (8, 1.0)])
-def test_consistency_of_equal_boxes_is_their_share(n_valid, want):
-    valid = (torch.arange(8) < n_valid)[None]
-    boxes = box(100, 100, 180, 130).expand(1, 8, 4).masked_fill(~valid[..., None], math.nan)
-    assert reward.spatial_consistency(boxes, valid, IMAGE[None]).item() == pytest.approx(want, abs=1e-6)
-    assert dispersion(boxes, valid, IMAGE[None]).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_weights_lie_between_floor_and_one_and_oppose_each_other():
-    boxes, valid = groups()
-    share = torch.ones(len(boxes))
-    everyone = torch.cat((boxes[..., :2].nan_to_num(50), boxes[..., 2:].nan_to_num(60)), -1)
-    consistency = reward.spatial_consistency(everyone, torch.ones_like(valid), IMAGE.expand(len(boxes), 2))
-    coherent, focus = (reward.update_weight(consistency, share, mode, floor=0.3) for mode in ("coherent", "focus"))
-    assert torch.equal(coherent.argsort(), focus.argsort(descending=True))
-    for weight in (coherent, focus):
-        assert (weight >= 0.3 - 1e-6).all() and (weight <= 1 + 1e-6).all() and weight.max() > weight.min() + 0.3
+def test_at_the_papers_lambdas_the_lower_bound_never_acts():
+    group = torch.rand(1000, 4, generator=torch.Generator().manual_seed(1))
+    group[::10] = 1.0
+    got = consistency_weight(group)
+    assert got.min() == 1 and (got <= 3).all()
+    assert torch.equal(consistency_weight(torch.zeros(2, 2)), torch.full((2,), 3.0))

@@ -222,16 +222,18 @@ def test_the_study_compares_each_arm_with_its_own_start(tmp_path):
         (folder / "predictions_x.jsonl").write_text("".join(json.dumps(p) + "\n" for p in said))
         row = {**evaluation.score(records, said), **evaluation.details(records, said, "synth-small", (None, records))}
         (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
-        step = {"step": 1, **dict.fromkeys(study.TRAINED, 0.25), "reward": 0.1}
+        step = {"step": 1, **dict.fromkeys(study.TRAINED, 0.25), "reward": 0.1, "reward_group_std": 0.2}
+        if arm == "positional":                                          # a term that only this arm has
+            step |= {"diamond": 0.5, "diamond_group_std": 0.125}
         (folder.parent / "done").touch()
         (folder.parent / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0} if arm == "sft" else step) + "\n")
     done = subprocess.run([sys.executable, "toy/study.py", tmp_path], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in done.stdout.splitlines() if not line.startswith("| ---")}
-    iou = next(line for line in done.stdout.splitlines() if line.startswith("| RFT, IoU | 0 1 | 0.645"))        # 1 and 0.29
+    iou = next(line for line in done.stdout.splitlines() if line.startswith("| GRPO: IoU + format | 0 1 | 0.645"))        # 1 and 0.29
     assert "; +0.000 [+0.000, +0.000]" in iou and "+0.710 [" in iou and "| 0.355 ± 0.502 |" in iou
     # One seed in two gains all that SFT lacked; nearer: over 70 pairs of boxes, of which 30 differ.
-    seeds, miou, hits, given, nearer, _, missed, nearer_there = rows["+ positional minus RFT, IoU"]
+    seeds, miou, hits, given, nearer, _, missed, nearer_there = rows["+ positional minus GRPO: IoU + format"]
     assert seeds == "2" and miou.startswith("+0.355 [") and miou.endswith("± 0.502") and hits.startswith("+0.500 [")
     assert given.startswith("+0.125 [") and missed.startswith("+0.500 [") and missed.endswith("± 0.707")
     aside = sum(0.3 * (r.box[2] - r.box[0]) for r in records[:29])
@@ -239,7 +241,10 @@ def test_the_study_compares_each_arm_with_its_own_start(tmp_path):
     unit = scenes.SIDE * 2 ** 0.5
     assert abs(float(nearer.split()[0]) + (aside + far) / 70 / unit) < 6e-4
     assert abs(float(nearer_there.split()[0]) + far / 2 / unit) < 6e-4
-    assert "| RFT, IoU | 0.250 → 0.250 |" in done.stdout and (tmp_path / "study.png").exists()
+    assert "| reward | diamond | reward_group_std | diamond_group_std | no_overlap_groups |" in done.stdout
+    assert "| GRPO: IoU + format | 0.100 → 0.100 | - | 0.200 → 0.200 | - | 0.250 → 0.250 |" in done.stdout
+    assert "| + positional | 0.100 → 0.100 | 0.500 → 0.500 | 0.200 → 0.200 | 0.125 → 0.125 | 0.250 → 0.250 |" in done.stdout
+    assert (tmp_path / "study.png").exists()
     assert [t[:4] for t in json.loads((tmp_path / "study.json").read_text())] == \
         [["small", "test", arm, seed] for arm in ("iou", "positional") for seed in "01"]
 
@@ -282,9 +287,9 @@ def test_a_variants_gradient_is_that_of_its_own_objective(monkeypatch):
     objective = -sum(a * lp for a, lp in zip(above, each)) / len(logp)
     wanted = torch.autograd.grad(objective, [p for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(found[gradient.TARGET], torch.cat([g.flatten() for g in wanted]), rtol=1e-3, atol=1e-7)
-    args = rft.flags().parse_args(["--temperature", "0.7", "--no-std", "--weights", "1", "0", "0"])
+    args = rft.flags().parse_args(["--temperature", "0.7", "--no-std", "--reward", "iou=1", "positional=0", "--lambdas", "0", "0"])
     found, _ = gradient.gradients(model, processor, questions, None, args)           # the reward is the IoU, undivided
-    for name in ("total", "total without positional", "IoU"):
+    for name in ("total", "total without positional", "iou alone", "total, weighted by consistency"):
         torch.testing.assert_close(found[name], found[gradient.TARGET])
     assert (found["total, dealt at random"] - found["total"]).norm() > 0.1 * found["total"].norm()
 

@@ -16,6 +16,7 @@ hundreds. "as Adam sees it" divides each coordinate by its root mean square over
 Rewards and weightings are all tried on the same rollouts, their advantages divided by std unless --no-std; those of u never are. What
 concerns training alone (--lr, --out, --weighting) has no effect here. Every gradient is kept whole in memory: for small models.
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -24,37 +25,42 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
-import reward  # noqa: E402
 import rft  # noqa: E402
 import runtime  # noqa: E402
 
 TARGET = "mean IoU"
 
 
-def variants(terms, boxes, questions, args):
-    """What the same rollouts would teach under each reward: name -> advantages (Q, G). terms, boxes: as rft.grade returns them."""
-    valid, size = ~boxes.isnan().any(-1), torch.tensor([r.size for r in questions], dtype=torch.float32)
-    consistency, share = reward.spatial_consistency(boxes, valid, size), valid.float().mean(1)
-    dealt = torch.rand(boxes.shape[:2], generator=torch.Generator().manual_seed(args.seed)).argsort(1)
-    rewards = {"total": terms["reward"], "total without positional": terms["reward"] - args.weights[1] * terms["positional"],
-               "IoU": terms["iou"], "positional": terms["positional"], "format": terms["format"],
-               "total, dealt at random": terms["reward"].gather(1, dealt)}
-    off, std = torch.ones(len(questions)), not args.no_std
-    return {TARGET: rft.advantages(terms["iou"], off, False), **{name: rft.advantages(r, off, std) for name, r in rewards.items()},
-            **{f"total, {mode}": rft.advantages(terms["reward"], reward.update_weight(consistency, share, mode), std)
-               for mode in ("coherent", "focus")}}
+def variants(terms, args):
+    """What the same rollouts would teach under each reward and weighting: name -> advantages times the weight of their group, (Q, G).
+    terms: as rft.grade returns them."""
+    total, std = terms["reward"], not args.no_std
+    dealt = torch.rand(total.shape, generator=torch.Generator().manual_seed(args.seed)).argsort(1)
+    rewards = {"total": total}
+    for name, weight in args.reward.items():
+        rewards[f"total without {name}"] = total - weight * terms[name]
+        rewards[f"{name} alone"] = terms[name]
+    rewards["total, dealt at random"] = total.gather(1, dealt)
+    found = {TARGET: rft.advantages(terms["iou"], False)}
+    for name, value in rewards.items():
+        found[name] = rft.advantages(value, std)
+    for weighting in ("consistency", "mean", "variance"):
+        weight = rft.group_weights(terms["iou"], argparse.Namespace(**vars(args) | {"weighting": weighting}), 0)
+        found[f"total, weighted by {weighting}"] = rft.advantages(total, std) * weight[:, None]
+    return found
 
 
 def gradients(model, processor, questions, seeds, args):
     """One batch of rollouts -> name -> flat gradient of the policy loss, and the mean of each term of the reward."""
     prompts = [processor(data.open_image(r), r.text) for r in questions]
     completions, _, texts = rft.rollout(model, processor, prompts, args, seeds)
-    terms, boxes = rft.grade(texts, prompts, questions, args)
+    terms, _ = rft.grade(texts, prompts, questions, args)
     lengths = torch.tensor([len(c) for group in completions for c in group])
     logp, _ = model.score(prompts, completions, args.temperature)
     trained, found = [p for p in model.parameters() if p.requires_grad], {}
-    for name, advantage in variants(terms, boxes, questions, args).items():
-        loss, _ = rft.policy_loss(logp, logp.detach(), None, advantage.flatten().repeat_interleave(lengths), len(logp))
+    for name, advantage in variants(terms, args).items():
+        of_tokens = advantage.flatten().repeat_interleave(lengths)
+        loss, _ = rft.policy_loss(logp, logp.detach(), None, of_tokens, torch.ones_like(of_tokens), len(logp))
         parts = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
         found[name] = torch.cat([g.flatten() for g in parts if g is not None])
     return found, {name: term.mean().item() for name, term in terms.items()}

@@ -5,9 +5,8 @@ model and its own difference; the mean over seeds stands beside their standard d
 arms that started from the same SFT models, over all seeds at once: its interval is of scenes, resampled with the answers of all seeds, and
 the standard deviation beside it is of seeds.
 
-The two questions asked beforehand, in mIoU on small objects: "+ positional minus RFT, IoU", and "+ coherent minus + shuffled weights". All
-other differences are looks around: of a hundred such intervals, five leave 0 out by chance. All seeds share toy/base and the records of
-SFT; a seed is the order of the data and the sampling.
+Of a hundred such intervals, five leave 0 out by chance: which differences are the questions is to be written down before the runs. All
+seeds share toy/base and the records of SFT; a seed is the order of the data and the sampling.
 
     python toy/study.py ckpt/study           prints Markdown, writes study.md, study.json (the differences from SFT) and study.png there
 """
@@ -25,13 +24,19 @@ import eval as evaluation  # noqa: E402
 import report  # noqa: E402
 import runtime  # noqa: E402
 
-ARMS = {"sft": "SFT", "boxes": "SFT, more boxes", "iou": "RFT, IoU", "positional": "+ positional", "coherent": "+ coherent",
-        "focus": "+ focus", "shuffled": "+ shuffled weights", "own": "own variant"}
+ARMS = {"sft": "CoT-SFT", "base": "base", "direct": "GRPO from the base", "boxes": "CoT-SFT, then SFT on boxes",
+        "iou": "GRPO: IoU + format", "giou": "+ GIoU", "diou": "+ DIoU", "center": "+ centre distance",
+        "positional": "+ positional", "mean": "+ positional, mean weight", "variance": "+ positional, variance weight",
+        "consistency": "RSGround-R1 (both weights)", "shuffled": "both weights, shuffled",
+        "longer": "GRPO: IoU + format, twice the steps", "consistency-longer": "RSGround-R1, twice the steps", "own": "own variant"}
 DATA = {"little": "synth", "small": "synth-small", "wide": "synth"}
-CONTRASTS = (("positional", "iou"), ("coherent", "positional"), ("focus", "positional"), ("shuffled", "positional"),
-             ("coherent", "shuffled"), ("coherent", "boxes"), ("own", "positional"))
-TRAINED = ("no_overlap_groups", "no_overlap_advantage", "zero_variance_groups", "entropy", "dispersion", "positional_group_std",
-           "iou_group_std")
+CONTRASTS = (("iou", "direct"), ("giou", "iou"), ("diou", "iou"), ("center", "iou"), ("positional", "iou"), ("positional", "giou"),
+             ("positional", "diou"), ("positional", "center"), ("mean", "positional"), ("variance", "positional"),
+             ("consistency", "positional"), ("shuffled", "positional"), ("consistency", "shuffled"), ("consistency", "iou"),
+             ("consistency", "boxes"), ("longer", "iou"), ("consistency-longer", "consistency"), ("consistency-longer", "longer"),
+             ("own", "positional"))
+TRAINED = ("no_overlap_groups", "no_overlap_advantage", "positional_alone_advantage", "zero_variance_groups", "entropy", "dispersion",
+           "consistency_weight")
 
 
 def row_of(folder):
@@ -138,16 +143,32 @@ def kinds(regime, arms, split):
 
 
 def training(regime, arms):
-    """Markdown: what the steps logged, mean of the first and of the last tenth of them, mean over seeds."""
-    text = line(["first → last tenth of the steps", *TRAINED]) + line(["---"] * (1 + len(TRAINED)))
+    """Markdown: what the steps logged, mean of the first and of the last tenth of them, mean over seeds; "-" where an arm logs no such
+    figure. Of the reward and of whatever terms it has, the mean and the standard deviation within a group."""
+    logs = {}
     for arm in arms:
-        logs = [list(report.read_lines(s / arm / "metrics.jsonl")) for s in sorted(regime.iterdir()) if (s / arm / "done").exists()]
-        logs = [log for log in logs if "dispersion" in log[0]]
-        if logs:
-            ends = [[np.mean([[x[k] for x in part(log, max(1, len(log) // 10))] for log in logs]) for k in TRAINED]
-                    for part in (lambda log, n: log[:n], lambda log, n: log[-n:])]
-            text += line([ARMS[arm], *(f"{a:.3f} → {b:.3f}" for a, b in zip(*ends))])
+        read = [list(report.read_lines(s / arm / "metrics.jsonl")) for s in sorted(regime.iterdir()) if (s / arm / "done").exists()]
+        logs[arm] = [log for log in read if log and "dispersion" in log[0]]
+    logged = [log[0] for several in logs.values() for log in several]
+    terms = list(dict.fromkeys(k for first in logged for keys in report.reward_curves([first]) for k in keys))
+    names = [*terms, *TRAINED]
+    text = line(["first → last tenth of the steps", *names]) + line(["---"] * (1 + len(names)))
+    for arm, several in logs.items():
+        if several:
+            text += line([ARMS[arm], *(ends(several, name) for name in names)])
     return text
+
+
+def ends(logs, name) -> str:
+    """A figure of metrics.jsonl: its mean over the first tenth of the steps and over the last, mean over seeds."""
+    if not all(name in step for log in logs for step in log):
+        return "-"
+    first, last = [], []
+    for log in logs:
+        tenth = max(1, len(log) // 10)
+        first.append(np.mean([step[name] for step in log[:tenth]]))
+        last.append(np.mean([step[name] for step in log[-tenth:]]))
+    return f"{np.mean(first):.3f} → {np.mean(last):.3f}"
 
 
 def figure(tests, path):
