@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import answer
 import data
 import eval as evaluation
+import pictures
 import reward
 import runtime
 from generate import generate
@@ -106,10 +108,10 @@ def rollout(model, processor, prompts, args, seeds):
 def grade(texts, prompts, records, args):
     """texts (Q lists of G) -> the reward and its terms, each (Q, G); boxes (Q, G, 4) in original pixels, NaN where invalid."""
     nothing = (torch.nan,) * 4
-    boxes = torch.tensor([[evaluation.locate(reward.parse_box(t), p.frame) or nothing for t in group] for group, p in zip(texts, prompts)])
+    boxes = torch.tensor([[answer.locate(answer.parse_box(t), p.frame) or nothing for t in group] for group, p in zip(texts, prompts)])
     target, size = (torch.tensor([getattr(r, name) for r in records], dtype=torch.float32)[:, None] for name in ("box", "size"))
     terms = {"iou": reward.iou(boxes, target), "positional": reward.positional(boxes, target, size, args.tau, args.positional),
-             "format": torch.tensor([[float(reward.format_ok(t)) for t in group] for group in texts])}
+             "format": torch.tensor([[float(answer.format_ok(t)) for t in group] for group in texts])}
     return {"reward": sum(w * term for w, term in zip(args.weights, terms.values(), strict=True)), **terms}, boxes
 
 
@@ -212,7 +214,8 @@ def train_step(model, reference, opt, processor, questions, prompts, args, step)
              **{f"seconds_{name}": b - a for name, a, b in zip(("rollout", "reward", "update"), clock, clock[1:])},
              "peak_GiB": runtime.peak_memory(model)}
     keep_rollouts(Path(args.out), step, questions, texts, terms, boxes)
-    return line, lambda: picture(questions[0], boxes[0], terms["reward"][0])
+    first = questions[0]
+    return line, lambda: pictures.draw_rollouts(data.open_image(first), boxes[0], terms["reward"][0], first.box, first.text)
 
 
 def summary(step, terms, boxes, valid, size, consistency, weight, advantage, lengths, texts, sums, n_tokens, args):
@@ -248,24 +251,16 @@ def keep_rollouts(out, step, questions, texts, terms, boxes):
             file.write(json.dumps({**line, "texts": group}) + "\n")
 
 
-def picture(record, boxes, rewards):
-    """One group's boxes over its image, the redder the less its reward; the target in green."""
-    low, high = rewards.min().item(), rewards.max().item()
-    shades = [int(255 * (r - low) / (high - low + 1e-6)) for r in rewards.tolist()]
-    drawn = [(b, (255, s, 0)) for b, s in zip(boxes.tolist(), shades) if b[0] == b[0]]
-    return data.draw_boxes(data.open_image(record), [*drawn, (record.box, "lime")], f"{record.text} (reward {low:.2f} to {high:.2f})")
-
-
 def canary(model, processor, questions, prompts, args):
     """Before step 1: what the starting policy answers, so that a reward that can't rise is seen now and not in an hour."""
     completions, _, texts = rollout(model, processor, prompts, args, torch.arange(len(questions)) + 7_777 * (runtime.rank() + 1))
     terms, _ = grade(texts, prompts, questions, args)
-    wrong = Counter(reward.failure(t) or "parsed" for group in texts for t in group)
+    wrong = Counter(answer.failure(t) or "parsed" for group in texts for t in group)
     seen = runtime.all_sum(torch.tensor([terms["iou"].sum(), terms["format"].sum(), terms["iou"].numel()]))
-    counts = runtime.all_sum(torch.tensor([wrong[name] for name in ("parsed", *reward.FAILURES)])).tolist()
+    counts = runtime.all_sum(torch.tensor([wrong[name] for name in ("parsed", *answer.FAILURES)])).tolist()
     if runtime.rank() == 0:
         print(f"before step 1: mean IoU {seen[0] / seen[2]:.3f}, format {seen[1] / seen[2]:.3f} over {int(seen[2])} sampled answers; "
-              + ", ".join(f"{n} {name}" for name, n in zip(("parsed", *reward.FAILURES), counts) if n))
+              + ", ".join(f"{n} {name}" for name, n in zip(("parsed", *answer.FAILURES), counts) if n))
         if seen[0] == 0:
             print("warning: no answer touches its target; the IoU reward is silent until one does")
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import data
 import rft
 from model import QwenVL
+from processor import Frame, Processor
 from rft import advantages, policy_loss
 
 # ------------------------------------------------------------------------------------------------------------------ advantages
@@ -106,7 +107,7 @@ def settings(**changes):
 
 def one_step(monkeypatch, tiny_checkpoint, dior_root, tmp_path, **changes):
     """The gradient of one step on rewards that are made up from the text (a random model's boxes never parse), and its log line."""
-    model, processor = QwenVL.from_pretrained(tiny_checkpoint, dtype=None), data.Processor.from_pretrained(tiny_checkpoint)
+    model, processor = QwenVL.from_pretrained(tiny_checkpoint, dtype=None), Processor.from_pretrained(tiny_checkpoint)
     grads = {}
 
     def grade(texts, prompts, records, args):
@@ -145,7 +146,7 @@ def test_sampled_and_scored_log_probabilities_agree_and_temperature_is_in_both(m
 def test_every_question_keeps_its_own_rewards(monkeypatch, tiny_checkpoint, dior_root):
     """More rollouts than questions: boxes are graded against the box of their own question."""
     records = data.load("dior", dior_root, "train")[:2]
-    frames = [data.Frame(r.size, r.size, "absolute") for r in records]
+    frames = [Frame(r.size, r.size, "absolute") for r in records]
     texts = [[f'<think>x</think><answer>{{"bbox_2d": {list(r.box)}}}</answer>'] * 2 + ["nothing"] for r in records]
     terms, boxes = rft.grade(texts, [SimpleNamespace(frame=f) for f in frames], records, settings())
     assert terms["iou"].tolist() == terms["format"].tolist() == [[1, 1, 0], [1, 1, 0]]
@@ -154,7 +155,7 @@ def test_every_question_keeps_its_own_rewards(monkeypatch, tiny_checkpoint, dior
 
 def test_an_invalid_box_earns_no_reward_but_that_of_the_format():
     record = SimpleNamespace(box=(0.0, 0.0, 10.0, 10.0), size=(100, 100))
-    frame = data.Frame((100, 100), (100, 100), "absolute")
+    frame = Frame((100, 100), (100, 100), "absolute")
     outside = '<think>x</think><answer>{"bbox_2d": [150, 150, 160, 160]}</answer>'
     terms, _ = rft.grade([[outside, "<answer>"]], [SimpleNamespace(frame=frame)], [record], settings())
     assert terms["iou"].tolist() == terms["positional"].tolist() == [[0, 0]] and terms["format"].tolist() == [[1, 0]]
