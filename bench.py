@@ -28,9 +28,9 @@ from torch import nn
 from tqdm import tqdm
 
 import runtime
-from data import Processor, Prompt
 from generate import generate
 from model import Config, QwenVL
+from processor import Processor, Prompt
 
 # vision: depth, width, heads, inner width, full-attention blocks; language: layers, width, heads, KV heads, inner width; vocabulary; tied
 SHAPES = {"tiny": ((2, 64, 2, 128, (1,)), (2, 128, 4, 2, 256), 1024, True),

@@ -29,10 +29,12 @@ import torch
 from tqdm import tqdm
 
 import data
-import reward
 import runtime
+from answer import failure, format_box, format_ok, parse_box
 from data import DataError
 from generate import generate
+from pictures import draw_boxes
+from processor import Frame, Processor, Prompt, to_image_frame, to_model_frame
 
 REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"), ("lower left", "bottom", "lower right"))
 SAME_OBJECT = 0.9                 # IoU above which another annotation is the target itself under another expression
@@ -85,14 +87,14 @@ def coarse(v, frame):
 
 
 def near(box, frame):
-    x, y = data.to_model_frame((*centre(box), 0, 0), frame)[:2]
+    x, y = to_model_frame((*centre(box), 0, 0), frame)[:2]
     return f"({coarse(x, frame)}, {coarse(y, frame)})"
 
 
 def beside(a, b, text, frame):
     """Where box a lies to box b, as an expression asks for it: direction, or distance of the centres in units of the model's frame, or both
     where it does not say. What has its centre there as well (a field in its stadium) lies in no direction."""
-    (ax, ay), (bx, by) = (data.to_model_frame((*centre(x), 0, 0), frame)[:2] for x in (a, b))
+    (ax, ay), (bx, by) = (to_model_frame((*centre(x), 0, 0), frame)[:2] for x in (a, b))
     away, nearness, side = coarse(math.hypot(ax - bx, ay - by), frame), NEARNESS.search(text), SIDES.search(text)
     if not away:
         return "about where it is"
@@ -134,7 +136,7 @@ def called(o):
 
 
 def explain(record, others, frame, color=""):
-    """One record's completion. others: Neighbors in its image, the target not among them; frame: data.Frame, whose coordinates the text
+    """One record's completion. others: Neighbors in its image, the target not among them; frame: a Frame, whose coordinates the text
     speaks in; color: of the target, where known."""
     text, noun = record.text.lower(), record.category.lower() or "object"
     target = Neighbor(record.category, record.box, color)
@@ -151,7 +153,7 @@ def explain(record, others, frame, color=""):
     for o in candidates:
         line = f"{said if o is candidates[0] else ''}{called(o)} near {near(o.box, frame)}, at the {region(o.box, record.size)}"
         if SIZES.search(head):
-            line += f", of size {round(math.sqrt(area(data.to_model_frame(o.box, frame))))}"
+            line += f", of size {round(math.sqrt(area(to_model_frame(o.box, frame))))}"
         for other in named:
             line += f", {beside(o.box, other.box, text, frame)}"
         lines.append(line + (": it fits." if o is target else "."))
@@ -160,7 +162,7 @@ def explain(record, others, frame, color=""):
 
 
 def answer(record, frame):
-    return f'<answer>{{"bbox_2d": {data.format_box(record.box, frame)}}}</answer>'
+    return f'<answer>{{"bbox_2d": {format_box(record.box, frame)}}}</answer>'
 
 
 # ------------------------------------------------------------------------------------------------------------------ who is known
@@ -245,14 +247,14 @@ def read_lines(path, content=None):
 
 def judge(text, record, frame):
     """A teacher's completion -> its reasoning and None, or None and why it is refused."""
-    box = reward.parse_box(text)
-    if box is None or not reward.format_ok(text):
-        return None, f"does not parse: {reward.failure(text) or 'not one think block, then one answer'}"
-    if overlap(data.to_image_frame(box, frame), record.box) < AGREED:
+    box = parse_box(text)
+    if box is None or not format_ok(text):
+        return None, f"does not parse: {failure(text) or 'not one think block, then one answer'}"
+    if overlap(to_image_frame(box, frame), record.box) < AGREED:
         return None, "disagrees with the annotation"
     think = text[text.index("<think>") + len("<think>"):text.index("</think>")].strip()
     said = [float(n) for n in re.findall(r"(?<![A-Za-z\d.])\d{1,6}(?:\.\d+)?", think)]                # x1 is a name, 100-150 two numbers
-    for x1, y1, x2, y2 in (box, data.to_model_frame(record.box, frame)):
+    for x1, y1, x2, y2 in (box, to_model_frame(record.box, frame)):
         for sides in ((x1, y1, x2, y2), (x1, y1, x2 - x1, y2 - y1)):
             if any(gives_away(said[i:i + 6], sides) for i in range(max(1, len(said) - 5))):
                 return None, "gives the box away before the answer"
@@ -290,10 +292,10 @@ def teach(args, records, device):
             for r in some:
                 image = data.open_image(r)
                 pixels, grid, resized = processor.patches(image)
-                frame = data.Frame(image.size, resized, processor.convention)
-                asked = TEACHER.format(text=r.text, box=data.format_box(r.box, frame))
+                frame = Frame(image.size, resized, processor.convention)
+                asked = TEACHER.format(text=r.text, box=format_box(r.box, frame))
                 ids = processor.turns(asked, int(grid.prod()) // processor.merge ** 2)
-                prompts.append(data.Prompt(torch.tensor(ids), pixels, grid, frame))
+                prompts.append(Prompt(torch.tensor(ids), pixels, grid, frame))
             seeds = torch.tensor([int.from_bytes(data.fingerprint(f"{args.seed} {r.id}")[:4], "big") for r in some])
             tokens, _, lengths = generate(model, prompts, 1, args.max_new_tokens, args.temperature, seeds)
             for r, p, ids, n in zip(some, prompts, tokens[:, 0], lengths[:, 0].tolist()):
@@ -342,17 +344,17 @@ def main():
     if args.teacher:
         teach(args, records, device)
         return
-    processor, out = data.Processor.from_pretrained(args.init) if args.init else None, Path(args.out or "cot_check.png")
+    processor, out = Processor.from_pretrained(args.init) if args.init else None, Path(args.out or "cot_check.png")
     runtime.writable(out.parent)
     write, pictures = writer(records), []
     for record in records[::max(1, len(records) // args.show)][:args.show]:
         image = data.open_image(record)
-        frame = processor(image, record.text).frame if processor else data.Frame(image.size, image.size, "absolute")
+        frame = processor(image, record.text).frame if processor else Frame(image.size, image.size, "absolute")
         text = write(record, frame)
-        if not reward.format_ok(text):
+        if not format_ok(text):
             sys.exit(f"cot.py: record {record.id} makes a text that breaks the format: {text}")
         print(f"{record.id}: {record.text}\n  {text}")
-        pictures.append(data.draw_boxes(image, [(record.box, "red")], text))
+        pictures.append(draw_boxes(image, [(record.box, "red")], text))
     data.save_sheet(pictures, out)
     print(f"written: {out}")
 

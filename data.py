@@ -1,8 +1,7 @@
-"""Records, images, coordinate frames and prompts: everything between a data set on disk and the model's input.
+"""Records and images: the readers of the embedded and the public data sets.
 
-One sample's way: `load` reads the annotations -> `open_image` -> `Processor(image, text)` resizes, cuts patches and writes the chat
-prompt -> the model answers in its own frame -> `to_image_frame` brings the box back. Boxes are xyxy, float; rewards and metrics only ever
-see pixels of the original image, and coordinates are converted nowhere but here.
+One sample's way: `load` reads the annotations -> `open_image`; what follows is processor.py's. Boxes are xyxy, float pixels of the original
+image.
 
 A new data set is one function in READERS: (root, split) -> Records. It hands each annotation to a Collector, which finds the image, repairs
 what has one reading and counts what it refuses.
@@ -17,7 +16,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -26,23 +24,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from PIL import Image
 from tqdm import tqdm
+
+from pictures import contact_sheet, draw_boxes
 
 Image.MAX_IMAGE_PIXELS = 1 << 31  # aerial scenes are large, and one's own files no bombs
 ASPECT = 200                      # longer side of an image over its shorter one, at most: the families' own limit
-PROMPT = ('Locate the object that is described: {text}\nFirst reason about positions in the image in <think> </think> tags, then answer '
-          'with one box in <answer> </answer> tags, like <answer>{{"bbox_2d": [x1, y1, x2, y2]}}</answer>')
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-# family: convention of its coordinates, system turn of its chat template (None: it has none)
-FAMILIES = {"Qwen2VLProcessor": ("qwen2_vl", "1000", "You are a helpful assistant."),
-            "Qwen2_5_VLProcessor": ("qwen2_5_vl", "absolute", "You are a helpful assistant."),
-            "Qwen3VLProcessor": ("qwen3_vl", "1000", None)}
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "preprocessor_config.json", "chat_template.json",
-                   "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "processor_config.json", "generation_config.json")
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 class DataError(Exception):
@@ -109,13 +97,13 @@ def load(name, root=None, split="train"):
     "dior+vrsbench:0.5": then root is the folder that holds dior/ and vrsbench/. DataError where there is no such data set or split, or its
     files don't fit; one annotation that does not is refused (`Records.refused`), and where all are, no record is left."""
     if "+" in name or ":" in name:
-        return mix(name, Path(root or "data"), split)
+        return mixture(name, Path(root or "data"), split)
     if name not in READERS:
         raise DataError(f"no data set is called {name!r}; there are {', '.join(READERS)}, and mixtures like dior+vrsbench:0.5")
     return READERS[name](Path(root) if root else Path("data") / name, split)
 
 
-def mix(names, root, split):
+def mixture(names, root, split):
     """A part with a weight below 1 gives that share of its records, one above 1 repeats them (2.5: all twice and a half of them again).
     Weights are for training: of splits that measure, each part gives every record once. Which records, and their order, depend on their ids
     alone; an id is preceded by its data set's name and followed by its repetition."""
@@ -300,7 +288,17 @@ def zipped(root):
     return f" ({', '.join(names)} is there: unzip it)" if names else ""
 
 
-def read_lines(file):
+def read_json(path):
+    """A JSON file's value, or None where there is no such file; DataError where it is unreadable."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: unreadable ({error})") from None
+
+
+def text_lines(file):
     """Lines of a text, without their ends."""
     try:
         return [line.rstrip("\r") for line in file.read_text(encoding="utf-8-sig").split("\n")]  # splitlines would also cut at U+2028
@@ -311,7 +309,7 @@ def read_lines(file):
 def read_objects(file):
     """Yields (line number, object) of a JSONL file, None for what is no object. An object may go on over several lines, as in some of
     refGeo's; a line that begins another one ends what is unfinished. DataError where the file is one JSON array."""
-    (start, text), lines = (0, ""), read_lines(file)
+    (start, text), lines = (0, ""), text_lines(file)
     if next((line for line in map(str.strip, lines) if line), "").startswith("["):
         raise DataError(f"{file}: a JSON array, where one JSON object a line is needed; jq -c '.[]' makes lines of it")
     for n, line in enumerate([*lines, "{"], 1):
@@ -435,7 +433,7 @@ def read_rsvg_hr(root, split):
     if split not in ("train", "test"):
         raise NoSplit(f"rsvg-hr has no split {split!r}; it has train, test, and val held out of train")
     file, collected = one_of(root, f"rsvg_hr_{split}.txt", f"Annotations/rsvg_hr_{split}.txt"), Collector(root, "images")
-    for n, line in enumerate(read_lines(file), 1):
+    for n, line in enumerate(text_lines(file), 1):
         if not line.strip():
             continue
         where, (image, *fields), repairs = f"{file}, line {n}", line.split(","), []
@@ -569,234 +567,7 @@ PUBLISHED = {"dior": {"train": 26_991, "val": 3_829, "test": 7_500}, "opt": {"tr
              "rsvg-hr": {"train": 2_151, "test": 499}, "vrsbench": {"test": 16_159}}                  # expressions of a split
 
 
-# ------------------------------------------------------------------------------------------------------------------ coordinates
-
-@dataclass(frozen=True)
-class Frame:
-    """How a model's coordinates relate to an image. Qwen2.5-VL answers in pixels of the resized image ("absolute"), Qwen2-VL and Qwen3-VL
-    in thousandths of its sides ("1000")."""
-    original: tuple               # (width, height)
-    resized: tuple
-    convention: str
-
-    @property
-    def extent(self):
-        """The coordinate of the right and of the lower edge in the model's frame."""
-        return self.resized if self.convention == "absolute" else (1000, 1000)
-
-
-def to_model_frame(box, frame):
-    """Original pixels -> the model's coordinates, float."""
-    return tuple(v * frame.extent[i % 2] / frame.original[i % 2] for i, v in enumerate(box))
-
-
-def to_image_frame(box, frame):
-    """The model's coordinates -> original pixels, float."""
-    return tuple(v * frame.original[i % 2] / frame.extent[i % 2] for i, v in enumerate(box))
-
-
-def format_box(box, frame):
-    """A box in original pixels as the model is taught to write it: "[x1, y1, x2, y2]", whole numbers in its frame, never without area."""
-    x1, y1, x2, y2 = (round(v) for v in to_model_frame(box, frame))
-    right, low = frame.extent
-    x1, y1 = min(max(x1, 0), right - 1), min(max(y1, 0), low - 1)
-    return f"[{x1}, {y1}, {min(max(x2, x1 + 1), right)}, {min(max(y2, y1 + 1), low)}]"
-
-
-# ------------------------------------------------------------------------------------------------------------------ the model's input
-
-@dataclass(frozen=True)
-class Prompt:
-    """One record as the model sees it."""
-    input_ids: torch.Tensor       # (T,) long
-    pixel_values: torch.Tensor    # (patches, D) float32, in the vision tower's order
-    image_grid_thw: torch.Tensor  # (1, 3) long: time, height, width in patches
-    frame: Frame
-
-
-def prompt_hash():
-    """12 hex characters of everything that is said to the model beside image and expression; the checkpoint carries it."""
-    return hashlib.sha256(repr((PROMPT, FAMILIES)).encode()).hexdigest()[:12]
-
-
-def smart_resize(width, height, factor, min_pixels, max_pixels):
-    """The family's rule: both sides multiples of `factor`, the area between min_pixels and max_pixels, the aspect ratio about kept."""
-    if max(width, height) > ASPECT * min(width, height):
-        raise DataError(f"an image of {width} x {height} is more than {ASPECT} times as long as wide; cut it before use")
-    w, h = round(width / factor) * factor, round(height / factor) * factor
-    if w * h > max_pixels:
-        shrink = math.sqrt(width * height / max_pixels)
-        w, h = (max(factor, math.floor(v / shrink / factor) * factor) for v in (width, height))
-    elif w * h < min_pixels:
-        grow = math.sqrt(min_pixels / (width * height))
-        w, h = (math.ceil(v * grow / factor) * factor for v in (width, height))
-    return w, h
-
-
-class Processor:
-    """Image and expression -> Prompt, completion -> ids, ids -> text, for the three families (Qwen2-VL, Qwen2.5-VL, Qwen3-VL)."""
-
-    def __init__(self, tokenizer, image, family, source):
-        self.tokenizer, self.source = tokenizer, source
-        bare = json.loads(tokenizer.to_str())                            # the same without added tokens: in it "<|im_end|>" is letters
-        self.ordinary = Tokenizer.from_str(json.dumps({**bare, "added_tokens": [], "post_processor": None}))
-        self.family, self.convention, self.system = FAMILIES[family]
-        self.ids = {t: tokenizer.token_to_id(t) for t in (*SPECIAL, "<|endoftext|>")}
-        size = image.get("size", {})
-        self.min_pixels = image.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge") or 56 * 56
-        self.max_pixels = image.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
-        self.patch, self.temporal_patch, self.merge = image["patch_size"], image["temporal_patch_size"], image["merge_size"]
-        self.mean, self.std = (np.array(image[name], dtype=np.float32) for name in ("image_mean", "image_std"))
-
-    @classmethod
-    def from_pretrained(cls, path, min_pixels=None, max_pixels=None):
-        """A checkpoint's folder, or a stage's (its newest step). min_pixels, max_pixels: limits of the resized image instead of its own."""
-        path = Path(path)
-        path = path if (path / "config.json").exists() or not (path / "latest").exists() else path / "latest"
-        image, whole = read_json(path / "preprocessor_config.json"), read_json(path / "processor_config.json")
-        image = image or (whole or {}).get("image_processor")
-        if not image:
-            raise DataError(f"no preprocessor_config.json at {path}; copy it there from the checkpoint's hub page")
-        name = image.get("processor_class") or (whole or {}).get("processor_class")
-        if name not in FAMILIES:
-            kind = (read_json(path / "config.json") or {}).get("model_type")
-            name = next((n for n, (family, *_) in FAMILIES.items() if family == kind), None)
-        if name is None:
-            raise DataError(f"{path}: neither preprocessor_config.json nor config.json names one of {', '.join(FAMILIES)}")
-        image = {**image, **{k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v}}
-        try:
-            processor = cls(read_tokenizer(path), image, name, path)
-        except KeyError as error:
-            raise DataError(f"{path / 'preprocessor_config.json'}: {error} is missing; copy the file again from the hub page") from None
-        absent = [t for t in SPECIAL if processor.ids[t] is None]
-        if absent:
-            raise DataError(f"{path}: the tokenizer has no {', '.join(absent)}; is it that of a Qwen-VL model?")
-        return processor
-
-    @property
-    def end_id(self):
-        """End of the assistant's turn."""
-        return self.ids["<|im_end|>"]
-
-    def __call__(self, image, text):
-        """PIL image, expression -> Prompt. Nothing is ever cut off; an expression is ordinary text, whatever it contains."""
-        pixels, grid, resized = self.patches(image)
-        ids = self.turns(PROMPT.format(text=text), int(grid.prod()) // self.merge ** 2)
-        return Prompt(torch.tensor(ids), pixels, grid, Frame(image.size, resized, self.convention))
-
-    def turns(self, user, image_tokens):
-        """The family's chat prompt as ids: system turn, the user's image and text, the beginning of the answer."""
-        start, end, vision_start, vision_end, image = (self.ids[t] for t in SPECIAL)
-        system = [] if self.system is None else [start, *self.words(f"system\n{self.system}"), end, *self.words("\n")]
-        user = [start, *self.words("user\n"), vision_start, *[image] * image_tokens, vision_end, *self.words(user), end, *self.words("\n")]
-        return [*system, *user, start, *self.words("assistant\n")]
-
-    def words(self, text):
-        """Ordinary text -> ids; no special token is recognised in it. A lone surrogate, which no encoding has, becomes "?"."""
-        return self.ordinary.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
-
-    def encode(self, completion):
-        """A completion's text -> (L,) long, the end of the turn included."""
-        return torch.tensor([*self.words(completion), self.end_id])
-
-    def decode(self, ids):
-        """Ids of a completion -> its text, without the stop token at its end."""
-        ids = [int(i) for i in ids]
-        if ids and ids[-1] in (self.end_id, self.ids["<|endoftext|>"]):
-            ids = ids[:-1]
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
-
-    def patches(self, image):
-        """PIL image -> pixel_values (patches, channels * temporal * patch * patch), image_grid_thw (1, 3), resized (width, height).
-
-        Patches come merge x merge at a time, as the tower joins them; a still image fills both frames of the temporal patch."""
-        p, m = self.patch, self.merge
-        w, h = smart_resize(*image.size, p * m, self.min_pixels, self.max_pixels)
-        x = np.asarray(rgb(image).resize((w, h), Image.Resampling.BICUBIC)).reshape(h // p // m, m, p, w // p // m, m, p, 3)
-        x = x.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, -1, 1, p, p)     # channel; block row, block column, patch in block; pixel
-        shades = (np.arange(256, dtype=np.float32)[:, None] / 255 - self.mean) / self.std             # (256, 3): all values there are
-        out = np.empty((x.shape[1], 3, self.temporal_patch, p, p), np.float32)
-        for channel in range(3):
-            out[:, channel] = shades[:, channel][x[channel]]
-        return torch.from_numpy(out.reshape(len(out), -1)), torch.tensor([[1, h // p, w // p]]), (w, h)
-
-    def save_pretrained(self, path):
-        """Copies the tokenizer's and the processor's files, with the pixel limits in force."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            if (self.source / name).exists():
-                shutil.copyfile(self.source / name, path / name)
-        config = read_json(self.source / "preprocessor_config.json")
-        if config:
-            config |= {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-            (path / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path):
-    """A JSON file's value, or None where there is no such file; DataError where it is unreadable."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: unreadable ({error})") from None
-
-
-def read_tokenizer(path):
-    """tokenizer.json, or vocab.json + merges.txt with the added tokens of tokenizer_config.json -> tokenizers.Tokenizer."""
-    if (path / "tokenizer.json").exists():
-        try:
-            return Tokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as error:                                       # the library raises nothing narrower
-            raise DataError(f"{path / 'tokenizer.json'}: unreadable ({error})") from None
-    vocab = read_json(path / "vocab.json")
-    if vocab is None or not (path / "merges.txt").exists():
-        raise DataError(f"no tokenizer at {path}: neither tokenizer.json nor vocab.json and merges.txt are there")
-    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    added = (read_json(path / "tokenizer_config.json") or {}).get("added_tokens_decoder", {})
-    for i, token in sorted(added.items(), key=lambda item: int(item[0])):
-        tokenizer.add_tokens([AddedToken(**{k: v for k, v in token.items() if k != "special"}, special=token.get("special", False))])
-        if tokenizer.token_to_id(token["content"]) != int(i):
-            raise DataError(f"{path / 'tokenizer_config.json'}: {token['content']} is to be {i}, but vocab.json leaves another id for it")
-    return tokenizer
-
-
-# ------------------------------------------------------------------------------------------------------------------ pictures
-
-def draw_boxes(image, boxes, caption="", width=336):
-    """PIL image, boxes as (xyxy in its pixels, colour) -> PIL image of this width with the boxes on it and the caption beneath."""
-    scale = width / image.width
-    size = width, max(1, round(image.height * scale))
-    picture = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(picture)
-    for box, colour in boxes:
-        pen.rectangle([v * scale for v in box], outline=colour, width=2)
-    font, lines = ImageFont.load_default(13), [""]
-    for word in caption.encode("ascii", "replace").decode().split():
-        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if font.getlength(f"{lines[-1]} {word}") < width - 8 else [*lines, word]
-    whole = Image.new("RGB", (width, picture.height + 16 * len(lines) + 6), "white")
-    whole.paste(picture)
-    ImageDraw.Draw(whole).text((4, picture.height + 2), "\n".join(lines), fill="black", font=font, spacing=2)
-    return whole
-
-
-def contact_sheet(pictures, columns=4):
-    """PIL images of one width -> one, in rows."""
-    rows = [pictures[i:i + columns] for i in range(0, len(pictures), columns)]
-    heights = [max(p.height for p in row) for row in rows]
-    sheet = Image.new("RGB", (max(len(row) for row in rows) * (pictures[0].width + 8), sum(heights) + 8 * len(rows)), "white")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            sheet.paste(picture, (j * (picture.width + 8), sum(heights[:i]) + 8 * i))
-    return sheet
-
+# ------------------------------------------------------------------------------------------------------------------ the check of a data set
 
 def save_sheet(pictures, path):
     """Writes PIL images of one width to a picture's file, in rows; DataError where that can't be."""
@@ -806,14 +577,14 @@ def save_sheet(pictures, path):
         raise DataError(f"the contact sheet can't be written to {path} ({error}); name another file with --out") from None
 
 
-class Parser(argparse.ArgumentParser):
+class DataParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"data.py: {message}; data.py --help explains every flag\n")
 
 
 def main():
-    parser = Parser(description="Checks a data set: counts beside the published ones, refused and repaired records by reason, sizes of the "
-                                "boxes, images that splits share, images that can't be decoded, a contact sheet")
+    parser = DataParser(description="Checks a data set: counts beside the published ones, refused and repaired records by reason, sizes of "
+                                    "the boxes, images that splits share, images that can't be decoded, a contact sheet")
     parser.add_argument("name", help=f"one of {', '.join(READERS)}, or a mixture like dior+vrsbench:0.5")
     parser.add_argument("--root", help="its folder; default data/<name>; of a mixture the folder that holds theirs, default data")
     parser.add_argument("--split", nargs="+", help="splits to check; default those of train, val, test that there are")
@@ -823,13 +594,13 @@ def main():
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")                    # a name in a data set may hold what no encoding has
     try:
-        check(args)
+        check_data_set(args)
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def check(args):
+def check_data_set(args):
     loaded = {}
     for split in args.split or SPLITS:
         try:
@@ -839,7 +610,7 @@ def check(args):
                 raise
             print(f"{args.name} {split}: {error}")
         else:
-            describe(args.name, split, loaded[split], args.places)
+            print_split(args.name, split, loaded[split], args.places)
     images = {split: {r.image for r in records} for split, records in loaded.items()}
     for a, b in itertools.combinations(images, 2):
         print(f"images in both {a} and {b}: {len(images[a] & images[b]):,}")
@@ -870,7 +641,7 @@ def undecodable(files):
     return {image: why for image, why in zip(files, found) if why}
 
 
-def describe(name, split, records, places):
+def print_split(name, split, records, places):
     """Prints what is in a split. Sizes are areas of boxes in percent of their image's."""
     refused, repaired = (sum(map(len, reasons.values())) for reasons in (records.refused, records.repaired))
     print(f"{name} {split}: {len(records):,} records, {refused:,} refused, {repaired:,} repairs, {len({r.image for r in records}):,} "

@@ -2,7 +2,7 @@
 
 Boxes are clamped to the image and compared in pixels of the original image, as floats (no +1 pixel); one counts where IoU > t, strictly,
 as in DIOR-RSVG's own evaluation (IoU >= t on opt, as in OPT-RSVG's; VRSBench's own metric stands beside ours as "vrsbench"). Every record
-counts: what can't be parsed has IoU 0. The columns "lenient" read the same texts with `reward.parse_box_lenient`; they are for models that
+counts: what can't be parsed has IoU 0. The columns "lenient" read the same texts with `answer.parse_box_lenient`; they are for models that
 never saw our answer format. DIOR's own script also truncates the true boxes to whole pixels at its 640 px letterbox; that is not copied
 here. Intervals "ci" are 95% bootstraps over images.
 
@@ -21,28 +21,32 @@ import itertools
 import json
 import math
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
+import answer
 import data
+import metrics
+import pictures
 import report as page
 import reward
 import runtime
-from data import DataError, Frame
+from answer import locate
+from data import DataError
 from generate import generate
-from model import CheckpointError
+from metrics import THRESHOLDS
+from model import CheckpointError, newest_step
+from processor import Frame, Processor, prompt_hash, smart_resize, to_image_frame
 
-THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 AT_LEAST = ("opt",)                                       # data sets whose own evaluation counts IoU >= t
-FAILURES = (*reward.FAILURES, "outside image", "no prediction")
+OUTCOMES = (*answer.FAILURES, "outside image", "no prediction")
 STORY = ("base", "pretrain", "sft", "rft")                # order of the stages in the table; others behind them
 GREEN, RED = (64, 255, 64), (255, 64, 64)
 
@@ -76,81 +80,21 @@ def flags():
 
 # ------------------------------------------------------------------------------------------------------------------ scores
 
-def metrics(pred, gt, size, inclusive=False):
-    """pred, gt (N, 4) xyxy in original pixels, size (N, 2) as (W, H) -> dict of floats, rates as fractions. All boxes are clamped first; a
-    NaN row of pred, or one without area in the image, is a miss: its IoU is 0 and its target's area joins the union of cIoU.
-
-    mIoU: mean IoU; Pr@t: share with IoU > t (>= t where inclusive); cIoU: sum of intersections over sum of unions; center_error: mean
-    `reward.center_distance` over the valid rows, None where there is none; n: N."""
-    valid, iou, inside, union, away = overlaps(pred, gt, size)
-    n = len(gt)
-    return {"mIoU": iou.sum().item() / max(n, 1), **{f"Pr@{t}": hits(iou, t, inclusive).sum().item() / max(n, 1) for t in THRESHOLDS},
-            "cIoU": inside.sum().item() / max(union.sum().item(), 1e-12),
-            "center_error": away[valid].mean().item() if valid.any() else None, "n": n}
-
-
-def centre_box(records):
-    """What a guess scores that looks at nothing: a box in the middle of each image, of the median width and height of these records."""
-    gt, size = targets(records)
-    half = ((gt[:, 2:] - gt[:, :2]) / size).median(0).values / 2
-    return metrics(torch.cat((size * (0.5 - half), size * (0.5 + half)), 1), gt, size)
-
-
-def overlaps(pred, gt, size):
-    """As `metrics` -> (N,) each: is there a box, IoU, area of intersection and of union (pixels), `reward.center_distance` (of no meaning
-    where there is no box)."""
-    pred, gt, size = pred.double(), gt.double(), size.double()
-    pred, gt = (box.clamp(min=0).minimum(size.repeat(1, 2)) for box in (pred, gt))
-    valid = (pred[:, 2:] > pred[:, :2]).all(1)                           # (N,); False for NaN
-    pred = torch.where(valid[:, None], pred, gt[:, :2].repeat(1, 2))     # a miss is a box without area
-    return valid, reward.iou(pred, gt), *reward.intersection_union(pred, gt), reward.center_distance(pred, gt, size)
-
-
-def hits(iou, t, inclusive):
-    return iou >= t if inclusive else iou > t
-
-
-def vrsbench_iou(pred, gt, size, grid=None):
-    """As `metrics` -> (N,) IoU as VRSBench's own evaluation computes it: boxes cut down to whole hundredths of the image's sides, both ends
-    counted in (+1). A box that is a line or a point has an area there, and is hit by one of the same cells. NaN rows are 0.
-    grid (N, 4): the targets in whole hundredths as the data set itself gives them, NaN where it does not."""
-    size = size.double().repeat(1, 2)
-    p, g = ((100 * (box.double().clamp(min=0).minimum(size) / size) + 1e-6).floor() for box in (pred, gt))         # 29% is 29
-    g = g if grid is None else torch.where(grid.isnan(), g, grid.double())
-    inside = (torch.minimum(p[:, 2:], g[:, 2:]) - torch.maximum(p[:, :2], g[:, :2]) + 1).clamp(min=0).prod(1)
-    area_p, area_g = ((box[:, 2:] - box[:, :2] + 1).prod(1) for box in (p, g))
-    return (inside / (area_p + area_g - inside)).nan_to_num(0.0)
-
-
-def vrsbench(pred, gt, size, unique, grid=None):
-    """The official VRSBench metric: share of all samples with `vrsbench_iou` >= 0.5 and 0.7; unique: N of True, False or None (unknown)."""
-    iou = vrsbench_iou(pred, gt, size, grid)
-    parts = {"all": [True] * len(gt), "unique": [u is True for u in unique], "non_unique": [u is False for u in unique]}
-    masks = {name: torch.tensor(mask, dtype=torch.bool) for name, mask in parts.items()}
-    return {name: {"n": int(m.sum()), **{f"Acc@{t}": (iou[m] >= t).double().mean().item() for t in (0.5, 0.7)}}
-            for name, m in masks.items() if m.any()}
-
-
-def locate(box, frame):
-    """A box in the model's frame, or None -> the same in original pixels, clamped, or None where nothing of it lies in the image."""
-    return box and reward.clamp_box(data.to_image_frame(box, frame), frame.original)
-
-
 def said_in(prediction):
     """The frame of a prediction's text."""
     return Frame(**{k: v if k == "convention" else tuple(v) for k, v in prediction["frame"].items()})
 
 
 def read_prediction(prediction, record):
-    """-> strict box, lenient box (original pixels, clamped, or None), and the failure of the strict one: None or one of FAILURES."""
+    """-> strict box, lenient box (original pixels, clamped, or None), and the failure of the strict one: None or one of OUTCOMES."""
     if prediction is None:
         return None, None, "no prediction"
     if "text" in prediction:
         text, frame = prediction["text"], said_in(prediction)
-        box, lenient, why = locate(reward.parse_box(text), frame), locate(reward.parse_box_lenient(text), frame), reward.failure(text)
+        box, lenient, why = locate(answer.parse_box(text), frame), locate(answer.parse_box_lenient(text), frame), answer.failure(text)
     else:
-        written, why = reward.checked(prediction["box"]) if prediction["box"] else (None, "no answer")
-        box = lenient = None if why else reward.clamp_box(written, record.size)
+        written, why = answer.checked(prediction["box"]) if prediction["box"] else (None, "no answer")
+        box = lenient = None if why else answer.clamp_box(written, record.size)
     return box, lenient, why or (None if box else "outside image")
 
 
@@ -159,9 +103,9 @@ def on_grid(prediction, record):
     box, _, why = read_prediction(prediction, record)
     if why == "no area":
         if "text" in prediction:
-            flat = data.to_image_frame(reward.read_answer(prediction["text"])[0], said_in(prediction))
+            flat = to_image_frame(answer.read_answer(prediction["text"])[0], said_in(prediction))
         else:
-            flat = reward.checked(prediction["box"])[0]
+            flat = answer.checked(prediction["box"])[0]
         box = flat if 0 <= flat[0] <= flat[2] <= record.size[0] and 0 <= flat[1] <= flat[3] <= record.size[1] else None
     return box
 
@@ -170,23 +114,13 @@ def score(records, predictions, inclusive=False):
     """N records, N predictions (dicts as `evaluate` and `read_predictions` give them; None: there is none) -> part of an eval.json row."""
     strict, lenient, failures = zip(*(read_prediction(p, r) for p, r in zip(predictions, records, strict=True)))
     counts = Counter(failures)
-    ours, theirs = (metrics(tensor(boxes), *targets(records), inclusive) for boxes in (strict, lenient))
-    return {**ours, "failures": {why: counts[why] for why in FAILURES}, "lenient": theirs}
-
-
-def tensor(boxes):
-    """N boxes or None -> (N, 4) double, NaN where there is none."""
-    return torch.tensor([box or [math.nan] * 4 for box in boxes], dtype=torch.float64)
-
-
-def targets(records):
-    """N records -> their boxes (N, 4) in original pixels, their images' sizes (N, 2) as (W, H), double."""
-    return tuple(torch.tensor([getattr(r, key) for r in records], dtype=torch.float64) for key in ("box", "size"))
+    ours, theirs = (metrics.metrics(metrics.tensor(boxes), *metrics.targets(records), inclusive) for boxes in (strict, lenient))
+    return {**ours, "failures": {why: counts[why] for why in OUTCOMES}, "lenient": theirs}
 
 
 def answered(records, predictions):
     """N records and their predictions (or None) -> strict boxes (N, 4) in original pixels, double, NaN where there is none."""
-    return tensor([read_prediction(p, r)[0] for p, r in zip(predictions, records, strict=True)])
+    return metrics.tensor([read_prediction(p, r)[0] for p, r in zip(predictions, records, strict=True)])
 
 
 def details(records, predictions, name, known):
@@ -194,98 +128,36 @@ def details(records, predictions, name, known):
     samples "pass" and "dispersion". known: the records of train (None: not there) and of the whole split, for what a record is compared
     with. The same numbers on every process and from a predictions file: the resampling is seeded."""
     inclusive = name in AT_LEAST
-    pred, (target, size) = answered(records, predictions), targets(records)
-    _, iou, inside, union, _ = overlaps(pred, target, size)
-    hit = hits(iou, 0.5, inclusive).double()
-    rates = {"mIoU": (iou, None), **{f"Pr@{t}": (hits(iou, t, inclusive).double(), None) for t in THRESHOLDS}, "cIoU": (inside, union)}
-    extra = {"ci": intervals(records, rates), "breakdowns": {}}
-    for by, values in properties(records, *known).items():
+    pred, (target, size) = answered(records, predictions), metrics.targets(records)
+    _, iou, inside, union, _ = metrics.overlaps(pred, target, size)
+    hit = metrics.hits(iou, 0.5, inclusive).double()
+    rates = {"mIoU": (iou, None), **{f"Pr@{t}": (metrics.hits(iou, t, inclusive).double(), None) for t in THRESHOLDS},
+             "cIoU": (inside, union)}
+    extra = {"ci": metrics.intervals(records, rates), "breakdowns": {}}
+    for by, values in metrics.properties(records, *known).items():
         groups = {value: [i for i, v in enumerate(values) if v == value] for value in sorted({v for v in values if v is not None})}
         if groups:
             extra["breakdowns"][by] = {value: {"n": len(rows), "mIoU": iou[rows].mean().item(), "Pr@0.5": hit[rows].mean().item()}
                                        for value, rows in groups.items()}
     if name == "vrsbench":
-        flat = tensor([on_grid(p, r) for p, r in zip(predictions, records)])
-        extra["vrsbench"] = vrsbench(flat, target, size, [r.unique for r in records], tensor([r.grid for r in records]))
+        flat = metrics.tensor([on_grid(p, r) for p, r in zip(predictions, records)])
+        extra["vrsbench"] = metrics.vrsbench(flat, target, size, [r.unique for r in records], metrics.tensor([r.grid for r in records]))
     if any(p and "samples" in p for p in predictions):
-        extra |= sampled(records, predictions, target, size, inclusive)
+        extra |= metrics.sampled(sampled_boxes(records, predictions), target, size, inclusive)
     return extra
 
 
-def properties(records, train, split):
-    """Property -> its value for each record, None where unknown. size: COCO's limits, 32 x 32 and 96 x 96 pixels; region: where in the
-    image's three by three parts the target's centre lies; distractors: other annotated boxes of its category in its image (what no
-    expression of train or of this split names is not counted); train image, train category: does train have them too."""
-    boxes = defaultdict(set)
-    for r in itertools.chain(train or (), split):
-        boxes[r.image, r.category].add(r.box)
-        for o in getattr(r.image, "objects", ()):                        # a drawn scene knows them all
-            boxes[r.image, o.category].add(tuple(map(float, o.box)))
-    images, categories = ({getattr(r, key) for r in train or ()} for key in ("image", "category"))
-    values = defaultdict(list)
-    for r in records:
-        (x1, y1, x2, y2), (W, H), others = r.box, r.size, len(boxes[r.image, r.category] - {r.box})
-        column, row = min(2, int(1.5 * (x1 + x2) / W)), min(2, int(1.5 * (y1 + y2) / H))
-        area = (x2 - x1) * (y2 - y1)
-        values["size"].append("small" if area < 32 ** 2 else "medium" if area < 96 ** 2 else "large")
-        values["category"].append(r.category or None)
-        values["region"].append(f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}")
-        values["kind"].append(r.kind or None)
-        values["distractors"].append(str(others) if others < 3 else "3 or more")
-        values["train image"].append(None if train is None else "also in train" if r.image in images else "disjoint")
-        values["train category"].append(None if train is None or not r.category else "seen" if r.category in categories else "unseen")
-    return values
-
-
-def sampled(records, predictions, target, size, inclusive):
-    """Of k samples a record: "pass" {j: chance that the best of j has IoU > 0.5}, unbiased, 1 - C(k - c, j) / C(k, j) for c hits (Chen et
-    al., arXiv 2107.03374); "dispersion": mean `reward.dispersion` of the records with two valid boxes or more, in image sides."""
+def sampled_boxes(records, predictions):
+    """N records, N predictions that carry several samples (or None) -> (N, k, 4) double, NaN where there is no box or no sample."""
     k = max(len(p["samples"]) for p in predictions if p and "samples" in p)
     texts = [p.get("samples", ()) if p else () for p in predictions]
     found = [[read_prediction({**p, "text": text}, r)[0] for text in group] for group, p, r in zip(texts, predictions, records)]
-    boxes = torch.stack([tensor([*group, *[None] * (k - len(group))]) for group in found])                           # (N, k, 4)
-    valid = ~boxes[..., 0].isnan()
-    each = [hits(overlaps(boxes[:, j], target, size)[1], 0.5, inclusive) for j in range(k)]
-    right = torch.stack(each, 1).sum(1).tolist()
-    tries = sorted({1, *(2 ** i for i in range(1, k.bit_length()) if 2 ** i <= k), k})
-    scatter = reward.dispersion(boxes, valid, size)[valid.sum(1) >= 2]
-    return {"samples": k, "pass": {str(j): sum(1 - math.comb(k - c, j) / math.comb(k, j) for c in right) / len(right) for j in tries},
-            "dispersion": scatter.mean().item() if len(scatter) else None}
+    return torch.stack([metrics.tensor([*group, *[None] * (k - len(group))]) for group in found])
 
 
-# ------------------------------------------------------------------------------------------------------------------ chance
-
-def resample(records, draws=2000, seed=0):
-    """How often each of I images is drawn in each resample: counts (draws, I), and each record's image (N,). Images are drawn, not records:
-    those of one image share what is hard about it."""
-    places = {}
-    image = np.array([places.setdefault(r.image, len(places)) for r in records])
-    return np.random.default_rng(seed).multinomial(len(places), np.full(len(places), 1 / len(places)), size=draws), image
-
-
-def intervals(records, rates):
-    """rates: name -> (values (N,), weights (N,) or None for 1 each), a rate being sum of values over sum of weights -> name -> [low, high],
-    95% percentile bootstrap over images."""
-    counts, image = resample(records)
-    found = {}
-    for name, (values, weights) in rates.items():
-        above, below = (np.bincount(image, v, counts.shape[1]) for v in (values, np.ones(len(records)) if weights is None else weights))
-        found[name] = np.percentile(counts @ above / np.maximum(counts @ below, 1e-12), (2.5, 97.5)).tolist()
-    return found
-
-
-def paired(records, a, b, inclusive=False):
-    """Predictions a and b of the same records -> name -> {"difference" (b - a), "ci" (95%), "p"}: both are resampled by the same images,
-    and p is two-sided: twice the share of resamples whose difference is 0 or on the rarer side of it, counted with one more at 0."""
-    iou = [overlaps(answered(records, side), *targets(records))[1] for side in (a, b)]
-    counts, image = resample(records)
-    n = counts @ np.bincount(image, minlength=counts.shape[1])
-    found = {}
-    for name, (x, y) in {"mIoU": iou, **{f"Pr@{t}": [hits(v, t, inclusive).double() for v in iou] for t in THRESHOLDS}}.items():
-        apart = counts @ np.bincount(image, (y - x).numpy(), counts.shape[1]) / n
-        p = min(1.0, 2 * min(((apart <= 0).sum() + 1) / (len(apart) + 1), ((apart >= 0).sum() + 1) / (len(apart) + 1)))
-        found[name] = {"difference": (y - x).mean().item(), "ci": np.percentile(apart, (2.5, 97.5)).tolist(), "p": p}
-    return found
+def overlap_of(records, predictions):
+    """N records and their predictions (or None) -> IoU (N,) of the strict boxes, double."""
+    return metrics.overlaps(answered(records, predictions), *metrics.targets(records))[1]
 
 
 # ------------------------------------------------------------------------------------------------------------------ a model's answers
@@ -313,7 +185,7 @@ def evaluate(model, processor, records, *, temperature=0.0, max_new_tokens=256, 
             tokens, _, lengths = generate(model, prompts, samples, max_new_tokens, temperature, seeds)
             for i, prompt, group, ends in zip(places, prompts, tokens.cpu(), lengths.tolist()):
                 texts = [processor.decode(ids[:n]) for ids, n in zip(group, ends)]
-                box = locate(reward.parse_box(texts[0]), prompt.frame)
+                box = locate(answer.parse_box(texts[0]), prompt.frame)
                 answers.append({"id": records[i].id, "text": texts[0], "box": box, "frame": asdict(prompt.frame)}
                                | ({"samples": texts} if samples > 1 else {}))
                 total += reward.iou(torch.tensor(box), torch.tensor(records[i].box)).item() if box else 0.0
@@ -397,7 +269,7 @@ def frame_of(record, coords, processor):
     resized = record.size
     if coords == "resized":
         factor = processor.patch * processor.merge
-        resized = data.smart_resize(*record.size, factor, processor.min_pixels, processor.max_pixels)
+        resized = smart_resize(*record.size, factor, processor.min_pixels, processor.max_pixels)
     return Frame(record.size, resized, "1000" if coords == "1000" else "absolute")
 
 
@@ -414,26 +286,13 @@ def check_frame(frame, record):
 
 # ------------------------------------------------------------------------------------------------------------------ pictures
 
-def overlay(image, boxes, path=None):
-    """Draws (box in the image's pixels, label, colour) triples on a copy of a PIL image; written to path where one is given."""
-    image = image.convert("RGB")
-    draw, width = ImageDraw.Draw(image), max(1, round(max(image.size) / 200))
-    for (x1, y1, x2, y2), label, colour in boxes:
-        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=width)
-        font = ImageFont.load_default(max(10, max(image.size) // 40))
-        draw.text((x1 + width, y1 + width), label.encode("ascii", "replace").decode(), fill=colour, font=font)
-    if path:
-        image.save(path)
-    return image
-
-
-def contact_sheet(records, predictions, path, n=12):
+def sheet_of_answers(records, predictions, path, n=12):
     """Up to n records, evenly spread: the true box green, the answered one red, the expression and the IoU below."""
     shown = []
-    for record, box, iou, _ in page.spread(judged(records, predictions), n):
+    for record, box, iou, _ in pictures.spread(judged(records, predictions), n):
         boxes = [(record.box, "lime"), *([(box, "red")] if box else ())]
-        shown.append(data.draw_boxes(data.open_image(record), boxes, f"{record.text}: {f'IoU {iou:.2f}' if box else 'no box'}"))
-    data.contact_sheet(shown).save(path)
+        shown.append(pictures.draw_boxes(data.open_image(record), boxes, f"{record.text}: {f'IoU {iou:.2f}' if box else 'no box'}"))
+    pictures.contact_sheet(shown).save(path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ the report
@@ -445,18 +304,17 @@ def find_stages(path):
         here = path.resolve()
         return [(f"{here.parent.name}_{here.name}" if here.name.startswith("step_") else here.name, path)]
     inside = [path, *(sorted(path.iterdir()) if path.is_dir() else ())]
-    stages = [p for p in inside if (p / "config.json").exists() or (p / "latest" / "config.json").exists()]
+    stages = [p for p in inside if (newest_step(p) / "config.json").exists()]
     if not stages:
         raise CheckpointError(f"no checkpoint at {path}: neither config.json, nor latest/config.json, nor a folder that holds one of them; "
                               "train one with sft.py, or name a downloaded one")
     stages = stages[:1] if stages[0] == path else stages
     known = {name: k for k, name in enumerate(STORY)}
-    return sorted(((p.name or p.resolve().name, newest(p)) for p in stages), key=lambda s: (known.get(s[0], len(known)), s[0]))
-
-
-def newest(stage):
-    """A stage's folder -> that of its newest step."""
-    return stage if (stage / "config.json").exists() else stage / (stage / "latest").resolve().name
+    named = []
+    for stage in stages:
+        step = newest_step(stage)
+        named.append((stage.name or stage.resolve().name, step if step == stage else stage / step.resolve().name))
+    return sorted(named, key=lambda s: (known.get(s[0], len(known)), s[0]))
 
 
 def print_table(rows, guess):
@@ -494,14 +352,14 @@ def main():
     if not records:
         raise DataError(f"no usable record in the split {args.split} of {name}: {refused or 'it is empty'}")
     common = {"data": name, "split": args.split, "data_hash": records.hash, "blind": args.blind, "refused": records.refusals}
-    processor = data.Processor.from_pretrained(stages[-1][1]) if args.coords == "resized" else None
+    processor = Processor.from_pretrained(stages[-1][1]) if args.coords == "resized" else None
     given = [read_predictions(file, records, args.coords, processor) for file in files]
     known = (train_records(name, root, args.split), list(records))
     records = list(records)[:args.limit]
     beside = "_vs_".join((str(Path(files[0]).with_suffix("")), *(Path(file).stem for file in files[1:]))) if files else None
     out = Path(args.out or beside or Path(args.ckpt) / "eval")
     runtime.writable(out)                                                # before anything is computed that could be lost
-    rows, cases, more = [], [], {"centre_box": centre_box(records)}
+    rows, cases, more = [], [], {"centre_box": metrics.centre_box(records)}
 
     def report(stage, checkpoint, temperature, predictions):
         rows.append({"stage": stage, "checkpoint": str(checkpoint), "temperature": temperature, **common,
@@ -513,12 +371,13 @@ def main():
                 (out / f"predictions_{suffix}.jsonl").write_text(text, encoding="utf-8")
             (out / "eval.json").write_text(json.dumps({"rows": rows, **more}, indent=2) + "\n", encoding="utf-8")
             cases.append(judged(records, predictions))
-            contact_sheet(records, predictions, out / f"overlays_{suffix}.png")
+            sheet_of_answers(records, predictions, out / f"overlays_{suffix}.png")
 
     if files:
         answers = [[found.get(r.id) for r in records] for found in given]
         if args.compare:
-            more["comparison"] = {"a": files[0], "b": files[1], **paired(records, *answers, name in AT_LEAST)}
+            a, b = (overlap_of(records, side) for side in answers)
+            more["comparison"] = {"a": files[0], "b": files[1], **metrics.paired(records, a, b, name in AT_LEAST)}
         stems = [Path(file).stem.removeprefix("predictions_") for file in files]
         for file, stem, predictions in zip(files, stems, answers):
             named = stem if stems.count(stem) == 1 else f"{Path(file).resolve().parent.name}_{stem}"
@@ -526,8 +385,8 @@ def main():
     else:
         for stage, folder in stages:
             model, processor = runtime.open_checkpoint(folder, device)
-            if runs[folder].get("prompt_hash", data.prompt_hash()) != data.prompt_hash() and runtime.rank() == 0:
-                print(f"{folder}: trained with another prompt than data.PROMPT; expect lower scores")
+            if runs[folder].get("prompt_hash", prompt_hash()) != prompt_hash() and runtime.rank() == 0:
+                print(f"{folder}: trained with another prompt than answer.PROMPT; expect lower scores")
             for temperature in args.temperature:
                 report(stage, folder, temperature, evaluate(
                     model, processor, records, temperature=temperature, max_new_tokens=args.max_new_tokens, batch=args.batch,
@@ -550,7 +409,7 @@ def main():
 def judged(records, predictions):
     """-> (record, box or None, IoU, text) of each, for the report's cases."""
     boxes = [read_prediction(p, r)[0] for p, r in zip(predictions, records)]
-    iou = reward.iou(tensor(boxes), torch.tensor([r.box for r in records], dtype=torch.float64)).tolist()
+    iou = reward.iou(metrics.tensor(boxes), torch.tensor([r.box for r in records], dtype=torch.float64)).tolist()
     return [(r, box, v, (p or {}).get("text", "")) for r, box, v, p in zip(records, boxes, iou, predictions)]
 
 
@@ -574,14 +433,14 @@ def ask(stage, folder, device, args):
         print(f"{path} has {W} x {H} pixels, more than the model's limit of {processor.max_pixels:,}: it is shrunk to {w} x {h}, and small "
               "objects may be lost; cut it into parts to keep them")
     tokens, _, lengths = generate(model, [prompt], 1, args.max_new_tokens, args.temperature[0], torch.tensor([args.seed]))
-    answer = processor.decode(tokens[0, 0].cpu()[:lengths[0, 0]])
-    strict = locate(reward.parse_box(answer), prompt.frame)
-    box = strict or locate(reward.parse_box_lenient(answer), prompt.frame)
-    print(f"{stage}: {answer}")
+    text = processor.decode(tokens[0, 0].cpu()[:lengths[0, 0]])
+    strict = locate(answer.parse_box(text), prompt.frame)
+    box = strict or locate(answer.parse_box_lenient(text), prompt.frame)
+    print(f"{stage}: {text}")
     if not box:
-        print(f"no box: {reward.failure(answer) or 'outside image'}")
+        print(f"no box: {answer.failure(text) or 'outside image'}")
         return
-    overlay(image, [(box, args.text[:60], RED)], out / f"{path.stem}_answer.png")
+    pictures.overlay(image, [(box, args.text[:60], RED)], out / f"{path.stem}_answer.png")
     print(f"box in pixels of the picture{', turned upright as its EXIF says' if turned else ''}: {', '.join(f'{v:.1f}' for v in box)}"
           f"{'' if strict else ' (read leniently)'}")
     print(f"drawn: {out / f'{path.stem}_answer.png'}")

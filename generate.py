@@ -43,7 +43,7 @@ class Graph:
 
 @torch.no_grad()
 def generate(model, prompts, group, max_new_tokens, temperature, seeds, cuda_graphs=False):
-    """prompts: Q of data.Prompt, group: rollouts G of each, temperature 0 is greedy, seeds (Q,) long
+    """prompts: Q of Prompt, group: rollouts G of each, temperature 0 is greedy, seeds (Q,) long
     -> tokens (Q, G, L) long, logprobs (Q, G, L) float32, lengths (Q, G); L is the longest rollout, what lies behind a length is 0.
 
     A rollout ends with a stop token, which is part of it, or at max_new_tokens. Log-probabilities are those at the sampling temperature

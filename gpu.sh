@@ -31,7 +31,7 @@ for a, b in zip(whole, resumed, strict=True):
           f"sampled against scored {a['sampled_scored_max']:.1e}, peak {a['peak_GiB']:.2f} GiB")
 PYTHON
     done ;;
-study)      # the main regime of ablate.sh for longer than two cores can
-    PY=python STUDY="$out/study" REGIMES=small SEEDS=0 RFT="${STEPS:-1000}" ARMS="iou positional consistency" bash ablate.sh ;;
+study)      # the main regime of study/ablate.sh for longer than two cores can
+    PY=python STUDY="$out/study" REGIMES=small SEEDS=0 RFT="${STEPS:-1000}" ARMS="iou positional consistency" bash study/ablate.sh ;;
 *)  echo "gpu.sh: say which part: speed, batches, stages or study" >&2; exit 2 ;;
 esac

@@ -600,7 +600,7 @@ class QwenVL(nn.Module):
     def score(self, prompts, completions, temperature=1.0):
         """Log-probabilities of completions, with gradient; every prompt and image is computed once for its whole group.
 
-        prompts: Q of data.Prompt; completions: Q lists of G (L,) long tensors, end-of-turn included; unequal lengths are fine.
+        prompts: Q of Prompt; completions: Q lists of G (L,) long tensors, end-of-turn included; unequal lengths are fine.
         -> logp (tokens,) and entropy (tokens,), float32, packed by question, rollout, token; the entropy carries no gradient."""
         x, where, lengths = self.pack(prompts)
         dev, N = self.device, len(x)
@@ -672,7 +672,7 @@ class QwenVL(nn.Module):
         return model
 
     def check_processor(self, processor):
-        """A data.Processor that cuts other patches or speaks in other ids than this model's is a CheckpointError that names the files."""
+        """A Processor that cuts other patches or speaks in other ids than this model's is a CheckpointError that names the files."""
         vision, where = self.config.vision, processor.source
         for name, there, here in (("patch_size", processor.patch, vision.patch), ("merge_size", processor.merge, vision.merge),
                                   ("temporal_patch_size", processor.temporal_patch, vision.temporal_patch)):
@@ -709,10 +709,16 @@ class QwenVL(nn.Module):
             (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def folder(path):
-    """A checkpoint folder: the path itself, or the newest step of a stage's folder."""
+def newest_step(path):
+    """A stage's folder -> its newest step; a checkpoint's folder, and any other path -> itself."""
     path = Path(path)
-    here = path if (path / "config.json").exists() else path / "latest"
+    return path if (path / "config.json").exists() or not (path / "latest").exists() else path / "latest"
+
+
+def folder(path):
+    """A checkpoint folder: the path itself, or the newest step of a stage's folder. CheckpointError where there is none."""
+    path = Path(path)
+    here = newest_step(path)
     if not (here / "config.json").exists():
         raise CheckpointError(f"no checkpoint at {path}: neither {path / 'config.json'} nor {path / 'latest' / 'config.json'} is there")
     return here

@@ -3,21 +3,19 @@
 Whatever a data set, a model or a checkpoint's name says goes through `text`. Pictures are small JPEGs inside the page, at most PICTURES of
 PICTURE_BYTES each, so that it stays under 5 MB.
 """
-import base64
 import html
-import io
 import json
 import math
 
 import data
+import pictures
 
 PICTURES, PICTURE_BYTES = 200, 12_000
-SIDE = 320                        # pixels, longer side of a picture
+PICTURE_SIDE = 320                # pixels, longer side of a picture
 LETTERS = 1000                    # of an answer that are shown, fewer where they take more room in HTML
 VALUES = 60                       # lines of a breakdown, those of the most records
 CURVES = (("consistency_weight_min", "consistency_weight", "consistency_weight_max"), ("dispersion",), ("length",), ("kl",), ("loss",),
           ("val_mIoU", "val_Pr@0.5"))
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 STYLE = """body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 12px;max-width:1000px;color:#222}
 h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85em}td,th{white-space:nowrap;
@@ -32,20 +30,20 @@ def write(path, rows, cases, stages, records=(), more=None):
     """rows: of eval.json; cases: for each row a list of (record, box or None, IoU, text); stages: (name, folder with metrics.jsonl);
     records: where the images of rollouts are looked for; more: the rest of eval.json (centre_box, comparison)."""
     by_id = {r.id: r for r in records}
-    logs = [(name, list(read_lines(folder / "metrics.jsonl")), list(read_lines(folder / "rollouts.jsonl"))) for name, folder in stages]
-    groups = [(name, spread([x for x in rollouts if x.get("id") in by_id and by_id[x["id"]].text == x.get("expression")], 4))
+    logs = [(name, list(log_lines(folder / "metrics.jsonl")), list(log_lines(folder / "rollouts.jsonl"))) for name, folder in stages]
+    groups = [(name, pictures.spread([x for x in rollouts if x.get("id") in by_id and by_id[x["id"]].text == x.get("expression")], 4))
               for name, _, rollouts in logs]
     each = max(0, min(6, (PICTURES - sum(len(lines) for _, lines in groups)) // (3 * max(1, len(rows)))))
     refused = rows[0].get("refused", {})
     lost = f"; {sum(refused.values()):,} more are refused ({text(data.in_words(refused))}) and not scored" if refused else ""
     parts = [f"<h1>Evaluation</h1><p>{text(rows[0]['data'])}, split {text(rows[0]['split'])}, {rows[0]['n']:,} records{lost}</p>",
              "<h2>Scores</h2><p>In brackets 95% intervals, resampled over images.</p>",
-             scores(rows), guessed(more["centre_box"]) if more else "", compared((more or {}).get("comparison"))]
+             score_tables(rows), guessed(more["centre_box"]) if more else "", compared((more or {}).get("comparison"))]
     for name, lines, _ in logs:
-        pictures = "".join(curve([(k, [(x["step"], x[k]) for x in lines if plottable(x, k)]) for k in keys])
-                           for keys in (*reward_curves(lines), *CURVES))
-        if pictures:
-            parts.append(f"<h2>Training: {text(name)}</h2><div class=row>{pictures}</div>")
+        curves = "".join(pictures.curve([(text(k), [(x["step"], x[k]) for x in lines if plottable(x, k)]) for k in keys])
+                         for keys in (*reward_curves(lines), *CURVES))
+        if curves:
+            parts.append(f"<h2>Training: {text(name)}</h2><div class=row>{curves}</div>")
     for name, lines in groups:
         if lines:
             parts.append(f"<h2>Groups of rollouts: {text(name)}</h2><p>Green: the target; the redder a box, the less its reward.</p>"
@@ -71,12 +69,12 @@ def label(row):
     return text(row["stage"] + ("" if row["temperature"] is None else f" T={row['temperature']:g}") + (" blind" if row["blind"] else ""))
 
 
-def table(head, lines):
+def html_table(head, lines):
     cells = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in line)}</tr>" for line in lines)
     return f"<div class=wide><table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{cells}</table></div>"
 
 
-def scores(rows):
+def score_tables(rows):
     names = list(rows[0]["ci"])
     tries = sorted({k for row in rows for k in row.get("pass", ())}, key=int)
     lines = []
@@ -84,10 +82,10 @@ def scores(rows):
         figures = [f"{row[k]:.3f} <small>[{row['ci'][k][0]:.3f}, {row['ci'][k][1]:.3f}]</small>" for k in names]
         figures += [f"{row['pass'][k]:.3f}" if k in row.get("pass", ()) else "-" for k in tries]
         lines.append([label(row), *figures, f"{sum(row['failures'].values()) / row['n']:.3f}"])
-    page = table(["stage", *names, *(f"pass@{k}" for k in tries), "failed"], lines)
+    page = html_table(["stage", *names, *(f"pass@{k}" for k in tries), "failed"], lines)
     official = [(label(row), part, values) for row in rows for part, values in row.get("vrsbench", {}).items()]
     if official:
-        page += "<h3>VRSBench's own metric</h3>" + table(["stage", "part", "n", "Acc@0.5", "Acc@0.7"], [
+        page += "<h3>VRSBench's own metric</h3>" + html_table(["stage", "part", "n", "Acc@0.5", "Acc@0.7"], [
             [name, text(part), values["n"], f"{values['Acc@0.5']:.3f}", f"{values['Acc@0.7']:.3f}"] for name, part, values in official])
     return page
 
@@ -100,7 +98,7 @@ def compared(comparison):
     tests = {name: test for name, test in (comparison or {}).items() if isinstance(test, dict)}
     lines = [[text(name), f"{t['difference']:+.3f} <small>[{t['ci'][0]:+.3f}, {t['ci'][1]:+.3f}]</small>", f"{t['p']:.3f}"]
              for name, t in tests.items()]
-    return "<h3>Second minus first, the same images</h3>" + table(["", "difference", "p"], lines) if lines else ""
+    return "<h3>Second minus first, the same images</h3>" + html_table(["", "difference", "p"], lines) if lines else ""
 
 
 def breakdowns(rows):
@@ -112,14 +110,14 @@ def breakdowns(rows):
         found = [row["breakdowns"][by] for row in rows]
         lines = [[text(value[:60]), first["n"], *(f"{f[value]['mIoU']:.3f} / {f[value]['Pr@0.5']:.3f}" for f in found)]
                  for value, first in shown]
-        page += f"<h3>By {text(by)}</h3>" + table(["mIoU / Pr@0.5", "n", *map(label, rows)], lines)
+        page += f"<h3>By {text(by)}</h3>" + html_table(["mIoU / Pr@0.5", "n", *map(label, rows)], lines)
         page += f"<p>and {len(values) - VALUES} more in eval.json</p>" if len(values) > VALUES else ""
     return f"<h2>Breakdowns</h2>{page}" if page else ""
 
 
 # ------------------------------------------------------------------------------------------------------------------ training
 
-def read_lines(path):
+def log_lines(path):
     """The whole JSON objects of a JSONL file, which a run may still be writing; none where there is no file."""
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -144,39 +142,13 @@ def plottable(line, key):
     return all(type(line.get(k)) in (int, float) and math.isfinite(line[k]) for k in ("step", key))
 
 
-def curve(series, width=320, height=170):
-    """[(name, [(step, value)])] -> a figure with an SVG of all that have two points or more, "" where none has."""
-    series = [(name, spread(points, 300)) for name, points in series if len(points) > 1]
-    if not series:
-        return ""
-    xs, ys = zip(*(p for _, points in series for p in points))
-    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
-    lines, names = [], []
-    for i, (name, points) in enumerate(series):
-        colour = COLOURS[i % len(COLOURS)]
-        dashes = f' stroke-dasharray="{3 * (i // len(COLOURS))} 3"' if i >= len(COLOURS) else ""
-        across, up = (width - 8) / (right - left or 1), (height - 36) / (high - low or 1)
-        at = " ".join(f"{4 + across * (x - left):.1f},{height - 18 - up * (y - low):.1f}" for x, y in points)
-        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.5"{dashes} points="{at}"/>')
-        names.append(f'<span style="color:{colour}">{text(name)}</span>')
-    marks = ((4, 12, f"{high:.4g}"), (4, height - 4, f"{low:.4g}"), (width / 2, height - 4, f"step {left} to {right}"))
-    words = "".join(f'<text x="{x}" y="{y}" font-size="11" fill="#666">{word}</text>' for x, y, word in marks)
-    return (f'<figure><figcaption>{" ".join(names)}</figcaption><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-            f"{''.join(lines)}{words}</svg></figure>")
-
-
-def spread(items, n):
-    """At most n of the items, evenly spread, the first and the last among them."""
-    return items if len(items) <= n else [items[i * (len(items) - 1) // (n - 1)] for i in range(n)]
-
-
 def group(line, record):
     """A line of rollouts.jsonl -> figure."""
     low, high = min(line["reward"]), max(line["reward"])
     drawn = [(box, (255, int(200 * (r - low) / (high - low + 1e-6)), 0)) for box, r in zip(line["boxes"], line["reward"]) if box]
     rewards = ", ".join(f"{r:.2f}" for r in line["reward"])
     caption = f"<b>step {text(line['step'])}</b> {text(record.text)}<br>rewards {rewards}"
-    return figure(record, [*drawn, (record.box, "lime")], caption, line["texts"][0])
+    return html_figure(record, [*drawn, (record.box, "lime")], caption, line["texts"][0])
 
 
 # ------------------------------------------------------------------------------------------------------------------ cases
@@ -194,10 +166,10 @@ def choose(cases, each):
 
 def case(record, box, iou, answer):
     said = f"IoU {iou:.2f}" if box else "no box"
-    return figure(record, [(record.box, "lime"), *([(box, "red")] if box else ())], f"<b>{said}</b> {text(record.text)}", answer)
+    return html_figure(record, [(record.box, "lime"), *([(box, "red")] if box else ())], f"<b>{said}</b> {text(record.text)}", answer)
 
 
-def figure(record, boxes, caption, answer):
+def html_figure(record, boxes, caption, answer):
     """caption is HTML, answer is not."""
     said = f"<pre>{text(answer)}</pre>" if answer else ""
     return f'<figure><img alt="" src="{picture(record, boxes)}"><figcaption>{caption}{said}</figcaption></figure>'
@@ -206,13 +178,5 @@ def figure(record, boxes, caption, answer):
 def picture(record, boxes):
     """-> data URI of a JPEG of PICTURE_BYTES at most."""
     image = data.open_image(record)
-    wide = max(16, round(SIDE * min(1, image.width / image.height)))
-    drawn = data.draw_boxes(image, boxes, width=wide)
-    for quality in (75, 60, 40, 25, 12, 12, 12, 12):
-        file = io.BytesIO()
-        drawn.save(file, "JPEG", quality=quality, optimize=True)
-        if file.tell() <= PICTURE_BYTES:
-            break
-        if quality == 12:
-            drawn = drawn.resize([max(1, round(v * 0.7)) for v in drawn.size])
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    wide = max(16, round(PICTURE_SIDE * min(1, image.width / image.height)))
+    return pictures.jpeg_uri(pictures.draw_boxes(image, boxes, width=wide), PICTURE_BYTES)

@@ -24,8 +24,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import answer
 import data
 import eval as evaluation
+import pictures
 import reward
 import runtime
 from generate import generate
@@ -137,12 +139,12 @@ def grade(texts, prompts, records, args):
 
     Where a box is invalid every term but the format is 0, whatever its function gives."""
     nothing = (torch.nan,) * 4
-    boxes = torch.tensor([[evaluation.locate(reward.parse_box(t), p.frame) or nothing for t in group] for group, p in zip(texts, prompts)])
+    boxes = torch.tensor([[answer.locate(answer.parse_box(t), p.frame) or nothing for t in group] for group, p in zip(texts, prompts)])
     target, size = (torch.tensor([getattr(r, name) for r in records], dtype=torch.float32)[:, None] for name in ("box", "size"))
     terms = {}
     for name in args.reward:
         if name == "format":
-            terms[name] = torch.tensor([[float(reward.format_ok(t)) for t in group] for group in texts])
+            terms[name] = torch.tensor([[float(answer.format_ok(t)) for t in group] for group in texts])
         else:
             value = term_function(name, args.alpha)(boxes, target, size)
             if value.shape != boxes.shape[:2]:
@@ -277,7 +279,8 @@ def train_step(model, reference, opt, processor, questions, prompts, args, step)
              **{f"seconds_{name}": b - a for name, a, b in zip(("rollout", "reward", "update"), clock, clock[1:])},
              "peak_GiB": runtime.peak_memory(model)}
     keep_rollouts(Path(args.out), step, questions, texts, terms, boxes)
-    return line, lambda: picture(questions[0], boxes[0], terms["reward"][0])
+    first = questions[0]
+    return line, lambda: pictures.draw_rollouts(data.open_image(first), boxes[0], terms["reward"][0], first.box, first.text)
 
 
 def per_token(values: torch.Tensor, lengths: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -340,24 +343,16 @@ def keep_rollouts(out, step, questions, texts, terms, boxes):
             file.write(json.dumps({**line, "texts": group}) + "\n")
 
 
-def picture(record, boxes, rewards):
-    """One group's boxes over its image, the redder the less its reward; the target in green."""
-    low, high = rewards.min().item(), rewards.max().item()
-    shades = [int(255 * (r - low) / (high - low + 1e-6)) for r in rewards.tolist()]
-    drawn = [(b, (255, s, 0)) for b, s in zip(boxes.tolist(), shades) if b[0] == b[0]]
-    return data.draw_boxes(data.open_image(record), [*drawn, (record.box, "lime")], f"{record.text} (reward {low:.2f} to {high:.2f})")
-
-
 def canary(model, processor, questions, prompts, args):
     """Before step 1: what the starting policy answers, so that a reward that can't rise is seen now and not in an hour."""
     completions, _, texts = rollout(model, processor, prompts, args, torch.arange(len(questions)) + 7_777 * (runtime.rank() + 1))
     terms, _ = grade(texts, prompts, questions, args)
-    wrong = Counter(reward.failure(t) or "parsed" for group in texts for t in group)
+    wrong = Counter(answer.failure(t) or "parsed" for group in texts for t in group)
     seen = runtime.all_sum(torch.tensor([terms["iou"].sum(), terms["format"].sum(), terms["iou"].numel()]))
-    counts = runtime.all_sum(torch.tensor([wrong[name] for name in ("parsed", *reward.FAILURES)])).tolist()
+    counts = runtime.all_sum(torch.tensor([wrong[name] for name in ("parsed", *answer.FAILURES)])).tolist()
     if runtime.rank() == 0:
         print(f"before step 1: mean IoU {seen[0] / seen[2]:.3f}, format {seen[1] / seen[2]:.3f} over {int(seen[2])} sampled answers; "
-              + ", ".join(f"{n} {name}" for name, n in zip(("parsed", *reward.FAILURES), counts) if n))
+              + ", ".join(f"{n} {name}" for name, n in zip(("parsed", *answer.FAILURES), counts) if n))
         if seen[0] == 0:
             print("warning: no answer touches its target; the IoU reward is silent until one does")
 

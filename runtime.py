@@ -29,8 +29,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from data import DataError, Processor, load, prompt_hash, read_json, told_refused
+from data import DataError, load, read_json, told_refused
 from model import CheckpointError, QwenVL
+from processor import Processor, prompt_hash
 
 STUCK_AFTER = 1800                # seconds without a step: every process prints where it is
 STOP_AFTER_SKIPPED = 5            # non-finite steps in a row: something is broken

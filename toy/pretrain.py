@@ -31,8 +31,10 @@ import cot  # noqa: E402
 import data  # noqa: E402
 import reward  # noqa: E402
 import runtime  # noqa: E402
+from answer import PROMPT  # noqa: E402
 from generate import generate  # noqa: E402
 from model import Config, Plan, QwenVL, read_token_ids  # noqa: E402
+from processor import WORDS, Frame, Processor, Prompt  # noqa: E402
 from toy import scenes  # noqa: E402
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>",
@@ -47,7 +49,7 @@ def write_shape(out, seed):
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(data.WORDS), "isolated"),
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
@@ -83,7 +85,7 @@ def corpus(seed):
                             in scenes.records(replace(scenes.SPLITS["pretrain"], scenes=1500))], {})
     write = cot.writer(records)
     for i, r in enumerate(records):
-        yield data.PROMPT.format(text=r.text)
+        yield PROMPT.format(text=r.text)
         yield write(r, FRAME)
         yield from (text for question in questions(r.image, random.Random(seed + i)) for text in question)
         yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
@@ -116,7 +118,7 @@ def names(scene):
     return [(name, o) for name, o in every if [n for n, _ in every].count(name) == 1]
 
 
-FRAME = data.Frame((scenes.SIDE,) * 2, (scenes.SIDE,) * 2, "absolute")
+FRAME = Frame((scenes.SIDE,) * 2, (scenes.SIDE,) * 2, "absolute")
 
 
 def around(box):
@@ -248,7 +250,7 @@ def train(model, processor, args, out):
     def inputs(step):
         rng = random.Random(f"{args.seed} {step}")
         looked = [scenes.scene(split.first + rng.randrange(split.scenes), split) for _ in range(args.batch)]
-        prompts = [data.Prompt(image, *processor.patches(s.draw())[:2], None) for s in looked]
+        prompts = [Prompt(image, *processor.patches(s.draw())[:2], None) for s in looked]
         said = [list(talk(processor, questions(s, rng), soft, model.config.vocab)) if step >= args.warm else [] for s in looked]
         return prompts, said, [torch.cat(t) for t in zip(*(dense_targets(s) for s in looked))]
     with tqdm(range(first, args.steps), initial=first, total=args.steps, desc="pretrain") as bar:
@@ -317,7 +319,7 @@ def scores(model, processor, n=400):
         part, prompts = asked[first:first + 100], []
         for s, question, _, _ in part:
             pixels, grid, _ = processor.patches(s.draw())
-            prompts.append(data.Prompt(torch.tensor(processor.turns(question, PATCHES ** 2 // 4)), pixels, grid, None))
+            prompts.append(Prompt(torch.tensor(processor.turns(question, PATCHES ** 2 // 4)), pixels, grid, None))
         tokens, _, lengths = generate(model, prompts, 1, 32, 0.0, torch.zeros(len(part), dtype=torch.long))
         for (_, _, box, name), ids, length in zip(part, tokens, lengths):
             text = processor.decode(ids[0, :length[0]])
@@ -366,7 +368,7 @@ def main():
     if not args.resume:
         shutil.rmtree(out, ignore_errors=True)
         write_shape(out, args.seed)
-    processor = data.Processor.from_pretrained(out)
+    processor = Processor.from_pretrained(out)
     model = fresh_model(out, args.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer.get_vocab())} tokens")
     train(model, processor, args, out)

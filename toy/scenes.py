@@ -5,7 +5,7 @@ boxes are the extent of what is drawn. Ships and piers lie at a coast, bridges o
 by category, attribute, region of the image, extreme, relation to another object, or by two of these. It is kept only where one object fits
 it clearly and all others clearly do not (MARGIN).
 
-The world is fixed: test_toy.py holds a hash of its records, so that scores taken at different times speak of the same scenes.
+The world is fixed: tests/test_toy.py holds a hash of its records, so that scores taken at different times speak of the same scenes.
 """
 import functools
 import math

@@ -11,6 +11,7 @@ import torch
 import data
 import runtime
 from model import CheckpointError, QwenVL
+from processor import Processor
 
 
 def refused(capsys, call, *args):
@@ -77,7 +78,7 @@ def test_clipping_and_a_gradient_that_is_not_finite():
 
 @pytest.fixture
 def saved(tiny_checkpoint, tmp_path):
-    model, processor = QwenVL.from_pretrained(tiny_checkpoint, dtype=None), data.Processor.from_pretrained(tiny_checkpoint)
+    model, processor = QwenVL.from_pretrained(tiny_checkpoint, dtype=None), Processor.from_pretrained(tiny_checkpoint)
     opt = runtime.optimizer(model, 1e-3)
     sum(p.square().sum() for p in model.parameters()).backward()
     runtime.update(model, opt, 1e-3)
@@ -201,7 +202,7 @@ def test_a_stage_needs_a_record_and_says_what_was_refused(tmp_path, capsys):
 
 def test_an_interrupted_save_leaves_the_last_checkpoint_standing(saved, monkeypatch):
     out, model, opt = saved
-    processor = data.Processor.from_pretrained(out)
+    processor = Processor.from_pretrained(out)
     monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         runtime.save(out, 3, model, opt, processor, {})
@@ -221,7 +222,7 @@ def test_weights_are_saved_in_the_checkpoints_own_dtype_and_masters_in_float32(t
         (tmp_path / "half" / name).write_bytes((tiny_checkpoint / name).read_bytes())
     model = runtime.prepare(QwenVL.from_pretrained(tmp_path / "half", dtype=None), torch.device("cpu"))
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    runtime.save(tmp_path / "out", 1, model, runtime.optimizer(model, 1e-3), data.Processor.from_pretrained(tmp_path / "half"), {})
+    runtime.save(tmp_path / "out", 1, model, runtime.optimizer(model, 1e-3), Processor.from_pretrained(tmp_path / "half"), {})
     assert {t.dtype for t in load_file(tmp_path / "out" / "latest" / "model.safetensors").values()} == {torch.bfloat16}
     state = next((tmp_path / "out" / "latest" / "state").iterdir())
     assert {t.dtype for t in load_file(state).values()} == {torch.float32}

@@ -10,7 +10,7 @@ SCORE = """
 import resource, sys, torch
 sys.path.insert(0, {here!r})
 from model import Config, Plan, QwenVL
-from data import Prompt
+from processor import Prompt
 from bench import write_checkpoint, prompt, words
 from pathlib import Path
 model = QwenVL.from_pretrained(write_checkpoint(Path({folder!r}), "tiny", torch.float32, 151_936), torch.float32).requires_grad_(True)
@@ -25,7 +25,7 @@ print(update(4), update(16))
 
 def test_memory_of_an_update_does_not_grow_with_tokens_times_vocabulary(tmp_path):
     """1,200 more tokens would hold 1,200 x 151,936 more logits, 0.7 GB in float32 and as much again for each gradient of them."""
-    code = SCORE.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    code = SCORE.format(here=str(Path(__file__).parents[1]), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     few, many = map(float, done.stdout.split())

@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import pictures
 import report
+import reward
 import rft
 from model import QwenVL
+from processor import Frame, Processor
 from rft import advantages, policy_loss
 
 # ------------------------------------------------------------------------------------------------------------------ advantages
@@ -120,13 +123,13 @@ def settings(**changes):
 
 def one_step(monkeypatch, tiny_checkpoint, dior_root, tmp_path, **changes):
     """The gradient of one step on rewards that are made up from the text (a random model's boxes never parse), and its log line."""
-    model, processor = QwenVL.from_pretrained(tiny_checkpoint, dtype=None), data.Processor.from_pretrained(tiny_checkpoint)
+    model, processor = QwenVL.from_pretrained(tiny_checkpoint, dtype=None), Processor.from_pretrained(tiny_checkpoint)
     grads = {}
 
     def grade(texts, prompts, records, args):
         boxes = torch.tensor([[[len(set(t)), 1.0, len(set(t)) + 9, 8.0] for t in group] for group in texts])
-        reward = torch.tensor([[t.count("e") + sum(map(ord, t)) % 7 / 7 for t in group] for group in texts])
-        return {"reward": reward, "iou": reward / 9, "positional": reward, "format": reward}, boxes
+        value = torch.tensor([[t.count("e") + sum(map(ord, t)) % 7 / 7 for t in group] for group in texts])
+        return {"reward": value, "iou": value / 9, "positional": value, "format": value}, boxes
 
     def keep(model, opt, lr, max_norm=1.0):
         grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
@@ -159,7 +162,7 @@ def test_sampled_and_scored_log_probabilities_agree_and_temperature_is_in_both(m
 def test_every_question_keeps_its_own_rewards(monkeypatch, tiny_checkpoint, dior_root):
     """More rollouts than questions: boxes are graded against the box of their own question."""
     records = data.load("dior", dior_root, "train")[:2]
-    frames = [data.Frame(r.size, r.size, "absolute") for r in records]
+    frames = [Frame(r.size, r.size, "absolute") for r in records]
     texts = [[f'<think>x</think><answer>{{"bbox_2d": {list(r.box)}}}</answer>'] * 2 + ["nothing"] for r in records]
     terms, boxes = rft.grade(texts, [SimpleNamespace(frame=f) for f in frames], records, settings())
     assert terms["iou"].tolist() == terms["format"].tolist() == [[1, 1, 0], [1, 1, 0]]
@@ -169,7 +172,7 @@ def test_every_question_keeps_its_own_rewards(monkeypatch, tiny_checkpoint, dior
 
 def test_an_invalid_box_earns_no_reward_but_that_of_the_format():
     record = SimpleNamespace(box=(0.0, 0.0, 10.0, 10.0), size=(100, 100))
-    frame = data.Frame((100, 100), (100, 100), "absolute")
+    frame = Frame((100, 100), (100, 100), "absolute")
     outside = '<think>x</think><answer>{"bbox_2d": [150, 150, 160, 160]}</answer>'
     terms, _ = rft.grade([[outside, "<answer>"]], [SimpleNamespace(frame=frame)], [record], settings())
     assert terms["iou"].tolist() == terms["positional"].tolist() == [[0, 0]] and terms["format"].tolist() == [[1, 0]]
@@ -204,7 +207,7 @@ def test_what_is_gathered_from_two_processes_is_put_by_place(monkeypatch):
 
 def test_a_term_of_ones_own_is_chosen_by_name_and_stands_in_every_log(monkeypatch, tiny_checkpoint, dior_root, tmp_path):
     """A term put into TERMS before main: flag, rollouts, metrics.jsonl, the report's curves. No other edit."""
-    monkeypatch.setitem(rft.reward.TERMS, "wide", lambda pred, target, size: (pred[..., 2] - pred[..., 0]) / size[..., 0])
+    monkeypatch.setitem(reward.TERMS, "wide", lambda pred, target, size: (pred[..., 2] - pred[..., 0]) / size[..., 0])
     monkeypatch.setattr(rft, "rollout", said_boxes(rft.rollout))
     flags = ["--data", "dior", "--root", dior_root, "--init", tiny_checkpoint, "--out", tmp_path / "out", "--prompts", 2, "--group", 2,
              "--max-new-tokens", 4, "--val", 0, "--every", 2, "--steps", 2, "--device", "cpu", "--reward", "wide=0.5", "format=1"]
@@ -218,7 +221,7 @@ def test_a_term_of_ones_own_is_chosen_by_name_and_stands_in_every_log(monkeypatc
         assert "positional" not in line and "positional_alone_advantage" not in line
     assert all(row["reward"][0] < row["reward"][1] and len(row["wide"]) == 2 for row in rollouts)
     assert report.reward_curves(lines)[0] == ("reward", "wide", "format", "iou")
-    figure = report.curve([(k, [(x["step"], x[k]) for x in lines]) for k in report.reward_curves(lines)[0]])
+    figure = pictures.curve([(k, [(x["step"], x[k]) for x in lines]) for k in report.reward_curves(lines)[0]])
     assert all(f">{name}</span>" in figure for name in ("reward", "wide", "format", "iou"))
     run = json.loads((tmp_path / "out" / "latest" / "run.json").read_text())
     assert run["flags"]["reward"] == {"wide": 0.5, "format": 1.0}
@@ -234,17 +237,17 @@ def said_boxes(rollout):
 
 
 def test_a_term_of_the_wrong_shape_is_named(monkeypatch):
-    monkeypatch.setitem(rft.reward.TERMS, "flat", lambda pred, target, size: pred.sum((-1, -2)))
+    monkeypatch.setitem(reward.TERMS, "flat", lambda pred, target, size: pred.sum((-1, -2)))
     record = SimpleNamespace(box=(0.0, 0.0, 10.0, 10.0), size=(100, 100))
-    frame = data.Frame((100, 100), (100, 100), "absolute")
+    frame = Frame((100, 100), (100, 100), "absolute")
     with pytest.raises(ValueError, match="flat has the shape .1,., not"):
         rft.grade([["a", "b"]], [SimpleNamespace(frame=frame)], [record], settings(reward={"flat": 1.0}))
 
 
 def test_a_term_that_forgets_invalid_boxes_rewards_none(monkeypatch):
-    monkeypatch.setitem(rft.reward.TERMS, "one", lambda pred, target, size: torch.ones(pred.shape[:2]))
+    monkeypatch.setitem(reward.TERMS, "one", lambda pred, target, size: torch.ones(pred.shape[:2]))
     record = SimpleNamespace(box=(0.0, 0.0, 10.0, 10.0), size=(100, 100))
-    frame = data.Frame((100, 100), (100, 100), "absolute")
+    frame = Frame((100, 100), (100, 100), "absolute")
     good = '<think>x</think><answer>{"bbox_2d": [1, 1, 2, 2]}</answer>'
     terms, _ = rft.grade([[good, "b"]], [SimpleNamespace(frame=frame)], [record], settings(reward={"one": 1.0}))
     assert terms["reward"].tolist() == [[1, 0]] and terms["iou"].shape == (1, 2)

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import data
 import model as ours
 from model import CheckpointError, Plan, QwenVL, attention, positions
+from processor import Processor
 
 IMAGE, START, END = 290, 292, 293
 
@@ -42,7 +42,7 @@ def pair(request, tmp_path_factory):
 
 
 def prompt(grids, text, seed=0):
-    """ids of one sequence with these images (t, h, w in patches), random patches: like data.Processor's, without a tokenizer."""
+    """ids of one sequence with these images (t, h, w in patches), random patches: like Processor's, without a tokenizer."""
     ids = [3, 4]
     for t, h, w in grids:
         ids += [START, *[IMAGE] * (t * h * w // 4), END, 9]
@@ -349,12 +349,12 @@ def test_a_processor_of_another_model_is_refused_by_name(tiny_checkpoint, tmp_pa
     for name in ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((tiny_checkpoint / name).read_bytes())
     model, file = QwenVL.from_pretrained(tmp_path), tmp_path / "preprocessor_config.json"
-    model.check_processor(data.Processor.from_pretrained(tmp_path))
+    model.check_processor(Processor.from_pretrained(tmp_path))
     good = json.loads(file.read_text())
     for name, value in (("patch_size", 16), ("merge_size", 1), ("temporal_patch_size", 1)):
         file.write_text(json.dumps({**good, name: value}))
         with pytest.raises(CheckpointError, match=f"preprocessor_config.json: {name} is {value}, but config.json asks for {good[name]}"):
-            model.check_processor(data.Processor.from_pretrained(tmp_path))
+            model.check_processor(Processor.from_pretrained(tmp_path))
     file.write_text(json.dumps(good))
     tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
     for token in tokenizer["added_tokens"]:                              # another model's: the same names, other ids
@@ -362,9 +362,9 @@ def test_a_processor_of_another_model_is_refused_by_name(tiny_checkpoint, tmp_pa
     tokenizer["model"]["vocab"]["<more>"] = 256
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(CheckpointError, match="the tokenizer is another model's: its <.image_pad.> is 263, .* says 262 and 272 ids"):
-        model.check_processor(data.Processor.from_pretrained(tmp_path))
-    tokenizer = data.Processor.from_pretrained(tiny_checkpoint).tokenizer
+        model.check_processor(Processor.from_pretrained(tmp_path))
+    tokenizer = Processor.from_pretrained(tiny_checkpoint).tokenizer
     tokenizer.add_tokens([f"<{i}>" for i in range(9)])                   # ids 264 to 272; the embedding has 272 rows
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="its last id 272, but"):
-        model.check_processor(data.Processor.from_pretrained(tmp_path))
+        model.check_processor(Processor.from_pretrained(tmp_path))

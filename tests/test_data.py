@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 import data
-from data import DataError, Frame, Processor, format_box, load, to_image_frame, to_model_frame
+from answer import PROMPT, format_box
+from data import DataError, load
+from processor import Frame, Processor, to_image_frame, to_model_frame
 
-SHARED = Path(__file__).parent.parent / "shared"
+SHARED = Path(__file__).parents[2] / "shared"
 FAMILIES = ("Qwen2_VL", "Qwen2_5_VL", "Qwen3_VL")
 needs_vocabulary = pytest.mark.skipif(not (SHARED / "qwen_tokenizer").exists(), reason="the genuine vocabulary is not here")
 
@@ -58,7 +60,7 @@ def test_the_prompt_equals_the_genuine_chat_template(genuine):
     theirs, ours = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(genuine), Processor.from_pretrained(genuine)
     prompt = ours(noise(300, 200), "the ship")
     template = jinja2.Environment().from_string(json.loads((genuine / "chat_template.json").read_text())["chat_template"])
-    content = [{"type": "image"}, {"type": "text", "text": data.PROMPT.format(text="the ship")}]
+    content = [{"type": "image"}, {"type": "text", "text": PROMPT.format(text="the ship")}]
     text = template.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True)
     text = text.replace("<|image_pad|>", "<|image_pad|>" * int(prompt.image_grid_thw.prod() // 4))
     assert ours.tokenizer.decode(prompt.input_ids.tolist(), skip_special_tokens=False) == text

@@ -17,11 +17,15 @@ from PIL import Image
 
 import data
 import eval as evaluation
-from data import DataError, Frame, Record, Records
+import metrics
+import pictures
+from answer import format_box, locate
+from data import DataError, Record, Records
 from model import CheckpointError
+from processor import Frame, prompt_hash, smart_resize, to_model_frame
 
 NAN = [math.nan] * 4
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 # ------------------------------------------------------------------------------------------------------------------ metrics
@@ -33,7 +37,7 @@ def test_metrics_by_hand():
     cIoU (100 + 50 + 80 + 0) / (100 + 100 + 120 + 100). Centres are off by 0, 2.5 and 2 px of 100, over sqrt(2)."""
     gt = torch.tensor([[10.0, 10, 20, 20]] * 4)
     pred = torch.tensor([[10.0, 10, 20, 20], [10, 10, 15, 20], [12, 10, 22, 20], NAN])
-    got = evaluation.metrics(pred, gt, torch.tensor([[100.0, 200.0]] * 4))
+    got = metrics.metrics(pred, gt, torch.tensor([[100.0, 200.0]] * 4))
     want = {"mIoU": (1 + 0.5 + 2 / 3) / 4, "Pr@0.5": 0.5, "Pr@0.6": 0.5, "Pr@0.7": 0.25, "Pr@0.8": 0.25, "Pr@0.9": 0.25, "cIoU": 230 / 420,
             "center_error": (0 + 0.025 + 0.02) / 3 / math.sqrt(2), "n": 4}
     assert got == pytest.approx(want) and list(got) == list(want)
@@ -43,19 +47,19 @@ def test_a_guess_in_the_middle_by_hand():
     """Median width 20% and height 30% of the image: of the three targets one is just that box, one touches nothing of it."""
     some = [data.Record(str(i), None, "x", box, "", (200, 100)) for i, box in enumerate(
         [(80.0, 35.0, 120.0, 65.0), (0.0, 0.0, 40.0, 30.0), (60.0, 35.0, 140.0, 65.0)])]
-    guess = evaluation.centre_box(some)
+    guess = metrics.centre_box(some)
     assert guess["mIoU"] == pytest.approx((1 + 0 + 0.5) / 3) and guess["Pr@0.5"] == pytest.approx(1 / 3) and guess["n"] == 3
 
 
 def test_boxes_are_clamped_before_they_are_compared():
     pred = torch.tensor([[-1e30, -5, 10, 10], [90, 90, math.inf, 300], [150, 10, 160, 20], [30, 30, 20, 40]])
     gt = torch.tensor([[0.0, 0, 10, 10], [90, 90, 130, 100], [90, 10, 100, 20], [20, 30, 30, 40]])
-    got = evaluation.metrics(pred, gt, torch.tensor([[100.0, 100.0]] * 4))
+    got = metrics.metrics(pred, gt, torch.tensor([[100.0, 100.0]] * 4))
     assert got["Pr@0.9"] == 0.5 and got["mIoU"] == 0.5 and got["cIoU"] == 0.5 and got["center_error"] == 0      # 100 + 100 of 4 x 100
 
 
 def test_nothing_but_misses():
-    got = evaluation.metrics(torch.tensor([NAN, NAN]), torch.tensor([[1.0, 1, 9, 9]] * 2), torch.tensor([[10, 10]] * 2))
+    got = metrics.metrics(torch.tensor([NAN, NAN]), torch.tensor([[1.0, 1, 9, 9]] * 2), torch.tensor([[10, 10]] * 2))
     assert got["mIoU"] == got["cIoU"] == got["Pr@0.5"] == 0 and got["center_error"] is None and got["n"] == 2
 
 
@@ -79,7 +83,7 @@ def test_metrics_count_pixels():
                 grid[k, y1:y2, x1:x2] = True
         shared, covered = shared + grid.all(0).sum(), covered + grid.any(0).sum()
         ious.append(grid.all(0).sum() / grid.any(0).sum())
-    got = evaluation.metrics(torch.tensor(pred), torch.tensor(gt), torch.tensor([[22, 24]] * 2000))
+    got = metrics.metrics(torch.tensor(pred), torch.tensor(gt), torch.tensor([[22, 24]] * 2000))
     assert got["mIoU"] == pytest.approx(np.mean(ious), rel=1e-12) and got["cIoU"] == pytest.approx(shared / covered, rel=1e-12)
     for t in (0.5, 0.6, 0.7, 0.8, 0.9):
         assert got[f"Pr@{t}"] == np.mean(np.array(ious) > t) and 0 < got[f"Pr@{t}"] < 1
@@ -113,8 +117,8 @@ def test_metrics_equal_brute_force_on_random_pairs():
         areas = [areas[0] + inside, areas[1] + union]
         away.append(math.hypot((cut[0] + cut[2] - g[0] - g[2]) / 2 / W, (cut[1] + cut[3] - g[1] - g[3]) / 2 / H) / math.sqrt(2))
     for inclusive in (False, True):
-        got = evaluation.metrics(*(torch.tensor(x, dtype=torch.float64) for x in (pred, gt, size)), inclusive)
-        for t in evaluation.THRESHOLDS:
+        got = metrics.metrics(*(torch.tensor(x, dtype=torch.float64) for x in (pred, gt, size)), inclusive)
+        for t in metrics.THRESHOLDS:
             assert got[f"Pr@{t}"] == sum(v >= t if inclusive else v > t for v in ious) / 10_000
         assert got["mIoU"] == pytest.approx(sum(ious) / 10_000, rel=1e-12) and got["cIoU"] == pytest.approx(areas[0] / areas[1], rel=1e-12)
         assert got["center_error"] == pytest.approx(sum(away) / len(away), rel=1e-12)
@@ -124,7 +128,7 @@ def test_vrsbench_takes_the_data_sets_own_cells_where_it_gives_them():
     """The precise box says cells 10 to 20, the file 11 to 21: the file counts."""
     size, pred = torch.tensor([[100.0, 100.0]] * 2), torch.tensor([[11.2, 11.2, 21.2, 21.2]] * 2)
     target, grid = torch.tensor([[10.9, 10.9, 20.9, 20.9]] * 2), torch.tensor([[11.0, 11, 21, 21], NAN])
-    assert evaluation.vrsbench_iou(pred, target, size, grid).tolist() == pytest.approx([1.0, 100 / (121 + 121 - 100)])
+    assert metrics.vrsbench_iou(pred, target, size, grid).tolist() == pytest.approx([1.0, 100 / (121 + 121 - 100)])
 
 
 def test_vrsbench_counts_cells():
@@ -134,16 +138,16 @@ def test_vrsbench_counts_cells():
     gt = [[x, y, x + rng.randint(0, 9), y + rng.randint(0, 9)] for x, y in cells]
     pred = [[x + rng.randint(-2, 2) if x > 2 else x, y, X + rng.randint(2, 4), Y + rng.randint(0, 2)] for x, y, X, Y in gt]
     size = torch.tensor([[512.0, 512.0]]).repeat(10_000, 1)
-    got = evaluation.vrsbench_iou(*((torch.tensor(b).double() + 0.5) * 5.12 for b in (pred, gt)), size)      # half a cell in: all whole
+    got = metrics.vrsbench_iou(*((torch.tensor(b).double() + 0.5) * 5.12 for b in (pred, gt)), size)      # half a cell in: all whole
     for p, g, value in zip(pred, gt, got.tolist()):
         a, b = ({(x, y) for x in range(q[0], q[2] + 1) for y in range(q[1], q[3] + 1)} for q in (p, g))
         assert value == pytest.approx(len(a & b) / len(a | b), abs=1e-12)
     point = torch.tensor([[100.0, 100, 102, 102], [100, 100, 102, 102], NAN, [100, 100, 150, 150]])          # cells 19, 19 to 19, 19
     target = torch.tensor([[101.0, 101, 101, 101]] * 4)
     target[1] = torch.tensor([200.0, 100, 200, 100])
-    assert evaluation.vrsbench_iou(point, target, size[:4]).tolist() == [1, 0, 0, pytest.approx(1 / 121)]
-    assert evaluation.metrics(point[:1], target[:1], size[:1])["Pr@0.5"] == 0
-    official = evaluation.vrsbench(point, target, size[:4], [True, False, None, False])
+    assert metrics.vrsbench_iou(point, target, size[:4]).tolist() == [1, 0, 0, pytest.approx(1 / 121)]
+    assert metrics.metrics(point[:1], target[:1], size[:1])["Pr@0.5"] == 0
+    official = metrics.vrsbench(point, target, size[:4], [True, False, None, False])
     assert official == {"all": {"n": 4, "Acc@0.5": 0.25, "Acc@0.7": 0.25}, "unique": {"n": 1, "Acc@0.5": 1.0, "Acc@0.7": 1.0},
                         "non_unique": {"n": 2, "Acc@0.5": 0.0, "Acc@0.7": 0.0}}
 
@@ -170,13 +174,13 @@ def on_images(images, boxes=None):
 def test_intervals_resample_images():
     """100 images, half of them right: the interval is the binomial's. Ten copies of every record in its image tell nothing new."""
     right = torch.tensor([1.0, 0.0] * 50)
-    [low, high] = evaluation.intervals(on_images(range(100)), {"x": (right, None)})["x"]
+    [low, high] = metrics.intervals(on_images(range(100)), {"x": (right, None)})["x"]
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02) and high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
-    copies = evaluation.intervals(on_images([i for i in range(100) for _ in range(10)]), {"x": (right.repeat_interleave(10), None)})["x"]
+    copies = metrics.intervals(on_images([i for i in range(100) for _ in range(10)]), {"x": (right.repeat_interleave(10), None)})["x"]
     assert copies == pytest.approx([low, high])
-    apart = evaluation.intervals(on_images(range(1000)), {"x": (right.repeat_interleave(10), None)})["x"]
+    apart = metrics.intervals(on_images(range(1000)), {"x": (right.repeat_interleave(10), None)})["x"]
     assert apart[1] - apart[0] < (high - low) / 2
-    sure = evaluation.intervals(on_images(range(9)), {"x": (torch.full((9,), 2.0), torch.full((9,), 4.0))})["x"]
+    sure = metrics.intervals(on_images(range(9)), {"x": (torch.full((9,), 2.0), torch.full((9,), 4.0))})["x"]
     assert sure == [0.5, 0.5]
 
 
@@ -186,12 +190,15 @@ def test_paired_test():
     whole, none = {"box": [0.0, 0.0, 10.0, 10.0]}, {"box": None}
     a = [whole if i % 2 else none for i in range(200)]
     b = [whole if i < 20 else p for i, p in enumerate(a)]
-    got = evaluation.paired(records, a, b)["Pr@0.5"]
+
+    def paired(*sides):
+        return metrics.paired(records, *(evaluation.overlap_of(records, side) for side in sides))
+    got = paired(a, b)["Pr@0.5"]
     assert got["difference"] == pytest.approx(0.05) and got["p"] < 0.01 and got["ci"][0] > 0
-    assert evaluation.paired(records, b, a)["mIoU"]["difference"] == pytest.approx(-0.05)
-    same = evaluation.paired(records, a, a)["mIoU"]
+    assert paired(b, a)["mIoU"]["difference"] == pytest.approx(-0.05)
+    same = paired(a, a)["mIoU"]
     assert same == {"difference": 0, "ci": [0, 0], "p": 1}
-    even = evaluation.paired(records, [whole, none] * 100, [none, whole] * 100)["mIoU"]
+    even = paired([whole, none] * 100, [none, whole] * 100)["mIoU"]
     assert even["p"] > 0.2
 
 
@@ -200,12 +207,12 @@ def test_properties_by_hand():
     boxes = [(0.0, 0.0, 10.0, 10.0), (0.0, 0.0, 10.0, 10.0), (40.0, 40.0, 90.0, 90.0), (90.0, 0.0, 100.0, 100.0), (0.0, 0.0, 97.0, 97.0)]
     records = on_images(["a", "a", "a", "a", "b"], boxes)
     records[4] = replace(records[4], category="plane", kind="relation")
-    got = evaluation.properties(records, [replace(records[4], category="ship", image="b")], records)
+    got = metrics.properties(records, [replace(records[4], category="ship", image="b")], records)
     assert got["size"] == ["small", "small", "medium", "small", "large"]
     assert got["region"] == ["top left", "top left", "middle centre", "middle right", "middle centre"]
     assert got["distractors"] == ["2", "2", "2", "2", "0"] and got["kind"] == [None] * 4 + ["relation"]
     assert got["train image"] == ["disjoint"] * 4 + ["also in train"] and got["train category"] == ["seen"] * 4 + ["unseen"]
-    assert set(evaluation.properties(records, None, records)["train image"]) == {None}
+    assert set(metrics.properties(records, None, records)["train image"]) == {None}
 
 
 def test_pass_at_k_by_hand():
@@ -248,7 +255,7 @@ class FakeProcessor:
     patch, merge, min_pixels, max_pixels = 14, 2, 56 * 56, 28 * 28 * 1280
 
     def __call__(self, image, text):
-        resized = data.smart_resize(*image.size, 28, self.min_pixels, self.max_pixels)
+        resized = smart_resize(*image.size, 28, self.min_pixels, self.max_pixels)
         return SimpleNamespace(text=text, colour=image.getpixel((0, 0))[0], frame=Frame(image.size, resized, "absolute"))
 
     def decode(self, ids):
@@ -261,7 +268,7 @@ def fake_generate(model, prompts, group, max_new_tokens, temperature, seeds):
     texts = []
     for prompt, seed in ((p, s + g) for p, s in zip(prompts, seeds.tolist()) for g in range(group)):
         i, box = prompt.text.split(": ")
-        box = data.to_model_frame([float(v) for v in box.split(",")], prompt.frame)
+        box = to_model_frame([float(v) for v in box.split(",")], prompt.frame)
         seen = int(i) // 2 * 10 == prompt.colour
         x1, y1, x2, y2 = [round(v) + (seed * 7 % 30 if temperature else 0) for v in box] if seen else (0, 0, 28, 28)
         texts.append({0: f'<think>a</think><answer>{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}]}}</answer>',
@@ -279,7 +286,7 @@ def install(replace):
     """The fakes, by `setattr` or monkeypatch's."""
     replace(evaluation, "generate", fake_generate)
     replace(evaluation.runtime, "open_checkpoint", lambda folder, device: (None, FakeProcessor()))
-    replace(data, "Processor", SimpleNamespace(from_pretrained=lambda folder: FakeProcessor()))
+    replace(evaluation, "Processor", SimpleNamespace(from_pretrained=lambda folder: FakeProcessor()))
     replace(data, "READERS", {**data.READERS, "tiny": tiny})
 
 
@@ -294,7 +301,7 @@ def stage(folder, root, step=10):
     here = folder / f"step_{step:06d}"
     here.mkdir(parents=True)
     (here / "config.json").write_text("{}")
-    (here / "run.json").write_text(json.dumps({"stage": folder.name, "data": "tiny", "root": str(root), "prompt_hash": data.prompt_hash()}))
+    (here / "run.json").write_text(json.dumps({"stage": folder.name, "data": "tiny", "root": str(root), "prompt_hash": prompt_hash()}))
     (folder / "latest").symlink_to(here.name)
 
 
@@ -319,9 +326,9 @@ def test_answers_come_in_record_order_and_in_original_pixels(root, fakes):
 
 def test_locate_by_hand():
     frame = Frame((800, 400), (812, 420), "absolute")                    # 812 / 800 = 1.015, 420 / 400 = 1.05
-    assert evaluation.locate((406.0, 105.0, 900.0, 900.0), frame) == pytest.approx((400, 100, 800, 400))
-    assert evaluation.locate((250.0, 250.0, 500.0, 500.0), Frame((800, 400), (812, 420), "1000")) == pytest.approx((200, 100, 400, 200))
-    assert evaluation.locate((812.0, 0.0, 900.0, 9.0), frame) is evaluation.locate(None, frame) is None
+    assert locate((406.0, 105.0, 900.0, 900.0), frame) == pytest.approx((400, 100, 800, 400))
+    assert locate((250.0, 250.0, 500.0, 500.0), Frame((800, 400), (812, 420), "1000")) == pytest.approx((200, 100, 400, 200))
+    assert locate((812.0, 0.0, 900.0, 9.0), frame) is locate(None, frame) is None
 
 
 def test_score_by_hand(root, fakes):
@@ -330,12 +337,12 @@ def test_score_by_hand(root, fakes):
     answers = evaluation.evaluate(None, FakeProcessor(), records)
     got = evaluation.score(records, answers)
     assert {why: n for why, n in got["failures"].items() if n} == {"no answer": 8, "not JSON": 4, "outside image": 4}
-    assert tuple(got["failures"]) == evaluation.FAILURES and got["n"] == got["lenient"]["n"] == 24
+    assert tuple(got["failures"]) == evaluation.OUTCOMES and got["n"] == got["lenient"]["n"] == 24
     assert 4 / 24 <= got["Pr@0.9"] <= got["Pr@0.5"] <= 8 / 24
     assert got["lenient"]["mIoU"] > got["mIoU"] + 3.9 / 24               # the fenced ones, nearly perfect
     target, size = torch.tensor([r.box for r in records]), torch.tensor([r.size for r in records])
     boxes = torch.tensor([a["box"] or NAN for a in answers])
-    again = evaluation.metrics(boxes, target, size)
+    again = metrics.metrics(boxes, target, size)
     assert {k: got[k] for k in again} == pytest.approx(again, abs=1e-6)
 
 
@@ -484,7 +491,7 @@ def test_a_perfect_answer_in_the_resized_frame_is_perfect(monkeypatch, fakes, tm
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "config.json").write_text("{}")
     frame = Frame((800, 800), (812, 812), "absolute")
-    resized = data.to_model_frame(where, frame)
+    resized = to_model_frame(where, frame)
 
     def miou(line, *flags):
         (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", **line}))
@@ -496,7 +503,7 @@ def test_a_perfect_answer_in_the_resized_frame_is_perfect(monkeypatch, fakes, tm
     assert miou(text, "--coords", "original") == pytest.approx(iou_unscaled, abs=1e-3)
     assert miou({"text": text_of(where)}, "--coords", "original") == pytest.approx(1)
     assert miou({"text": text_of(v / 0.8 for v in where)}, "--coords", "1000") == pytest.approx(1)
-    assert miou({"text": data.format_box(where, frame).join(('<answer>{"bbox_2d": ', "}</answer>"))},
+    assert miou({"text": format_box(where, frame).join(('<answer>{"bbox_2d": ', "}</answer>"))},
                 tmp_path / "ckpt", "--coords", "resized") > 0.9          # rounded to whole pixels, as a model writes it
 
 
@@ -604,7 +611,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_a_model_is_loaded(roo
 def test_overlay_draws_on_a_copy(tmp_path):
     image = Image.new("RGB", (200, 100))
     boxes = [((20, 10, 120, 60), "ship \u8239", evaluation.GREEN), ((0, 0, 0.4, 0.4), "", evaluation.RED)]
-    drawn = evaluation.overlay(image, boxes, tmp_path / "o.png")
+    drawn = pictures.overlay(image, boxes, tmp_path / "o.png")
     assert image.getpixel((20, 30)) == (0, 0, 0) and drawn.getpixel((20, 30)) == drawn.getpixel((119, 30)) == evaluation.GREEN
     assert drawn.getpixel((121, 30)) == drawn.getpixel((19, 30)) == (0, 0, 0)
     assert Image.open(tmp_path / "o.png").size == (200, 100)
@@ -617,7 +624,7 @@ def test_ask_about_a_picture(root, fakes, tmp_path, capfd):
     Image.new("RGB", (2000, 1600)).save(picture)
     fakes(tmp_path, "--image", picture, "--text", "0: 500,400,1000,800", "--device", "cpu", "--out", tmp_path / "asked")
     said = capfd.readouterr().out
-    w, h = data.smart_resize(2000, 1600, 28, FakeProcessor.min_pixels, FakeProcessor.max_pixels)
+    w, h = smart_resize(2000, 1600, 28, FakeProcessor.min_pixels, FakeProcessor.max_pixels)
     assert "2000 x 1600" in said and f"shrunk to {w} x {h}" in said and "<think>a</think>" in said
     box = [float(v) for v in re.search(r"box in pixels of the picture: (.*)", said)[1].split(",")]
     assert box == pytest.approx((500, 400, 1000, 800), abs=2)
@@ -670,7 +677,7 @@ def test_two_processes_write_the_report_of_one(root, fakes, tmp_path):
     flags = [tmp_path / "ckpt", "--temperature", "0", "1", "--samples", "3", "--limit", "23", "--batch", "4", "--device", "cpu"]
     fakes(*flags, "--out", tmp_path / "one")
     (tmp_path / "run.py").write_text("import test_eval, runtime\ntest_eval.install(setattr)\nruntime.main(test_eval.evaluation.main)\n")
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "run.py"]
     command += [*flags, "--out", tmp_path / "two"]
     subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=120)

@@ -11,7 +11,7 @@ below 0. The standard errors are jackknifed over batches: a dozen tell a half-tr
 hundreds. "as Adam sees it" divides each coordinate by its root mean square over these very batches first, which biases it upwards; the row
 "dealt at random", whose rewards are permuted within their groups and so teach nothing, shows by how much.
 
-    python toy/gradient.py --data synth --init ckpt/sft --temperature 0.6 --freeze-vision           flags as of rft.py, and --batches
+    python study/gradient.py --data synth --init ckpt/sft --temperature 0.6 --freeze-vision           flags as of rft.py, and --batches
 
 Rewards and weightings are all tried on the same rollouts, their advantages divided by std unless --no-std; those of u never are. What
 concerns training alone (--lr, --out, --weighting) has no effect here. Every gradient is kept whole in memory: for small models.

@@ -8,7 +8,7 @@ the standard deviation beside it is of seeds.
 Of a hundred such intervals, five leave 0 out by chance: which differences are the questions is to be written down before the runs. All
 seeds share toy/base and the records of SFT; a seed is the order of the data and the sampling.
 
-    python toy/study.py ckpt/study           prints Markdown, writes study.md, study.json (the differences from SFT) and study.png there
+    python study/study.py ckpt/study           prints Markdown, writes study.md, study.json (the differences from SFT) and study.png there
 """
 import json
 import statistics
@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import metrics  # noqa: E402
 import report  # noqa: E402
 import runtime  # noqa: E402
 
@@ -86,7 +87,7 @@ def compare(regime, arms, split):
         for s in seeds if arm != "sft" else ():
             sides = [predictions_of(s / name / f"eval_{split}", records) for name in ("sft", arm)]
             asked = [r for r in records if r.id in {p["id"] for p in sides[0]}]
-            found.append(evaluation.paired(asked, *sides)["mIoU"])
+            found.append(metrics.paired(asked, *(evaluation.overlap_of(asked, side) for side in sides))["mIoU"])
             tests.append((arm, s.name, found[-1]))
         each = "; ".join(f"{t['difference']:+.3f} [{t['ci'][0]:+.3f}, {t['ci'][1]:+.3f}]" for t in found)
         text += line([ARMS[arm], " ".join(s.name for s in seeds), mean_text([r["mIoU"] for r in rows]), each or "-",
@@ -101,7 +102,7 @@ def compare(regime, arms, split):
 def answers(folder, records):
     """A folder's answers -> was there a box (N,), its IoU (N,), the distance of its centre from the target's (N,), 0 without a box."""
     found = evaluation.answered(records, predictions_of(folder, records))
-    valid, iou, _, _, away = evaluation.overlaps(found, *evaluation.targets(records))
+    valid, iou, _, _, away = metrics.overlaps(found, *metrics.targets(records))
     return valid.numpy(), iou.numpy(), away.where(valid, 0.0).numpy()
 
 
@@ -123,7 +124,7 @@ def contrasts(regime, split):
         every, both, missed = np.ones_like(box), box_a & box_b, box & (iou == 0)                      # (seeds, N), as all of these
         columns = [(iou_a - iou_b, every), ((iou_a > 0.5) * 1.0 - (iou_b > 0.5), every), (box_a * 1.0 - box_b, every),
                    (away_a - away_b, both), (iou_a - iou_b, small), (iou_a - iou_b, missed), (away_a - away_b, missed & both)]
-        bounds = evaluation.intervals(asked, {i: ((v * among).sum(0), among.sum(0)) for i, (v, among) in enumerate(columns)})
+        bounds = metrics.intervals(asked, {i: ((v * among).sum(0), among.sum(0)) for i, (v, among) in enumerate(columns)})
         cells = []
         for i, (value, among) in enumerate(columns):
             each = [v[m].mean().item() for v, m in zip(value, among) if m.any()]
@@ -147,7 +148,7 @@ def training(regime, arms):
     figure. Of the reward and of whatever terms it has, the mean and the standard deviation within a group."""
     logs = {}
     for arm in arms:
-        read = [list(report.read_lines(s / arm / "metrics.jsonl")) for s in sorted(regime.iterdir()) if (s / arm / "done").exists()]
+        read = [list(report.log_lines(s / arm / "metrics.jsonl")) for s in sorted(regime.iterdir()) if (s / arm / "done").exists()]
         logs[arm] = [log for log in read if log and "dispersion" in log[0]]
     logged = [log[0] for several in logs.values() for log in several]
     terms = list(dict.fromkeys(k for first in logged for keys in report.reward_curves([first]) for k in keys))

@@ -12,11 +12,12 @@ import data
 import runtime
 import sft
 from model import CheckpointError, QwenVL
+from processor import Processor, prompt_hash
 
 
 @pytest.fixture
 def parts(tiny_checkpoint, dior_root):
-    model, processor = QwenVL.from_pretrained(tiny_checkpoint, dtype=None), data.Processor.from_pretrained(tiny_checkpoint)
+    model, processor = QwenVL.from_pretrained(tiny_checkpoint, dtype=None), Processor.from_pretrained(tiny_checkpoint)
     records = data.load("dior", dior_root, "train")
     completions = ["<think>a</think>", "the red one, of course", "x", '<answer>{"bbox_2d": [1, 2, 3, 4]}</answer>']
     return model, [(processor(data.open_image(r), r.text), processor.encode(c)) for r, c in zip(records, completions)]
@@ -119,7 +120,7 @@ def test_one_and_two_processes_and_a_resume_agree(run, tiny_checkpoint, dior_roo
     spread = load_file(tmp_path / "one" / "latest" / "model.safetensors")
     assert all((spread[n] - straight[n]).abs().max() < 1e-4 for n in straight)
     record = json.loads((tmp_path / "one" / "latest" / "run.json").read_text())
-    assert record["data"] == "dior" and record["root"] == str(dior_root) and record["prompt_hash"] == data.prompt_hash()
+    assert record["data"] == "dior" and record["root"] == str(dior_root) and record["prompt_hash"] == prompt_hash()
 
 
 def test_frozen_vision_stays_what_it_was(run, tiny_checkpoint, dior_root, tmp_path):

@@ -9,9 +9,10 @@ from PIL import Image
 
 import cot
 import data
-import reward
+from answer import format_ok, parse_box
 from cot import Neighbor, explain, neighbors
-from data import Frame, Record
+from data import Record
+from processor import Frame, Processor, to_model_frame
 
 SENTENCE = {
     "order": r"from (\w+) to (\w+):",
@@ -80,10 +81,10 @@ GROWING = {("left", "right"): lambda b, to: middle(b)[0], ("right", "left"): lam
 
 def check(text, record, others, frame, color=""):
     """Reads the whole text, sentence by sentence; nothing may be left over."""
-    assert reward.format_ok(text)
+    assert format_ok(text)
     think = text[len("<think>"):text.index("</think>")]
-    box = reward.parse_box(text)
-    assert all(abs(a - b) <= 1 for a, b in zip(box, data.to_model_frame(record.box, frame)))
+    box = parse_box(text)
+    assert all(abs(a - b) <= 1 for a, b in zip(box, to_model_frame(record.box, frame)))
     assert str([int(v) for v in box])[1:-1] not in think                 # the answer is not given away before it is reasoned for
     narrow = f"{color} {record.category}" if color and f"{color} {record.category}" in record.text else record.category
     same = [o for o in others if o.category == record.category and (narrow == record.category or o.color == color)]
@@ -207,7 +208,7 @@ def test_the_target_under_another_expression_is_no_other_object():
 @pytest.mark.parametrize("category", ["</think>", "<answer>", "<think>"])
 def test_a_tag_for_a_category_does_not_break_the_format(category):
     record = Record("1", None, f"the {category}", (10.0, 10.0, 30.0, 30.0), category, (300, 300))
-    assert reward.format_ok(explain(record, [Neighbor(category, (200.0, 20.0, 220.0, 60.0))], Frame((300, 300), (300, 300), "absolute")))
+    assert format_ok(explain(record, [Neighbor(category, (200.0, 20.0, 220.0, 60.0))], Frame((300, 300), (300, 300), "absolute")))
 
 
 def test_what_shares_the_centre_lies_in_no_direction():
@@ -246,7 +247,7 @@ def script(monkeypatch):
 
 
 def test_it_is_shown_in_the_coordinates_that_a_checkpoint_is_trained_on(script, tiny_checkpoint, dior_root, tmp_path, capsys):
-    records, processor = data.load("dior", dior_root, "sft"), data.Processor.from_pretrained(tiny_checkpoint)
+    records, processor = data.load("dior", dior_root, "sft"), Processor.from_pretrained(tiny_checkpoint)
     for more, frame in (((), Frame((120, 90), (120, 90), "absolute")),
                         (("--init", tiny_checkpoint), processor(data.open_image(records[0]), "").frame)):
         script("dior", "--root", dior_root, "--show", 1, "--out", tmp_path / "cot.png", *more)
@@ -317,7 +318,7 @@ def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_f
 
     def generate(model, prompts, group, max_new_tokens, temperature, seeds):
         """Every second record is explained rightly."""
-        processor = data.Processor.from_pretrained(tiny_checkpoint)
+        processor = Processor.from_pretrained(tiny_checkpoint)
         texts = []
         for p in prompts:
             asked.append(processor.decode(p.input_ids))
@@ -338,7 +339,7 @@ def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_f
     for i, record in enumerate(records):
         frame = Frame(record.size, record.size, "absolute")
         text = write(record, frame)
-        assert reward.format_ok(text) and text.endswith(cot.answer(record, frame))
+        assert format_ok(text) and text.endswith(cot.answer(record, frame))
         assert text.startswith("<think>by the pier.</think>") if i % 2 == 0 else text == own(record, frame)
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import eval as evaluation
+import metrics
 import report
 from data import Record
 
@@ -73,7 +74,7 @@ def page(tmp_path):
     predictions = answers(some)
     file = tmp_path / "report.html"
     report.write(file, [row(some, predictions)] * 2, [evaluation.judged(some, predictions)] * 2, [(EVIL, run), ("none", tmp_path)], some,
-                 {"centre_box": evaluation.centre_box(some)})
+                 {"centre_box": metrics.centre_box(some)})
     return file.read_text(encoding="utf-8")
 
 

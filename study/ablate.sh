@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The study: the paper's four ablations on the embedded world (CoT-SFT, reward, weight, stability), beside their controls, in several
 # regimes and for several seeds. Hours on two cores.
-# It can be stopped at any time and run again: what is finished stands, what was stopped goes on. toy/study.py writes the tables and the figure.
-#   STUDY=ckpt/look REGIMES=little SEEDS=0 RFT=20 TEST=40 bash ablate.sh        a quick look
-#   ARMS=own OWN="--alpha 10" bash ablate.sh                                    a variant of yours beside them; a study has one of them
-#   OMP_NUM_THREADS=1 SEEDS=0 taskset -c 0 bash ablate.sh                       one core for a seed, another one beside it
+# It can be stopped at any time and run again: what is finished stands, what was stopped goes on. study/study.py writes the tables and the figure.
+#   STUDY=ckpt/look REGIMES=little SEEDS=0 RFT=20 TEST=40 bash study/ablate.sh        a quick look
+#   ARMS=own OWN="--alpha 10" bash study/ablate.sh                                    a variant of yours beside them; a study has one of them
+#   OMP_NUM_THREADS=1 SEEDS=0 taskset -c 0 bash study/ablate.sh                       one core for a seed, another one beside it
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 export GOMP_SPINCOUNT=10000
 PY=${PY:-.venv/bin/python}
 STUDY=${STUDY:-ckpt/study}
@@ -73,4 +73,4 @@ for seed in $SEEDS; do
     done
   done
 done
-$PY toy/study.py $STUDY
+$PY study/study.py $STUDY

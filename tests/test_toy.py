@@ -21,9 +21,12 @@ import eval as evaluation
 import rft
 import runtime
 from model import QwenVL
-from toy import gradient, pretrain, scenes, study
+from processor import Processor
+from study import gradient, study
+from toy import pretrain, scenes
 from toy.scenes import CATEGORIES, COLORS, SMALL, SPLITS, Split, scene
 
+HERE = Path(__file__).parents[1]
 NINTHS = {"upper left": (0, 0), "top": (1, 0), "upper right": (2, 0), "left": (0, 1), "center": (1, 1), "right": (2, 1),
           "lower left": (0, 2), "bottom": (1, 2), "lower right": (2, 2)}
 SIZES = {"largest": -1, "biggest": -1, "smallest": 1, "tiniest": 1}
@@ -156,7 +159,7 @@ def test_digits_aim_at_the_bump_about_a_number():
 
 def test_what_the_base_is_taught_is_true_and_ends_its_turn(tmp_path):
     pretrain.write_shape(tmp_path, 0)
-    processor, soft = data.Processor.from_pretrained(tmp_path), pretrain.digit_aims()
+    processor, soft = Processor.from_pretrained(tmp_path), pretrain.digit_aims()
     assert [len(processor.words(n)) for n in ("7", "52", "112")] == [1, 2, 3]
     for seed in range(30):
         s = scene(seed, SPLITS["pretrain"])
@@ -177,7 +180,7 @@ def test_pretraining_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         if not resume:
             pretrain.write_shape(out, 0)
         model = pretrain.fresh_model(out, 0)
-        pretrain.train(model, data.Processor.from_pretrained(out), args, out)
+        pretrain.train(model, Processor.from_pretrained(out), args, out)
         return model.state_dict(), (out / "metrics.jsonl").read_text()
 
     def crash(path, line, log=runtime.log):
@@ -194,9 +197,9 @@ def test_pretraining_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 def test_the_base_in_the_repository():
     """Small, bfloat16, single digits, and it knows things: the card's figures on fewer scenes."""
-    base = Path(__file__).parent / "toy" / "base"
+    base = HERE / "toy" / "base"
     assert sum(f.stat().st_size for f in base.iterdir()) < 8e6
-    model, processor = QwenVL.from_pretrained(base, torch.float32), data.Processor.from_pretrained(base)
+    model, processor = QwenVL.from_pretrained(base, torch.float32), Processor.from_pretrained(base)
     assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 3.5e6 and model.stored_dtype == torch.bfloat16
     assert [len(processor.words(n)) for n in ("7", "52", "112")] == [1, 2, 3]
     seen = pretrain.scores(model, processor, 60)
@@ -227,7 +230,7 @@ def test_the_study_compares_each_arm_with_its_own_start(tmp_path):
             step |= {"diamond": 0.5, "diamond_group_std": 0.125}
         (folder.parent / "done").touch()
         (folder.parent / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0} if arm == "sft" else step) + "\n")
-    done = subprocess.run([sys.executable, "toy/study.py", tmp_path], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run([sys.executable, "study/study.py", tmp_path], capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 0, done.stderr
     rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in done.stdout.splitlines() if not line.startswith("| ---")}
     iou = next(line for line in done.stdout.splitlines() if line.startswith("| GRPO: IoU + format | 0 1 | 0.645"))        # 1 and 0.29
@@ -268,7 +271,7 @@ def test_signal_and_noise_are_told_apart():
 
 def test_a_variants_gradient_is_that_of_its_own_objective(monkeypatch):
     """The gradient for the mean IoU, by hand: the log-probability of each answer times its IoU above its group's mean."""
-    model, processor = QwenVL.from_pretrained("toy/base", torch.float32), data.Processor.from_pretrained("toy/base")
+    model, processor = QwenVL.from_pretrained("toy/base", torch.float32), Processor.from_pretrained("toy/base")
     model.visual.requires_grad_(False)
     questions, args = data.load("synth", None, "val")[:2], rft.flags().parse_args(["--temperature", "0.7"])
     moved = [[(0, 0), (3, 1), (200, 200)], [(1, 1), (9, 0), (2, 5)]]     # by so much from the target; (200, 200) leaves the image
@@ -302,6 +305,6 @@ def clamped_iou(a, b):
 
 
 def test_without_a_reward_there_is_no_gradient_to_measure(run):
-    done = run("toy/gradient.py", "--init", "toy/base", "--batches", 3, "--prompts", 2, "--group", 2, "--max-new-tokens", 8,
+    done = run("study/gradient.py", "--init", "toy/base", "--batches", 3, "--prompts", 2, "--group", 2, "--max-new-tokens", 8,
                "--device", "cpu")
     assert done.returncode == 2 and "rewarded alike" in done.stderr and "Traceback" not in done.stderr
