@@ -194,7 +194,7 @@ def group_loss(logp, seed):
 
 
 def main():
-    parser = runtime.Parser("Measures each part of the work beside what a user would run instead")
+    parser = runtime.FlagParser("Measures each part of the work beside what a user would run instead")
     parser.add_argument("--shape", choices=SHAPES, default="mid", help="of the model, random weights")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, float32 on a CPU")

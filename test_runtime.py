@@ -129,7 +129,7 @@ def test_an_output_that_cant_be_written_to_is_refused_before_anything_is_loaded(
 
 
 def parsed(monkeypatch, *flags):
-    parser = runtime.Parser("")
+    parser = runtime.FlagParser("")
     runtime.add_common_flags(parser, "sft", "toy/base", 1000)
     parser.add_argument("--val", type=runtime.natural, default=0)
     parser.add_argument("--lr", type=runtime.above_zero, default=1e-5)
@@ -144,7 +144,7 @@ def run_json(saved, monkeypatch):
     out, (first, last) = saved[0], (data.Records([], {}), data.Records([data.Record("1", "", "x", (0, 0, 1, 1), "", (9, 9))], {}))
     args = parsed(monkeypatch, "--out", out, "--data", "dior", "--lr", 1e-4, "--init", "toy/base", "--steps", 4, "--freeze-vision")
     file = out / "latest" / "run.json"
-    file.write_text(json.dumps({**runtime.describe(args, "sft", first), "step": 2}))
+    file.write_text(json.dumps({**runtime.run_description(args, "sft", first), "step": 2}))
     return out, file, last
 
 
@@ -242,7 +242,7 @@ def test_inputs_prepared_ahead_are_those_prepared_here_and_a_bad_image_is_said_i
             raise data.DataError("scene.jpg: unreadable")
         return torch.full((3,), step), {"step": step}
     for workers in (0, 2):
-        got = list(runtime.ahead(make, range(2, 7), workers))
+        got = list(runtime.prefetch(make, range(2, 7), workers))
         assert [(x.tolist(), d["step"]) for x, d in got] == [([k] * 3, k) for k in range(2, 7)]
         with pytest.raises(data.DataError, match=r"^scene\.jpg: unreadable$"):
-            list(runtime.ahead(make, range(5, 9), workers))
+            list(runtime.prefetch(make, range(5, 9), workers))
