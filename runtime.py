@@ -544,15 +544,13 @@ class PickledSteps(torch.utils.data.Dataset):
 def micro_batches(tokens: Sequence[int], budget: int) -> list[slice]:
     """Cuts a process's items of a step into micro-batches -> slices of neighbouring items.
 
-    tokens: packed tokens of each item. The slices are as few as keep each within the budget,
-    and nearly equal in number of items; an item alone may exceed the budget. Every process gets
-    equally many, because each must take part in the others' forward and backward passes
-    (FSDP2): all follow the one that needs most.
+    tokens: packed tokens of each item. The slices have equally many items, to one, and are as
+    few as keep each within the budget; an item alone may exceed it. Every process gets equally
+    many slices, because each takes part in the others' forward and backward passes (FSDP2): all
+    follow the one that needs most.
 
-    >>> micro_batches([5, 1, 9, 2], budget=12)
+    >>> micro_batches([5, 1, 9, 2], budget=12)        # 6 and 11 tokens
     [slice(0, 2, None), slice(2, 4, None)]
-    >>> micro_batches([5, 1, 9, 2], budget=10)
-    [slice(0, 1, None), slice(1, 2, None), slice(2, 4, None)]
     """
     count = 1
     while count < len(tokens) and largest_slice(tokens, count) > budget:
