@@ -399,8 +399,8 @@ def lr_at(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
     warmup_steps = max(1, round(warmup * steps))
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(progress)))
+    angle = math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(angle)))
 
 
 def update(
