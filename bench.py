@@ -1,13 +1,17 @@
-"""Speed: each part of the work beside what a user would run instead, in one process and one run, with the same random weights.
+"""Speed: each part of the work beside what a user would run instead, with the same weights.
 
-Repeats alternate between ours and theirs; the median of each, the ratio of the medians, and the spread of the ratio over repeats. A ratio
-above 1 means that ours is faster (or smaller). Peers: transformers' model, `generate` and image processor; and, for the update, our own
-code fed a prompt G times over, as TRL's trainer feeds it to the model.
+Both sides run in one process, with the same random weights, and repeats alternate between ours
+and theirs. A row has the median of each, the ratio of the medians, and the spread of the ratio
+over repeats. A ratio above 1 means that ours is faster (or smaller).
 
-    python bench.py                                        the mid shape on this machine's CPU; minutes
-    python bench.py --device cuda --shape 3b               one GPU
-    python bench.py --shape tiny --only decode update      two parts, in seconds
+Peers: transformers' model, `generate` and image processor; and, for the update, our own code
+fed a prompt G times over, as TRL's trainer feeds it to the model.
+
+    python bench.py                                      the mid shape on a CPU; minutes
+    python bench.py --device cuda --shape 3b             one GPU
+    python bench.py --shape tiny --only decode update    two parts, in seconds
 """
+import argparse
 import copy
 import gc
 import json
@@ -18,13 +22,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import runtime
@@ -32,126 +39,336 @@ from generate import generate
 from model import Config, QwenVL
 from processor import Processor, Prompt
 
-# vision: depth, width, heads, inner width, full-attention blocks; language: layers, width, heads, KV heads, inner width; vocabulary; tied
-SHAPES = {"tiny": ((2, 64, 2, 128, (1,)), (2, 128, 4, 2, 256), 1024, True),
-          "mid": ((8, 512, 8, 1376, (3, 7)), (12, 640, 10, 2, 1728), 8192, True),
-          "3b": ((32, 1280, 16, 3420, (7, 15, 23, 31)), (36, 2048, 16, 2, 11008), 151_936, True),
-          "7b": ((32, 1280, 16, 3420, (7, 15, 23, 31)), (28, 3584, 28, 4, 18944), 152_064, False)}
 PARTS = ("load", "prefill", "decode", "update", "step", "sft", "images", "numerics", "profile")
-SIDE = {"tiny": 112, "mid": 448, "3b": 800, "7b": 800}                   # of the image, pixels
-TEXT, GROUP = 50, 8                                                      # tokens of text in a prompt; rollouts of a prompt
+TEXT = 50                         # tokens of text in a prompt
+GROUP = 8                         # rollouts of a prompt
 
 
-def write_checkpoint(folder, shape, dtype, vocab=None):
-    """Random weights and config.json of a shape, in hub layout; the last ids of the vocabulary are the special ones."""
-    (depth, width, heads, inner, full), (layers, hidden, q_heads, kv, mlp), size, tied = SHAPES[shape]
-    vocab = vocab or size
-    half = hidden // q_heads // 2
-    section = [half // 4, (half - half // 4) // 2, half - half // 4 - (half - half // 4) // 2]
-    config = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_size": hidden,
-              "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": q_heads, "num_key_value_heads": kv,
-              "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": section}, "vocab_size": vocab,
-              "max_position_embeddings": 32768, "hidden_act": "silu", "tie_word_embeddings": tied, "torch_dtype": str(dtype)[6:],
-              "bos_token_id": vocab - 6, "eos_token_id": vocab - 5, "vision_start_token_id": vocab - 4, "vision_end_token_id": vocab - 3,
-              "image_token_id": vocab - 2, "video_token_id": vocab - 1,
-              "vision_config": {"depth": depth, "hidden_size": width, "intermediate_size": inner, "num_heads": heads, "in_chans": 3,
-                                "out_hidden_size": hidden, "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2,
-                                "window_size": 112, "fullatt_block_indexes": list(full), "hidden_act": "silu", "tokens_per_second": 2}}
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen2.5-VL, and the side in pixels of the image that it is measured with."""
+
+    depth: int                    # of the vision tower, in blocks
+    vision_width: int
+    vision_heads: int
+    vision_inner: int             # width within the MLP
+    full_blocks: tuple[int, ...]  # those that attend to the whole image
+    layers: int                   # of the language model
+    width: int
+    heads: int
+    kv_heads: int
+    inner: int
+    vocab: int
+    tied: bool                    # the head is the embedding
+    image_side: int
+
+
+SHAPES = {
+    "tiny": Shape(
+        depth=2, vision_width=64, vision_heads=2, vision_inner=128, full_blocks=(1,),
+        layers=2, width=128, heads=4, kv_heads=2, inner=256,
+        vocab=1024, tied=True, image_side=112),
+    "mid": Shape(
+        depth=8, vision_width=512, vision_heads=8, vision_inner=1376, full_blocks=(3, 7),
+        layers=12, width=640, heads=10, kv_heads=2, inner=1728,
+        vocab=8192, tied=True, image_side=448),
+    "3b": Shape(
+        depth=32, vision_width=1280, vision_heads=16, vision_inner=3420,
+        full_blocks=(7, 15, 23, 31), layers=36, width=2048, heads=16, kv_heads=2, inner=11008,
+        vocab=151_936, tied=True, image_side=800),
+    "7b": Shape(
+        depth=32, vision_width=1280, vision_heads=16, vision_inner=3420,
+        full_blocks=(7, 15, 23, 31), layers=28, width=3584, heads=28, kv_heads=4, inner=18944,
+        vocab=152_064, tied=False, image_side=800),
+}
+
+
+def flags() -> runtime.FlagParser:
+    parser = runtime.FlagParser(
+        "Measures each part of the work beside what a user would run instead")
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="mid", help="of the model, random weights")
+    add("--device", choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="default: bfloat16 on CUDA, float32 on a CPU")
+    add("--repeats", type=runtime.positive, default=3,
+        help="alternating repeats behind one warm-up")
+    add("--prompts", type=runtime.positive, default=8,
+        help="questions in decode and step, eight rollouts each")
+    add("--tokens", type=runtime.positive, help="of a completion; default 64, on CUDA 256")
+    add("--only", nargs="+", choices=PARTS, help="these rows alone")
+    add("--out", default=".", help="folder of bench.json")
+    return parser
+
+
+# ---------------------------------------------------------------- random weights and inputs
+
+def write_checkpoint(
+        folder: Path, shape_name: str, dtype: torch.dtype, vocab: int | None = None) -> Path:
+    """Random weights and config.json of a shape, in hub layout -> the folder."""
+    shape = SHAPES[shape_name]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    config_file = folder / "config.json"
+    config_file.write_text(json.dumps(hub_config(shape, dtype, vocab or shape.vocab)))
     torch.manual_seed(0)
     with torch.device("meta"):
-        shapes = {n: p.shape for n, p in QwenVL(Config.from_json(folder / "config.json")).state_dict().items()}
-    tensors = {n: torch.ones(s, dtype=dtype) if "norm" in n or "ln_q" in n else torch.empty(s, dtype=dtype).normal_(0, 0.02)
-               for n, s in shapes.items() if not (tied and n == "lm_head.weight")}
+        parameters = QwenVL(Config.from_json(config_file)).state_dict()
+    tensors = {}
+    for name, p in parameters.items():
+        if shape.tied and name == "lm_head.weight":
+            continue
+        if "norm" in name or "ln_q" in name:
+            tensors[name] = torch.ones(p.shape, dtype=dtype)
+        else:
+            tensors[name] = torch.empty(p.shape, dtype=dtype).normal_(0, 0.02)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def words(model, n, seed):
-    """n ordinary ids"""
-    return torch.randint(0, model.config.vocab - 8, (n,), generator=torch.Generator().manual_seed(seed))
+def hub_config(shape: Shape, dtype: torch.dtype, vocab: int) -> dict[str, Any]:
+    """config.json as transformers reads it; the vocabulary's last ids are the special ones."""
+    # Rotary frequencies are shared out over time, height and width.
+    frequencies = shape.width // shape.heads // 2
+    time_share = frequencies // 4
+    height_share = (frequencies - time_share) // 2
+    sections = [time_share, height_share, frequencies - time_share - height_share]
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+        "hidden_size": shape.width, "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": sections}, "vocab_size": vocab,
+        "max_position_embeddings": 32768, "hidden_act": "silu",
+        "tie_word_embeddings": shape.tied, "torch_dtype": dtype_name(dtype),
+        "bos_token_id": vocab - 6, "eos_token_id": vocab - 5,
+        "vision_start_token_id": vocab - 4, "vision_end_token_id": vocab - 3,
+        "image_token_id": vocab - 2, "video_token_id": vocab - 1,
+        "vision_config": {
+            "depth": shape.depth, "hidden_size": shape.vision_width,
+            "intermediate_size": shape.vision_inner, "num_heads": shape.vision_heads,
+            "in_chans": 3, "out_hidden_size": shape.width, "patch_size": 14,
+            "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112,
+            "fullatt_block_indexes": list(shape.full_blocks), "hidden_act": "silu",
+            "tokens_per_second": 2},
+    }
 
 
-def prompt(model, side, seed, text=TEXT):
-    """A prompt of random ids and pixels: an image of about side x side pixels, then `text` tokens."""
-    n, c, ids = round(side / 28), model.config, words(model, text, seed)
-    ids = torch.cat((ids[:4], torch.tensor([c.marker_ids[-2], *[c.image_id] * n * n, c.marker_ids[-1]]), ids[4:]))
-    pixels = torch.randn((2 * n) ** 2, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(seed))
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def random_ids(model: QwenVL, n: int, seed: int) -> Tensor:
+    """n ordinary ids, (n,)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab - 8, (n,), generator=generator)
+
+
+def random_prompt(model: QwenVL, side: int, seed: int, text: int = TEXT) -> Prompt:
+    """Random ids and pixels: an image of about side x side pixels within `text` tokens."""
+    config = model.config
+    n = round(side / 28)                             # tokens along a side, 28 pixels each
+    text_ids = random_ids(model, text, seed)
+    image_ids = torch.tensor(
+        [config.marker_ids[-2], *[config.image_id] * n * n, config.marker_ids[-1]])
+    ids = torch.cat((text_ids[:4], image_ids, text_ids[4:]))
+    pixels = torch.randn(                            # (patches, channels x time x 14 x 14)
+        (2 * n) ** 2, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(seed))
     return Prompt(ids, pixels, torch.tensor([[1, 2 * n, 2 * n]]), None)
 
+
+# ---------------------------------------------------------------- both sides of a comparison
 
 class Peer:
     """transformers' Qwen2.5-VL with the same weights."""
 
-    def __init__(self, folder, dtype, device):
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         from transformers import Qwen2_5_VLForConditionalGeneration
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa").to(device)
         self.device = device
 
-    def batch(self, prompts, completions=None):
-        """Prompts (with their completions) as a padded batch: left for generation, right for training."""
-        rows = [p.input_ids if completions is None else torch.cat((p.input_ids, c)) for p, c in
-                zip(prompts, completions or [None] * len(prompts))]
+    def pad(
+            self, prompts: Sequence[Prompt], completions: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The model's inputs, a padded row a prompt.
+
+        Prompts alone are for generation and padded on the left; with a completion each they are
+        for training and padded on the right.
+        """
+        rows = [p.input_ids for p in prompts]
+        if completions is not None:
+            rows = [torch.cat((ids, c)) for ids, c in zip(rows, completions)]
         width = max(map(len, rows))
-        ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)      # (B, T)
+        mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
-            where = slice(width - len(row), None) if completions is None else slice(len(row))
-            ids[i, where], mask[i, where] = row, 1
-        inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat([p.pixel_values for p in prompts]),
-                  "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts])}
-        kinds = (ids == self.model.config.image_token_id).int()          # newer versions ask which tokens are an image's
-        return {k: v.to(self.device) for k, v in {**inputs, "mm_token_type_ids": kinds}.items()}
+            places = slice(width - len(row), None) if completions is None else slice(len(row))
+            ids[i, places] = row
+            mask[i, places] = 1
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "pixel_values": torch.cat([p.pixel_values for p in prompts]),
+            "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts]),
+            # Newer versions ask which tokens are an image's.
+            "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
+        }
+        return {name: x.to(self.device) for name, x in inputs.items()}
 
-    def generate(self, prompts, group, tokens):
-        return self.model.generate(**self.batch(prompts), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, temperature=1.0,
-                                   top_k=0, top_p=1.0, num_return_sequences=group, eos_token_id=None, pad_token_id=0)
+    def generate(self, prompts: Sequence[Prompt], group: int, tokens: int) -> Tensor:
+        """`group` completions of exactly `tokens` tokens for each prompt."""
+        return self.model.generate(
+            **self.pad(prompts), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True,
+            temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=group, eos_token_id=None,
+            pad_token_id=0)
 
-    def score(self, prompts, completions):
-        """Log-probabilities of completions of one length as TRL's trainer computes them: a padded row each, the last logits alone."""
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Tensor]) -> Tensor:
+        """Log-probabilities (B, n) of completions of one length n, as TRL's trainer has them.
+
+        Each completion has a padded row with its prompt, and only the last logits are computed.
+        """
         n = len(completions[0])
-        logits = self.model(**self.batch(prompts, completions), logits_to_keep=n + 1, use_cache=False).logits[:, :-1]
-        return logits.float().log_softmax(-1).gather(-1, torch.stack(completions).to(self.device)[..., None])[..., 0]
+        output = self.model(
+            **self.pad(prompts, completions), logits_to_keep=n + 1, use_cache=False)
+        logp = output.logits[:, :-1].float().log_softmax(-1)       # (B, n, V)
+        targets = torch.stack(list(completions)).to(self.device)   # (B, n)
+        return logp.gather(-1, targets[..., None])[..., 0]
 
 
-# ------------------------------------------------------------------------------------------------------------------ measuring
+@dataclass
+class Workload:
+    """What the rows work on: both models with the same weights, and the same inputs for both."""
 
-def clock(f, device):
+    ours: QwenVL
+    peer: Peer
+    prompts: list[Prompt]            # Q
+    completions: list[list[Tensor]]  # Q lists of GROUP, each (tokens,)
+    tokens: int
+    image_side: int                  # pixels
+
+    def sample_ours(self, tokens: int) -> None:
+        seeds = torch.arange(len(self.prompts))
+        generate(self.ours, self.prompts, GROUP, tokens, 1.0, seeds)
+
+    def sample_theirs(self, tokens: int) -> None:
+        self.peer.generate(self.prompts, GROUP, tokens)
+
+    def update_ours(self, q: int = 0) -> None:
+        """Forward and backward pass of a group, its prompt computed once."""
+        logp, _ = self.ours.score([self.prompts[q]], [self.completions[q]])
+        group_loss(logp, q).backward()
+
+    def update_repeated(self, q: int = 0) -> None:
+        """The same by our model, with the prompt once for each rollout."""
+        one_each = [[c] for c in self.completions[q]]
+        logp, _ = self.ours.score([self.prompts[q]] * GROUP, one_each)
+        group_loss(logp, q).backward()
+
+    def update_theirs(self, q: int = 0) -> None:
+        """The same by transformers' model."""
+        logp = self.peer.score([self.prompts[q]] * GROUP, self.completions[q])
+        group_loss(logp, q).backward()
+
+    def clear_gradients(self) -> None:
+        self.ours.zero_grad(set_to_none=True)
+        self.peer.model.zero_grad(set_to_none=True)
+
+
+def group_loss(logp: Tensor, seed: int) -> Tensor:
+    """A policy-gradient loss of random advantages over (rows, L) or packed log-probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    advantages = torch.randn(logp.numel(), generator=generator).to(logp.device)
+    return -(logp.flatten() * advantages).sum() / logp.numel()
+
+
+def open_workload(
+        folder: Path, args: argparse.Namespace, dtype: torch.dtype, device: torch.device,
+) -> Workload:
+    """Loads both models and makes the inputs."""
+    ours = QwenVL.from_pretrained(folder, dtype, device).requires_grad_(True)
+    # Nothing stops a rollout: every one is as long as asked for.
+    ours.stop_ids = ()
+    peer = Peer(folder, dtype, device)
+    side = SHAPES[args.shape].image_side
+    prompts = [random_prompt(ours, side, q) for q in range(args.prompts)]
+    completions = []
+    for q in range(args.prompts):
+        completions.append([random_ids(ours, args.tokens, 97 * q + g) for g in range(GROUP)])
+    return Workload(ours, peer, prompts, completions, args.tokens, side)
+
+
+# ---------------------------------------------------------------- measuring
+
+def clock(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that work() takes, on CUDA until the device is done."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    began = time.perf_counter()
-    f()
+    started = time.perf_counter()
+    work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - started
+
+
+@dataclass
+class Row:
+    """A row of bench.json."""
+
+    name: str
+    peer: str
+    ours: float
+    theirs: float
+    unit: str
+    ratio: float          # above 1: ours is faster, or smaller
+    spread: list[float]   # the least and the largest ratio of a repeat
 
 
 class Table:
-    """Rows of bench.json; every measurement alternates between ours and theirs."""
+    """Measures rows, prints them as they come and keeps them as dicts for bench.json."""
 
-    def __init__(self, args, device):
-        self.args, self.device, self.rows, self.more = args, device, [], {}
+    def __init__(self, repeats: int, device: torch.device) -> None:
+        self.repeats = repeats
+        self.device = device
+        self.rows: list[dict[str, Any]] = []
 
-    def compare(self, name, peer, ours, theirs, amount=None, unit="s", subtract=None):
-        """Times ours() and theirs(), one warm-up each. amount: units of work, for a rate; subtract: (ours, theirs) of seconds to take off.
-        -> the medians in seconds."""
-        pairs = []
-        for i in tqdm(range(self.args.repeats + 1), desc=f"{name}, {peer}", leave=False):
-            pair = clock(ours, self.device), clock(theirs, self.device)
-            if i:
-                pairs.append([t - s for t, s in zip(pair, subtract or (0, 0))])
-        a, b = (statistics.median(t) for t in zip(*pairs))
-        ratios = [theirs / ours for ours, theirs in pairs]
-        rate = [amount / t for t in (a, b)] if amount else [a, b]
-        self.add(name, peer, *rate, unit, b / a, [min(ratios), max(ratios)])
+    def compare(
+            self, name: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any],
+            work: tuple[float, str] | None = None,
+    ) -> tuple[float, float]:
+        """Adds a row that times ours() and theirs() in turn, behind one warm-up each.
+
+        work: how much is done in a call, and the unit of a rate, as in (8, "images/s"); without
+        it the row is in seconds. -> the median seconds of each.
+        """
+        our_times = []
+        their_times = []
+        for i in tqdm(range(self.repeats + 1), desc=f"{name}, {peer}", leave=False):
+            our_time = clock(ours, self.device)
+            their_time = clock(theirs, self.device)
+            if i > 0:
+                our_times.append(our_time)
+                their_times.append(their_time)
+        a = statistics.median(our_times)
+        b = statistics.median(their_times)
+        ratios = [t / o for o, t in zip(our_times, their_times)]
+        spread = [min(ratios), max(ratios)]
+        if work is None:
+            self.add(Row(name, peer, a, b, "s", b / a, spread))
+        else:
+            amount, unit = work
+            self.add(Row(name, peer, amount / a, amount / b, unit, b / a, spread))
         return a, b
 
-    def add(self, name, peer, ours, theirs, unit, ratio, spread):
-        self.rows.append({"name": name, "peer": peer, "ours": ours, "theirs": theirs, "unit": unit, "ratio": ratio, "spread": spread})
-        bounds = f"{spread[0]:.2f} .. {spread[1]:.2f}"
-        tqdm.write(f"{name:8} {peer:44} {ours:12.4g} {theirs:12.4g} {unit:16} {ratio:6.2f}x   {bounds}")
+    def add(self, row: Row) -> None:
+        self.rows.append(asdict(row))
+        tqdm.write(
+            f"{row.name:8} {row.peer:44} {row.ours:12.4g} {row.theirs:12.4g} {row.unit:16} "
+            f"{row.ratio:6.2f}x   {row.spread[0]:.2f} .. {row.spread[1]:.2f}")
 
+
+# ---------------------------------------------------------------- the rows
 
 LOADER = """
 import sys, time, torch
@@ -161,273 +378,423 @@ if ours:
 else:
     from transformers import Qwen2_5_VLForConditionalGeneration as Model
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+
 def status(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
-before, began = status("VmRSS"), time.perf_counter()
+    for line in open("/proc/self/status"):
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+
+memory_before = status("VmRSS")
+started = time.perf_counter()
 model = Model.from_pretrained(folder, dtype=dtype)
-touched = sum(p.detach().flatten()[::512].float().sum().item() for p in model.parameters())   # every page of the memory map is read
-print(time.perf_counter() - began, status("VmHWM") - before)
+# Every page of the memory map is read.
+touched = sum(p.detach().flatten()[::512].float().sum().item() for p in model.parameters())
+print(time.perf_counter() - started, status("VmHWM") - memory_before)
 """
 
 
-def bench_load(table, folder, dtype):
-    """A fresh process each; every weight is read once, so a memory map does not look as if it were free."""
-    got = {"ours": [], "theirs": []}
-    for _ in tqdm(range(table.args.repeats + 1), desc="load", leave=False):
-        for who, results in got.items():
-            done = subprocess.run([sys.executable, "-c", LOADER, who, str(folder), str(dtype)[6:]], capture_output=True, text=True,
-                                  cwd=Path(__file__).parent, check=False)
-            if done.returncode:
-                raise RuntimeError(done.stderr)
-            results.append([float(v) for v in done.stdout.split()])
-    ours, theirs = (np.array(results[1:]) for results in got.values())   # the first fills the file cache
+def bench_load(table: Table, folder: Path, dtype: torch.dtype) -> None:
+    """Seconds and MiB of from_pretrained: ours beside transformers', a fresh process each.
+
+    Every weight is read once, so that a memory map does not look as if it were free.
+    """
+    measured = {"ours": [], "theirs": []}                   # rows of seconds, MiB
+    for _ in tqdm(range(table.repeats + 1), desc="load", leave=False):
+        for side, results in measured.items():
+            results.append(load_once(side, folder, dtype))
+    # The first of each fills the file cache.
+    ours = np.array(measured["ours"][1:])
+    theirs = np.array(measured["theirs"][1:])
     for i, unit in enumerate(("s", "MiB at peak")):
         ratios = (theirs[:, i] / ours[:, i]).tolist()
-        a, b = (float(np.median(x[:, i])) for x in (ours, theirs))
-        table.add("load", "transformers from_pretrained", a, b, unit, b / a, [min(ratios), max(ratios)])
+        a = float(np.median(ours[:, i]))
+        b = float(np.median(theirs[:, i]))
+        table.add(Row("load", "transformers from_pretrained", a, b, unit, b / a,
+                      [min(ratios), max(ratios)]))
 
 
-def group_loss(logp, seed):
-    """A policy-gradient loss of random advantages over (rows, L) or packed log-probabilities."""
-    weight = torch.randn(logp.numel(), generator=torch.Generator().manual_seed(seed)).to(logp.device)
-    return -(logp.flatten() * weight).sum() / logp.numel()
+def load_once(side: str, folder: Path, dtype: torch.dtype) -> list[float]:
+    """Seconds and MiB of loading in a process of its own; side: "ours" or "theirs"."""
+    loader = subprocess.run(
+        [sys.executable, "-c", LOADER, side, str(folder), dtype_name(dtype)],
+        capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    if loader.returncode:
+        raise RuntimeError(loader.stderr)
+    return [float(v) for v in loader.stdout.split()]
 
 
-def main():
-    parser = runtime.Parser("Measures each part of the work beside what a user would run instead")
-    parser.add_argument("--shape", choices=SHAPES, default="mid", help="of the model, random weights")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, float32 on a CPU")
-    parser.add_argument("--repeats", type=runtime.positive, default=3, help="alternating repeats behind one warm-up")
-    parser.add_argument("--prompts", type=runtime.positive, default=8, help="questions in decode and step, eight rollouts each")
-    parser.add_argument("--tokens", type=runtime.positive, help="of a completion; default 64, on CUDA 256")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="these rows alone")
-    parser.add_argument("--out", default=".", help="folder of bench.json")
-    args = parser.parse_args()
-    args.tokens = args.tokens or (256 if args.device == "cuda" else 64)
-    device = torch.device(args.device)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
-    wanted = args.only or PARTS
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    table = Table(args, device)
-    print(f"{args.shape} shape, {args.device}, {str(dtype)[6:]}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{'':8} {'beside':44} {'ours':>12} {'theirs':>12} {'unit':16} {'ratio':>7}   least .. most")
+def bench_prefill(table: Table, w: Workload) -> None:
+    """Prompts through the model once: ours packed, with room for rollouts, theirs padded."""
+    @torch.no_grad()
+    def ours() -> None:
+        w.ours.prefill(w.prompts, GROUP, 1)
+
+    @torch.no_grad()
+    def theirs() -> None:
+        w.peer.model(**w.peer.pad(w.prompts), logits_to_keep=1, use_cache=True)
+    tokens = sum(len(p.input_ids) for p in w.prompts)
+    table.compare("prefill", "transformers forward, no rollouts yet", ours, theirs,
+                  (tokens, "prompt tokens/s"))
+
+
+def bench_decode(table: Table, w: Workload) -> None:
+    """Sampling GROUP rollouts a prompt: ours over a shared prompt, theirs a row a rollout.
+
+    Whole completions, then the first token alone; the difference is what one step costs.
+    """
+    tokens = len(w.prompts) * GROUP * w.tokens
+    whole = table.compare(
+        "decode", "transformers generate, prefill included",
+        lambda: w.sample_ours(w.tokens), lambda: w.sample_theirs(w.tokens),
+        (tokens, "new tokens/s"))
+    first = table.compare(
+        "decode", "transformers generate, first token alone",
+        lambda: w.sample_ours(1), lambda: w.sample_theirs(1))
+    a, b = ((s - f) / (w.tokens - 1) for s, f in zip(whole, first))
+    table.add(Row("decode", "transformers generate, one step (difference)", a, b, "s", b / a,
+                  [b / a, b / a]))
+    if table.device.type == "cuda":
+        table.rows[-1] |= share_of_bandwidth(w.ours, w.prompts, w.tokens, a)
+
+
+def bench_update(table: Table, w: Workload) -> None:
+    """Forward and backward pass of one group: ours with the prompt computed once for all rollouts.
+
+    Beside it, with the prompt repeated for each rollout, first our own model, then transformers'.
+    """
+    tokens = (GROUP * w.tokens, "tokens/s")
+    w.clear_gradients()
+    table.compare("update", "ours, prompt repeated for each rollout",
+                  w.update_ours, w.update_repeated, tokens)
+    w.clear_gradients()
+    table.compare("update", "transformers, prompt repeated",
+                  w.update_ours, w.update_theirs, tokens)
+    w.clear_gradients()
+    row = table.rows[-1]
+    row["gradient_difference"] = gradient_difference(w.ours, w.update_ours, w.update_repeated)
+    print("         largest relative difference of a gradient, shared or repeated: "
+          f"{row['gradient_difference']:.1e}")
+    if table.device.type == "cuda":
+        groups_per_second = row["ours"] / (GROUP * w.tokens)
+        row |= share_of_compute(w.ours, w.prompts[0], w.tokens, groups_per_second)
+
+
+def bench_step(table: Table, w: Workload) -> None:
+    """An RFT step on either side: rollouts of all prompts, an update a group, AdamW."""
+    fused = table.device.type == "cuda"
+    our_optimizer = torch.optim.AdamW(w.ours.parameters(), lr=1e-6, fused=fused)
+    their_optimizer = torch.optim.AdamW(w.peer.model.parameters(), lr=1e-6, fused=fused)
+
+    def update(group_update: Callable[[int], None], optimizer: torch.optim.Optimizer) -> None:
+        for q in range(len(w.prompts)):
+            group_update(q)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def ours() -> None:
+        w.sample_ours(w.tokens)
+        update(w.update_ours, our_optimizer)
+
+    def theirs() -> None:
+        w.sample_theirs(w.tokens)
+        update(w.update_theirs, their_optimizer)
+    table.compare("step", "transformers generate and repeated update", ours, theirs)
+
+
+def bench_sft(table: Table, w: Workload) -> None:
+    """Forward and backward pass of eight unequal records: ours packed, theirs a padded batch."""
+    prompts = []
+    for i in range(8):
+        side = w.image_side if i % 2 else w.image_side // 2
+        prompts.append(random_prompt(w.ours, side, 50 + i, TEXT + 8 * (i % 5)))
+    answers = [random_ids(w.ours, 40 + 25 * (i % 6), i) for i in range(8)]
+
+    def ours() -> None:
+        logp, _ = w.ours.score(prompts, [[a] for a in answers])
+        (-logp.mean()).backward()
+
+    def theirs() -> None:
+        batch = w.peer.pad(prompts, answers)
+        labels = torch.full_like(batch["input_ids"], -100)       # -100: not in the loss
+        for row, p, a in zip(labels, prompts, answers):
+            row[len(p.input_ids):len(p.input_ids) + len(a)] = a
+        w.peer.model(**batch, labels=labels, use_cache=False).loss.backward()
+    tokens = sum(len(p.input_ids) + len(a) for p, a in zip(prompts, answers))
+    w.clear_gradients()
+    table.compare("sft", "transformers, padded batch of unequal records", ours, theirs,
+                  (tokens, "tokens/s"))
+    w.clear_gradients()
+
+
+def bench_images(table: Table) -> None:
+    """An 800 x 800 picture decoded, resized, normalised and cut: ours, transformers' processor.
+
+    Both run in this process, eight times a call.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    peer = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
+    # No tokenizer is at hand, and none is needed.
+    processor = Processor.__new__(Processor)
+    processor.patch = 14
+    processor.temporal_patch = 2
+    processor.merge = 2
+    processor.min_pixels = 56 * 56
+    processor.max_pixels = 28 * 28 * 1280
+    processor.mean = np.array(peer.image_mean, np.float32)
+    processor.std = np.array(peer.image_std, np.float32)
     with tempfile.TemporaryDirectory() as folder:
-        measure(table, write_checkpoint(Path(folder), args.shape, dtype), dtype, wanted)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    report = {"device": hardware, "torch": torch.__version__, "shape": args.shape, "dtype": str(dtype)[6:], "tokens": args.tokens,
-              "repeats": args.repeats, "rows": table.rows, **table.more}
-    if device.type == "cuda":
-        report |= ceilings(device)
-        for row in table.rows:
-            for key, most in (("TBs", "bandwidth_TBs"), ("TFLOPs", "matrix_TFLOPs")):
-                if key in row:
-                    row["share"] = row[key] / report[most]
-                    print(f"{row['name']}: {row[key]:.3g} {key}, {row['share']:.0%} of the {report[most]:.3g} measured in this run")
-        report["peak_memory_GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
-    else:
-        report["peak_memory_GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    (Path(args.out) / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written: {Path(args.out) / 'bench.json'}")
+        file = Path(folder) / "scene.jpg"
+        noise = np.random.default_rng(0).integers(0, 255, (100, 100, 3), np.uint8)
+        Image.fromarray(noise).resize((800, 800)).save(file)
+
+        def ours() -> list[Any]:
+            return [processor.patches(Image.open(file)) for _ in range(8)]
+
+        def theirs() -> list[Any]:
+            return [peer(Image.open(file).convert("RGB"), return_tensors="pt")
+                    for _ in range(8)]
+        table.compare("images", "transformers image processor (PIL)", ours, theirs,
+                      (8, "images/s"))
 
 
-def measure(table, folder, dtype, wanted):
-    args, device, side, L = table.args, table.device, SIDE[table.args.shape], table.args.tokens
+def measure(
+        table: Table, folder: Path, args: argparse.Namespace, dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Measures the parts that are asked for -> what joins bench.json beside the table's rows."""
     try:
         import transformers
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
     except ImportError:
         runtime.fail("the peers need transformers: pip install -r requirements-dev.txt")
-    if "load" in wanted:
+    parts = args.only or PARTS
+    # First, while this process holds no model of its own.
+    if "load" in parts:
         bench_load(table, folder, dtype)
-    ours = QwenVL.from_pretrained(folder, dtype, device).requires_grad_(True)
-    ours.stop_ids = ()                                                   # end of turn is off: every rollout is as long as asked
-    peer = Peer(folder, dtype, device)
-    prompts = [prompt(ours, side, i) for i in range(args.prompts)]
-    completions = [[words(ours, L, 97 * q + g) for g in range(GROUP)] for q in range(args.prompts)]
-    seeds = torch.arange(args.prompts)
-
-    def prefill_ours():
-        with torch.no_grad():
-            ours.prefill(prompts, GROUP, 1)
-
-    def prefill_peer():
-        with torch.no_grad():
-            peer.model(**peer.batch(prompts), logits_to_keep=1, use_cache=True)
-    if "prefill" in wanted:
-        table.compare("prefill", "transformers forward, no rollouts yet", prefill_ours, prefill_peer,
-                      sum(len(p.input_ids) for p in prompts), "prompt tokens/s")
-    if "decode" in wanted:
-        whole = table.compare("decode", "transformers generate, prefill included", lambda: generate(ours, prompts, GROUP, L, 1.0, seeds),
-                              lambda: peer.generate(prompts, GROUP, L), args.prompts * GROUP * L, "new tokens/s")
-        first = table.compare("decode", "transformers generate, first token alone", lambda: generate(ours, prompts, GROUP, 1, 1.0, seeds),
-                              lambda: peer.generate(prompts, GROUP, 1))
-        a, b = ((w - f) / (L - 1) for w, f in zip(whole, first))
-        table.add("decode", "transformers generate, one step (difference)", a, b, "s", b / a, [b / a, b / a])
-        if device.type == "cuda":
-            table.rows[-1] |= share_of_bandwidth(ours, prompts, L, a)
-
-    def clear():
-        ours.zero_grad(set_to_none=True)
-        peer.model.zero_grad(set_to_none=True)
-
-    def update_ours(q=0):
-        group_loss(ours.score([prompts[q]], [completions[q]])[0], q).backward()
-
-    def update_repeated(q=0):
-        group_loss(ours.score([prompts[q]] * GROUP, [[c] for c in completions[q]])[0], q).backward()
-
-    def update_peer(q=0):
-        group_loss(peer.score([prompts[q]] * GROUP, completions[q]), q).backward()
-    if "update" in wanted:
-        clear()
-        table.compare("update", "ours, prompt repeated for each rollout", update_ours, update_repeated, GROUP * L, "tokens/s")
-        clear()
-        table.compare("update", "transformers, prompt repeated", update_ours, update_peer, GROUP * L, "tokens/s")
-        clear()
-        table.rows[-1]["gradient_difference"] = gradient_difference(ours, update_ours, update_repeated)
-        print(f"         largest relative difference of a gradient, shared or repeated: {table.rows[-1]['gradient_difference']:.1e}")
-        if device.type == "cuda":
-            table.rows[-1] |= share_of_compute(ours, prompts[0], L, table.rows[-1]["ours"] / (GROUP * L))
-    if "step" in wanted:
-        optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-6, fused=device.type == "cuda") for m in (ours, peer.model)]
-
-        def step(roll, update, opt):
-            roll()
-            for q in range(args.prompts):
-                update(q)
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-        table.compare("step", "transformers generate and repeated update",
-                      lambda: step(lambda: generate(ours, prompts, GROUP, L, 1.0, seeds), update_ours, optimizers[0]),
-                      lambda: step(lambda: peer.generate(prompts, GROUP, L), update_peer, optimizers[1]))
-        del optimizers
-    if "sft" in wanted:
-        mixed = [prompt(ours, side if i % 2 else side // 2, 50 + i, TEXT + 8 * (i % 5)) for i in range(8)]
-        answers = [words(ours, 40 + 25 * (i % 6), i) for i in range(8)]
-
-        def sft_ours():
-            (-ours.score(mixed, [[a] for a in answers])[0].mean()).backward()
-
-        def sft_peer():
-            batch = peer.batch(mixed, answers)
-            labels = torch.full_like(batch["input_ids"], -100)
-            for row, p, a in zip(labels, mixed, answers):
-                row[len(p.input_ids):len(p.input_ids) + len(a)] = a
-            peer.model(**batch, labels=labels, use_cache=False).loss.backward()
-        clear()
-        table.compare("sft", "transformers, padded batch of unequal records", sft_ours, sft_peer,
-                      sum(len(p.input_ids) + len(a) for p, a in zip(mixed, answers)), "tokens/s")
-        clear()
-    if "images" in wanted:
-        images(table)
-    if "numerics" in wanted:
-        table.more["numerics"] = numerics(ours, prompts[:2], L, device)
-    if "profile" in wanted:
-        table.more["profile"] = profile(lambda: generate(ours, prompts, GROUP, min(L, 16), 1.0, seeds), update_ours)
+    w = open_workload(folder, args, dtype, table.device)
+    if "prefill" in parts:
+        bench_prefill(table, w)
+    if "decode" in parts:
+        bench_decode(table, w)
+    if "update" in parts:
+        bench_update(table, w)
+    if "step" in parts:
+        bench_step(table, w)
+    if "sft" in parts:
+        bench_sft(table, w)
+    if "images" in parts:
+        bench_images(table)
+    findings = {}
+    if "numerics" in parts:
+        findings["numerics"] = numerics(w.ours, w.prompts[:2], w.tokens, table.device)
+    if "profile" in parts:
+        findings["profile"] = profile(lambda: w.sample_ours(min(w.tokens, 16)), w.update_ours)
+    return findings
 
 
-def images(table):
-    """One 800 x 800 photograph-like picture through decoding, resizing, normalising and patching, in this process."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    theirs = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
-    ours = Processor.__new__(Processor)
-    ours.patch, ours.temporal_patch, ours.merge, ours.min_pixels, ours.max_pixels = 14, 2, 2, 56 * 56, 28 * 28 * 1280
-    ours.mean, ours.std = (np.array(v, np.float32) for v in (theirs.image_mean, theirs.image_std))
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "scene.jpg"
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 100, 3), np.uint8)).resize((800, 800)).save(file)
-        table.compare("images", "transformers image processor (PIL)", lambda: [ours.patches(Image.open(file)) for _ in range(8)],
-                      lambda: [theirs(Image.open(file).convert("RGB"), return_tensors="pt") for _ in range(8)], 8, "images/s")
+# ---------------------------------------------------------------- beside the table
 
-
-def numerics(model, prompts, L, device):
-    """Largest and mean difference of log-probabilities: sampled or scored, in this dtype or in float32, by CUDA graphs or without."""
-    def apart(name, a, b):
-        difference = (a - b).abs()
-        print(f"numerics: {name}: log-probabilities differ by {difference.max():.1e} at most, {difference.mean():.1e} on average")
-        return {"largest": difference.max().item(), "mean": difference.mean().item()}
-    tokens, sampled, _ = generate(model, prompts, GROUP, L, 1.0, torch.arange(len(prompts)))
-    completions = [list(group) for group in tokens]
+def numerics(
+        model: QwenVL, prompts: Sequence[Prompt], tokens: int, device: torch.device,
+) -> dict[str, dict[str, float]]:
+    """How far log-probabilities differ: sampled or scored, this dtype or float32, CUDA graphs."""
+    seeds = torch.arange(len(prompts))
+    ids, sampled, _ = generate(model, prompts, GROUP, tokens, 1.0, seeds)   # (Q, G, tokens) each
+    completions = [list(group) for group in ids]
     with torch.no_grad():
         scored = model.score(prompts, completions)[0].view(sampled.shape)
-        float32 = copy.deepcopy(model).float().score(prompts, completions)[0].view(sampled.shape)
-    found = {"sampled_scored": apart("sampled or scored", sampled, scored),
-             "dtype_float32": apart("this dtype or float32", scored, float32)}
+        model32 = copy.deepcopy(model).float()
+        scored32 = model32.score(prompts, completions)[0].view(sampled.shape)
+    report = {
+        "sampled_scored": logp_difference("sampled or scored", sampled, scored),
+        "dtype_float32": logp_difference("this dtype or float32", scored, scored32),
+    }
     if device.type == "cuda":
-        again, by_graph, _ = generate(model, prompts, GROUP, L, 1.0, torch.arange(len(prompts)), cuda_graphs=True)
-        same = (again == tokens).long().cumprod(-1).bool()               # until a draw falls on the other side of a boundary
-        found["graph_eager"] = {**apart("by graph or eager", by_graph[same], sampled[same]), "tokens_equal": same.float().mean().item()}
-        print(f"numerics: by graph {found['graph_eager']['tokens_equal']:.1%} of the tokens lie before any that differs")
-    return found
+        graph_ids, by_graph, _ = generate(
+            model, prompts, GROUP, tokens, 1.0, seeds, cuda_graphs=True)
+        # A rollout is compared until a draw falls on the other side of a boundary.
+        same = (graph_ids == ids).long().cumprod(-1).bool()
+        equal = same.float().mean().item()
+        report["graph_eager"] = {
+            **logp_difference("by graph or eager", by_graph[same], sampled[same]),
+            "tokens_equal": equal}
+        print(f"numerics: by graph {equal:.1%} of the tokens lie before any that differs")
+    return report
 
 
-def profile(*works):
-    """The ten largest operations of one pass of each work, by their own time (on CUDA, the device's)."""
+def logp_difference(name: str, a: Tensor, b: Tensor) -> dict[str, float]:
+    """Largest and mean difference, printed as well."""
+    difference = (a - b).abs()
+    largest = difference.max().item()
+    mean = difference.mean().item()
+    print(f"numerics: {name}: log-probabilities differ by {largest:.1e} at most, "
+          f"{mean:.1e} on average")
+    return {"largest": largest, "mean": mean}
+
+
+def profile(*works: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The ten largest operations of one pass of each work, by their own time (CUDA: the GPU's)."""
     from torch.profiler import ProfilerActivity
-    cuda = torch.cuda.is_available()
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as recorded:
+    activities = [ProfilerActivity.CPU]
+    own_time = "self_cpu_time_total"
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+        own_time = "self_device_time_total"
+    with torch.profiler.profile(activities=activities) as profiler:
         for work in works:
             work()
-    own = "self_device_time_total" if cuda else "self_cpu_time_total"
-    events = sorted(recorded.key_averages(), key=lambda e: -getattr(e, own))
-    total = sum(getattr(e, own) for e in events)
-    largest = [{"name": e.key, "ms": getattr(e, own) / 1e3, "calls": e.count, "share": getattr(e, own) / total} for e in events[:10]]
-    for e in largest:
-        print(f"profile: {e['share']:6.1%} {e['ms']:10.1f} ms {e['calls']:8} x {e['name'][:90]}")
+    events = sorted(profiler.key_averages(), key=lambda e: -getattr(e, own_time))
+    total = sum(getattr(e, own_time) for e in events)                  # microseconds
+    largest = []
+    for event in events[:10]:
+        microseconds = getattr(event, own_time)
+        share = microseconds / total
+        largest.append({"name": event.key, "ms": microseconds / 1e3, "calls": event.count,
+                        "share": share})
+        print(f"profile: {share:6.1%} {microseconds / 1e3:10.1f} ms {event.count:8} x "
+              f"{event.key[:90]}")
     return largest
 
 
-def gradient_difference(model, first, second):
-    """Largest, over parameters, of the norm of the difference of two gradients over the norm of the first."""
+def gradient_difference(
+        model: QwenVL, first: Callable[[], None], second: Callable[[], None]) -> float:
+    """How far two gradients differ: the norm of the difference over that of the first, at worst.
+
+    first() and second() add a gradient to the parameters; the worst is over parameters.
+    """
     first()
-    kept = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     second()
-    worst = max(((p.grad - kept[n]).norm() / (kept[n].norm() + 1e-12)).item() for n, p in model.named_parameters() if n in kept)
+    differences = []
+    for name, p in model.named_parameters():
+        if name in gradients:
+            reference = gradients[name]
+            difference = (p.grad - reference).norm() / (reference.norm() + 1e-12)
+            differences.append(difference.item())
     model.zero_grad(set_to_none=True)
-    return worst
+    return max(differences)
 
 
-# ------------------------------------------------------------------------------------------------------------------ against the machine
+# ---------------------------------------------------------------- against the machine
 
-def ceilings(device):
-    """Matrix rate and memory bandwidth as this GPU reaches them now."""
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Matrix rate and memory bandwidth as this GPU reaches them in this run."""
     n = 8192
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    big = torch.empty(2 ** 31, dtype=torch.uint8, device=device)
-    for f in (lambda: a @ b, lambda: big.clone()):
-        f()
-    matrix = min(clock(lambda: [a @ b for _ in range(10)], device) / 10 for _ in range(5))
-    copy = min(clock(lambda: big.clone(), device) for _ in range(5))
-    return {"matrix_TFLOPs": 2 * n ** 3 / matrix / 1e12, "bandwidth_TBs": 2 * big.nbytes / copy / 1e12}
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    b = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    buffer = torch.empty(2 ** 31, dtype=torch.uint8, device=device)
+
+    def multiply() -> None:
+        for _ in range(10):
+            a @ b
+    multiply()
+    buffer.clone()
+    multiply_time = min(clock(multiply, device) for _ in range(5)) / 10
+    copy_time = min(clock(buffer.clone, device) for _ in range(5))
+    return {
+        "matrix_TFLOPs": 2 * n ** 3 / multiply_time / 1e12,
+        "bandwidth_TBs": 2 * buffer.nbytes / copy_time / 1e12,     # read and written
+    }
 
 
-def share_of_bandwidth(model, prompts, L, seconds):
-    """Bytes that a decoding step must read at least: the language model's weights once, each prompt's keys and values once a group, those
-    of the rollouts' own tokens (half of them, on average) -> GB and TB/s. The share is that of `bandwidth_TBs`."""
-    c, each = model.config, model.model.norm.weight.element_size()
-    weights = sum(p.numel() for p in model.model.layers.parameters()) + c.vocab * c.hidden
-    kept = sum(len(p.input_ids) + GROUP * L / 2 for p in prompts) * 2 * c.kv_heads * c.head_dim * c.layers
-    return {"GB_per_step": (weights + kept) * each / 1e9, "TBs": (weights + kept) * each / 1e12 / seconds}
+def share_of_bandwidth(
+        model: QwenVL, prompts: Sequence[Prompt], tokens: int, seconds: float) -> dict[str, float]:
+    """Bytes that a decoding step must read at least -> GB, and TB/s where it takes these seconds.
+
+    They are the language model's weights once, each prompt's keys and values once a group, and
+    those of the rollouts' own tokens (half of them, on average).
+    """
+    config = model.config
+    weights = sum(p.numel() for p in model.model.layers.parameters())
+    weights += config.vocab * config.hidden
+    cached_tokens = sum(len(p.input_ids) + GROUP * tokens / 2 for p in prompts)
+    kv_cache = cached_tokens * 2 * config.kv_heads * config.head_dim * config.layers
+    read = (weights + kv_cache) * model.model.norm.weight.element_size()
+    return {"GB_per_step": read / 1e9, "TBs": read / 1e12 / seconds}
 
 
-def share_of_compute(model, p, L, groups_per_second):
-    """Model FLOPs of a group-shared update (forward and backward, vision tower and attention included) -> per group, and TFLOP/s."""
-    c = model.config
-    patches, prompt_tokens = len(p.pixel_values), len(p.input_ids)
-    tokens = prompt_tokens + GROUP * (L - 1)
-    weights = {"vision": sum(m.weight.numel() for m in model.visual.blocks.modules() if isinstance(m, nn.Linear)),
-               "language": sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))}
-    window = (c.vision.window // c.vision.patch) ** 2
-    seen = sum(patches if i in c.vision.full_blocks else min(window, patches) for i in range(c.vision.depth))
-    attention = 2 * patches * seen * 2 * c.vision.hidden + c.layers * 2 * 2 * c.heads * c.head_dim * (
-        prompt_tokens ** 2 / 2 + GROUP * (L - 1) * (prompt_tokens + L / 2))
-    forward = 2 * (weights["vision"] * patches + weights["language"] * tokens + c.vocab * c.hidden * GROUP * L
-                   + sum(m.weight.numel() for m in model.visual.merger.modules() if isinstance(m, nn.Linear)) * patches
-                   // c.vision.merge ** 2) + attention
-    return {"TFLOP_per_group": 3 * forward / 1e12, "TFLOPs": 3 * forward * groups_per_second / 1e12}
+def share_of_compute(
+        model: QwenVL, prompt: Prompt, tokens: int, groups_per_second: float) -> dict[str, float]:
+    """Model FLOPs of a group-shared update -> TFLOP a group, and TFLOP/s.
+
+    Vision tower and attention are included. A backward pass counts as two forward passes, and a
+    multiplication with its addition as two operations.
+    """
+    config = model.config
+    patches = len(prompt.pixel_values)
+    packed_tokens = len(prompt.input_ids) + GROUP * (tokens - 1)
+    products = (
+        linear_weights(model.visual.blocks) * patches
+        + linear_weights(model.model.layers) * packed_tokens
+        + config.vocab * config.hidden * GROUP * tokens
+        + linear_weights(model.visual.merger) * patches // config.vision.merge ** 2)
+    forward = 2 * products + attention_flops(config, patches, len(prompt.input_ids), tokens)
+    return {
+        "TFLOP_per_group": 3 * forward / 1e12,
+        "TFLOPs": 3 * forward * groups_per_second / 1e12,
+    }
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Weights of the linear layers within a module."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def attention_flops(config: Config, patches: int, prompt_tokens: int, tokens: int) -> float:
+    """Forward FLOPs of attention in tower and language model: scores and weighted values."""
+    vision = config.vision
+    window = (vision.window // vision.patch) ** 2                  # patches
+    seen = 0                                                       # by a patch, over all blocks
+    for block in range(vision.depth):
+        seen += patches if block in vision.full_blocks else min(window, patches)
+    # Half a prompt is seen on average, in a completion the prompt and half the completion.
+    pairs = prompt_tokens ** 2 / 2 + GROUP * (tokens - 1) * (prompt_tokens + tokens / 2)
+    tower = 2 * patches * seen * 2 * vision.hidden
+    return tower + config.layers * 2 * 2 * config.heads * config.head_dim * pairs
+
+
+# ---------------------------------------------------------------- the run
+
+def main() -> None:
+    args = flags().parse_args()
+    args.tokens = args.tokens or (256 if args.device == "cuda" else 64)
+    device = torch.device(args.device)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    table = Table(args.repeats, device)
+    print(f"{args.shape} shape, {args.device}, {dtype_name(dtype)}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads")
+    print(f"{'':8} {'beside':44} {'ours':>12} {'theirs':>12} {'unit':16} {'ratio':>7}   "
+          "least .. most")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = write_checkpoint(Path(folder), args.shape, dtype)
+        findings = measure(table, checkpoint, args, dtype)
+    cuda = device.type == "cuda"
+    report = {
+        "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
+        "torch": torch.__version__, "shape": args.shape, "dtype": dtype_name(dtype),
+        "tokens": args.tokens, "repeats": args.repeats, "rows": table.rows, **findings}
+    if cuda:
+        report |= ceilings(device)
+        add_shares(report)
+        report["peak_memory_GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        report["peak_memory_GiB"] = peak / 2 ** 20
+    (out / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written: {out / 'bench.json'}")
+
+
+def add_shares(report: dict[str, Any]) -> None:
+    """Adds to rows what share of the machine's ceiling they reach, and prints it."""
+    for row in report["rows"]:
+        for key, ceiling in (("TBs", "bandwidth_TBs"), ("TFLOPs", "matrix_TFLOPs")):
+            if key in row:
+                row["share"] = row[key] / report[ceiling]
+                print(f"{row['name']}: {row[key]:.3g} {key}, {row['share']:.0%} of the "
+                      f"{report[ceiling]:.3g} measured in this run")
 
 
 if __name__ == "__main__":

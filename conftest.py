@@ -1,8 +1,12 @@
-"""What several tests share: a small random checkpoint in hub layout, a folder in DIOR-RSVG's layout, and a way to run a script."""
+"""What several tests share.
+
+A small random checkpoint in hub layout, a folder in DIOR-RSVG's layout, and a way to run a script.
+"""
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,35 +20,25 @@ from model import Config, QwenVL
 from processor import WORDS
 
 HERE = Path(__file__).parent
-ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-         "<|video_pad|>"]
+ADDED = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory):
-    """A random Qwen2.5-VL of two layers with a tokenizer of single bytes; stored in float32. Ids 264 to 271 have no text."""
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2.5-VL of two layers with a tokenizer of single bytes; stored in float32.
+
+    Ids 264 to 271 have no text.
+    """
     path = tmp_path_factory.mktemp("tiny")
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ADDED])
+    tokenizer = byte_tokenizer()
     tokenizer.save(str(path / "tokenizer.json"))
-    ids = {t: tokenizer.token_to_id(t) for t in ADDED}
-    config = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": "float32",
-              "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": 272, "tie_word_embeddings": True,
-              "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "eos_token_id": ids["<|im_end|>"],
-              "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
-              "vision_start_token_id": ids["<|vision_start|>"],
-              "vision_end_token_id": ids["<|vision_end|>"],
-              "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
-                                "in_chans": 3, "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 56,
-                                "fullatt_block_indexes": [1]}}
-    processor = {"processor_class": "Qwen2_5_VLProcessor", "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136,
-                 "max_pixels": 100352, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
-    (path / "config.json").write_text(json.dumps(config))
+    processor = {
+        "processor_class": "Qwen2_5_VLProcessor", "patch_size": 14, "temporal_patch_size": 2,
+        "merge_size": 2, "min_pixels": 3136, "max_pixels": 100352,
+        "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (path / "config.json").write_text(json.dumps(tiny_config(tokenizer)))
     (path / "preprocessor_config.json").write_text(json.dumps(processor))
     torch.manual_seed(0)
     model = QwenVL(Config.from_json(path / "config.json"))
@@ -56,35 +50,94 @@ def tiny_checkpoint(tmp_path_factory):
     return path
 
 
+def byte_tokenizer() -> Tokenizer:
+    """Qwen's tokenizer without its merges: every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: i for i, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ADDED])
+    return tokenizer
+
+
+def tiny_config(tokenizer: Tokenizer) -> dict:
+    ids = {token: tokenizer.token_to_id(token) for token in ADDED}
+    return {
+        "model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "torch_dtype": "float32", "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": 272,
+        "tie_word_embeddings": True,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "eos_token_id": ids["<|im_end|>"], "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "vision_config": {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+            "out_hidden_size": 64, "in_chans": 3, "patch_size": 14, "temporal_patch_size": 2,
+            "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1]},
+    }
+
+
 @pytest.fixture(scope="session")
-def dior_root(tmp_path_factory):
-    """DIOR-RSVG's layout: 8 images of 120 x 90 with three rectangles each; every object in turn is for train, train, and val or test."""
+def dior_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DIOR-RSVG's layout: 8 images of 120 x 90 with three rectangles each.
+
+    Of an image's objects the first two are for train, the third for val or test.
+    """
     root = tmp_path_factory.mktemp("dior")
     (root / "Annotations").mkdir()
     (root / "JPEGImages").mkdir()
-    rng, splits, index = np.random.default_rng(0), {"train": [], "val": [], "test": []}, 0
+    rng = np.random.default_rng(0)
+    splits = {"train": [], "val": [], "test": []}
+    index = 0
     for i in range(1, 9):
-        image, tags = Image.new("RGB", (120, 90), (90, 110, 80)), ""
+        image = Image.new("RGB", (120, 90), (90, 110, 80))
+        tags = ""
         for j, color in enumerate(("red", "blue", "white")):
-            x, y, w, h = int(rng.integers(0, 80)), int(rng.integers(0, 60)), int(rng.integers(12, 40)), int(rng.integers(10, 30))
-            ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), fill=color)
-            tags += (f"<object><name>ship</name><bndbox><xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox>"
-                     f"<description>the {color} ship</description></object>")
-            splits[("train", "train", "val" if i % 2 else "test")[j]].append(index)
+            tags += draw_ship(image, color, rng)
+            split = ("train", "train", "val" if i % 2 else "test")[j]
+            splits[split].append(index)
             index += 1
         image.save(root / "JPEGImages" / f"{i:05d}.jpg")
-        (root / "Annotations" / f"{i:05d}.xml").write_text(f"<annotation><filename>{i:05d}.jpg</filename>{tags}</annotation>")
+        (root / "Annotations" / f"{i:05d}.xml").write_text(
+            f"<annotation><filename>{i:05d}.jpg</filename>{tags}</annotation>")
     for name, indices in splits.items():
         (root / f"{name}.txt").write_text("\n".join(map(str, indices)) + "\n")
     return root
 
 
+def draw_ship(image: Image.Image, color: str, rng: np.random.Generator) -> str:
+    """Draws a rectangle at random -> its annotation."""
+    x = int(rng.integers(0, 80))
+    y = int(rng.integers(0, 60))
+    w = int(rng.integers(12, 40))
+    h = int(rng.integers(10, 30))
+    ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), fill=color)
+    return (
+        f"<object><name>ship</name><bndbox><xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + w}</xmax>"
+        f"<ymax>{y + h}</ymax></bndbox><description>the {color} ship</description></object>")
+
+
 @pytest.fixture(scope="session")
-def run():
-    """run("sft.py", "--steps", 3, processes=2) -> CompletedProcess of the real command, on the CPU with one thread a process."""
-    def run(script, *flags, processes=None, cwd=HERE):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+def run() -> Callable[..., subprocess.CompletedProcess]:
+    """run("sft.py", "--steps", 3, processes=2) -> CompletedProcess of the real command.
+
+    It computes on the CPU with one thread a process.
+    """
+    def run(
+            script: str, *flags: object, processes: int | None = None, cwd: Path = HERE,
+    ) -> subprocess.CompletedProcess:
+        launcher = []
+        if processes:
+            launcher = ["-m", "torch.distributed.run", "--standalone",
+                        "--nproc_per_node", str(processes)]
+        command = [sys.executable, *launcher, str(HERE / script), *map(str, flags)]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run([sys.executable, *launcher, str(HERE / script), *map(str, flags)], capture_output=True, text=True, cwd=cwd,
-                              env=env, timeout=300)
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
     return run

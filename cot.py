@@ -314,7 +314,7 @@ def teach(args, records, device):
 
 
 def main():
-    parser = runtime.Parser("Shows the reasoning that sft.py trains on, beside the picture it speaks of")
+    parser = runtime.FlagParser("Shows the reasoning that sft.py trains on, beside the picture it speaks of")
     parser.add_argument("name", help="data set")
     parser.add_argument("--root", help="its folder; default data/<name>")
     parser.add_argument("--split", default="sft", help="split")

@@ -52,7 +52,7 @@ GREEN, RED = (64, 255, 64), (255, 64, 64)
 
 
 def flags():
-    parser = runtime.Parser(__doc__.split("\n")[0])
+    parser = runtime.FlagParser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("ckpt", nargs="?", help="a checkpoint's folder, a stage's, or one that holds stages")
     add("--data", help="data set; default: the one recorded in the checkpoint, else synth")

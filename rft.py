@@ -60,7 +60,7 @@ class NamedWeights(argparse.Action):
 
 
 def flags():
-    parser = runtime.Parser("GRPO with a positional reward and consistency-weighted updates (stage 2)")
+    parser = runtime.FlagParser("GRPO with a positional reward and consistency-weighted updates (stage 2)")
     runtime.add_common_flags(parser, "rft", "ckpt/sft", "0.4 epochs")
     add = parser.add_argument_group("policy gradient").add_argument
     add("--prompts", type=runtime.positive, default=8, help="questions Q a step, over all processes")
@@ -204,7 +204,7 @@ def main():
     model = runtime.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
     opt = runtime.optimizer(model, args.lr)
     first = runtime.restore(out, model, opt) if args.resume else 0
-    run = runtime.describe(args, "rft", records)
+    run = runtime.run_description(args, "rft", records)
     runtime.begin(out, first, model, ("metrics.jsonl", "rollouts.jsonl"))
 
     def prompts_of(step):
@@ -213,7 +213,7 @@ def main():
         canary(model, processor, questions_of(records, args, 0), prompts_of(0), args)
     steps, skipped = range(first, args.steps), 0
     with tqdm(steps, initial=first, total=args.steps, desc="rft", disable=runtime.rank() > 0) as bar:
-        for step, prompts in zip(bar, runtime.ahead(prompts_of, steps, args.workers)):
+        for step, prompts in zip(bar, runtime.prefetch(prompts_of, steps, args.workers)):
             line, pictured = train_step(model, reference, opt, processor, questions_of(records, args, step), prompts, args, step)
             skipped = 0 if line["finite"] else skipped + 1
             due = (step + 1) % args.every == 0 or step + 1 == args.steps

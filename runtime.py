@@ -1,8 +1,13 @@
-"""What both training stages call: processes, sharding, optimizer, checkpoints and resume, the log. The loops stand in the stages.
+"""What both training stages call: flags, processes, optimizer, data order, log, checkpoints.
 
-Precision: trained parameters, their moments and gradient sums are float32; CUDA computes in bfloat16, the CPU in float32. Gradients are
-summed over processes, not averaged: a loss is divided by the token count of the whole step, so the number of processes changes rounding
-only.
+These are functions, no trainer: the training loops stand in sft.py and rft.py.
+
+Precision: trained parameters, their moments and gradient sums are float32. CUDA computes in
+bfloat16, the CPU in float32.
+
+Gradients are summed over processes, not averaged, because a loss is already divided by the
+token count of the whole step, over all processes. So the number of processes changes
+rounding only.
 """
 import argparse
 import faulthandler
@@ -17,115 +22,159 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
-from data import DataError, load, read_json, told_refused
+from data import DataError, Record, Records, load, read_json, told_refused
 from model import CheckpointError, QwenVL
 from processor import Processor, prompt_hash
 
-STUCK_AFTER = 1800                # seconds without a step: every process prints where it is
-STOP_AFTER_SKIPPED = 5            # non-finite steps in a row: something is broken
-FREE = ("root", "steps", "epochs", "device", "workers", "micro_tokens", "every", "val", "gradient_checkpointing")
-                                  # what a resume may change; whatever its root, the data must have the run's hash
+# Seconds without a step, after which every process prints where it is.
+STUCK_AFTER = 1800
+# So many steps in a row whose gradient is not finite mean that something is broken.
+STOP_AFTER_SKIPPED = 5
+# Flags that a resume may change. The root may move, since the data must have the run's hash.
+FREE_ON_RESUME = (
+    "root", "steps", "epochs", "device", "workers", "micro_tokens", "every", "val",
+    "gradient_checkpointing",
+)
+
+T = TypeVar("T")
 
 
-# ------------------------------------------------------------------------------------------------------------------ flags and mistakes
+# ---------------------------------------------------------------- flags and mistakes
 
-class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):                                  # no "(default: None)" behind a text that says what happens then
-        said = action.default in (None, False) or isinstance(action.default, dict)
-        return action.help if said else super()._get_help_string(action)
+class FlagHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with defaults; none behind a text that itself says what happens without the flag."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or isinstance(action.default, dict):
+            return action.help
+        return super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
     """A wrong flag is one line, exit status 2."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=Defaults)
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=FlagHelp)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         fail(f"{message}; {self.prog} --help explains every flag")
 
 
-def number(kind, fits, words):
-    """-> the type of a flag: text -> a number of this kind, refused in these words where it does not fit."""
-    def read(text):
+def number(kind: type, in_range: Callable[[Any], bool], words: str) -> Callable[[str], Any]:
+    """The type of a flag: turns text into a number of this kind, int or float.
+
+    A number out of range, or no number at all, is refused as "... is not `words`".
+    """
+    def convert(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not fits(value):
+        if not in_range(value):
             raise argparse.ArgumentTypeError(f"{text} is not {words}")
         return value
-    return read
+    return convert
 
 
 positive = number(int, lambda v: v > 0, "a whole number above 0")
 natural = number(int, lambda v: v >= 0, "a whole number from 0 up")
-seed = number(int, lambda v: 0 <= v < 2 ** 31, f"a whole number from 0 to {2 ** 31 - 1}")    # a million times it fits in 64 bits
+# Seeds are multiplied by a million: the product must fit in 64 bits.
+seed = number(int, lambda v: 0 <= v < 2 ** 31, f"a whole number from 0 to {2 ** 31 - 1}")
 finite = number(float, math.isfinite, "a finite number")
 above_zero = number(float, lambda v: 0 < v < math.inf, "a finite number above 0")
 not_negative = number(float, lambda v: 0 <= v < math.inf, "a finite number from 0 up")
 
 
-def add_common_flags(parser, stage, init, length):
-    """The flags that mean the same in every stage. length: how long it trains without --steps and --epochs, in words."""
+def add_common_flags(
+        parser: argparse.ArgumentParser, stage: str, init: str, length: str) -> None:
+    """The flags that mean the same in every stage.
+
+    init is the stage's default; length says in words how long it trains without --steps and
+    --epochs.
+    """
+    cuda = torch.cuda.is_available()
     run = parser.add_argument_group("run")
     add = run.add_argument
     add("--data", default="synth", help="data set: a name that data.py knows")
     add("--root", help="its folder; default data/<name>")
-    add("--init", default=init, help="checkpoint to start from: a folder in hub layout, or a stage's")
+    add("--init", default=init,
+        help="checkpoint to start from: a folder in hub layout, or a stage's")
     add("--out", default=f"ckpt/{stage}", help="folder for checkpoints, log and pictures")
     either = run.add_mutually_exclusive_group()
     either.add_argument("--steps", type=positive, help=f"optimizer steps; default {length}")
-    either.add_argument("--epochs", type=above_zero, help="passes over the records, in place of --steps; parts of one are fine")
+    either.add_argument("--epochs", type=above_zero,
+                        help="passes over the records, in place of --steps; parts of one are fine")
     add("--seed", type=seed, default=0, help="of data order and sampling")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out; flags not given are as in its run.json")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    add("--workers", type=natural, default=2 if torch.cuda.is_available() else 0, help="processes that prepare images ahead; 0: none")
+    add("--resume", action="store_true",
+        help="go on from the newest checkpoint in --out; flags not given are as in its run.json")
+    add("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu",
+        help="where to compute")
+    add("--workers", type=natural, default=2 if cuda else 0,
+        help="processes that prepare images ahead; 0: none")
     add = parser.add_argument_group("memory").add_argument
-    add("--micro-tokens", type=positive, default=8192, help="packed tokens in one forward and backward pass: memory against speed")
-    add("--gradient-checkpointing", action="store_true", help="keep no activations within a layer: a third more compute, far less memory")
+    add("--micro-tokens", type=positive, default=8192,
+        help="packed tokens in one forward and backward pass: memory against speed")
+    add("--gradient-checkpointing", action="store_true",
+        help="keep no activations within a layer: a third more compute, far less memory")
     add("--freeze-vision", action="store_true", help="train the language model alone")
-    add("--max-pixels", type=positive, help="area of the resized image at most; default: the checkpoint's own")
+    add("--max-pixels", type=positive,
+        help="area of the resized image at most; default: the checkpoint's own")
 
 
-def parse(parser, stage):
-    """The command line's flags. With --resume those not given are as the run in --out had them; one that changes its course is refused."""
+def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
+    """The command line's flags.
+
+    With --resume, flags that are not given are as the run in --out had them, and one that would
+    change the run's course is refused.
+    """
     args = parser.parse_args()
     if not args.resume:
         return args
-    run = recorded(Path(args.out))
+    run = read_run(Path(args.out))
     if run["stage"] != stage:
-        fail(f"--resume, but {args.out} holds a run of {run['stage']}.py; name the --out of a run of {stage}.py")
-    before = {name: value for name, value in run["flags"].items() if name not in ("out", "resume")}
-    parser.set_defaults(**before)
+        fail(f"--resume, but {args.out} holds a run of {run['stage']}.py; "
+             f"name the --out of a run of {stage}.py")
+    run_flags = {k: v for k, v in run["flags"].items() if k not in ("out", "resume")}
+    # With the run's flags as defaults, a second reading keeps what the command line says.
+    parser.set_defaults(**run_flags)
     args = parser.parse_args()
-    unknown = [name for name in vars(args) if name not in (*before, *FREE, "out", "resume")]
-    if unknown:
-        fail(f"--resume, but the run in {args.out} was begun by another version of {stage}.py, which knew no --"
-             f"{unknown[0].replace('_', '-')}; start another run with --init {args.out} and another --out")
-
-    def same(a, b):                                                      # however a path is written
-        return a == b or isinstance(a, str) and isinstance(b, str) and os.path.realpath(a) == os.path.realpath(b)
-    for name, value in before.items():
-        if name not in FREE and not same(getattr(args, name), value):
-            fail(f"--resume with --{name.replace('_', '-')} {as_typed(getattr(args, name))}, but the run in {args.out} has "
-                 f"{as_typed(value)}; leave the flag out, or start another run with another --out")
+    for name in vars(args):
+        if name not in (*run_flags, *FREE_ON_RESUME, "out", "resume"):
+            fail(f"--resume, but the run in {args.out} was begun by another version of {stage}.py, "
+                 f"which knew no --{name.replace('_', '-')}; start another run with "
+                 f"--init {args.out} and another --out")
+    for name, run_value in run_flags.items():
+        value = getattr(args, name)
+        if name not in FREE_ON_RESUME and not same_value(value, run_value):
+            fail(f"--resume with --{name.replace('_', '-')} {as_typed(value)}, "
+                 f"but the run in {args.out} has {as_typed(run_value)}; leave the flag out, "
+                 "or start another run with another --out")
     return args
 
 
-def as_typed(value) -> str:
+def as_typed(value: Any) -> str:
     """A flag's value as one types it."""
     if isinstance(value, dict):
         return " ".join(f"{name}={weight:g}" for name, weight in value.items())
@@ -134,9 +183,13 @@ def as_typed(value) -> str:
     return str(value)
 
 
-def set_steps(args, records: int, per_step: int, **default) -> None:
-    """Turns --epochs, or where neither flag is given the default (steps=..., or epochs=...), into args.steps. args.epochs is None from
-    then on: what run.json records, and a resume reads, are the steps."""
+def set_steps(
+        args: argparse.Namespace, records: int, per_step: int, **default: float) -> None:
+    """Sets args.steps from --epochs, or where neither flag is given from the stage's default
+    (steps=..., or epochs=...).
+
+    args.epochs is None from then on: run.json records, and a resume reads, the steps.
+    """
     if args.steps is None and args.epochs is None:
         vars(args).update(default)
     if args.epochs is not None:
@@ -144,15 +197,25 @@ def set_steps(args, records: int, per_step: int, **default) -> None:
         args.epochs = None
 
 
-def fail(message):
-    """A user's mistake: one line, exit status 2. What every process meets before they join is said by the first alone; later a mistake
-    may be one process's own (an image that only it opens), so it speaks itself."""
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two values of a flag are equal, or two ways to write the same path."""
+    if isinstance(a, str) and isinstance(b, str):
+        return a == b or os.path.realpath(a) == os.path.realpath(b)
+    return a == b
+
+
+def fail(message: object) -> NoReturn:
+    """Ends the script after a user's mistake: one line, exit status 2.
+
+    Before the processes join, all of them meet the same mistake, and the first alone prints it.
+    Later a mistake may be one process's own (an image that only it opens), so each prints its.
+    """
     if rank() == 0 or dist.is_initialized():
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def main(stage):
+def main(stage: Callable[[], None]) -> NoReturn:
     """Runs a script's main function; the exit status is 2 after a user's mistake."""
     status = 0
     try:
@@ -164,26 +227,34 @@ def main(stage):
         status = leaving.code
     if dist.is_initialized():
         dist.destroy_process_group()
-    if world() > 1:                                                      # all is written: leave without taking the interpreter down,
-        sys.stdout.flush()                                               # where torch's threads crash now and then (torch 2.13, gloo)
+    # While the interpreter is taken down, torch's threads crash now and then (torch 2.13, gloo),
+    # and torchrun would call a finished run a failed one. All files are written by now, so
+    # several processes leave without that.
+    if world() > 1:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status or 0)
     sys.exit(status)
 
 
-# ------------------------------------------------------------------------------------------------------------------ processes
+# ---------------------------------------------------------------- processes
 
-def rank():
+def rank() -> int:
+    """Number of this process, from 0; torchrun sets it."""
     return int(os.environ.get("RANK", 0))
 
 
-def world():
+def world() -> int:
+    """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start(device):
-    """Joins the other processes that torchrun started (NCCL or gloo) -> this process's device. CUDA is sharded even alone: that is where
-    bfloat16 compute copies of float32 parameters come from."""
+def start(device: str) -> torch.device:
+    """Joins the processes that torchrun started -> this process's device ("cuda" or "cpu" given).
+
+    On CUDA a lone process joins a group of its own: only sharded models (FSDP2) have bfloat16
+    copies of their float32 parameters to compute with.
+    """
     faulthandler.enable()
     if device == "cuda":
         if not torch.cuda.is_available():
@@ -192,13 +263,16 @@ def start(device):
         device = f"cuda:{torch.cuda.current_device()}"
         torch.backends.cuda.matmul.allow_tf32 = True
     if world() > 1 or device != "cpu":
-        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"    # sums to log lie on the CPU
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(seconds=2 * STUCK_AFTER), **alone)
+        # Beside NCCL stands gloo, because the sums that are logged lie on the CPU.
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        group = {}
+        if "RANK" not in os.environ:
+            group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(seconds=2 * STUCK_AFTER), **group)
     return torch.device(device)
 
 
-def all_sum(x):
+def all_sum(x: Tensor) -> Tensor:
     """Sum of a tensor over all processes."""
     if dist.is_initialized():
         x = x.clone()
@@ -206,7 +280,7 @@ def all_sum(x):
     return x
 
 
-def all_max(x):
+def all_max(x: Tensor) -> Tensor:
     """Maximum of a tensor over all processes."""
     if dist.is_initialized():
         x = x.clone()
@@ -214,7 +288,7 @@ def all_max(x):
     return x
 
 
-def all_gather(x):
+def all_gather(x: Tensor) -> Tensor:
     """The processes' (n, ...) tensors of one shape, one behind the other: (world * n, ...)."""
     if not dist.is_initialized():
         return x
@@ -223,95 +297,165 @@ def all_gather(x):
     return torch.cat(parts)
 
 
-def barrier():
+def barrier() -> None:
+    """Waits until every process is here."""
     if dist.is_initialized():
         dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------------------------------ model and optimizer
+# ---------------------------------------------------------------- model and optimizer
 
-def prepare(model, device, freeze_vision=False, gradient_checkpointing=False):
-    """A loaded model -> the same, float32, on the device, sharded layer by layer (FSDP2) unless this is one process on a CPU."""
+def open_checkpoint(
+        folder: Path, device: torch.device | None = None, max_pixels: int | None = None,
+) -> tuple[QwenVL, Processor]:
+    """Model and processor of a checkpoint; a CheckpointError where they do not fit each other.
+
+    With a device the model is there to answer, in what that device computes in (bfloat16 on
+    CUDA, float32 on the CPU). Without one it is as stored, to be prepared for training.
+    """
+    dtype = None
+    if device is not None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = QwenVL.from_pretrained(folder, dtype, device or "cpu")
+    processor = Processor.from_pretrained(folder, max_pixels=max_pixels)
+    model.check_processor(processor)
+    return model, processor
+
+
+def prepare(
+        model: QwenVL, device: torch.device, freeze_vision: bool = False,
+        gradient_checkpointing: bool = False,
+) -> QwenVL:
+    """Makes a loaded model ready for training: float32, on the device, sharded (FSDP2).
+
+    One process on a CPU shards nothing: it has neither peers nor another dtype to compute in.
+    """
     model.visual.requires_grad_(not freeze_vision)
-    model.visual.checkpointing = model.model.checkpointing = gradient_checkpointing
+    model.visual.checkpointing = gradient_checkpointing
+    model.model.checkpointing = gradient_checkpointing
     if not dist.is_initialized():
         return model.float().to(device)
-    compute = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if device.type == "cuda" else {}
-    policy = MixedPrecisionPolicy(**compute, cast_forward_inputs=False)
-    mesh = init_device_mesh(device.type, (world(),))
-    for module in (*model.visual.blocks, *model.model.layers, model.visual, model):
-        fully_shard(module.float(), mesh=mesh, mp_policy=policy)         # one float32 layer at a time exists unsharded
-    for module in sharded_modules(model):
-        module.set_gradient_divide_factor(1.0)                           # a sum, not a mean ...
-        module.set_force_sum_reduction_for_comms(True)                   # ... which gloo and NCCL know alike
+    shard(model, device)
+    # FSDP2 wraps forward() alone; these methods need unsharded parameters as well.
     for name in ("score", "prefill", "decode"):
         register_fsdp_forward_method(model, name)
     return model
 
 
-def sharded_modules(model):
+def shard(model: QwenVL, device: torch.device) -> None:
+    """Spreads the parameters over the processes, layer by layer; gradients will be sums."""
+    dtypes = {}
+    if device.type == "cuda":
+        dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (world(),))
+    # Each layer becomes float32 just before it is sharded, so that one float32 layer at a time
+    # exists whole. The inner modules come first: an outer one takes the parameters that are left.
+    for module in (*model.visual.blocks, *model.model.layers, model.visual, model):
+        fully_shard(module.float(), mesh=mesh, mp_policy=policy)
+    for module in sharded_modules(model):
+        # FSDP2 averages gradients. A loss is already divided by the token count of all
+        # processes, so the average would divide a second time.
+        module.set_gradient_divide_factor(1.0)
+        # A divide factor makes FSDP2 ask for NCCL's own multiplied sum, which gloo does not
+        # have. This flag makes it ask for the plain sum that both have.
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules whose parameters are gathered and dropped together."""
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
 @contextmanager
-def gathered(model):
-    """Inside, every process holds all parameters: forward passes communicate nothing, so processes may make different numbers of them."""
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, every process holds all parameters, and forward passes communicate nothing.
+
+    This is for sampling, in rollouts and validation. There processes make different numbers of
+    forward passes, as their answers end at different lengths; with sharded parameters each
+    pass would wait for the other processes, and the longest answer would wait forever.
+    """
     modules = sharded_modules(model)
-    for m in modules:
-        m.set_reshard_after_forward(False, recurse=False)
-        m.unshard()
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     try:
         yield
     finally:
-        for m in modules:
-            m.reshard()
-            m.set_reshard_after_forward(m is not model, recurse=False)
+        for module in modules:
+            module.reshard()
+            # FSDP2's own default: the root alone stays whole between forward and backward.
+            module.set_reshard_after_forward(module is not model, recurse=False)
 
 
-def sync_gradients(model, now):
-    """Reduce gradients over processes in the coming backward pass, or keep adding them up locally (all but a step's last micro-batch)."""
+def sync_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the coming backward pass reduces gradients over processes.
+
+    Without, they add up in each process. That is right for all but a step's last micro-batch:
+    one reduction a step is enough.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
 
 
-def print_parameters(model):
-    """Table of what is trained, once, on the first process."""
+def parameter_part(name: str) -> str:
+    """The part of the model that a parameter belongs to, in words."""
+    if name.startswith("visual."):
+        return "vision tower"
+    if name.startswith("model.embed_tokens"):
+        return "embeddings"
+    if name.startswith("model.layers"):
+        return "language layers"
+    return "head and norm"
+
+
+def print_parameters(model: nn.Module) -> None:
+    """Table of each part's parameters and of those that are trained, on the first process."""
     if rank():
         return
-    parts = {"vision tower": "visual.", "embeddings": "model.embed_tokens", "language layers": "model.layers", "head and norm": ""}
-    counts = {name: [0, 0] for name in parts}
+    total = Counter()
+    trained = Counter()
     for name, p in model.named_parameters():
-        part = next(k for k, prefix in parts.items() if name.startswith(prefix))
-        counts[part][0] += p.numel()
-        counts[part][1] += p.numel() * p.requires_grad
-    for part, (n, trained) in counts.items():
-        print(f"  {part:16} {n:14,} parameters, {'trained' if trained else 'frozen'}")
+        total[parameter_part(name)] += p.numel()
+        trained[parameter_part(name)] += p.numel() if p.requires_grad else 0
+    for part in total:
+        print(f"  {part:16} {total[part]:14,} parameters, {trained[part]:14,} trained")
 
 
-def optimizer(model, lr):
+def optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
     """AdamW on float32 parameters, without weight decay: fine-tuning runs are short."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=trained[0].is_cuda or None)
+    fused = trained[0].is_cuda or None
+    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
-def lr_at(step, steps, peak, warmup=0.03):
-    """Learning rate of step 0, 1, ..., steps - 1: linear warm-up over a share of the steps, then a cosine to a tenth of the peak."""
-    rise = max(1, round(warmup * steps))
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))))
+def lr_at(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
+    """Learning rate of step 0, 1, ..., steps - 1.
+
+    It rises linearly over a share of the steps, then falls by a cosine to a tenth of the peak.
+    """
+    warmup_steps = max(1, round(warmup * steps))
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    angle = math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(angle)))
 
 
-def update(model, opt, lr, max_norm=1.0):
-    """Clips the gradient's norm over all parameters and processes, steps, clears -> the norm before clipping. A gradient that is not finite
-    changes nothing; the caller sees it in the norm."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+def update(
+        model: nn.Module, opt: torch.optim.Optimizer, lr: float, max_norm: float = 1.0) -> float:
+    """One optimizer step -> the gradient's norm over all parameters and processes.
+
+    The gradient is clipped to max_norm first and cleared at the end; the norm is that before
+    clipping. A gradient that is not finite changes nothing: the caller sees it in the norm.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if norm.isfinite():
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for g in grads:
-            (g.to_local() if isinstance(g, DTensor) else g).mul_(scale)
+        for gradient in gradients:
+            local_rows(gradient).mul_(scale)
         for group in opt.param_groups:
             group["lr"] = lr
         opt.step()
@@ -319,157 +463,153 @@ def update(model, opt, lr, max_norm=1.0):
     return norm.item()
 
 
-# ------------------------------------------------------------------------------------------------------------------ data and log
+def stop_if_not_finite(skipped: int, step: int, steps: int, out: Path) -> None:
+    """Ends a run behind step `step` (from 0), whose last `skipped` gradients were not finite.
 
-def load_records(args, split):
-    """The records to train on, one at least and with --resume those of the run, and --val of the val split; prints what was refused."""
-    loaded = {name: load(args.data, args.root, name) for name in ((split, "val") if args.val else (split,))}
-    refused = {name: told_refused(some, args.data, args.root, name) for name, some in loaded.items()}
+    So many in a row do not mend themselves; and a run must not end well on a skipped step.
+    """
+    if skipped == STOP_AFTER_SKIPPED or skipped and step + 1 == steps:
+        fail(f"no gradient is finite from step {step + 2 - skipped} on; lower --lr; "
+             f"what was saved before stands in {out}")
+
+
+def peak_memory(model: QwenVL) -> float:
+    """GiB that this process held at most, on its GPU or, on a CPU, altogether."""
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    # Linux counts in KiB, macOS in bytes.
+    unit = 2 ** (20 if sys.platform == "linux" else 30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+# ---------------------------------------------------------------- data order and log
+
+def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Record]]:
+    """The records to train on, and the first --val records of the val split.
+
+    There is one to train on at least, and with --resume they are those of the run; else a
+    DataError or a line that says so. The first process prints how many there are, and how many
+    were refused.
+    """
+    names = (split, "val") if args.val else (split,)
+    loaded = {name: load(args.data, args.root, name) for name in names}
+    refusals = {}
+    for name, records in loaded.items():
+        refusals[name] = told_refused(records, args.data, args.root, name)
     records = loaded[split]
     if not records:
-        raise DataError(f"no record of {args.data} {split} to train on; {refused[split] or 'none was refused; is its share too small?'}")
-    if args.resume and (before := recorded(Path(args.out))["data_hash"]) != records.hash:
-        fail(f"--resume, but the records of {args.data} {split} are not those of the run in {args.out} ({records.hash}, not {before}); "
-             "name their --root, or start another run with another --out")
+        why = refusals[split] or "none was refused; is its share too small?"
+        raise DataError(f"no record of {args.data} {split} to train on; {why}")
+    if args.resume:
+        check_run_data(args, split, records.hash)
     if rank() == 0:
-        for name, some in loaded.items():
-            print(f"{len(some):,} records of {name}" + (f"; {refused[name]}" if refused[name] else ""))
+        for name, split_records in loaded.items():
+            refused = f"; {refusals[name]}" if refusals[name] else ""
+            print(f"{len(split_records):,} records of {name}{refused}")
     return records, loaded.get("val", [])[:args.val]
 
 
-def batch(records, step, size, seed):
-    """The `size` records of a step: epochs one behind the other, each in an order of its own. A pure function: a resume needs no state."""
-    places = range(step * size, (step + 1) * size)
-    return [records[order(len(records), seed, i // len(records))[i % len(records)]] for i in places]
+def check_run_data(args: argparse.Namespace, split: str, data_hash: str) -> None:
+    """A run goes on with its own records alone: the same place in another order means nothing."""
+    run_hash = read_run(Path(args.out))["data_hash"]
+    if run_hash != data_hash:
+        fail(f"--resume, but the records of {args.data} {split} are not those of the run in "
+             f"{args.out} ({data_hash}, not {run_hash}); "
+             "name their --root, or start another run with another --out")
 
 
+def batch(records: Sequence[Record], step: int, size: int, seed: int) -> list[Record]:
+    """The `size` records of a step, over all processes: epochs follow one another, each shuffled.
+
+    The order is a pure function of seed and step: a resume has no sampler state to restore, every
+    process knows the whole batch, and workers can prepare any step.
+    """
+    chosen = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, position = divmod(place, len(records))
+        chosen.append(records[epoch_order(len(records), seed, epoch)[position]])
+    return chosen
+
+
+# A batch lies in one epoch, or across the border of two.
 @functools.lru_cache(maxsize=2)
-def order(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n records in an epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator).tolist()
 
 
-class Inputs(torch.utils.data.Dataset):
-    """make(step) for a run of steps; what a worker returns are plain bytes through a pipe (tensors would go through /dev/shm, of which a
-    container has 64 MB)."""
+def prefetch(make: Callable[[int], T], steps: Sequence[int], workers: int) -> Iterator[T]:
+    """Yields make(step) for each step, made ahead in this many processes (0: none).
 
-    def __init__(self, make, steps):
-        self.make, self.steps = make, steps
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __getitem__(self, i):
-        try:
-            return pickle.dumps(self.make(self.steps[i]))
-        except DataError as error:                                       # raised where it can be said in one line
-            return pickle.dumps(error)
-
-
-def ahead(make, steps, workers):
-    """Yields make(step) for each step, prepared ahead in this many processes; make is a pure function of the step."""
+    make is a pure function of the step. Its DataError is raised here, where the script can turn
+    it into one line.
+    """
     if not workers:
         yield from map(make, steps)
         return
-    loader = torch.utils.data.DataLoader(Inputs(make, steps), batch_size=None, num_workers=workers, prefetch_factor=1,
-                                         multiprocessing_context="fork")
-    for made in map(pickle.loads, loader):
+    loader = torch.utils.data.DataLoader(
+        PickledSteps(make, steps), batch_size=None, num_workers=workers, prefetch_factor=1,
+        multiprocessing_context="fork")
+    for pickled in loader:
+        made = pickle.loads(pickled)
         if isinstance(made, DataError):
             raise made
         yield made
 
 
-def micro_batches(tokens, budget):
-    """Packed tokens of each item -> slices of neighbouring items, as few as keep each within the budget (an item alone may exceed it), and
-    equally many on every process, which must take part in each other's passes."""
-    def cut(n):
-        edges = [len(tokens) * i // n for i in range(n + 1)]
-        return [slice(a, b) for a, b in zip(edges, edges[1:])]
-    enough = next(n for n in range(1, len(tokens) + 1) if n == len(tokens) or all(sum(tokens[s]) <= budget for s in cut(n)))
-    return cut(int(all_max(torch.tensor(enough))))
+class PickledSteps(torch.utils.data.Dataset):
+    """make(step) for each of the steps, pickled.
 
+    Bytes travel from a worker through a pipe. Tensors would go through /dev/shm, of which a
+    container has 64 MB.
+    """
 
-def peak_memory(model):
-    """GiB that this process held at most, on its GPU or, on a CPU, altogether."""
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30)
+    def __init__(self, make: Callable[[int], Any], steps: Sequence[int]) -> None:
+        self.make = make
+        self.steps = steps
 
+    def __len__(self) -> int:
+        return len(self.steps)
 
-def log(path, line):
-    """Appends a line to a JSONL file, on the first process; also feeds the watchdog that prints all stacks when steps stop coming."""
-    faulthandler.dump_traceback_later(STUCK_AFTER, repeat=True)
-    if rank() == 0:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def cut_log(path, step):
-    """Removes from a JSONL what a run that went on past its last checkpoint has logged of later steps, and a last line that broke off."""
-    if not path.exists():
-        return
-    lines, kept = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
-    for n, line in enumerate(lines, 1):
+    def __getitem__(self, i: int) -> bytes:
         try:
-            kept += [line] if json.loads(line)["step"] <= step else []
-        except (ValueError, KeyError, TypeError):
-            if n < len(lines):
-                raise DataError(f"{path}, line {n}: not a step's line; remove it to go on") from None
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+            return pickle.dumps(self.make(self.steps[i]))
+        except DataError as error:
+            return pickle.dumps(error)
 
 
-# ------------------------------------------------------------------------------------------------------------------ checkpoints
+def micro_batches(tokens: Sequence[int], budget: int) -> list[slice]:
+    """Cuts a process's items of a step into micro-batches -> slices of neighbouring items.
 
-def writable(folder):
-    """Makes a folder, with those above it, and tries that a file can be written there -> its path."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        fail(f"nothing can be written to {folder} ({error.strerror}); name another folder with --out")
-    return Path(folder)
+    tokens: packed tokens of each item. The slices have equally many items, to one, and are as
+    few as keep each within the budget; an item alone may exceed it. Every process gets equally
+    many slices, because each takes part in the others' forward and backward passes (FSDP2): all
+    follow the one that needs most.
 
-
-def check_output(out, resume):
-    """The output folder must be writable, and new or to be resumed. The first process looks, for all: none sees another's trial file."""
-    if rank():
-        return
-    writable(out)
-    if not resume and (out / "latest").exists():
-        fail(f"{out} already holds a run, up to {(out / 'latest').resolve().name}; go on with --resume, or name another --out")
-    if not resume and any(out.iterdir()):
-        fail(f"{out} is not empty, but holds no checkpoint; remove it, or name another --out")
+    >>> micro_batches([5, 1, 9, 2], budget=12)        # 6 and 11 tokens
+    [slice(0, 2, None), slice(2, 4, None)]
+    """
+    count = 1
+    while count < len(tokens) and largest_slice(tokens, count) > budget:
+        count += 1
+    return equal_slices(len(tokens), int(all_max(torch.tensor(count))))
 
 
-def open_checkpoint(folder, device=None, max_pixels=None):
-    """-> QwenVL and Processor of a checkpoint, which fit each other, or a CheckpointError: to answer on a device, in what it computes in
-    (bfloat16 on CUDA, float32 on CPU), or without one as stored, to be prepared for training."""
-    dtype = None if device is None else torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = QwenVL.from_pretrained(folder, dtype, device or "cpu")
-    processor = Processor.from_pretrained(folder, max_pixels=max_pixels)
-    model.check_processor(processor)
-    return model, processor
+def largest_slice(tokens: Sequence[int], count: int) -> int:
+    """Tokens of the largest micro-batch, if the items are cut into this many."""
+    return max(sum(tokens[s]) for s in equal_slices(len(tokens), count))
 
 
-def recorded(out):
-    """run.json of the newest checkpoint of a run that is to be resumed."""
-    latest = out / "latest"
-    if not os.path.exists(latest):
-        fail(f"--resume, but there is no checkpoint in {out}; leave --resume out, or name the --out of the run")
-    if not latest.is_symlink():
-        newest = max((p.name for p in out.glob("step_*")), default="copy")
-        fail(f"{latest} is a folder, but must be a link to a step's (cp -rL follows links); mv {latest} {out / 'copy'} && "
-             f"ln -s {newest} {latest}")
-    run = read_json(latest / "run.json")
-    if not isinstance(run, dict) or not isinstance(run.get("flags"), dict) or not {"stage", "data_hash"} <= run.keys():
-        fail(f"{latest / 'run.json'} does not say how the run began; copy it there from another step, or start anew with --init {latest}")
-    return run
+def equal_slices(n: int, count: int) -> list[slice]:
+    """n items in `count` runs of neighbours, whose lengths differ by one at most."""
+    edges = [n * i // count for i in range(count + 1)]
+    return [slice(first, end) for first, end in zip(edges, edges[1:])]
 
 
-def begin(out, step, model, logs=("metrics.jsonl",)):
-    """Says what is trained by a run that starts behind `step`, and cuts off what was logged of later steps."""
+def begin(
+        out: Path, step: int, model: nn.Module, logs: Sequence[str] = ("metrics.jsonl",)) -> None:
+    """Before a run starts behind `step`: prints what is trained, and cuts the logs of `out`."""
     print_parameters(model)
     if rank() == 0:
         for name in logs:
@@ -477,57 +617,164 @@ def begin(out, step, model, logs=("metrics.jsonl",)):
     barrier()
 
 
-def commit():
-    """Hash of the commit that this code stands at, or None outside of a repository."""
-    here = {"capture_output": True, "text": True, "cwd": Path(__file__).parent, "check": False}
-    return subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip() or None
+def log(path: Path, line: dict[str, Any]) -> None:
+    """Appends a line to a JSONL file, on the first process.
+
+    It also winds up the watchdog, which prints all stacks when steps stop coming.
+    """
+    faulthandler.dump_traceback_later(STUCK_AFTER, repeat=True)
+    if rank() == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
-def describe(args, stage, records):
+def cut_log(path: Path, step: int) -> None:
+    """Removes the lines of later steps than `step`, and a last line that broke off, from a JSONL.
+
+    A run that was killed may have logged steps past its last checkpoint; they come again.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    earlier = []
+    for n, line in enumerate(lines, 1):
+        try:
+            if json.loads(line)["step"] <= step:
+                earlier.append(line)
+        except (ValueError, KeyError, TypeError):
+            if n < len(lines):
+                raise DataError(
+                    f"{path}, line {n}: not a step's line; remove it to go on") from None
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in earlier), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def writable(folder: str | Path) -> Path:
+    """Makes a folder, with those above it, and tries that a file can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        fail(f"nothing can be written to {folder} ({error.strerror}); "
+             "name another folder with --out")
+    return Path(folder)
+
+
+def check_output(out: Path, resume: bool) -> None:
+    """The output folder must be writable, and new or to be resumed.
+
+    The first process looks, for all: so none takes another's trial file for a run's.
+    """
+    if rank():
+        return
+    writable(out)
+    if resume:
+        return
+    if (out / "latest").exists():
+        fail(f"{out} already holds a run, up to {(out / 'latest').resolve().name}; "
+             "go on with --resume, or name another --out")
+    if any(out.iterdir()):
+        fail(f"{out} is not empty, but holds no checkpoint; remove it, or name another --out")
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """run.json of the newest checkpoint of a run that is to be resumed."""
+    latest = out / "latest"
+    if not os.path.exists(latest):
+        fail(f"--resume, but there is no checkpoint in {out}; "
+             "leave --resume out, or name the --out of the run")
+    # save() replaces the link, which it could not do with a folder.
+    if not latest.is_symlink():
+        newest = max((p.name for p in out.glob("step_*")), default="copy")
+        fail(f"{latest} is a folder, but must be a link to a step's (cp -rL follows links); "
+             f"mv {latest} {out / 'copy'} && ln -s {newest} {latest}")
+    run = read_json(latest / "run.json")
+    whole = isinstance(run, dict) and {"stage", "data_hash"} <= run.keys()
+    if not whole or not isinstance(run.get("flags"), dict):
+        fail(f"{latest / 'run.json'} does not say how the run began; "
+             f"copy it there from another step, or start anew with --init {latest}")
+    return run
+
+
+def run_description(args: argparse.Namespace, stage: str, records: Records) -> dict[str, Any]:
     """What run.json says of a run: all that is needed to do it again, and to evaluate it."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pillow", "safetensors", "tokenizers")}
-    return {"stage": stage, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(), "data": args.data,
-            "root": args.root, "records": len(records), "data_hash": records.hash, "prompt_hash": prompt_hash(), "versions": versions,
-            "processes": world(), "device": args.device, "flags": {k: v for k, v in vars(args).items() if k != "resume"}}
+    packages = ("torch", "numpy", "pillow", "safetensors", "tokenizers")
+    return {
+        "stage": stage,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
+        "data": args.data,
+        "root": args.root,
+        "records": len(records),
+        "data_hash": records.hash,
+        "prompt_hash": prompt_hash(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "processes": world(),
+        "device": args.device,
+        "flags": {k: v for k, v in vars(args).items() if k != "resume"},
+    }
 
 
-def local(x):
+def commit() -> str | None:
+    """Hash of the commit that this code stands at, or None outside of a repository."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent,
+        check=False)
+    return git.stdout.strip() or None
+
+
+# A step's folder holds the whole weights for users (hub layout) and, in state/, what a resume
+# needs: one file a process, with its rows of every float32 parameter and moment. Rows are
+# those of dimension 0, along which FSDP2 cuts a tensor. A resume on another number of
+# processes copies into each process's rows what each file has of them.
+
+def local_rows(x: Tensor) -> Tensor:
+    """This process's rows of a tensor: all of them where it is not sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def first_row(p):
-    """Where this process's rows of a parameter begin (FSDP2 splits dimension 0 into equal parts, the last ones shorter or empty)."""
-    return min(rank() * -(-p.shape[0] // world()), p.shape[0]) if isinstance(p, DTensor) else 0
+def first_row(x: Tensor) -> int:
+    """Where this process's rows begin in the whole tensor.
+
+    FSDP2 splits dimension 0 into equal parts; the last ones may be shorter or empty. 10 rows
+    over 4 processes are 3, 3, 3 and 1, and begin at 0, 3, 6 and 9.
+    """
+    if not isinstance(x, DTensor):
+        return 0
+    rows = x.shape[0]
+    rows_per_process = -(-rows // world())        # rounded up
+    return min(rank() * rows_per_process, rows)
 
 
-def save(out, step, model, opt, processor, run):
-    """Writes out/step_000200: weights and tokenizer in hub layout, run.json, and state/, where each process puts its own rows of parameters
-    and moments. The folder appears whole or not at all, and `latest` moves to it at once."""
-    name, temporary = f"step_{step:06d}", out / f".step_{step:06d}.tmp"
+def save(
+        out: Path, step: int, model: QwenVL, opt: torch.optim.Optimizer, processor: Processor,
+        run: dict[str, Any],
+) -> None:
+    """Writes out/step_000200: weights and tokenizer in hub layout, run.json, and state/.
+
+    The folder appears whole or not at all, and `latest` moves to it at once: a run that is
+    killed at any moment leaves its last checkpoint standing.
+    """
+    name = f"step_{step:06d}"
+    temporary = out / f".{name}.tmp"
     if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / "state").mkdir(parents=True)
     barrier()
-    tensors, rows = {}, {}
-    for key, p in model.named_parameters():
-        rows[key] = {"shape": list(p.shape), "first": first_row(p)}
-        for kind, x in (("master", p), *((k, v) for k, v in opt.state.get(p, {}).items() if k != "step")):
-            tensors[f"{kind}/{key}"] = local(x.detach()).contiguous()
-    steps = next((int(s["step"]) for s in opt.state.values()), 0)
-    save_file(tensors, temporary / "state" / f"rank_{rank():05d}_of_{world():05d}.safetensors",
-              metadata={"rows": json.dumps(rows), "step": str(step), "optimizer_steps": str(steps)})
-    full = ((key, p.full_tensor() if isinstance(p, DTensor) else p) for key, p in model.state_dict().items())
+    save_state(temporary / "state", step, model, opt)
+    save_weights(temporary, model, processor)
     if rank() == 0:
-        model.save_pretrained(temporary, full)
-        processor.save_pretrained(temporary)
-        (temporary / "run.json").write_text(json.dumps({**run, "step": step}, indent=2) + "\n", encoding="utf-8")
-    else:
-        for _ in full:                                                   # gathering takes every process
-            pass
+        description = json.dumps({**run, "step": step}, indent=2) + "\n"
+        (temporary / "run.json").write_text(description, encoding="utf-8")
     barrier()
     if rank() == 0:
         shutil.rmtree(out / name, ignore_errors=True)
         os.replace(temporary, out / name)
+        # A link cannot be changed in place, but another can take its name.
         link = out / ".latest.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(name)
@@ -535,40 +782,136 @@ def save(out, step, model, opt, processor, run):
     barrier()
 
 
-def restore(out, model, opt):
-    """Fills parameters and optimizer from the newest checkpoint of out, written by any number of processes -> its step."""
-    files = sorted((out / "latest" / "state").glob("rank_*.safetensors"))
-    if not files or len(files) != int(files[0].stem.rsplit("_", 1)[1]):
-        raise CheckpointError(f"{out / 'latest' / 'state'}: the training state is not whole; start anew with --init {out / 'latest'}")
-    opened, rows = [], []
-    for file in files:
+def save_state(
+        folder: Path, step: int, model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    """Writes this process's file of the training state.
+
+    Its tensors are "master/<parameter>", "exp_avg/<parameter>" and "exp_avg_sq/<parameter>";
+    its metadata say which rows these are.
+    """
+    tensors = {}
+    rows = {}
+    for key, p in model.named_parameters():
+        rows[key] = {"shape": list(p.shape), "first": first_row(p)}
+        tensors[f"master/{key}"] = local_rows(p.detach()).contiguous()
+        for kind, x in opt.state.get(p, {}).items():
+            if kind != "step":
+                tensors[f"{kind}/{key}"] = local_rows(x.detach()).contiguous()
+    # The optimizer counts the steps that were not skipped, the same for every parameter.
+    states = list(opt.state.values())
+    optimizer_steps = int(states[0]["step"]) if states else 0
+    metadata = {
+        "rows": json.dumps(rows), "step": str(step), "optimizer_steps": str(optimizer_steps)}
+    file = folder / f"rank_{rank():05d}_of_{world():05d}.safetensors"
+    save_file(tensors, file, metadata=metadata)
+
+
+def save_weights(folder: Path, model: QwenVL, processor: Processor) -> None:
+    """Writes weights and tokenizer in hub layout, on the first process."""
+    whole_tensors = gather_tensors(model)
+    if rank() == 0:
+        model.save_pretrained(folder, whole_tensors)
+        processor.save_pretrained(folder)
+        return
+    # Gathering takes every process, also those that write nothing.
+    for _ in whole_tensors:
+        pass
+
+
+def gather_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors of the state dict; one at a time exists unsharded."""
+    for key, x in model.state_dict().items():
+        yield key, x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@dataclass
+class StateFile:
+    """One process's file of the training state, opened."""
+
+    tensors: safe_open                 # "master/<parameter>", "exp_avg/<parameter>", ...
+    rows: dict[str, dict[str, Any]]    # parameter -> "shape" of the whole, "first" row in the file
+    step: int
+    optimizer_steps: float
+
+    def read_into(self, target: Tensor, first: int, kind: str, key: str) -> None:
+        """Copies what this file has of rows `first`, `first` + 1, ... of a tensor."""
+        stored = self.tensors.get_slice(f"{kind}/{key}")
+        stored_first = self.rows[key]["first"]
+        stored_rows = range(stored_first, stored_first + stored.get_shape()[0])
+        rows = shared_rows(range(first, first + len(target)), stored_rows)
+        if rows:
+            source = stored[rows.start - stored_first:rows.stop - stored_first]
+            target[rows.start - first:rows.stop - first] = source.to(target.device)
+
+
+def shared_rows(a: range, b: range) -> range:
+    """The rows that two parts of a tensor have in common, numbered as in the whole tensor.
+
+    Of 10 rows the second of two processes has 5 to 9. Written by four processes, they lie in
+    four files: rows 0 to 2, 3 to 5, 6 to 8, and 9. The second file has one of them, the third
+    has three, the first has none.
+
+    >>> shared_rows(range(5, 10), range(3, 6)), shared_rows(range(5, 10), range(6, 9))
+    (range(5, 6), range(6, 9))
+    >>> len(shared_rows(range(5, 10), range(0, 3)))
+    0
+    """
+    return range(max(a.start, b.start), min(a.stop, b.stop))
+
+
+def open_state(out: Path) -> list[StateFile]:
+    """The files of the newest checkpoint's training state; a CheckpointError if it is not whole."""
+    latest = out / "latest"
+    paths = sorted((latest / "state").glob("rank_*.safetensors"))
+    if not paths or len(paths) != int(paths[0].stem.rsplit("_", 1)[1]):
+        raise CheckpointError(f"{latest / 'state'}: the training state is not whole; "
+                              f"start anew with --init {latest}")
+    files = []
+    for path in paths:
         try:
-            opened.append(safe_open(file, "pt"))
-            rows.append(json.loads(opened[-1].metadata()["rows"]))
+            tensors = safe_open(path, "pt")
+            metadata = tensors.metadata()
+            files.append(StateFile(
+                tensors, json.loads(metadata["rows"]), int(metadata["step"]),
+                float(metadata["optimizer_steps"])))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file}: not a whole training state ({error}); point {out / 'latest'} at an earlier step, or start anew "
-                                  f"with --init {out / 'latest'}") from None
-    meta = opened[0].metadata()
-    names = [set(f.keys()) for f in opened]
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if key not in rows[0] or rows[0][key]["shape"] != list(p.shape):
-                raise CheckpointError(f"{out / 'latest' / 'state'}: {key} does not fit this model; resume with the --init of the run")
-            targets = {"master": p.data}
-            if f"exp_avg/{key}" in names[0]:
-                opt.state[p] = {"step": torch.tensor(float(meta["optimizer_steps"])), "exp_avg": torch.zeros_like(p.data),
-                                "exp_avg_sq": torch.zeros_like(p.data)}
-                if p.is_cuda:
-                    opt.state[p]["step"] = opt.state[p]["step"].to(p.device)
-                targets |= {k: opt.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
-            for kind, target in targets.items():
-                mine, begin = local(target), first_row(p)
-                for f, layout in zip(opened, rows):
-                    part, first = f.get_slice(f"{kind}/{key}"), layout[key]["first"]
-                    if mine.ndim == 0:
-                        mine.copy_(f.get_tensor(f"{kind}/{key}"))
-                        continue
-                    low, high = max(begin, first), min(begin + len(mine), first + part.get_shape()[0])
-                    if low < high:
-                        mine[low - begin:high - begin] = part[low - first:high - first].to(mine.device)
-    return int(meta["step"])
+            raise CheckpointError(
+                f"{path}: not a whole training state ({error}); point {latest} at an earlier "
+                f"step, or start anew with --init {latest}") from None
+    return files
+
+
+@torch.no_grad()
+def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
+    """Fills parameters and optimizer from the newest checkpoint of `out` -> its step.
+
+    Any number of processes may have written it.
+    """
+    files = open_state(out)
+    # A parameter that was frozen has no moments. The first process has rows of every parameter.
+    stored_names = set(files[0].tensors.keys())
+    for key, p in model.named_parameters():
+        stored = files[0].rows.get(key)
+        if stored is None or stored["shape"] != list(p.shape):
+            raise CheckpointError(f"{out / 'latest' / 'state'}: {key} does not fit this model; "
+                                  "resume with the --init of the run")
+        targets = {"master": p.data}
+        if f"exp_avg/{key}" in stored_names:
+            opt.state[p] = empty_moments(p, files[0].optimizer_steps)
+            targets["exp_avg"] = opt.state[p]["exp_avg"]
+            targets["exp_avg_sq"] = opt.state[p]["exp_avg_sq"]
+        for kind, target in targets.items():
+            for file in files:
+                file.read_into(local_rows(target), first_row(p), kind, key)
+    return files[0].step
+
+
+def empty_moments(p: Tensor, optimizer_steps: float) -> dict[str, Tensor]:
+    """AdamW's state of a parameter after so many steps, its moments still to be filled."""
+    steps = torch.tensor(optimizer_steps)
+    return {
+        # The fused AdamW counts on the GPU.
+        "step": steps.to(p.device) if p.is_cuda else steps,
+        "exp_avg": torch.zeros_like(p.data),
+        "exp_avg_sq": torch.zeros_like(p.data),
+    }

@@ -1,105 +1,181 @@
 """Stage 1: supervised fine-tuning on spatial reasoning that ends in a box (CoT-SFT).
 
-Each record's completion is written from its annotation by cot.py (or read from a JSONL of yours): what is asked for, where the candidates
-lie, why one fits, then the box. The loss is on the completion alone, end of turn included, averaged over the tokens of the whole step.
+One sample's way: a record's image and expression become a prompt. cot.py writes the
+completion from the record's annotation (or reads it from a JSONL of yours): what is asked
+for, where the candidates lie, why one fits, then the box. The model scores the completion
+behind the prompt. The loss is minus the log-probability of the completion's tokens alone, end
+of turn included, averaged over the tokens of the whole step.
 
-Source: our reading of the abstract of RSGround-R1 (arXiv 2601.21634), whose reasoning data is not public to us: ours is synthetic, from
-annotations.
+Source: our reading of the abstract of RSGround-R1 (arXiv 2601.21634), whose reasoning data is
+not public to us: ours is synthetic, from annotations.
 
-    torchrun sft.py --data dior --init Qwen2.5-VL-3B-Instruct/                        one GPU; writes ckpt/sft
-    torchrun --nproc_per_node 8 sft.py --data dior --init Qwen2.5-VL-3B-Instruct/     eight GPUs, the same result to rounding
-    python sft.py                                                                     the embedded data on a laptop
+    python sft.py                                              the embedded data on a laptop
+    torchrun sft.py --data dior --init Qwen2.5-VL-3B-Instruct/     one GPU; writes ckpt/sft
+    torchrun --nproc_per_node 8 sft.py --data dior --init Qwen2.5-VL-3B-Instruct/
+                                          eight GPUs, the same result to rounding
 """
+import argparse
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import cot
-import data
 import eval as evaluation
 import runtime
-from model import folder
+from data import Record, open_image
+from model import QwenVL, folder
+from processor import Frame, Processor, Prompt
 
 
-def flags():
-    parser = runtime.Parser("Supervised fine-tuning on spatial reasoning that ends in a box (stage 1)")
+def flags() -> runtime.FlagParser:
+    parser = runtime.FlagParser(
+        "Supervised fine-tuning on spatial reasoning that ends in a box (stage 1)")
     runtime.add_common_flags(parser, "sft", "toy/base", "1000")
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=runtime.positive, default=16, help="records a step, over all processes")
-    add("--lr", type=runtime.above_zero, default=1e-5, help="peak learning rate; 1e-5 for a 3B model, about 1e-3 for the embedded one")
-    add("--cot", metavar="FILE", help="JSONL of your own reasoning by record id; default: written from the annotations")
-    add("--split", default="sft", help="records to train on; rft: those of the second stage, with --answer-only "
-        "their boxes alone, as a control")
-    add("--answer-only", action="store_true", help="no reasoning, the answer alone: the baseline")
+    add("--lr", type=runtime.above_zero, default=1e-5,
+        help="peak learning rate; 1e-5 for a 3B model, about 1e-3 for the embedded one")
+    add("--cot", metavar="FILE",
+        help="JSONL of your own reasoning by record id; default: written from the annotations")
+    add("--split", default="sft", help="records to train on; rft: those of the second stage, "
+        "with --answer-only their boxes alone, as a control")
+    add("--answer-only", action="store_true",
+        help="no reasoning, the answer alone: the baseline")
     add = parser.add_argument_group("watching").add_argument
-    add("--every", type=runtime.positive, default=200, help="steps between checkpoints and validation")
-    add("--val", type=runtime.natural, default=64, help="records of the val split in a validation; 0 for none")
-    add("--max-new-tokens", type=runtime.positive, default=256, help="tokens of an answer in validation at most")
+    add("--every", type=runtime.positive, default=200,
+        help="steps between checkpoints and validation")
+    add("--val", type=runtime.natural, default=64,
+        help="records of the val split in a validation; 0 for none")
+    add("--max-new-tokens", type=runtime.positive, default=256,
+        help="tokens of an answer in validation at most")
     return parser
 
 
-def train_step(model, opt, examples, args, step):
-    """examples: this process's (Prompt, completion ids) of the step -> the log line."""
-    began = time.perf_counter()
-    n_tokens = runtime.all_sum(torch.tensor(sum(len(c) for _, c in examples))).item()                 # once, before any micro-batch
-    loss_sum = 0.0
-    micro = runtime.micro_batches([len(p.input_ids) + len(c) for p, c in examples], args.micro_tokens)
-    for m in micro:
-        prompts, completions = zip(*examples[m])
-        runtime.sync_gradients(model, m is micro[-1])
-        logp, _ = model.score(prompts, [[c] for c in completions])
-        loss = -logp.sum() / n_tokens
-        loss.backward()
-        loss_sum += loss.item()
+# ---------------------------------------------------------------- one step
+
+@dataclass
+class Example:
+    """What the model learns from one record."""
+
+    prompt: Prompt             # image and expression, as the model takes them
+    completion: Tensor         # ids of reasoning, answer and end of turn
+
+    @property
+    def tokens(self) -> int:
+        """Packed tokens, those of the image included."""
+        return len(self.prompt.input_ids) + len(self.completion)
+
+
+def make_example(
+        record: Record, processor: Processor, write_completion: Callable[[Record, Frame], str],
+) -> Example:
+    """A record's example; its completion gives the box in the frame of the prompt's image."""
+    prompt = processor(open_image(record), record.text)
+    return Example(prompt, processor.encode(write_completion(record, prompt.frame)))
+
+
+def train_step(
+        model: QwenVL, opt: torch.optim.Optimizer, examples: Sequence[Example],
+        args: argparse.Namespace, step: int,
+) -> dict[str, Any]:
+    """One step on this process's examples -> the log line."""
+    started = time.perf_counter()
+    # All losses are divided by this one count, over all processes and micro-batches: so each
+    # token weighs the same, however the step is cut.
+    completion_tokens = runtime.all_sum(
+        torch.tensor(sum(len(e.completion) for e in examples))).item()
+    loss = accumulate_gradient(model, examples, completion_tokens, args.micro_tokens)
     lr = runtime.lr_at(step, args.steps, args.lr)
     norm = runtime.update(model, opt, lr)
-    fed = runtime.all_sum(torch.tensor(sum(len(p.input_ids) + len(c) for p, c in examples))).item()
-    return {"step": step + 1, "loss": runtime.all_sum(torch.tensor(loss_sum, dtype=torch.float64)).item(), "lr": lr, "grad_norm": norm,
-            "finite": norm < float("inf"), "completion_tokens": n_tokens, "tokens_per_second": fed / (time.perf_counter() - began),
-            "peak_GiB": runtime.peak_memory(model)}
+    tokens = runtime.all_sum(torch.tensor(sum(e.tokens for e in examples))).item()
+    return {
+        "step": step + 1,
+        "loss": runtime.all_sum(torch.tensor(loss, dtype=torch.float64)).item(),
+        "lr": lr,
+        "grad_norm": norm,
+        "finite": norm < float("inf"),
+        "completion_tokens": completion_tokens,
+        "tokens_per_second": tokens / (time.perf_counter() - started),
+        "peak_GiB": runtime.peak_memory(model),
+    }
 
 
-def main():
+def accumulate_gradient(
+        model: QwenVL, examples: Sequence[Example], completion_tokens: int, micro_tokens: int,
+) -> float:
+    """Adds the gradient up over micro-batches -> this process's part of the step's loss."""
+    loss_sum = 0.0
+    micro_batches = runtime.micro_batches([e.tokens for e in examples], micro_tokens)
+    for micro_batch in micro_batches:
+        prompts = [e.prompt for e in examples[micro_batch]]
+        # score() takes a list of completions a prompt; here each has one.
+        completions = [[e.completion] for e in examples[micro_batch]]
+        runtime.sync_gradients(model, micro_batch is micro_batches[-1])
+        logp, _ = model.score(prompts, completions)        # (completion tokens,)
+        loss = -logp.sum() / completion_tokens
+        loss.backward()
+        loss_sum += loss.item()
+    return loss_sum
+
+
+# ---------------------------------------------------------------- the stage
+
+def main() -> None:
     args = runtime.parse(flags(), "sft")
     if args.batch % runtime.world():
         runtime.fail(f"--batch {args.batch} is not a multiple of the {runtime.world()} processes")
     records, val = runtime.load_records(args, args.split)
     runtime.set_steps(args, len(records), args.batch, steps=1000)
-    reason = cot.writer(records, args.cot, args.answer_only)
-    init, out = folder(args.init), Path(args.out)
+    write_completion = cot.writer(records, args.cot, args.answer_only)
+    init = folder(args.init)
+    out = Path(args.out)
     runtime.check_output(out, args.resume)
     model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
-    model = runtime.prepare(model, runtime.start(args.device), args.freeze_vision, args.gradient_checkpointing)
+    device = runtime.start(args.device)
+    model = runtime.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
     opt = runtime.optimizer(model, args.lr)
     first = runtime.restore(out, model, opt) if args.resume else 0
-    run = runtime.describe(args, "sft", records)
+    run = runtime.run_description(args, "sft", records)
     runtime.begin(out, first, model)
 
-    def examples_of(step):
-        """This process's (Prompt, completion ids) of a step."""
-        examples = []
-        for place, record in enumerate(runtime.batch(records, step, args.batch, args.seed)):
-            if place % runtime.world() == runtime.rank():
-                prompt = processor(data.open_image(record), record.text)
-                examples.append((prompt, processor.encode(reason(record, prompt.frame))))
-        return examples
-    steps, skipped = range(first, args.steps), 0
-    with tqdm(steps, initial=first, total=args.steps, desc="sft", disable=runtime.rank() > 0) as bar:
-        for step, examples in zip(bar, runtime.ahead(examples_of, steps, args.workers)):
+    def examples_of(step: int) -> list[Example]:
+        """This process's examples of a step: every world()th record of the batch."""
+        batch = runtime.batch(records, step, args.batch, args.seed)
+        own_records = batch[runtime.rank()::runtime.world()]
+        return [make_example(record, processor, write_completion) for record in own_records]
+
+    steps = range(first, args.steps)
+    skipped = 0
+    bar = tqdm(
+        steps, initial=first, total=args.steps, desc="sft", disable=runtime.rank() > 0)
+    with bar:
+        for step, examples in zip(bar, runtime.prefetch(examples_of, steps, args.workers)):
             line = train_step(model, opt, examples, args, step)
             skipped = 0 if line["finite"] else skipped + 1
             due = (step + 1) % args.every == 0 or step + 1 == args.steps
-            line |= evaluation.validate(model, processor, val, args) if due else {}
+            if due:
+                line |= evaluation.validate(model, processor, val, args)
             runtime.log(out / "metrics.jsonl", line)
-            if due:                                                      # last: what a checkpoint covers is logged
+            # Last, so that a checkpoint never covers a step that is not logged.
+            if due:
                 runtime.save(out, step + 1, model, opt, processor, run)
-            bar.set_postfix_str(f"loss {line['loss']:.4f} tokens/s {line['tokens_per_second']:.0f} "
-                                f"peak {line['peak_GiB']:.1f} GiB"
-                                + (f" val mIoU {line['val_mIoU']:.3f}" if "val_mIoU" in line else ""))
-            if skipped == runtime.STOP_AFTER_SKIPPED or skipped and step + 1 == args.steps:
-                runtime.fail(f"no gradient is finite from step {step + 2 - skipped} on; lower --lr; what was saved before stands in {out}")
+            bar.set_postfix_str(progress(line))
+            runtime.stop_if_not_finite(skipped, step, args.steps, out)
+
+
+def progress(line: dict[str, Any]) -> str:
+    """A step's log line, as it stands behind the progress bar."""
+    text = (f"loss {line['loss']:.4f} tokens/s {line['tokens_per_second']:.0f} "
+            f"peak {line['peak_GiB']:.1f} GiB")
+    if "val_mIoU" in line:
+        text += f" val mIoU {line['val_mIoU']:.3f}"
+    return text
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def figure(tests, path):
 
 
 def main():
-    parser = runtime.Parser("Tables and figure of a study that ablate.sh ran")
+    parser = runtime.FlagParser("Tables and figure of a study that ablate.sh ran")
     parser.add_argument("study", nargs="?", default="ckpt/study", help="its folder")
     study = Path(parser.parse_args().study)
     regimes = [study / name for name in DATA if (study / name).is_dir()]

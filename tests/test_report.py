@@ -65,7 +65,8 @@ def page(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     lines = [{"step": k, "reward": k / 50, "iou": float("nan") if k == 7 else 0.1, "dispersion": 0.2, "length": 30, "kl": 0.0, EVIL: 1}
-             for k in range(1, 500)]
+             | {f"{name}_group_std": 0.1 for name in ("reward", "iou", "giou", "diou", "center", "format", EVIL)}
+             | dict.fromkeys(("giou", "diou", "center", "format"), k / 99) for k in range(1, 500)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 50')
     line = {"id": "r0", "expression": EVIL, "boxes": [None, [5.0, 5.0, 60.0, 60.0]], "reward": [0.0, 1.0], "texts": [EVIL, EVIL]}
     foreign = {**line, "step": 999, "expression": "another data set's r0"}
@@ -93,10 +94,12 @@ def test_the_page_tells_the_whole_story(page):
                   "Breakdowns", "VRSBench", "By size", "By region", "By distractors", "By train image", "Training: ",
                   "step 1 to 499", "Groups of rollouts", "Best", "Median", "Worst", "IoU", "no box", "width=device-width"):
         assert words in page, words
-    assert page.count("<svg") == 4                                       # reward's terms, dispersion, length, KL; no loss, no validation
+    assert page.count("<svg") == 5         # terms of the reward, their deviations, dispersion, length, KL; no loss, no validation
     shown = [int(step) for step in re.findall(r"<b>step (\d+)</b>", page)]
     assert shown[0] == 1 and shown[-1] == 29 and len(shown) == 4         # a record of the same id in other data is another
-    assert page.count("<polyline") == 5 and "nan" not in page.lower().split("<svg", 1)[1].split("</svg>")[0]
+    # Seven of the reward's curve, seven of the deviations' and three more: none vanishes, however many there are.
+    assert page.count("<polyline") == 17 and page.count("stroke-dasharray") == 2
+    assert "nan" not in page.lower().split("<svg", 1)[1].split("</svg>")[0]
 
 
 def test_200_pictures_of_noise_stay_under_5_mb(tmp_path):

@@ -349,7 +349,7 @@ On scenes of the val split, asked for things by a name that is theirs alone ({po
 
 
 def main():
-    parser = runtime.Parser("Trains the small base on the embedded world from nothing")
+    parser = runtime.FlagParser("Trains the small base on the embedded world from nothing")
     add = parser.add_argument
     add("--out", default="ckpt/base", help="folder of the base")
     add("--resume", action="store_true", help="go on where --out was stopped")
