@@ -121,15 +121,17 @@ def settings(**changes):
     return SimpleNamespace(**args | changes)
 
 
-def one_step(monkeypatch, tiny_checkpoint, dior_root, tmp_path, **changes):
+def one_step(monkeypatch, tiny_checkpoint, dior_root, **changes):
     """The gradient of one step on rewards that are made up from the text (a random model's boxes never parse), and its log line."""
-    model, processor = QwenVL.from_pretrained(tiny_checkpoint, dtype=None), Processor.from_pretrained(tiny_checkpoint)
+    model = QwenVL.from_pretrained(tiny_checkpoint, dtype=None)
+    policy = rft.Policy(model, Processor.from_pretrained(tiny_checkpoint), None, None)
     grads = {}
 
-    def grade(texts, prompts, records, args):
+    def grade(rollouts, args):
+        texts = rollouts.texts
         boxes = torch.tensor([[[len(set(t)), 1.0, len(set(t)) + 9, 8.0] for t in group] for group in texts])
         value = torch.tensor([[t.count("e") + sum(map(ord, t)) % 7 / 7 for t in group] for group in texts])
-        return {"reward": value, "iou": value / 9, "positional": value, "format": value}, boxes
+        return rft.Grades(value, {"iou": value / 9, "positional": value, "format": value}, boxes)
 
     def keep(model, opt, lr, max_norm=1.0):
         grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
@@ -138,24 +140,24 @@ def one_step(monkeypatch, tiny_checkpoint, dior_root, tmp_path, **changes):
 
     monkeypatch.setattr(rft, "grade", grade)
     monkeypatch.setattr(rft.runtime, "update", keep)
-    args = settings(out=str(tmp_path), **changes)
-    questions = rft.questions_of(data.load("dior", dior_root, "train"), args, 0)
-    prompts = [processor(data.open_image(r), r.text) for r in questions]
-    line, _ = rft.train_step(model, None, None, processor, questions, prompts, args, 0)
+    args = settings(**changes)
+    records = rft.runtime.batch(data.load("dior", dior_root, "train"), 0, args.prompts, args.seed)
+    prompts = [policy.processor(data.open_image(r), r.text) for r in records]
+    line, _, _ = rft.train_step(policy, records, prompts, args, 0)
     return grads, line
 
 
 @pytest.mark.parametrize("changes", [{"micro_tokens": 10 ** 6}, {"micro_tokens": 400}])
-def test_the_gradient_does_not_depend_on_the_micro_batch(monkeypatch, tiny_checkpoint, dior_root, tmp_path, changes):
-    want, line = one_step(monkeypatch, tiny_checkpoint, dior_root, tmp_path, micro_tokens=1)
-    got, other = one_step(monkeypatch, tiny_checkpoint, dior_root, tmp_path, **changes)
+def test_the_gradient_does_not_depend_on_the_micro_batch(monkeypatch, tiny_checkpoint, dior_root, changes):
+    want, line = one_step(monkeypatch, tiny_checkpoint, dior_root, micro_tokens=1)
+    got, other = one_step(monkeypatch, tiny_checkpoint, dior_root, **changes)
     assert line["advantage"] > 0 and math.isclose(line["loss"], other["loss"], abs_tol=1e-6)
     assert all((got[n] - want[n]).norm() <= 1e-4 * want[n].norm() for n in want)
 
 
-def test_sampled_and_scored_log_probabilities_agree_and_temperature_is_in_both(monkeypatch, tiny_checkpoint, dior_root, tmp_path):
+def test_sampled_and_scored_log_probabilities_agree_and_temperature_is_in_both(monkeypatch, tiny_checkpoint, dior_root):
     for temperature in (1.0, 0.7):
-        _, line = one_step(monkeypatch, tiny_checkpoint, dior_root, tmp_path, temperature=temperature)
+        _, line = one_step(monkeypatch, tiny_checkpoint, dior_root, temperature=temperature)
         assert line["sampled_scored_max"] < 1e-4
 
 
@@ -164,17 +166,23 @@ def test_every_question_keeps_its_own_rewards(monkeypatch, tiny_checkpoint, dior
     records = data.load("dior", dior_root, "train")[:2]
     frames = [Frame(r.size, r.size, "absolute") for r in records]
     texts = [[f'<think>x</think><answer>{{"bbox_2d": {list(r.box)}}}</answer>'] * 2 + ["nothing"] for r in records]
-    terms, boxes = rft.grade(texts, [SimpleNamespace(frame=f) for f in frames], records, settings())
-    assert terms["iou"].tolist() == terms["format"].tolist() == [[1, 1, 0], [1, 1, 0]]
+    grades = rft.grade(said(texts, records, frames), settings())
+    assert grades.terms["iou"].tolist() == grades.terms["format"].tolist() == [[1, 1, 0], [1, 1, 0]]
     perfect = 1 + 0.1 * 0.94860 + 1                                      # IoU, positional at its weight, format
-    assert terms["reward"].flatten().tolist() == pytest.approx([perfect, perfect, 0] * 2, abs=1e-5) and boxes[:, 2].isnan().all()
+    assert grades.rewards.flatten().tolist() == pytest.approx([perfect, perfect, 0] * 2, abs=1e-5)
+    assert grades.boxes[:, 2].isnan().all() and grades.valid.tolist() == [[True, True, False]] * 2
+
+
+def said(texts, records, frames):
+    """Rollouts of which the texts alone matter."""
+    return rft.Rollouts(records, [SimpleNamespace(frame=f) for f in frames], [], [], texts)
 
 
 def test_an_invalid_box_earns_no_reward_but_that_of_the_format():
     record = SimpleNamespace(box=(0.0, 0.0, 10.0, 10.0), size=(100, 100))
     frame = Frame((100, 100), (100, 100), "absolute")
     outside = '<think>x</think><answer>{"bbox_2d": [150, 150, 160, 160]}</answer>'
-    terms, _ = rft.grade([[outside, "<answer>"]], [SimpleNamespace(frame=frame)], [record], settings())
+    terms = rft.grade(said([[outside, "<answer>"]], [record], [frame]), settings()).terms
     assert terms["iou"].tolist() == terms["positional"].tolist() == [[0, 0]] and terms["format"].tolist() == [[1, 0]]
 
 
@@ -208,7 +216,7 @@ def test_what_is_gathered_from_two_processes_is_put_by_place(monkeypatch):
 def test_a_term_of_ones_own_is_chosen_by_name_and_stands_in_every_log(monkeypatch, tiny_checkpoint, dior_root, tmp_path):
     """A term put into TERMS before main: flag, rollouts, metrics.jsonl, the report's curves. No other edit."""
     monkeypatch.setitem(reward.TERMS, "wide", lambda pred, target, size: (pred[..., 2] - pred[..., 0]) / size[..., 0])
-    monkeypatch.setattr(rft, "rollout", said_boxes(rft.rollout))
+    monkeypatch.setattr(rft, "sample", said_boxes(rft.sample))
     flags = ["--data", "dior", "--root", dior_root, "--init", tiny_checkpoint, "--out", tmp_path / "out", "--prompts", 2, "--group", 2,
              "--max-new-tokens", 4, "--val", 0, "--every", 2, "--steps", 2, "--device", "cpu", "--reward", "wide=0.5", "format=1"]
     monkeypatch.setattr(sys, "argv", ["rft.py", *map(str, flags)])
@@ -227,12 +235,13 @@ def test_a_term_of_ones_own_is_chosen_by_name_and_stands_in_every_log(monkeypatc
     assert run["flags"]["reward"] == {"wide": 0.5, "format": 1.0}
 
 
-def said_boxes(rollout):
-    """rft.rollout, with two texts in place of what a random model says: boxes of 50 and of 100 of the frame's width."""
+def said_boxes(sample):
+    """rft.sample, with two texts in place of what a random model says: boxes of 50 and of 100 of the frame's width."""
     def replaced(*args):
-        completions, sampled, texts = rollout(*args)
-        said = [f'<think>x</think><answer>{{"bbox_2d": [0, 0, {width}, 20]}}</answer>' for width in (50, 100)]
-        return completions, sampled, [said for _ in texts]
+        rollouts = sample(*args)
+        texts = [f'<think>x</think><answer>{{"bbox_2d": [0, 0, {width}, 20]}}</answer>' for width in (50, 100)]
+        rollouts.texts = [texts for _ in rollouts.texts]
+        return rollouts
     return replaced
 
 
@@ -241,7 +250,7 @@ def test_a_term_of_the_wrong_shape_is_named(monkeypatch):
     record = SimpleNamespace(box=(0.0, 0.0, 10.0, 10.0), size=(100, 100))
     frame = Frame((100, 100), (100, 100), "absolute")
     with pytest.raises(ValueError, match="flat has the shape .1,., not"):
-        rft.grade([["a", "b"]], [SimpleNamespace(frame=frame)], [record], settings(reward={"flat": 1.0}))
+        rft.grade(said([["a", "b"]], [record], [frame]), settings(reward={"flat": 1.0}))
 
 
 def test_a_term_that_forgets_invalid_boxes_rewards_none(monkeypatch):
@@ -249,8 +258,8 @@ def test_a_term_that_forgets_invalid_boxes_rewards_none(monkeypatch):
     record = SimpleNamespace(box=(0.0, 0.0, 10.0, 10.0), size=(100, 100))
     frame = Frame((100, 100), (100, 100), "absolute")
     good = '<think>x</think><answer>{"bbox_2d": [1, 1, 2, 2]}</answer>'
-    terms, _ = rft.grade([[good, "b"]], [SimpleNamespace(frame=frame)], [record], settings(reward={"one": 1.0}))
-    assert terms["reward"].tolist() == [[1, 0]] and terms["iou"].shape == (1, 2)
+    grades = rft.grade(said([[good, "b"]], [record], [frame]), settings(reward={"one": 1.0}))
+    assert grades.rewards.tolist() == [[1, 0]] and grades.terms["iou"].shape == (1, 2)
 
 
 def test_groups_that_the_positional_term_alone_tells_apart():
