@@ -1,15 +1,17 @@
 """Stage 2: GRPO with a continuous positional reward and a loss weighted by spatial consistency.
 
-Per step: sample G answers to each of Q questions, reward them (reward.py), compare each with its
-own group, weight the loss of each group by how far its answers fail or scatter, and take one
-clipped policy-gradient step (or --updates of them). Boxes alone are needed, no reasoning.
+Per step: sample G answers to each of Q questions, reward them (reward.py), compare
+each with its own group, weight the loss of each group by how far its answers fail or
+scatter, and take one clipped policy-gradient step (or --updates of them). Boxes alone
+are needed, no reasoning.
 
-Source: RSGround-R1 (arXiv 2601.21634). The reward is R = IoU + 0.1 positional + format (section
-3.3), and the whole loss of a group is multiplied by its weight (section 3.4); both second-hand.
-That the KL is part of what is multiplied, and that weights are not renormalised over the step, is
-our reading. Where the paper's settings are not known, the defaults are VLM-R1's (G 8, lr 1e-6, KL
-0.04, clip 0.2, temperature 1). GRPO is DeepSeekMath's (arXiv 2402.03300); that the loss is a mean
-over all tokens of the step is ours.
+Source: RSGround-R1 (arXiv 2601.21634). The reward is R = IoU + 0.1 positional +
+format (section 3.3), and the whole loss of a group is multiplied by its weight
+(section 3.4); both second-hand. That the KL is part of what is multiplied, and that
+weights are not renormalised over the step, is our reading. Where the paper's settings
+are not known, the defaults are VLM-R1's (G 8, lr 1e-6, KL 0.04, clip 0.2, temperature
+1). GRPO is DeepSeekMath's (arXiv 2402.03300); that the loss is a mean over all tokens
+of the step is ours.
 
     torchrun rft.py --data dior --epochs 0.4             one GPU; ckpt/sft -> ckpt/rft
     torchrun --nproc_per_node 8 rft.py --data dior       eight GPUs, the same result to rounding
@@ -67,7 +69,8 @@ class NamedWeights(argparse.Action):
             except argparse.ArgumentTypeError:
                 raise argparse.ArgumentError(
                     self, f"{text} is not NAME=WEIGHT with a finite number") from None
-        # In one order, whatever the user's: the sum of the terms is then the same to the bit.
+        # In one order, whatever the user's: the sum of the terms is then the same to
+        # the bit.
         ordered = {name: weights[name] for name in names if name in weights}
         setattr(namespace, self.dest, ordered)
 
@@ -128,8 +131,8 @@ def check_group_flags(args: argparse.Namespace) -> None:
 def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     """rewards (Q, G) -> advantages (Q, G): (R - mean) / (std + 1e-4) within a group.
 
-    Exactly 0 where all rewards of a group are equal. Source: GRPO (arXiv 2402.03300), as VLM-R1
-    computes it; without the division: Dr. GRPO (arXiv 2503.20783).
+    Exactly 0 where all rewards of a group are equal. Source: GRPO (arXiv 2402.03300),
+    as VLM-R1 computes it; without the division: Dr. GRPO (arXiv 2503.20783).
     """
     advantage = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std:
@@ -143,12 +146,14 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of some completions, and sums over their tokens for the log.
 
-    logp, logp_old, logp_ref (None at beta 0), advantage, weight: packed (tokens,). n_tokens counts
-    the whole step, over all micro-batches and processes: losses and gradients simply add up.
+    logp, logp_old, logp_ref (None at beta 0), advantage, weight: packed (tokens,).
+    n_tokens counts the whole step, over all micro-batches and processes: losses and
+    gradients simply add up.
 
-    The clipped surrogate of PPO (arXiv 1707.06347), minus beta times the k3 estimate of the KL to
-    the reference. The whole of a token's loss is multiplied by the weight of its group: section
-    3.4 of RSGround-R1 (second-hand); that the KL is part of it is our reading.
+    The clipped surrogate of PPO (arXiv 1707.06347), minus beta times the k3 estimate
+    of the KL to the reference. The whole of a token's loss is multiplied by the
+    weight of its group: section 3.4 of RSGround-R1 (second-hand); that the KL is part
+    of it is our reading.
     """
     log_ratio = (logp - logp_old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
@@ -167,8 +172,8 @@ def policy_loss(
 def group_weights(iou: Tensor, args: argparse.Namespace, step: int) -> Tensor:
     """IoU rewards (Q, G) of this process's groups -> weights (Q,) of their losses.
 
-    shuffled: the consistency weights of the whole step, dealt at random over its groups, on all
-    processes alike. Ours, a control.
+    shuffled: the consistency weights of the whole step, dealt at random over its
+    groups, on all processes alike. Ours, a control.
     """
     mean, variance = args.lambdas
     if args.weighting == "off":
@@ -189,8 +194,8 @@ def group_weights(iou: Tensor, args: argparse.Namespace, step: int) -> Tensor:
 def by_place(gathered: Tensor) -> Tensor:
     """(world * n,), each process's values one behind the other -> the same by place in the step.
 
-    Process r has the places r, r + world, ... So what is dealt to a place does not depend on the
-    number of processes.
+    Process r has the places r, r + world, ... So what is dealt to a place does not
+    depend on the number of processes.
     """
     return gathered.view(runtime.world(), -1).T.flatten()
 
@@ -228,9 +233,9 @@ class Rollouts:
 class Grades:
     """What the rollouts earned."""
 
-    rewards: Tensor                    # (Q, G)
+    rewards: Tensor        # (Q, G)
     terms: dict[str, Tensor]           # name of a term -> (Q, G)
-    boxes: Tensor                      # (Q, G, 4) in original pixels, NaN where invalid
+    boxes: Tensor        # (Q, G, 4) in original pixels, NaN where invalid
 
     @property
     def valid(self) -> Tensor:
@@ -261,12 +266,13 @@ def sample(
 def grade(rollouts: Rollouts, args: argparse.Namespace) -> Grades:
     """Text -> box -> terms of the reward -> their weighted sum.
 
-    Where a box is invalid every term but the format is 0, whatever its function gives.
+    Where a box is invalid every term but the format is 0, whatever its function
+    gives.
     """
-    boxes = locate_boxes(rollouts)                                              # (Q, G, 4)
+    boxes = locate_boxes(rollouts)        # (Q, G, 4)
     target = torch.tensor([r.box for r in rollouts.records], dtype=torch.float32)[:, None]
     size = torch.tensor([r.size for r in rollouts.records], dtype=torch.float32)[:, None]
-    invalid = boxes.isnan().any(-1)                                             # (Q, G)
+    invalid = boxes.isnan().any(-1)        # (Q, G)
     terms = {}
     for name in args.reward:
         if name == "format":
@@ -317,18 +323,24 @@ def train_step(
 ) -> tuple[dict[str, Any], Rollouts, Grades]:
     """This process's records and prompts of a step -> the log line, and what was sampled."""
     started = time.perf_counter()
+    # 1. Each question is answered G times, at the sampling temperature.
     rollouts = sample(policy, records, prompts, step_seeds(args, step), args)
     sampled = time.perf_counter()
 
+    # 2. Answers are rewarded; a group's rewards become advantages over its own mean, and
+    #    its IoU the weight of its loss.
     grades = grade(rollouts, args)
-    weight = group_weights(grades.terms["iou"], args, step)                     # (Q,)
-    advantage = advantages(grades.rewards, not args.no_std)                     # (Q, G)
+    weight = group_weights(grades.terms["iou"], args, step)        # (Q,)
+    advantage = advantages(grades.rewards, not args.no_std)        # (Q, G)
     graded = time.perf_counter()
 
-    # All losses are divided by this one count, over all processes and micro-batches: so each
-    # token weighs the same, however the step is cut.
+    # 3. All losses are divided by this one count, over all processes and micro-batches:
+    #    so each token weighs the same, however the step is cut.
     n_tokens = runtime.all_sum(rollouts.lengths.sum()).item()
     batches = micro_batches(rollouts, advantage, weight, args.micro_tokens)
+
+    # 4. Gradients add up over micro-batches, then the optimizer steps. From the second
+    #    pass on the policy has left the one that sampled, and the clip begins to act.
     lr = runtime.lr_at(step, args.steps, args.lr)
     sums: Counter[str] = Counter()
     for _ in range(args.updates):
@@ -339,12 +351,18 @@ def train_step(
         sums["not_finite"] += not grad_norm < float("inf")
     updated = time.perf_counter()
 
+    # 5. The log line.
     line = {"step": step + 1, **summary(rollouts, grades, advantage, weight, args)}
     line |= update_summary(sums, batches, n_tokens, args)
     line |= {
-        "lr": lr, "grad_norm": grad_norm, "finite": not sums["not_finite"],
-        "seconds_rollout": sampled - started, "seconds_reward": graded - sampled,
-        "seconds_update": updated - graded, "peak_GiB": runtime.peak_memory(policy.model)}
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "finite": not sums["not_finite"],
+        "seconds_rollout": sampled - started,
+        "seconds_reward": graded - sampled,
+        "seconds_update": updated - graded,
+        "peak_GiB": runtime.peak_memory(policy.model),
+    }
     return line, rollouts, grades
 
 
@@ -372,7 +390,7 @@ def micro_batches(
         rollouts: Rollouts, advantage: Tensor, weight: Tensor, micro_tokens: int,
 ) -> list[MicroBatch]:
     """Cuts a step into passes; advantage (Q, G) and weight (Q,) are laid out by token."""
-    lengths = rollouts.lengths                                                  # (Q, G)
+    lengths = rollouts.lengths        # (Q, G)
     packed = [len(p.input_ids) + int(n.sum()) for p, n in zip(rollouts.prompts, lengths)]
     batches = []
     for groups in runtime.micro_batches(packed, micro_tokens):
@@ -392,8 +410,9 @@ def accumulate_gradient(
     """Adds a micro-batch's gradient to the step's -> its loss, and sums over its tokens."""
     logp, entropy = policy.model.score(batch.prompts, batch.completions, args.temperature)
     if batch.old_logp is None:
-        # The first pass is on policy by definition: its own log-probabilities are the old ones,
-        # and how far the sampler's lie from them is rounding, which is watched.
+        # The first pass is on policy by definition: its own log-probabilities are the
+        # old ones, and how far the sampler's lie from them is rounding, which is
+        # watched.
         batch.old_logp = logp.detach()
         batch.sampled_scored = (batch.old_logp - batch.sampled_logp).abs().max().item()
         if policy.reference is not None:

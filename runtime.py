@@ -617,6 +617,51 @@ def begin(
     barrier()
 
 
+# What the keys of metrics.jsonl mean, with their units; README's glossary is this table.
+# "TERM" stands for each term of the reward by its name.
+LOG_KEYS = {
+    "step": "optimizer steps so far",
+    "loss": "what the gradient is of: mean over the step's completion tokens",
+    "lr": "learning rate of the step",
+    "grad_norm": "length of the gradient before clipping, over all parameters",
+    "finite": "false where a gradient was not finite, so that the step was skipped",
+    "peak_GiB": "memory that the first process held at most so far",
+    "val_mIoU": "mean IoU of greedy answers to --val records, where a validation was due",
+    "val_Pr@0.5": "share of them with IoU above 0.5 (at least 0.5 on opt)",
+    "val_failed": "share of them without a box",
+    "completion_tokens": "sft: tokens that the loss is averaged over",
+    "tokens_per_second": "sft: packed tokens, prompts and images included, a second",
+    "reward": "rft: mean weighted sum of the reward's terms",
+    "TERM": "rft: mean of a term before its weight; iou in any case",
+    "reward_group_std": "rft: standard deviation of the reward within a group, mean",
+    "TERM_group_std": "rft: the same of a term",
+    "length": "rft: mean tokens of a completion, end of turn included",
+    "truncated": "rft: share of rollouts that met --max-new-tokens",
+    "unparsable": "rft: share of rollouts without a box in the image",
+    "unique": "rft: share of rollouts that are different texts in their group",
+    "no_overlap_groups": "rft: share of groups in which no box touches the target",
+    "no_overlap_advantage": "rft: share of the step's sum of |A| that they carry",
+    "positional_alone_advantage": "rft: share of the step's sum of |A| in groups that the "
+                                  "positional term alone tells apart; with that term",
+    "zero_variance_groups": "rft: share of groups with equal rewards, which teach nothing",
+    "advantage": "rft: mean |A|",
+    "consistency_weight": "rft: mean weight of a group's loss",
+    "consistency_weight_min": "rft: the least of the step",
+    "consistency_weight_max": "rft: the most of the step",
+    "dispersion": "rft: scatter of a group's box centres in image sides, mean over groups "
+                  "with two boxes or more",
+    "entropy": "rft: mean entropy of the next token, nats",
+    "clipped": "rft: share of tokens whose gain the clip cuts",
+    "kl": "rft: mean k3 estimate of the KL to the reference, nats a token; where --beta is "
+          "above 0",
+    "sampled_scored_max": "rft: largest difference between a token's log-probability when "
+                          "sampled and when scored",
+    "seconds_rollout": "rft: seconds of sampling",
+    "seconds_reward": "rft: seconds of grading",
+    "seconds_update": "rft: seconds of scoring, gradients and optimizer",
+}
+
+
 def log(path: Path, line: dict[str, Any]) -> None:
     """Appends a line to a JSONL file, on the first process.
 
