@@ -1,219 +1,393 @@
-"""What ablate.sh found: tables of every regime and arm beside the SFT model they started from, of what each term adds, and a figure.
+"""What ablate.sh measured: tables of every regime and arm, of what each term adds, and a figure.
 
-A difference is paired: both models answered the same scenes, which are resampled together for its 95% interval. Every seed has its own SFT
-model and its own difference; the mean over seeds stands beside their standard deviation. What a term adds is the difference between two
-arms that started from the same SFT models, over all seeds at once: its interval is of scenes, resampled with the answers of all seeds, and
-the standard deviation beside it is of seeds.
+A difference is paired: both models answered the same scenes, which are resampled together for its
+95% interval. Every seed has its own SFT model and its own difference; the mean over seeds stands
+beside their standard deviation. What a term adds is the difference between two arms that started
+from the same SFT models, over all seeds at once: its interval is of scenes, resampled with the
+answers of all seeds, and the standard deviation beside it is of seeds.
 
-Of a hundred such intervals, five leave 0 out by chance: which differences are the questions is to be written down before the runs. All
-seeds share toy/base and the records of SFT; a seed is the order of the data and the sampling.
+Of a hundred such intervals, five leave 0 out by chance: which differences are the questions is to
+be written down before the runs. All seeds share toy/base and the records of SFT; a seed is the
+order of the data and the sampling.
 
-    python study/study.py ckpt/study           prints Markdown, writes study.md, study.json (the differences from SFT) and study.png there
+    python study/study.py ckpt/study
+
+prints Markdown, and writes study.md, study.json (the differences from SFT) and study.png there.
 """
 import json
 import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import metrics  # noqa: E402
 import report  # noqa: E402
 import runtime  # noqa: E402
+from data import Record, load, read_json  # noqa: E402
 
-ARMS = {"sft": "CoT-SFT", "base": "base", "direct": "GRPO from the base", "boxes": "CoT-SFT, then SFT on boxes",
-        "iou": "GRPO: IoU + format", "giou": "+ GIoU", "diou": "+ DIoU", "center": "+ centre distance",
-        "positional": "+ positional", "mean": "+ positional, mean weight", "variance": "+ positional, variance weight",
-        "consistency": "RSGround-R1 (both weights)", "shuffled": "both weights, shuffled",
-        "longer": "GRPO: IoU + format, twice the steps", "consistency-longer": "RSGround-R1, twice the steps", "own": "own variant"}
-DATA = {"little": "synth", "small": "synth-small", "wide": "synth"}
-CONTRASTS = (("iou", "direct"), ("giou", "iou"), ("diou", "iou"), ("center", "iou"), ("positional", "iou"), ("positional", "giou"),
-             ("positional", "diou"), ("positional", "center"), ("mean", "positional"), ("variance", "positional"),
-             ("consistency", "positional"), ("shuffled", "positional"), ("consistency", "shuffled"), ("consistency", "iou"),
-             ("consistency", "boxes"), ("longer", "iou"), ("consistency-longer", "consistency"), ("consistency-longer", "longer"),
-             ("own", "positional"))
-TRAINED = ("no_overlap_groups", "no_overlap_advantage", "positional_alone_advantage", "zero_variance_groups", "entropy", "dispersion",
-           "consistency_weight")
+# Arms of ablate.sh, in the order of the tables: what they are called there.
+ARMS = {
+    "base": "base",
+    "sft": "CoT-SFT",
+    "boxes": "CoT-SFT, then SFT on boxes",
+    "direct": "GRPO from the base",
+    "iou": "GRPO: IoU + format",
+    "giou": "+ GIoU",
+    "diou": "+ DIoU",
+    "center": "+ centre distance",
+    "positional": "+ positional",
+    "mean": "+ positional, mean weight",
+    "variance": "+ positional, variance weight",
+    "consistency": "RSGround-R1 (both weights)",
+    "shuffled": "both weights, shuffled",
+    "longer": "GRPO: IoU + format, twice the steps",
+    "consistency-longer": "RSGround-R1, twice the steps",
+    "own": "own variant",
+}
+# Regimes of ablate.sh, and the data set that each tests on.
+REGIMES = {"little": "synth", "small": "synth-small", "wide": "synth"}
+# Pairs of arms (a, b) whose difference a - b answers a question.
+CONTRASTS = (
+    # Does CoT-SFT matter?
+    ("iou", "direct"), ("consistency", "iou"), ("consistency", "boxes"),
+    # Which reward?
+    ("giou", "iou"), ("diou", "iou"), ("center", "iou"), ("positional", "iou"),
+    ("positional", "giou"), ("positional", "diou"), ("positional", "center"),
+    # Which weight?
+    ("mean", "positional"), ("variance", "positional"), ("consistency", "positional"),
+    ("shuffled", "positional"), ("consistency", "shuffled"),
+    # Twice the steps, and one's own.
+    ("longer", "iou"), ("consistency-longer", "consistency"), ("consistency-longer", "longer"),
+    ("own", "positional"),
+)
+# What is told of training beside the terms of the reward.
+TRAINED = (
+    "no_overlap_groups", "no_overlap_advantage", "positional_alone_advantage",
+    "zero_variance_groups", "entropy", "dispersion", "consistency_weight",
+)
 
 
-def row_of(folder):
+# ---------------------------------------------------------------- what was scored
+
+def read_row(folder: Path) -> dict[str, Any] | None:
     """The one row of a folder of scores, or None where it was not scored."""
-    content = data.read_json(folder / "eval.json")
+    content = read_json(folder / "eval.json")
     return content and content["rows"][0]
 
 
-def predictions_of(folder, records):
-    file, = folder.glob("predictions_*.jsonl")
-    found = evaluation.read_predictions(file, records)
-    return [found[r.id] for r in records if r.id in found]
+def rows_of(seeds: Sequence[Path], arm: str, scores: str) -> list[dict[str, Any] | None]:
+    """The rows of an arm, one a seed; scores: name of the folder."""
+    return [read_row(seed / arm / scores) for seed in seeds]
 
 
-def mean_text(values):
-    """Mean and standard deviation over seeds, as text."""
-    values = [v for v in values if v is not None]
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}" if values else "-"
-
-
-def scored(regime, arm, split, other="sft"):
-    """The seeds' folders where both arms were scored, on as many scenes."""
-    seeds = [s for s in sorted(regime.iterdir()) if row_of(s / arm / f"eval_{split}") and row_of(s / other / f"eval_{split}")]
-    counts = {row_of(s / name / f"eval_{split}")["n"] for s in seeds for name in (arm, other)}
+def seeds_with(regime: Path, arm: str, split: str, other: str = "sft") -> list[Path]:
+    """The seeds' folders in which both arms were scored, on as many scenes."""
+    seeds = []
+    counts = set()
+    for seed in sorted(regime.iterdir()):
+        pair = [read_row(seed / name / f"eval_{split}") for name in (arm, other)]
+        if all(pair):
+            seeds.append(seed)
+            counts.update(row["n"] for row in pair)
     if len(counts) > 1:
-        runtime.fail(f"{regime}: scores of {' and '.join(map(str, sorted(counts)))} scenes can't be compared; give each a study of its own")
+        numbers = " and ".join(map(str, sorted(counts)))
+        runtime.fail(f"{regime}: scores of {numbers} scenes can't be compared; "
+                     "give each a study of its own")
     return seeds
 
 
-def line(cells):
+def predictions_of(folder: Path, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A folder's predictions, in the order of records; records without one are left out."""
+    file, = folder.glob("predictions_*.jsonl")
+    by_id = evaluation.read_predictions(file, records)
+    return [by_id[r.id] for r in records if r.id in by_id]
+
+
+# ---------------------------------------------------------------- Markdown
+
+def line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
-def compare(regime, arms, split):
+def header(cells: Sequence[str]) -> str:
+    return line(cells) + line(["---"] * len(cells))
+
+
+def mean_text(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation over seeds; "-" without a value."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return "-"
+    return f"{statistics.mean(known):.3f}{deviation_text(known)}"
+
+
+def deviation_text(values: Sequence[float]) -> str:
+    return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+
+
+def key_text(rows: Sequence[dict[str, Any] | None], key: str) -> str:
+    """Mean over seeds of a figure of their rows."""
+    return mean_text([row and row[key] for row in rows])
+
+
+# ---------------------------------------------------------------- arms beside SFT
+
+def arm_differences(
+        seeds: Sequence[Path], arm: str, split: str, records: Sequence[Record],
+) -> list[dict[str, Any]]:
+    """An arm's mIoU minus that of its SFT model, a paired test a seed."""
+    tests = []
+    for seed in seeds:
+        sft = predictions_of(seed / "sft" / f"eval_{split}", records)
+        ours = predictions_of(seed / arm / f"eval_{split}", records)
+        ids = {p["id"] for p in sft}
+        answered = [r for r in records if r.id in ids]
+        test = metrics.paired(
+            answered, evaluation.overlap_of(answered, sft), evaluation.overlap_of(answered, ours))
+        tests.append(test["mIoU"])
+    return tests
+
+
+def compare(
+        regime: Path, arms: Sequence[str], split: str,
+) -> tuple[str, list[tuple[str, str, dict[str, Any]]]]:
     """-> Markdown of one regime on one split, and (arm, seed, test) of the greedy differences."""
-    records = data.load(DATA[regime.name], None, split)
-    head = ["", "seeds", "mIoU greedy", "minus SFT, seed by seed [95%]", "mean", "Pr@0.5", "cIoU", "mIoU T=1", "no box"]
-    text, tests = line(head) + line(["---"] * len(head)), []
+    records = load(REGIMES[regime.name], None, split)
+    text = header(["", "seeds", "mIoU greedy", "minus SFT, seed by seed [95%]", "mean", "Pr@0.5",
+                   "cIoU", "mIoU T=1", "no box"])
+    tests = []
     for arm in arms:
-        seeds = scored(regime, arm, split)
+        seeds = seeds_with(regime, arm, split)
         if not seeds:
             continue
-        rows = [row_of(s / arm / f"eval_{split}") for s in seeds]
-        warm = [row_of(s / arm / f"eval_{split}_T1") for s in seeds]
-        found = []
-        for s in seeds if arm != "sft" else ():
-            sides = [predictions_of(s / name / f"eval_{split}", records) for name in ("sft", arm)]
-            asked = [r for r in records if r.id in {p["id"] for p in sides[0]}]
-            found.append(metrics.paired(asked, *(evaluation.overlap_of(asked, side) for side in sides))["mIoU"])
-            tests.append((arm, s.name, found[-1]))
-        each = "; ".join(f"{t['difference']:+.3f} [{t['ci'][0]:+.3f}, {t['ci'][1]:+.3f}]" for t in found)
-        text += line([ARMS[arm], " ".join(s.name for s in seeds), mean_text([r["mIoU"] for r in rows]), each or "-",
-                      mean_text([t["difference"] for t in found]), *(mean_text([r[k] for r in rows]) for k in ("Pr@0.5", "cIoU")),
-                      mean_text([r and r["mIoU"] for r in warm]), mean_text([sum(r["failures"].values()) / r["n"] for r in rows])])
-        for t in ("0.8", "0.6") if arm == "sft" else ():
-            cooler = [row_of(s / arm / f"eval_{split}_T{t}") for s in seeds]
-            text += line([f"SFT sampled at T={t}", "", mean_text([r and r["mIoU"] for r in cooler]), *["-"] * 6]) if any(cooler) else ""
+        rows = rows_of(seeds, arm, f"eval_{split}")
+        differences = [] if arm == "sft" else arm_differences(seeds, arm, split, records)
+        tests += [(arm, seed.name, test) for seed, test in zip(seeds, differences)]
+        each = [f"{t['difference']:+.3f} [{t['ci'][0]:+.3f}, {t['ci'][1]:+.3f}]"
+                for t in differences]
+        failed = [sum(row["failures"].values()) / row["n"] for row in rows]
+        text += line([
+            ARMS[arm], " ".join(seed.name for seed in seeds), key_text(rows, "mIoU"),
+            "; ".join(each) or "-", mean_text([t["difference"] for t in differences]),
+            key_text(rows, "Pr@0.5"), key_text(rows, "cIoU"),
+            key_text(rows_of(seeds, arm, f"eval_{split}_T1"), "mIoU"), mean_text(failed)])
+        if arm == "sft":
+            text += cooler_sampling(seeds, split)
     return text, tests
 
 
-def answers(folder, records):
-    """A folder's answers -> was there a box (N,), its IoU (N,), the distance of its centre from the target's (N,), 0 without a box."""
-    found = evaluation.answered(records, predictions_of(folder, records))
-    valid, iou, _, _, away = metrics.overlaps(found, *metrics.targets(records))
-    return valid.numpy(), iou.numpy(), away.where(valid, 0.0).numpy()
+def cooler_sampling(seeds: Sequence[Path], split: str) -> str:
+    """The control of sharpening: SFT sampled at less than T=1."""
+    text = ""
+    for temperature in ("0.8", "0.6"):
+        rows = rows_of(seeds, "sft", f"eval_{split}_T{temperature}")
+        if any(rows):
+            name = f"SFT sampled at T={temperature}"
+            text += line([name, "", key_text(rows, "mIoU"), *["-"] * 6])
+    return text
 
 
-def contrasts(regime, split):
-    """Markdown: what one arm has more than another. Distances are over the scenes where both gave a box."""
-    records = data.load(DATA[regime.name], None, split)
-    head = ["", "seeds", "mIoU", "Pr@0.5", "box given", "centre distance", "mIoU, target under 1% of the image",
-            "mIoU where SFT's box touched nothing", "centre distance there"]
-    text = line(head) + line(["---"] * len(head))
+# ---------------------------------------------------------------- arms beside each other
+
+@dataclass
+class Answers:
+    """What an arm answered to N scenes in S seeds; each (S, N)."""
+
+    has_box: np.ndarray
+    iou: np.ndarray
+    distance: np.ndarray       # of its centre from the target's; 0 without a box
+
+
+def read_answers(
+        seeds: Sequence[Path], arm: str, split: str, records: Sequence[Record]) -> Answers:
+    has_box = []
+    iou = []
+    distance = []
+    for seed in seeds:
+        predictions = predictions_of(seed / arm / f"eval_{split}", records)
+        boxes = evaluation.answered(records, predictions)
+        valid, overlap, _, _, away = metrics.overlaps(boxes, *metrics.targets(records))
+        has_box.append(valid.numpy())
+        iou.append(overlap.numpy())
+        distance.append(away.where(valid, 0.0).numpy())
+    return Answers(np.stack(has_box), np.stack(iou), np.stack(distance))
+
+
+def is_small(record: Record) -> bool:
+    """Does the target cover less than 1% of its image?"""
+    x1, y1, x2, y2 = record.box
+    return (x2 - x1) * (y2 - y1) < 0.01 * record.size[0] * record.size[1]
+
+
+def contrasts(regime: Path, split: str) -> str:
+    """Markdown: what one arm has more than another."""
+    records = load(REGIMES[regime.name], None, split)
+    text = header(["", "seeds", "mIoU", "Pr@0.5", "box given", "centre distance",
+                   "mIoU, target under 1% of the image", "mIoU where SFT's box touched nothing",
+                   "centre distance there"])
     for arm, other in CONTRASTS:
-        seeds = scored(regime, arm, split, other)
+        seeds = seeds_with(regime, arm, split, other)
         if not seeds:
             continue
-        asked = records[:row_of(seeds[0] / arm / f"eval_{split}")["n"]]
-        (box, iou, _), (box_a, iou_a, away_a), (box_b, iou_b, away_b) = (
-            [np.stack(x) for x in zip(*(answers(s / name / f"eval_{split}", asked) for s in seeds))] for name in ("sft", arm, other))
-        small = [(x2 - x1) * (y2 - y1) < 0.01 * r.size[0] * r.size[1] for r in asked for x1, y1, x2, y2 in [r.box]]
-        small = np.broadcast_to(small, box.shape)
-        every, both, missed = np.ones_like(box), box_a & box_b, box & (iou == 0)                      # (seeds, N), as all of these
-        columns = [(iou_a - iou_b, every), ((iou_a > 0.5) * 1.0 - (iou_b > 0.5), every), (box_a * 1.0 - box_b, every),
-                   (away_a - away_b, both), (iou_a - iou_b, small), (iou_a - iou_b, missed), (away_a - away_b, missed & both)]
-        bounds = metrics.intervals(asked, {i: ((v * among).sum(0), among.sum(0)) for i, (v, among) in enumerate(columns)})
-        cells = []
-        for i, (value, among) in enumerate(columns):
-            each = [v[m].mean().item() for v, m in zip(value, among) if m.any()]
-            spread = f" ± {statistics.stdev(each):.3f}" if len(each) > 1 else ""
-            cells.append(f"{value[among].mean():+.3f} [{bounds[i][0]:+.3f}, {bounds[i][1]:+.3f}]{spread}" if each else "-")
+        n = read_row(seeds[0] / arm / f"eval_{split}")["n"]
+        sft, a, b = (read_answers(seeds, name, split, records[:n]) for name in ("sft", arm, other))
+        cells = contrast_cells(records[:n], sft, a, b)
         text += line([f"{ARMS[arm]} minus {ARMS[other]}", str(len(seeds)), *cells])
     return text
 
 
-def kinds(regime, arms, split):
+def contrast_cells(
+        records: Sequence[Record], sft: Answers, a: Answers, b: Answers) -> list[str]:
+    """The differences a - b, each over the answers that it is about, with intervals."""
+    everywhere = np.ones_like(sft.has_box)                         # (S, N), as all of these
+    both = a.has_box & b.has_box
+    small = np.broadcast_to([is_small(r) for r in records], everywhere.shape)
+    missed = sft.has_box & (sft.iou == 0)
+    hits = (a.iou > 0.5) * 1.0 - (b.iou > 0.5)
+    boxes = a.has_box * 1.0 - b.has_box
+    iou = a.iou - b.iou
+    # Distances are told where both arms gave a box.
+    distance = a.distance - b.distance
+    columns = [(iou, everywhere), (hits, everywhere), (boxes, everywhere), (distance, both),
+               (iou, small), (iou, missed), (distance, missed & both)]
+    rates = {}
+    for i, (value, among) in enumerate(columns):
+        rates[i] = ((value * among).sum(0), among.sum(0))
+    bounds = metrics.intervals(records, rates)
+    cells = []
+    for i, (value, among) in enumerate(columns):
+        of_seeds = [v[m].mean().item() for v, m in zip(value, among) if m.any()]
+        if not among.any():
+            cells.append("-")
+            continue
+        low, high = bounds[i]
+        cells.append(f"{value[among].mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+                     f"{deviation_text(of_seeds)}")
+    return cells
+
+
+def kinds(regime: Path, arms: Sequence[str], split: str) -> str:
     """Markdown: mIoU by kind of expression, mean over seeds."""
-    rows = {arm: [row_of(s / arm / f"eval_{split}") for s in scored(regime, arm, split)] for arm in arms}
-    names = sorted({kind for found in rows.values() for r in found for kind in r["breakdowns"]["kind"]})
-    text = line(["mIoU by kind", *names]) + line(["---"] * (1 + len(names)))
-    return text + "".join(line([ARMS[arm], *(mean_text([r["breakdowns"]["kind"][k]["mIoU"] for r in found]) for k in names)])
-                          for arm, found in rows.items() if found)
-
-
-def training(regime, arms):
-    """Markdown: what the steps logged, mean of the first and of the last tenth of them, mean over seeds; "-" where an arm logs no such
-    figure. Of the reward and of whatever terms it has, the mean and the standard deviation within a group."""
-    logs = {}
+    by_arm = {}
+    names = set()
     for arm in arms:
-        read = [list(report.log_lines(s / arm / "metrics.jsonl")) for s in sorted(regime.iterdir()) if (s / arm / "done").exists()]
-        logs[arm] = [log for log in read if log and "dispersion" in log[0]]
-    logged = [log[0] for several in logs.values() for log in several]
-    terms = list(dict.fromkeys(k for first in logged for keys in report.reward_curves([first]) for k in keys))
-    names = [*terms, *TRAINED]
-    text = line(["first → last tenth of the steps", *names]) + line(["---"] * (1 + len(names)))
-    for arm, several in logs.items():
-        if several:
-            text += line([ARMS[arm], *(ends(several, name) for name in names)])
+        rows = rows_of(seeds_with(regime, arm, split), arm, f"eval_{split}")
+        by_arm[arm] = [row["breakdowns"]["kind"] for row in rows]
+        for kind_scores in by_arm[arm]:
+            names.update(kind_scores)
+    text = header(["mIoU by kind", *sorted(names)])
+    for arm, kind_scores in by_arm.items():
+        if kind_scores:
+            cells = [mean_text([k[name]["mIoU"] for k in kind_scores]) for name in sorted(names)]
+            text += line([ARMS[arm], *cells])
     return text
 
 
-def ends(logs, name) -> str:
-    """A figure of metrics.jsonl: its mean over the first tenth of the steps and over the last, mean over seeds."""
-    if not all(name in step for log in logs for step in log):
-        return "-"
-    first, last = [], []
+# ---------------------------------------------------------------- training
+
+def training(regime: Path, arms: Sequence[str]) -> str:
+    """Markdown: what the steps logged, first and last tenth of them, mean over seeds.
+
+    Of the reward and of whatever terms a run had, the mean and the standard deviation within a
+    group; "-" where an arm logs no such figure.
+    """
+    logs: dict[str, list[list[dict[str, Any]]]] = {}
+    names: dict[str, None] = {}
+    for arm in arms:
+        logs[arm] = []
+        for seed in sorted(regime.iterdir()):
+            log = list(report.log_lines(seed / arm / "metrics.jsonl"))
+            if (seed / arm / "done").exists() and log and "dispersion" in log[0]:
+                logs[arm].append(log)
+                for keys in report.reward_curves(log[:1]):
+                    names.update(dict.fromkeys(keys))
+    columns = [*names, *TRAINED]
+    text = header(["first → last tenth of the steps", *columns])
+    for arm, of_seeds in logs.items():
+        if of_seeds:
+            text += line([ARMS[arm], *(ends_text(of_seeds, name) for name in columns)])
+    return text
+
+
+def ends_text(logs: Sequence[list[dict[str, Any]]], key: str) -> str:
+    """A figure of metrics.jsonl over the first tenth of the steps and over the last."""
+    first = []
+    last = []
     for log in logs:
+        if any(key not in step for step in log):
+            return "-"
         tenth = max(1, len(log) // 10)
-        first.append(np.mean([step[name] for step in log[:tenth]]))
-        last.append(np.mean([step[name] for step in log[-tenth:]]))
+        first.append(np.mean([step[key] for step in log[:tenth]]))
+        last.append(np.mean([step[key] for step in log[-tenth:]]))
     return f"{np.mean(first):.3f} → {np.mean(last):.3f}"
 
 
-def figure(tests, path):
-    """tests: (regime, split, arm, seed, test) -> a picture: each difference from SFT with its interval, a line an arm and seed."""
-    high, left, width = 17, 280, 900
-    ends = [v for *_, t in tests for v in t["ci"]]
-    low, most = min(-0.01, *ends), max(0.01, *ends)
-    image = Image.new("RGB", (width, high * (len(tests) + 2)), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+# ---------------------------------------------------------------- the figure
 
-    def at(v):
-        return left + (width - left - 20) * (v - low) / (most - low)
-    pen.line([at(0), high, at(0), image.height - high], fill="#999999")
-    pen.text((left, 1), "mIoU greedy, minus SFT: difference and 95% interval over scenes", fill="black", font=font)
-    for value in (low, 0, most):
-        pen.text((at(value) - 15, image.height - high), f"{value:+.2f}", fill="black", font=font)
-    for i, (regime, split, arm, seed, t) in enumerate(tests):
-        y = high * (i + 1.5)
-        pen.text((4, y - 8), f"{regime}, {split}: {ARMS[arm]}, seed {seed}", fill="black", font=font)
-        pen.line([at(t["ci"][0]), y, at(t["ci"][1]), y], fill="#1f77b4", width=2)
-        pen.ellipse([at(t["difference"]) - 3, y - 3, at(t["difference"]) + 3, y + 3], fill="#d62728")
-    image.save(path)
+ROW = 17                       # pixels, height of a line of the figure
+LABELS = 280                   # pixels, width of its labels
+WIDTH = 900
 
 
-def main():
+def draw_differences(tests: Sequence[tuple[str, str, str, str, dict[str, Any]]]) -> Image.Image:
+    """(regime, split, arm, seed, test) -> a line each: the difference from SFT, its interval."""
+    ends = [test["ci"] for *_, test in tests]
+    low = min(-0.01, *(bounds[0] for bounds in ends))
+    high = max(0.01, *(bounds[1] for bounds in ends))
+    image = Image.new("RGB", (WIDTH, ROW * (len(tests) + 2)), "white")
+    pen = ImageDraw.Draw(image)
+    font = ImageFont.load_default(12)
+
+    def x_of(value: float) -> float:
+        return LABELS + (WIDTH - LABELS - 20) * (value - low) / (high - low)
+
+    bottom = image.height - ROW
+    pen.line([x_of(0), ROW, x_of(0), bottom], fill="#999999")
+    pen.text((LABELS, 1), "mIoU greedy, minus SFT: difference and 95% interval over scenes",
+             fill="black", font=font)
+    for value in (low, 0, high):
+        pen.text((x_of(value) - 15, bottom), f"{value:+.2f}", fill="black", font=font)
+    for i, (regime, split, arm, seed, test) in enumerate(tests):
+        y = ROW * (i + 1.5)
+        label = f"{regime}, {split}: {ARMS[arm]}, seed {seed}"
+        pen.text((4, y - 8), label, fill="black", font=font)
+        left, right = test["ci"]
+        pen.line([x_of(left), y, x_of(right), y], fill="#1f77b4", width=2)
+        dot = x_of(test["difference"])
+        pen.ellipse([dot - 3, y - 3, dot + 3, y + 3], fill="#d62728")
+    return image
+
+
+def main() -> None:
     parser = runtime.FlagParser("Tables and figure of a study that ablate.sh ran")
     parser.add_argument("study", nargs="?", default="ckpt/study", help="its folder")
     study = Path(parser.parse_args().study)
-    regimes = [study / name for name in DATA if (study / name).is_dir()]
+    regimes = [study / name for name in REGIMES if (study / name).is_dir()]
     if not regimes:
-        runtime.fail(f"no regime ({', '.join(DATA)}) in {study}; run ablate.sh first")
-    text, tests = "", []
+        runtime.fail(f"no regime ({', '.join(REGIMES)}) in {study}; run ablate.sh first")
+    arms = tuple(ARMS)
+    text = ""
+    tests = []
     for regime in regimes:
         for split in ("test", "novel"):
             if not any(regime.glob(f"*/*/eval_{split}/eval.json")):
                 continue
-            table, found = compare(regime, ARMS, split)
-            text += f"### {regime.name}, {split}\n\n{table}\n{contrasts(regime, split)}\n{kinds(regime, ARMS, split)}\n"
-            tests += [(regime.name, split, *t) for t in found]
-        text += training(regime, ARMS) + "\n"
+            table, differences = compare(regime, arms, split)
+            text += f"### {regime.name}, {split}\n\n{table}\n"
+            text += f"{contrasts(regime, split)}\n{kinds(regime, arms, split)}\n"
+            tests += [(regime.name, split, *test) for test in differences]
+        text += training(regime, arms) + "\n"
     (study / "study.md").write_text(text, encoding="utf-8")
-    (study / "study.json").write_text(json.dumps([[*where, t] for *where, t in tests], indent=1) + "\n", encoding="utf-8")
+    (study / "study.json").write_text(json.dumps(tests, indent=1) + "\n", encoding="utf-8")
     if tests:
-        figure(tests, study / "study.png")
+        draw_differences(tests).save(study / "study.png")
     print(text)
 
 

@@ -1,0 +1,55 @@
+"""The table of study/paper.sh: every stage on every data set that it was scored on.
+
+    python study/paper.py ckpt/paper/dior           prints Markdown, writes table.md there
+"""
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data  # noqa: E402
+import runtime  # noqa: E402
+
+METRICS = ("Pr@0.5", "Pr@0.7", "mIoU")
+
+
+def read_rows(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Name of a data set and split -> the rows of its eval.json, in domain first."""
+    files = sorted(out.glob("eval_*/eval.json"), key=lambda f: f.stat().st_mtime)
+    tables = {}
+    for file in files:
+        rows = data.read_json(file)["rows"]
+        tables[f"{rows[0]['data']} {rows[0]['split']}"] = rows
+    return tables
+
+
+def table(tables: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: a line a stage, three columns a data set, 95% intervals in brackets."""
+    head = ["stage"]
+    for where, rows in tables.items():
+        head += [f"{where} ({rows[0]['n']:,}): {metric}" for metric in METRICS]
+    lines = [head, ["---"] * len(head)]
+    for i, first in enumerate(next(iter(tables.values()))):
+        cells = [first["stage"]]
+        for rows in tables.values():
+            for metric in METRICS:
+                low, high = rows[i]["ci"][metric]
+                cells.append(f"{rows[i][metric]:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(cells)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def main() -> None:
+    parser = runtime.FlagParser("The table of a run of study/paper.sh")
+    parser.add_argument("out", help="its folder")
+    out = Path(parser.parse_args().out)
+    tables = read_rows(out)
+    if not tables:
+        runtime.fail(f"no eval_*/eval.json in {out}; run study/paper.sh first")
+    text = table(tables)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    runtime.main(main)

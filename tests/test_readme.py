@@ -1,0 +1,52 @@
+"""README.md: its glossary is the code's, its commands and files exist."""
+import re
+from pathlib import Path
+
+import reward
+import rft
+import runtime
+import sft
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {"sft.py": sft.flags, "rft.py": rft.flags}
+
+
+def glossary(marker: str) -> dict[str, str]:
+    """The rows `key` | sentence of the table behind a heading's sentence."""
+    section = README.split(marker, 1)[1].split("\n\n", 2)[1]
+    rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", section, re.MULTILINE)
+    assert len(rows) == section.count("\n") - 1
+    return dict(rows)
+
+
+def test_the_glossary_of_the_log_is_that_of_the_code() -> None:
+    assert glossary("A line of `metrics.jsonl`") == runtime.LOG_KEYS
+
+
+def test_the_table_of_settings_has_the_defaults_of_the_code() -> None:
+    args = rft.flags().parse_args([])
+    table = README.split("## Whose settings", 1)[1].split("\n## ", 1)[0]
+    weights = runtime.as_typed(args.reward)
+    for text in (f"`--reward {weights}`", f"`--alpha {args.alpha:g}`",
+                 f"`--weighting {args.weighting}`", f"`--prompts {args.prompts}`",
+                 f"`--group {args.group}`", f"`--lr {args.lr:.0e}".replace("e-06", "e-6"),
+                 f"--beta {args.beta:g} --clip {args.clip[0]:g} {args.clip[1]:g}`"):
+        assert text in table, text
+    assert f"`--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}`" in table
+    assert args.temperature == 1 and "T=1" in table and not args.no_std
+
+
+def test_files_and_flags_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"`((?:study/|toy/|tests/)?\w+\.(?:py|sh))`", README):
+        assert (ROOT / name).exists(), name
+    for script, flags in SCRIPTS.items():
+        known = {option for action in flags()._actions for option in action.option_strings}
+        for command in re.findall(rf"{re.escape(script)} ([^\n`#]*)", README):
+            for flag in re.findall(r"--[a-z][a-z-]*", command):
+                assert flag in known | {"--nproc_per_node"}, (script, flag)
+
+
+def test_terms_that_the_readme_names_exist() -> None:
+    named = re.search(r"`--reward ([^`]*)`", README)[1].split()
+    assert {text.split("=")[0] for text in named} <= {*reward.TERMS, "format"}

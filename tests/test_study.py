@@ -1,0 +1,243 @@
+"""study/: the tables against cases worked by hand, and the gradients' signal."""
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import rft
+from data import Record, load, open_image
+from model import QwenVL
+from processor import Processor
+from study import gradient, paper, study
+from toy import scenes
+
+ROOT = Path(__file__).parents[1]
+FRAME = {"original": [scenes.SIDE] * 2, "resized": [scenes.SIDE] * 2, "convention": "absolute"}
+
+
+# ---------------------------------------------------------------- the tables
+
+def write_scores(folder: Path, records: list[Record], exact: bool) -> None:
+    """An arm's scores: exact boxes; or of forty 29 that are 0.4 times as wide as the target, one
+    that touches nothing, and ten answers without a box.
+    """
+    texts = []
+    for i, record in enumerate(records):
+        x1, y1, x2, y2 = record.box
+        box = [x1, y1, x2, y2] if exact else [x1, y1, 0.6 * x1 + 0.4 * x2, y2]
+        if not exact and i == 29:
+            box = [0, 0, 1, 1]
+        texts.append(f'<think>a</think><answer>{{"bbox_2d": {box}}}</answer>')
+    if not exact:
+        texts[30:] = ["nothing"] * 10
+    predictions = []
+    for record, text in zip(records, texts):
+        predictions.append({"id": record.id, "text": text, "frame": FRAME})
+    folder.mkdir(parents=True)
+    lines = [json.dumps(p) + "\n" for p in predictions]
+    (folder / "predictions_x.jsonl").write_text("".join(lines))
+    row = {**evaluation.score(records, predictions),
+           **evaluation.details(records, predictions, "synth-small", (None, records))}
+    (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
+
+
+def write_log(arm: Path, name: str) -> None:
+    """One step of training; the positional arm has a term that no other has."""
+    step = {"step": 1, **dict.fromkeys(study.TRAINED, 0.25)}
+    step |= {"reward": 0.1, "reward_group_std": 0.2}
+    if name == "positional":
+        step |= {"diamond": 0.5, "diamond_group_std": 0.125}
+    if name == "sft":
+        step = {"step": 1, "loss": 1.0}
+    (arm / "done").touch()
+    (arm / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A study of two seeds and the lines that study.py prints of it.
+
+    Without the positional term the arm is exact in seed 0 and as SFT in seed 1; with it, in both.
+    """
+    out = tmp_path_factory.mktemp("study")
+    records = list(load("synth-small", None, "test"))[:40]
+    arms = ((0, "sft", False), (0, "iou", True), (1, "sft", False), (1, "iou", False),
+            (0, "positional", True), (1, "positional", True))
+    for seed, name, exact in arms:
+        arm = out / "small" / str(seed) / name
+        write_scores(arm / "eval_test", records, exact)
+        write_log(arm, name)
+    script = subprocess.run(
+        [sys.executable, "study/study.py", out], capture_output=True, text=True, cwd=ROOT)
+    assert script.returncode == 0, script.stderr
+    return out, script.stdout.splitlines()
+
+
+def cells_of(lines: list[str], name: str) -> list[str]:
+    """The cells of the table's row that begins with this name."""
+    row, = [line for line in lines if line.startswith(f"| {name} |")]
+    return row.strip("| ").split(" | ")[1:]
+
+
+def test_each_arm_is_compared_with_its_own_start(tables: tuple[Path, list[str]]) -> None:
+    lines = tables[1]
+    rows = [line for line in lines if line.startswith("| GRPO: IoU + format | 0 1 |")]
+    # Over the seeds 1 and 0.29: as SFT, 29 of forty boxes have an IoU of 0.4.
+    assert rows[0].startswith("| GRPO: IoU + format | 0 1 | 0.645 ±")
+    assert "+0.710 [" in rows[0] and "; +0.000 [+0.000, +0.000]" in rows[0]
+    assert "| 0.355 ± 0.502 |" in rows[0]
+
+
+def test_what_a_term_adds_is_told_over_all_seeds(tables: tuple[Path, list[str]]) -> None:
+    cells = cells_of(tables[1], "+ positional minus GRPO: IoU + format")
+    seeds, iou, hits, given, distance, _, missed, distance_missed = cells
+    # One seed in two gains all that SFT lacked.
+    assert seeds == "2"
+    assert iou.startswith("+0.355 [") and iou.endswith("± 0.502")
+    assert hits.startswith("+0.500 [") and given.startswith("+0.125 [")
+    assert missed.startswith("+0.500 [") and missed.endswith("± 0.707")
+    # Distances are over 70 pairs of boxes, of which 30 differ: 29 by 0.3 widths, one by a walk
+    # to the corner.
+    records = list(load("synth-small", None, "test"))[:40]
+    narrow = sum(0.3 * (r.box[2] - r.box[0]) for r in records[:29])
+    x1, y1, x2, y2 = records[29].box
+    corner = math.dist(((x1 + x2) / 2, (y1 + y2) / 2), (0.5, 0.5))
+    unit = scenes.SIDE * 2 ** 0.5
+    assert abs(float(distance.split()[0]) + (narrow + corner) / 70 / unit) < 6e-4
+    assert abs(float(distance_missed.split()[0]) + corner / 2 / unit) < 6e-4
+
+
+def test_terms_that_one_arm_alone_has_stand_in_the_table(tables: tuple[Path, list[str]]) -> None:
+    text = "\n".join(tables[1])
+    assert "| reward | reward_group_std | diamond | diamond_group_std | no_overlap_groups |" in text
+    assert ("| GRPO: IoU + format | 0.100 → 0.100 | 0.200 → 0.200 | - | - | 0.250 → 0.250 |"
+            in text)
+    assert ("| + positional | 0.100 → 0.100 | 0.200 → 0.200 | 0.500 → 0.500 | 0.125 → 0.125 "
+            "| 0.250 → 0.250 |" in text)
+
+
+def test_a_study_leaves_its_differences_and_a_figure(tables: tuple[Path, list[str]]) -> None:
+    out = tables[0]
+    assert (out / "study.png").exists() and (out / "study.md").exists()
+    differences = json.loads((out / "study.json").read_text())
+    assert [row[:4] for row in differences] == [
+        ["small", "test", "iou", "0"], ["small", "test", "iou", "1"],
+        ["small", "test", "positional", "0"], ["small", "test", "positional", "1"]]
+
+
+def test_every_arm_of_the_script_has_a_name_and_the_other_way_round() -> None:
+    script = (ROOT / "study" / "ablate.sh").read_text()
+    listed = script.split("no arm $arm; there are ", 1)[1].split('" >&2', 1)[0]
+    words = listed.replace("\\", " ").replace('"', " ").replace(",", " ").split()
+    assert sorted([*words, "sft"]) == sorted(study.ARMS)
+    assert {name for pair in study.CONTRASTS for name in pair} <= set(study.ARMS)
+
+
+def test_the_papers_table_has_a_row_a_stage_and_columns_a_data_set(tmp_path: Path) -> None:
+    for i, name in enumerate(("dior", "geopix")):
+        rows = []
+        for j, stage in enumerate(("base", "sft", "rft")):
+            scores = {metric: (i + j) / 10 for metric in paper.METRICS}
+            ci = {metric: [0.0, 1.0] for metric in paper.METRICS}
+            rows.append({"stage": stage, "data": name, "split": "test", "n": 7, **scores, "ci": ci})
+        (tmp_path / f"eval_{name}").mkdir()
+        (tmp_path / f"eval_{name}" / "eval.json").write_text(json.dumps({"rows": rows}))
+    lines = paper.table(paper.read_rows(tmp_path)).splitlines()
+    assert lines[0].startswith("| stage | dior test (7): Pr@0.5 |")
+    assert len(lines) == 5 and lines[4].startswith("| rft | 0.200 [0.000, 1.000] |")
+    assert lines[4].endswith("| 0.300 [0.000, 1.000] |")
+
+
+# ---------------------------------------------------------------- signal and noise
+
+def test_signal_and_noise_are_told_apart() -> None:
+    rng = torch.Generator().manual_seed(0)
+    # The true gradient has length 3, the noise below length 20.
+    true = torch.zeros(400)
+    true[:3] = torch.tensor([2.0, 1.0, -2.0])
+    noisy = true + torch.randn(300, 400, generator=rng)
+    (signal, error), progress = gradient.estimate(noisy, noisy)
+    assert abs(signal - 9 / 409) < 3 * error < 0.02
+    assert progress == (signal, error)
+    # A reward that has nothing to do with the target makes no progress.
+    unrelated = torch.randn(300, 400, generator=rng) + true.roll(100)
+    _, (progress, error) = gradient.estimate(unrelated, noisy)
+    assert abs(progress) < 3 * error
+
+
+def test_adams_division_by_the_same_batches_is_biased_upwards() -> None:
+    """The warning of the docstring: rewards that teach nothing seem to, where noise is skewed."""
+    rng = torch.Generator().manual_seed(1)
+    skewed = torch.empty(8, 4000).exponential_(generator=rng) - 1
+    (raw, _), _ = gradient.estimate(skewed, skewed)
+    cells = gradient.table({gradient.TARGET: skewed}).splitlines()[2].split(" | ")
+    assert abs(raw) < 0.01 < 0.03 < float(cells[3].split()[0])
+    assert abs(float(cells[1].split()[0]) - raw) < 6e-4
+
+
+def iou_in_image(a: list[float], b: list[float]) -> float:
+    """Of boxes in an image of side scenes.SIDE; the second is cut at its edges."""
+    b = [min(v, scenes.SIDE) for v in b]
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    area_a = (a[2] - a[0]) * (a[3] - a[1])
+    area_b = (b[2] - b[0]) * (b[3] - b[1])
+    return width * height / (area_a + area_b - width * height)
+
+
+def test_a_variants_gradient_is_that_of_its_own_objective(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the mean IoU by hand: each answer's log-probability times its IoU above the mean."""
+    model = QwenVL.from_pretrained("toy/base", torch.float32)
+    model.visual.requires_grad_(False)
+    policy = rft.Policy(model, Processor.from_pretrained("toy/base"), None, None)
+    records = load("synth", None, "val")[:2]
+    args = rft.flags().parse_args(["--temperature", "0.7"])
+    # Each answer is moved by so much from the target; (200, 200) leaves the image.
+    shifts = [[(0, 0), (3, 1), (200, 200)], [(1, 1), (9, 0), (2, 5)]]
+    texts = []
+    ious = []
+    for record, group in zip(records, shifts):
+        boxes = [[v + shift[i % 2] for i, v in enumerate(record.box)] for shift in group]
+        texts.append([f'<answer>{{"bbox_2d": {box}}}</answer>' for box in boxes])
+        ious.append([iou_in_image(record.box, box) for box in boxes])
+    completions = []
+    for group in texts:
+        completions.append([policy.processor.encode(text) for text in group])
+    prompts = [policy.processor(open_image(r), r.text) for r in records]
+    rollouts = rft.Rollouts(records, prompts, completions, [], texts)
+    monkeypatch.setattr(rft, "sample", lambda *_: rollouts)
+    gradients, means = gradient.gradients(policy, records, None, args)
+
+    iou = torch.tensor(ious)
+    assert iou[0, 2] == 0 < iou[0, 1] < iou[0, 0] == 1
+    assert abs(means["iou"] - iou.mean().item()) < 1e-5
+    logp, _ = model.score(prompts, completions, 0.7)
+    of_answers = [part.sum() for part in logp.split(rollouts.lengths.flatten().tolist())]
+    above_mean = (iou - iou.mean(1, keepdim=True)).flatten().tolist()
+    objective = -sum(a * total for a, total in zip(above_mean, of_answers)) / len(logp)
+    parts = torch.autograd.grad(objective, [p for p in model.parameters() if p.requires_grad])
+    by_hand = torch.cat([g.flatten() for g in parts])
+    torch.testing.assert_close(gradients[gradient.TARGET], by_hand, rtol=1e-3, atol=1e-7)
+
+    # Where the reward is the IoU, undivided, and all weigh the same, these are one gradient.
+    flags = "--temperature 0.7 --no-std --reward iou=1 positional=0 --lambdas 0 0"
+    gradients, _ = gradient.gradients(
+        policy, records, None, rft.flags().parse_args(flags.split()))
+    same = ("total", "total without positional", "iou alone", "total, weighted by consistency")
+    for name in same:
+        torch.testing.assert_close(gradients[name], gradients[gradient.TARGET])
+    dealt = gradients["total, dealt at random"] - gradients["total"]
+    assert dealt.norm() > 0.1 * gradients["total"].norm()
+
+
+def test_without_a_reward_there_is_no_gradient_to_measure(run) -> None:
+    script = run("study/gradient.py", "--init", "toy/base", "--batches", 3, "--prompts", 2,
+                 "--group", 2, "--max-new-tokens", 8, "--device", "cpu")
+    assert script.returncode == 2
+    assert "rewarded alike" in script.stderr and "Traceback" not in script.stderr
