@@ -1,10 +1,9 @@
 """Attention over packed tokens: what may see what, the cache of sampling, the kernels.
 
-Packed means that the sequences of a batch lie one behind the other in one tensor, (N,
-...), without padding. A group is one prompt and G completions of it. The prompt is in
-the pack once, every completion sees it, and no completion sees another. `x` marks who
-sees whom in a pack of a prompt p of 3 tokens and two completions a and b of 2 tokens
-each:
+Packed means that the sequences of a batch lie one behind the other, without padding, in
+one tensor (N, ...). A group is one prompt and G completions of it. The prompt is in the
+pack once, every completion sees it, and no completion sees another. `x` marks who sees
+whom in a pack of a prompt p of 3 tokens and two completions a and b of 2 tokens each:
 
                         keys
     row              0   1   2 | 3   4 | 5   6
@@ -44,7 +43,7 @@ sees. With the row number as value, row 6 gets (0 + 1 + 2 + 5 + 6) / 5:
 >>> attention(q, k, v, plan)[:, 0, 0]
 tensor([0.0000, 0.5000, 1.0000, 1.5000, 2.0000, 2.0000, 2.8000])
 
-Sequences of one length need not be neighbours. Then the rows are an index instead of a slice:
+Sequences of one length need not be neighbours. Then the rows are an index, no slice:
 
 >>> Plan([2, 3, 2]).pieces[0].query_rows
 tensor([0, 1, 5, 6])
@@ -95,12 +94,13 @@ class Boundaries:
 class Plan:
     """What may see what in one pass over packed tokens: made once, used by every layer.
 
-    lengths:  tokens of each sequence, in packed order; a token sees its own sequence, up to
-              itself where `causal`.
-    prefix:   Q pairs (tokens of a prompt, tokens of all its completions). The first Q sequences
-              are the prompts, and behind all of them lie the completions in the same
-              order. A completion's token sees the whole of its prompt as well.
-    kv_cache: a list here receives every layer's keys and values: so prefill fills the cache.
+    lengths:  tokens of each sequence, in packed order; a token sees its own sequence,
+              up to itself where `causal`.
+    prefix:   Q pairs (tokens of a prompt, tokens of all its completions). The first Q
+              sequences are the prompts, and behind all of them lie the completions in
+              the same order. A completion's token sees the whole of its prompt as well.
+    kv_cache: a list here receives every layer's keys and values. So prefill fills the
+              cache.
     """
 
     def __init__(
@@ -210,6 +210,9 @@ class Cache:
         P = max(lengths)
         _, KV, hd = kv_cache[0][0].shape
         device = kv_cache[0][0].device
+
+        # Prompts of unequal length are padded behind, to one tensor a layer: so one
+        # matrix product serves all of them in every step.
         n = torch.tensor(lengths, device=device)
         place = torch.arange(P, device=device)
         self.prompt_padding = (place >= n[:, None])[:, None, None, :]
@@ -218,6 +221,8 @@ class Cache:
         row = (n.cumsum(0) - n)[:, None] + place.clamp(max=n[:, None] - 1)         # (Q, P)
         self.prompt_k = [k[row].transpose(1, 2).contiguous() for k, _ in kv_cache]
         self.prompt_v = [v[row].transpose(1, 2).contiguous() for _, v in kv_cache]
+
+        # All memory for the rollouts' own tokens at once, filled step by step.
         shape = (Q * group, KV, max_tokens, hd)
         self.completion_k = [k.new_zeros(shape) for k, _ in kv_cache]
         self.completion_v = [v.new_zeros(shape) for _, v in kv_cache]

@@ -134,8 +134,8 @@ class Config:
     def from_dicts(
             cls, raw: dict[str, Any], text: dict[str, Any],
             rope: dict[str, Any]) -> Config:
-        """raw: the whole of config.json; text: its part on the language model; rope: of that,
-        the part on positions. KeyError where a field is missing."""
+        """raw: the whole of config.json; text: its part on the language model; rope: of
+        that, the part on positions. KeyError where a field is missing."""
         hidden = text["hidden_size"]
         heads = text["num_attention_heads"]
         vision = VisionConfig.from_dict(raw.get("vision_config") or {})
@@ -295,7 +295,8 @@ def frame_layout(height: int, width: int, c: VisionConfig) -> FrameLayout:
     row, column = torch.meshgrid(
         torch.arange(height // m), torch.arange(width // m), indexing="ij")
     window = (row // side * windows_a_row + column // side).flatten()      # (tokens,)
-    # A stable sort by window makes each window's tokens neighbours, and leaves them row by row.
+    # A stable sort by window makes each window's tokens neighbours and leaves them row
+    # by row.
     return FrameLayout(
         patch_positions=patch_positions,
         token_order=window.argsort(stable=True),
@@ -331,7 +332,8 @@ class VisionTower(nn.Module):
             frames += [frame_layout(height, width, c)] * count
 
         # One order for all tokens: frame by frame, and window by window within a frame.
-        # So every window, and every frame, is one sequence of the pack.
+        # So every window, and every frame, is one sequence of the pack. Frames of a
+        # video do not see each other.
         orders = []
         window_patches = []
         frame_patches = []
@@ -486,7 +488,22 @@ def positions(input_ids: Tensor, grids: Sequence[Grid], image_id: int, merge: in
 
 @dataclass(frozen=True)
 class CompletionLayout:
-    """Where the completions of a pack lie: behind all prompts, by question, then by rollout."""
+    """Where the completions of a pack lie: behind all prompts, by question, by rollout.
+
+    A completion of L tokens is counted in three ways, which differ by one:
+    - fed are its tokens 0 to L - 2, as nothing follows the last one: L - 1 rows;
+    - positions belong to fed tokens: token k has its prompt's first position + k;
+    - predicted are all L tokens: token 0 by the prompt's last row, token k by the row of
+      token k - 1. So a prompt's last row stands once for each of its completions.
+
+    Prompts p and q of 4 and 3 tokens; completions a and b of p, of 2 and 3 tokens, and
+    c of q, of 1 token, of which nothing is fed:
+
+        row        0   1   2   3  | 4   5   6  | 7  | 8   9
+        token      p0  p1  p2  p3 | q0  q1  q2 | a0 | b0  b1
+        predicts               a0 |         c0 | a1 | b1  b2
+                               b0 |
+    """
     lengths: list[int]            # of each completion, in tokens that are fed
     prefix: list[tuple[int, int]]     # of each question: tokens of its prompt, fed tokens behind
     positions: Tensor             # (fed tokens,) M-RoPE position, the same on all axes
@@ -496,24 +513,12 @@ class CompletionLayout:
 def completion_layout(
         prompt_lengths: Sequence[int], first_positions: Sequence[int],
         completion_lengths: Sequence[Sequence[int]]) -> CompletionLayout:
-    """Layout of Q prompts with their completions; lengths are in tokens, end-of-turn included.
+    """Layout of Q prompts with their completions; lengths count the end-of-turn as well.
 
     first_positions: of each prompt's first completion token. It is smaller than the
     prompt's length where the prompt has an image, whose tokens share positions.
 
-    A completion of L tokens is counted in three ways, which differ by one:
-    - fed are its tokens 0 to L - 2, as nothing follows the last one: L - 1 rows of the pack;
-    - positions belong to fed tokens: token k has the first position + k;
-    - predicted are all L tokens: token 0 by the prompt's last row, token k by the row of token
-      k - 1. So a prompt's last row stands once for each of its completions.
-
-    Two questions have prompts p and q of 4 and 3 tokens. The first one's completions a
-    and b have 2 and 3 tokens; the second one's, c, has 1, of which nothing is fed:
-
-        row        0   1   2   3  | 4   5   6  | 7  | 8   9
-        token      p0  p1  p2  p3 | q0  q1  q2 | a0 | b0  b1
-        predicts               a0 |         c0 | a1 | b1  b2
-                               b0 |
+    The pack that CompletionLayout draws, where q's image makes positions start at 2:
 
     >>> layout = completion_layout([4, 3], [4, 2], [[2, 3], [1]])
     >>> layout.lengths
@@ -525,27 +530,29 @@ def completion_layout(
     >>> layout.predicting_rows                   # of a0, a1 | b0, b1, b2 | c0
     tensor([3, 7, 3, 8, 9, 6])
     """
-    lengths = []
+    fed_lengths = []
     prefix = []
-    positions = []
-    rows = []
+    fed_positions = []
+    predicting_rows = []
     prompt_end = 0
-    start = sum(prompt_lengths)                  # row of the coming completion's first token
+    start = sum(prompt_lengths)                  # row of the coming completion's token 0
     for prompt, first, group in zip(prompt_lengths, first_positions, completion_lengths):
         prompt_end += prompt
         fed_of_group = 0
         for length in group:
+            # The last token is predicted, not fed.
             fed = length - 1
-            lengths.append(fed)
-            positions += range(first, first + fed)
-            rows += [prompt_end - 1, *range(start, start + fed)]
+            fed_lengths.append(fed)
+            fed_positions += range(first, first + fed)
+            # The prompt's last row predicts token 0, every fed token the one behind it.
+            predicting_rows += [prompt_end - 1, *range(start, start + fed)]
             start += fed
             fed_of_group += fed
         prefix.append((prompt, fed_of_group))
     return CompletionLayout(
-        lengths, prefix,
-        positions=torch.tensor(positions, dtype=torch.long),
-        predicting_rows=torch.tensor(rows, dtype=torch.long))
+        fed_lengths, prefix,
+        positions=torch.tensor(fed_positions, dtype=torch.long),
+        predicting_rows=torch.tensor(predicting_rows, dtype=torch.long))
 
 
 # --------------------------------------------------------------------------- the whole model
@@ -554,8 +561,8 @@ class QwenVL(nn.Module):
     """Qwen2.5-VL for grounding.
 
     stop_ids: ids that end a completion.
-    banned:   (V,) bool, ids that can't be sampled: image, video and vision markers, ids without
-              a text. They have no probability in sampling and none in scoring."""
+    banned:   (V,) bool, ids that can't be sampled: image, video and vision markers, ids
+              without a text. They have no probability in sampling and none in scoring."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -784,7 +791,7 @@ class QwenVL(nn.Module):
             model = cls(Config.from_json(path / "config.json"))
         tensors = model.read_weights(path, dtype, device)
         model.load_state_dict(tensors, strict=False, assign=True)
-        # Assigning has put the embedding beside the head that shared its tensor.
+        # Assigning has replaced the embedding, but not the head that is tied to it.
         model.tie()
         model.set_vocabulary(read_token_ids(path))
         return model
