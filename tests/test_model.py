@@ -200,6 +200,18 @@ def seen_in_groups(prompts: list[int], completions: list[list[int]]) -> Tensor:
     return seen
 
 
+def compare_with_dense(plan: Plan, seen: Tensor) -> None:
+    """Output and gradients of attention by a plan, on random numbers."""
+    q, k, v, grad = (torch.randn(len(seen), heads, 8) * 2 for heads in (4, 2, 2, 4))
+    results = []
+    for f, shown in ((attention, plan), (dense, seen)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = f(*leaves, shown)
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for got, want in zip(*results):
+        assert relative(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("spelled_out", [False, True], ids=["kernel", "plain"])
 def test_attention_over_groups_equals_dense_attention(
         spelled_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,17 +221,10 @@ def test_attention_over_groups_equals_dense_attention(
     prompts = [5, 9, 3]
     completions = [[4, 1, 4], [0, 2], [0, 0]]
     seen = seen_in_groups(prompts, completions)
-    torch.manual_seed(1)
-    q, k, v, grad = (torch.randn(len(seen), heads, 8) * 2 for heads in (4, 2, 2, 4))
     lengths = prompts + list(itertools.chain.from_iterable(completions))
     plan = Plan(lengths, prefix=[(n, sum(group)) for n, group in zip(prompts, completions)])
-    results = []
-    for f, shown in ((attention, plan), (dense, seen)):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = f(*leaves, shown)
-        results.append([out, *torch.autograd.grad(out, leaves, grad)])
-    for got, want in zip(*results):
-        assert relative(got, want) < 1e-5
+    torch.manual_seed(1)
+    compare_with_dense(plan, seen)
 
 
 def test_attention_within_windows_is_not_causal() -> None:
@@ -273,14 +278,60 @@ def test_pieces_with_index_rows_may_be_merged(monkeypatch: pytest.MonkeyPatch) -
     seen = (owner[:, None] == owner).tril()
     seen[apart, :3] = True
     torch.manual_seed(3)
-    q, k, v, grad = (torch.randn(11, heads, 8) for heads in (4, 2, 2, 4))
-    results = []
-    for f, shown in ((attention, plan), (dense, seen)):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = f(*leaves, shown)
-        results.append([out, *torch.autograd.grad(out, leaves, grad)])
-    for got, want in zip(*results):
-        assert relative(got, want) < 1e-5
+    compare_with_dense(plan, seen)
+
+
+def by_sequence(
+        boundaries: kernels.Boundaries) -> list[tuple[slice, slice]]:
+    """Query rows and key rows of each sequence."""
+    queries = boundaries.queries.tolist()
+    keys = boundaries.keys.tolist()
+    query_rows = [slice(*ends) for ends in itertools.pairwise(queries)]
+    key_rows = [slice(*ends) for ends in itertools.pairwise(keys)]
+    return list(zip(query_rows, key_rows))
+
+
+def plain_flash(
+        q: Tensor, k: Tensor, v: Tensor, boundaries: kernels.Boundaries,
+        causal: bool) -> tuple[Tensor, Tensor]:
+    """`cuda_flash` on any device, sequence by sequence."""
+    outs = []
+    lses = []
+    for rows, keys in by_sequence(boundaries):
+        one = [kernels.batched(x, 1) for x in (q[rows], k[keys], v[keys])]
+        out, lse = kernels.plain(*one, causal)
+        outs.append(kernels.packed(out))
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+def plain_flash_backward(
+        grad: Tensor, attended: Attended, boundaries: kernels.Boundaries,
+        causal: bool) -> tuple[Tensor, ...]:
+    """`cuda_flash_backward` on any device, sequence by sequence."""
+    a = attended
+    parts = []
+    for rows, keys in by_sequence(boundaries):
+        of_rows = [kernels.batched(x[rows], 1) for x in (grad, a.q, a.out)]
+        of_keys = [kernels.batched(x[keys], 1) for x in (a.k, a.v)]
+        one = Attended(of_rows[1], *of_keys, of_rows[2], a.lse[None, :, rows])
+        shares = kernels.plain_backward(of_rows[0], one, causal)
+        parts.append([kernels.packed(share) for share in shares])
+    return tuple(torch.cat(share) for share in zip(*parts))
+
+
+def test_two_launches_with_boundaries_equal_dense_attention(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that CUDA takes, with kernels spelled out."""
+    monkeypatch.setattr(kernels, "has_kernel", lambda q: True)
+    monkeypatch.setattr(kernels, "cuda_flash", plain_flash)
+    monkeypatch.setattr(kernels, "cuda_flash_backward", plain_flash_backward)
+    seen = seen_in_groups([5, 3], [[4, 1], [2]])
+    plan = Plan([5, 3, 4, 1, 2], prefix=[(5, 5), (3, 2)])
+    plan.own = plan.own_boundaries("cpu")
+    plan.shared = plan.shared_boundaries("cpu")
+    torch.manual_seed(5)
+    compare_with_dense(plan, seen)
 
 
 def test_plain_backward_is_the_derivative_of_plain() -> None:
