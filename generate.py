@@ -1,116 +1,241 @@
-"""Sampling: each prompt and its image prefilled once, then G rollouts of it decoded token by token over a shared prefix.
+"""Sampling: each prompt and its image prefilled once, then G rollouts of it decoded
+token by token over the shared prefix.
 
-A rollout depends on its prompt, its seed and its place in the group alone, not on the batch it runs in: token k of rollout g draws one
-number from a counter-based generator at (seed, g, k) and inverts the distribution function there. (Rounding differs with the batch; a draw
-that close to a boundary may fall on the other side.) Temperature and the ids that can't be sampled are `QwenVL.distribution`'s, here and in
-scoring.
+A rollout depends on its prompt, its seed and its place in the group alone, not on the
+batch that it runs in: token k of rollout g draws one number from a counter-based
+generator at (seed, g, k) and inverts the distribution function there. (Rounding differs
+with the batch; a draw that close to a boundary may fall on the other side.) Temperature
+and the ids that can't be sampled are `QwenVL.distribution`'s, here and in scoring.
+
+Shapes: Q prompts, G rollouts of a prompt, R = Q * G rollouts, V vocabulary. Finished
+rollouts leave the batch: Q', G' and R' are what is left of them.
 """
-import torch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-CHECK_EVERY = 8                   # tokens between looks at who has finished: each look waits for the device
+import torch
+from torch import Tensor
+
+from attention import Cache
+
+if TYPE_CHECKING:
+    from model import QwenVL
+    from processor import Prompt
+
+# Tokens between looks at who has finished: each look waits for the device.
+CHECK_EVERY = 8
+# The batch shrinks where at most this share of it would remain. A smaller batch costs a
+# copy of the cache; with CUDA graphs a captured graph as well, so it must save more.
+SHRINK_TO = 0.75
+SHRINK_TO_WITH_GRAPHS = 0.5
 
 
 class Graph:
-    """QwenVL.decode as a CUDA graph: one launch a token instead of hundreds. Captured anew when the batch or the cache's bucket changes."""
+    """QwenVL.decode as a CUDA graph: one launch a token instead of hundreds.
 
-    def __init__(self, model, cache):
-        self.model, self.cache, self.shape = model, cache, None
+    A graph reads and writes fixed memory at fixed shapes, so it is captured again when
+    the batch or the cache's bucket changes."""
 
-    def __call__(self, token, position):
-        if self.shape != (len(token), self.cache.bucket):
-            self.capture(token, position)
-        self.token.copy_(token)
-        self.position.copy_(position)
+    def __init__(self, model: "QwenVL", cache: Cache) -> None:
+        self.model = model
+        self.cache = cache
+        self.captured_shape = None
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self.captured_shape != self.shape(tokens):
+            self.capture(tokens, positions)
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
         self.graph.replay()
+        # The graph has counted on the device; the host's count is not a part of it.
         self.cache.filled += 1
         return self.logits
 
-    def capture(self, token, position):
-        cache, self.shape = self.cache, (len(token), self.cache.bucket)
-        self.token, self.position, filled = token.clone(), position.clone(), cache.filled
+    def shape(self, tokens: Tensor) -> tuple[int, int]:
+        return len(tokens), self.cache.bucket
+
+    def capture(self, tokens: Tensor, positions: Tensor) -> None:
+        """Records one step without taking it: the cache counts on as if nothing had happened."""
+        cache = self.cache
+        filled = cache.filled
+        self.captured_shape = self.shape(tokens)
+        self.tokens = tokens.clone()
+        self.positions = positions.clone()
+        # Once outside of the graph, on a stream of its own: libraries allocate what they need.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):                                    # once outside: libraries allocate what they need
-            self.model.decode(self.token, self.position, cache)
+        with torch.cuda.stream(side):
+            self.model.decode(self.tokens, self.positions, cache)
         torch.cuda.current_stream().wait_stream(side)
         cache.filled = filled
-        cache.at.fill_(filled)
+        cache.filled_on_device.fill_(filled)
+        # Recording runs nothing on the device, but the host's count goes up again.
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):                               # recorded, not run; but the count on the host goes up
-            self.logits = self.model.decode(self.token, self.position, cache)
+        with torch.cuda.graph(self.graph):
+            self.logits = self.model.decode(self.tokens, self.positions, cache)
         cache.filled = filled
+
+
+@dataclass
+class Batch:
+    """The rollouts that are being decoded, one a row, (R',) each."""
+    slots: Tensor                 # which of all R rollouts it is
+    seeds: Tensor                 # its question's
+    places: Tensor                # its place in the group
+    first_positions: Tensor       # position of its first new token
+    done: Tensor                  # bool: it has sampled a stop token
+    tokens: Tensor                # the token that it sampled last
+
+    def select(self, rows: Tensor) -> None:
+        """Goes on with these rows alone."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name)[rows])
+
+
+@dataclass
+class Results:
+    """What all R rollouts have sampled; 0 behind a rollout's end."""
+    tokens: Tensor                # (R, max_new_tokens) long
+    logprobs: Tensor              # (R, max_new_tokens) float32
+    lengths: Tensor               # (R,) long
+
+    def record(self, k: int, batch: Batch, logp: Tensor) -> None:
+        """Takes down token k of the rollouts that go on; logp (R', V)."""
+        # A finished rollout may stay in the batch as a filler: what it samples counts for nothing.
+        live = ~batch.done
+        self.tokens[batch.slots, k] = batch.tokens * live
+        self.logprobs[batch.slots, k] = logp.gather(-1, batch.tokens[:, None])[:, 0] * live
+        self.lengths[batch.slots] += live
+
+    def by_group(self, group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens (Q, G, L), logprobs (Q, G, L), lengths (Q, G), L the longest rollout."""
+        L = int(self.lengths.max())
+        tokens = self.tokens[:, :L].view(-1, group, L)
+        logprobs = self.logprobs[:, :L].view(-1, group, L)
+        return tokens, logprobs, self.lengths.view(-1, group)
 
 
 @torch.no_grad()
-def generate(model, prompts, group, max_new_tokens, temperature, seeds, cuda_graphs=False):
+def generate(
+        model: "QwenVL", prompts: "Sequence[Prompt]", group: int, max_new_tokens: int,
+        temperature: float, seeds: Tensor,
+        cuda_graphs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """prompts: Q of Prompt, group: rollouts G of each, temperature 0 is greedy, seeds (Q,) long
-    -> tokens (Q, G, L) long, logprobs (Q, G, L) float32, lengths (Q, G); L is the longest rollout, what lies behind a length is 0.
+    -> tokens (Q, G, L) long, logprobs (Q, G, L) float32, lengths (Q, G); L is the
+    longest rollout, and what lies behind a length is 0.
 
-    A rollout ends with a stop token, which is part of it, or at max_new_tokens. Log-probabilities are those at the sampling temperature
-    (at 1 where greedy)."""
-    Q, R, dev = len(prompts), len(prompts) * group, model.device
-    logits, cache, position = model.prefill(prompts, group, max_new_tokens)
-    logits, position = logits.repeat_interleave(group, 0), position.repeat_interleave(group)
-    decode = Graph(model, cache) if cuda_graphs else lambda token, position: model.decode(token, position, cache)
-    slots = torch.arange(R, device=dev)                                  # which rollout a row of the batch is
-    seed, place = seeds.to(dev).repeat_interleave(group), slots % group
-    done, stop = torch.zeros(R, dtype=torch.bool, device=dev), torch.tensor(model.stop_ids, device=dev)
-    tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=dev)
-    logprobs, lengths = torch.zeros(R, max_new_tokens, device=dev), torch.zeros(R, dtype=torch.long, device=dev)
+    A rollout ends with a stop token, which is part of it, or at max_new_tokens.
+    Log-probabilities are those at the sampling temperature (at 1 where greedy)."""
+    logits, cache, first_positions = model.prefill(prompts, group, max_new_tokens)
+    # The first token's distribution is the prompt's; each of its rollouts draws from it.
+    logits = logits.repeat_interleave(group, 0)                            # (R, V)
+    batch = start_batch(first_positions, seeds, group)
+    results = start_results(len(batch.slots), max_new_tokens, model.device)
+    stop_ids = torch.tensor(model.stop_ids, device=model.device)
+    decode = decoder(model, cache, cuda_graphs)
+    shrink_to = SHRINK_TO_WITH_GRAPHS if cuda_graphs else SHRINK_TO
     for k in range(max_new_tokens):
-        logp = model.distribution(logits, temperature or 1.0)
-        token = draw(logp, uniform(seed, place, k)) if temperature else logp.argmax(-1)
-        live = ~done
-        tokens[slots, k] = token * live
-        logprobs[slots, k] = logp.gather(-1, token[:, None])[:, 0] * live
-        lengths[slots] += live
-        done = done | torch.isin(token, stop)
+        logp = model.distribution(logits, temperature or 1.0)              # (R', V)
+        if temperature:
+            batch.tokens = draw(logp, uniform(batch.seeds, batch.places, k))
+        else:
+            batch.tokens = logp.argmax(-1)
+        results.record(k, batch, logp)
+        batch.done = batch.done | torch.isin(batch.tokens, stop_ids)
         if (k + 1) % CHECK_EVERY == 0:
-            rows = unfinished(done.view(len(cache.blocked), -1), 0.5 if cuda_graphs else 0.75)
+            rows = unfinished(batch.done.view(cache.questions, -1), shrink_to)
             if rows is not None:
                 if not rows.numel():
                     break
-                questions = rows[:, 0] // (len(done) // len(cache.blocked))
-                cache.keep(questions, rows.flatten())
-                slots, seed, place, done, token, position = (x[rows.flatten()] for x in (slots, seed, place, done, token, position))
+                shrink(batch, cache, rows)
+        # The last token is not fed: nothing follows it.
         if k + 1 < max_new_tokens:
-            logits = decode(token, position + k)
-    longest = int(lengths.max())
-    return tokens[:, :longest].view(Q, group, -1), logprobs[:, :longest].view(Q, group, -1), lengths.view(Q, group)
+            logits = decode(batch.tokens, batch.first_positions + k)
+    return results.by_group(group)
 
 
-def unfinished(done, worth):
-    """done (Q', G') -> rows (Q'', G'') of the batch to go on with, or None where more than the share `worth` of them would remain.
+def start_batch(first_positions: Tensor, seeds: Tensor, group: int) -> Batch:
+    """All R rollouts, before their first token; first_positions and seeds are (Q,)."""
+    device = first_positions.device
+    slots = torch.arange(len(first_positions) * group, device=device)
+    return Batch(
+        slots=slots,
+        seeds=seeds.to(device).repeat_interleave(group),
+        places=slots % group,
+        first_positions=first_positions.repeat_interleave(group),
+        done=torch.zeros(len(slots), dtype=torch.bool, device=device),
+        tokens=torch.zeros_like(slots))
 
-    Questions that are through are dropped, the others keep as many rows as the one with most unfinished rollouts needs."""
+
+def start_results(rollouts: int, max_new_tokens: int, device: torch.device) -> Results:
+    return Results(
+        tokens=torch.zeros(rollouts, max_new_tokens, dtype=torch.long, device=device),
+        logprobs=torch.zeros(rollouts, max_new_tokens, device=device),
+        lengths=torch.zeros(rollouts, dtype=torch.long, device=device))
+
+
+def decoder(
+        model: "QwenVL", cache: Cache, cuda_graphs: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of tokens (R',) and positions (R',): one step of the model -> logits (R', V)."""
+    if cuda_graphs:
+        return Graph(model, cache)
+    return lambda tokens, positions: model.decode(tokens, positions, cache)
+
+
+def shrink(batch: Batch, cache: Cache, rows: Tensor) -> None:
+    """Goes on with these rows (Q'', G'') of the batch; a line of `rows` is one question's."""
+    rows_a_question = len(batch.done) // cache.questions
+    questions = rows[:, 0] // rows_a_question
+    cache.select(questions, rows.flatten())
+    batch.select(rows.flatten())
+
+
+def unfinished(done: Tensor, share: float) -> Tensor | None:
+    """done (Q', G') -> rows (Q'', G'') of the batch to go on with, or None where more
+    than this share of them would remain.
+
+    Questions that are through are dropped. The others keep as many rows as the one with
+    most unfinished rollouts needs, as the batch stays a rectangle: finished ones fill
+    it up."""
     questions = (~done).any(1).nonzero()[:, 0]
     width = int((~done).sum(1).max())
-    if len(questions) * width > worth * done.numel():
+    if len(questions) * width > share * done.numel():
         return None
+    # False sorts before True, and stable keeps the rollouts in order.
     unfinished_first = done[questions].long().argsort(dim=1, stable=True)[:, :width]
     return questions[:, None] * done.shape[1] + unfinished_first
 
 
-def draw(logp, u):
-    """Inverse of the distribution function: logp (R, V), u (R,) in [0, 1) -> ids (R,). An id without probability has no width."""
+# -------------------------------------------------------------------------- random numbers
+
+def draw(logp: Tensor, u: Tensor) -> Tensor:
+    """Inverse of the distribution function: logp (R, V), u (R,) in [0, 1) -> ids (R,).
+
+    An id without probability has no width."""
     cdf = logp.exp().cumsum(-1, dtype=torch.double)
+    # Rounding leaves the sum beside 1: u is scaled to it, so that no draw falls behind the end.
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
 
 
-def uniform(seed, place, k):
-    """One number in [0, 1) for each (seed, place in the group, token): SplitMix64's finaliser over a counter; (R,) long -> (R,) double."""
-    x = seed * -7046029254386353131                                      # odd constants, modulo 2^64
-    for part in (place, torch.full_like(place, k)):
+def uniform(seeds: Tensor, places: Tensor, k: int) -> Tensor:
+    """One number in [0, 1) for each (seed, place in the group, token k): (R,) long -> (R,) double.
+
+    SplitMix64's finaliser (Steele, Lea, Flood 2014) over a counter. The factors are odd
+    64-bit constants, written as int64; products are modulo 2^64."""
+    x = seeds * -7046029254386353131
+    for part in (places, torch.full_like(places, k)):
         x = mix(x + (part + 1) * -4658895280553007687)
+    # 52 bits fill a double's mantissa.
     return shifted(x, 12).double() * 2.0 ** -52
 
 
-def mix(x):
+def mix(x: Tensor) -> Tensor:
     x = (x ^ shifted(x, 30)) * -4658895280553007687
     x = (x ^ shifted(x, 27)) * -7723592293110705685
     return x ^ shifted(x, 31)
 
 
-def shifted(x, n):
+def shifted(x: Tensor, n: int) -> Tensor:
     """Logical right shift of int64."""
     return (x >> n) & ((1 << (64 - n)) - 1)

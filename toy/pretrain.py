@@ -32,8 +32,9 @@ import data  # noqa: E402
 import reward  # noqa: E402
 import runtime  # noqa: E402
 from answer import PROMPT  # noqa: E402
+from attention import Plan  # noqa: E402
 from generate import generate  # noqa: E402
-from model import Config, Plan, QwenVL, read_token_ids  # noqa: E402
+from model import Config, QwenVL, read_token_ids  # noqa: E402
 from processor import WORDS, Frame, Processor, Prompt  # noqa: E402
 from toy import scenes  # noqa: E402
 
