@@ -87,7 +87,7 @@ def compare(regime, arms, split):
         for s in seeds if arm != "sft" else ():
             sides = [predictions_of(s / name / f"eval_{split}", records) for name in ("sft", arm)]
             asked = [r for r in records if r.id in {p["id"] for p in sides[0]}]
-            found.append(metrics.paired(asked, *(evaluation.overlap_of(asked, side) for side in sides))["mIoU"])
+            found.append(metrics.paired(asked, *(evaluation.strict_iou(asked, side) for side in sides))["mIoU"])
             tests.append((arm, s.name, found[-1]))
         each = "; ".join(f"{t['difference']:+.3f} [{t['ci'][0]:+.3f}, {t['ci'][1]:+.3f}]" for t in found)
         text += line([ARMS[arm], " ".join(s.name for s in seeds), mean_text([r["mIoU"] for r in rows]), each or "-",
@@ -101,7 +101,7 @@ def compare(regime, arms, split):
 
 def answers(folder, records):
     """A folder's answers -> was there a box (N,), its IoU (N,), the distance of its centre from the target's (N,), 0 without a box."""
-    found = evaluation.answered(records, predictions_of(folder, records))
+    found = evaluation.strict_boxes(records, predictions_of(folder, records))
     valid, iou, _, _, away = metrics.overlaps(found, *metrics.targets(records))
     return valid.numpy(), iou.numpy(), away.where(valid, 0.0).numpy()
 
