@@ -223,7 +223,7 @@ def test_the_study_compares_each_arm_with_its_own_start(tmp_path):
         texts[30:] = texts[30:] if exact else ["nothing"] * 10
         said = [{"id": r.id, "text": t, "frame": frame} for r, t in zip(records, texts)]
         (folder / "predictions_x.jsonl").write_text("".join(json.dumps(p) + "\n" for p in said))
-        row = {**evaluation.score(records, said), **evaluation.details(records, said, "synth-small", (None, records))}
+        row = {**evaluation.score(records, said), **evaluation.details(records, said, "synth-small", None, records)}
         (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
         step = {"step": 1, **dict.fromkeys(study.TRAINED, 0.25), "reward": 0.1, "reward_group_std": 0.2}
         if arm == "positional":                                          # a term that only this arm has
