@@ -150,7 +150,7 @@ def arm_differences(
         ids = {p["id"] for p in sft}
         answered = [r for r in records if r.id in ids]
         test = metrics.paired(
-            answered, evaluation.overlap_of(answered, sft), evaluation.overlap_of(answered, ours))
+            answered, evaluation.strict_iou(answered, sft), evaluation.strict_iou(answered, ours))
         tests.append(test["mIoU"])
     return tests
 
@@ -212,7 +212,7 @@ def read_answers(
     distance = []
     for seed in seeds:
         predictions = predictions_of(seed / arm / f"eval_{split}", records)
-        boxes = evaluation.answered(records, predictions)
+        boxes = evaluation.strict_boxes(records, predictions)
         valid, overlap, _, _, away = metrics.overlaps(boxes, *metrics.targets(records))
         has_box.append(valid.numpy())
         iou.append(overlap.numpy())

@@ -42,7 +42,7 @@ def write_scores(folder: Path, records: list[Record], exact: bool) -> None:
     lines = [json.dumps(p) + "\n" for p in predictions]
     (folder / "predictions_x.jsonl").write_text("".join(lines))
     row = {**evaluation.score(records, predictions),
-           **evaluation.details(records, predictions, "synth-small", (None, records))}
+           **evaluation.details(records, predictions, "synth-small", None, records)}
     (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
 
 
