@@ -348,7 +348,7 @@ def main():
     name = args.data or recorded.get("data", "synth")
     root = args.root or (recorded.get("root") if recorded.get("data") == name else None)
     records = data.load(name, root, args.split)
-    refused = data.told_refused(records, name, root, args.split)
+    refused = data.refusal_summary(records, name, root, args.split)
     if not records:
         raise DataError(f"no usable record in the split {args.split} of {name}: {refused or 'it is empty'}")
     common = {"data": name, "split": args.split, "data_hash": records.hash, "blind": args.blind, "refused": records.refusals}
