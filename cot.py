@@ -340,7 +340,7 @@ def main():
     records = data.load(args.name, args.root, args.split)
     if not records:
         raise DataError(f"no usable record in the split {args.split} of {args.name}: "
-                        f"{data.told_refused(records, args.name, args.root, args.split) or 'it is empty'}")
+                        f"{data.refusal_summary(records, args.name, args.root, args.split) or 'it is empty'}")
     if args.teacher:
         teach(args, records, device)
         return

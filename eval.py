@@ -231,7 +231,7 @@ def load_eval_set(args: argparse.Namespace, stages: Sequence[Stage]) -> EvalSet:
     if not root and recorded.get("data") == name:
         root = recorded.get("root")
     records = data.load(name, root, args.split)
-    refused = data.told_refused(records, name, root, args.split)
+    refused = data.refusal_summary(records, name, root, args.split)
     if not records:
         raise DataError(f"no usable record in the split {args.split} of {name}: "
                         f"{refused or 'it is empty'}")

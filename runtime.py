@@ -44,7 +44,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from data import DataError, Record, Records, load, read_json, told_refused
+from data import DataError, Record, Records, load, read_json, refusal_summary
 from model import CheckpointError, QwenVL
 from processor import Processor, prompt_hash
 
@@ -495,7 +495,7 @@ def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Re
     loaded = {name: load(args.data, args.root, name) for name in names}
     refusals = {}
     for name, records in loaded.items():
-        refusals[name] = told_refused(records, args.data, args.root, name)
+        refusals[name] = refusal_summary(records, args.data, args.root, name)
     records = loaded[split]
     if not records:
         why = refusals[split] or "none was refused; is its share too small?"
