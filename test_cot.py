@@ -1,25 +1,40 @@
-"""cot.py: every sentence is read back and held against the boxes, without the writer's code."""
+"""cot.py: what is written from annotations, and what a teacher writes.
+
+Every sentence is read back and held against the boxes, without the writer's code. A teacher is
+a real HTTP server on the loopback that errs.
+"""
+import base64
+import io
 import json
 import math
+import os
 import random
 import re
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import cot
 import data
-from cot import Box, Neighbor, explain, neighbor_finder
+from cot import Box, Neighbor, Reasoning, explain, neighbor_finder
 from data import Frame, Processor, Record, to_model_frame
 from reward import format_ok, parse_box
 
 Run = Callable[..., subprocess.CompletedProcess]
 Script = Callable[..., None]
+Teach = Callable[..., list[dict[str, Any]]]
 
 SENTENCES = {
     "order": r"from (\w+) to (\w+):",
@@ -399,16 +414,17 @@ def test_reasoning_of_ones_own(tmp_path: Path) -> None:
     for think in ("it is there.", "one\u2028line", "one\x85line"):
         line = json.dumps({"id": 7, "think": think}, ensure_ascii=False)
         file.write_text("\n" + line + "\n", encoding="utf-8")
-        assert cot.load_reasoning(file, [SHIP]) == {"7": f"<think>{think}</think>"}
+        assert cot.load_reasoning(file, [SHIP]) == {"7": Reasoning(think)}
     # As Windows writes it.
     line = json.dumps({"id": "7", "think": "a"}).encode()
     file.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n")
-    assert cot.load_reasoning(file, [SHIP]) == {"7": "<think>a</think>"}
+    assert cot.load_reasoning(file, [SHIP]) == {"7": Reasoning("a")}
 
 
 @pytest.mark.parametrize("line", [
     "[1]", '{"id": "7"}', '{"id": "7", "think": 3}', '{"id": "7", "think": "\\ud800"}',
-    '{"id": "7", "think": "</think>"}', "[" * 100_000])
+    '{"id": "7", "think": "</think>"}', '{"id": "7", "think": "a", "frame": {"original": [9, 9]}}',
+    "[" * 100_000])
 def test_a_line_that_is_no_reasoning_is_named(line: str, tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text(json.dumps({"id": "7", "think": "a"}) + "\n" + line + "\n")
@@ -486,10 +502,112 @@ def test_a_users_mistake_is_one_line(
             script("dior", "--root", dior_root, "--out", tmp_path / name)
 
 
+# ---------------------------------------------------------------- what of a teacher is kept
+
+HARBOR_SHIP = Record("7", None, "the ship", (100.0, 200.0, 300.0, 400.0), "ship", (800, 800))
+# The model sees half the size: its box is [50, 100, 150, 200].
+HALF_SIZE = Frame((800, 800), (400, 400), "absolute")
+RIGHT_BOX = [50, 100, 150, 200]
+
+
+def completion_of(think: str, box: object) -> str:
+    return f'<think>{think}</think><answer>{{"bbox_2d": {box}}}</answer>'
+
+
+@pytest.mark.parametrize("think", [
+    "it is left of the pier.",
+    "near (100, 150), above a ship at [300, 300.5, 340,399].",
+    "of 3 ships, which fill 30% of it, the A380 is 2nd.",
+    "the ship of 1997, x1 and y2 are not told."])
+def test_an_explanation_is_kept_where_it_is_whole_agrees_and_does_not_leak(think: str) -> None:
+    record = replace(HARBOR_SHIP, text="the ship of 1997")
+    for box in (RIGHT_BOX, [52, 101, 149, 197], [50.5, 100.0, 150.2, 200.0]):
+        text = "\n" + completion_of(think, box) + "\n"
+        assert cot.filter_explanation(text, record, HALF_SIZE) == (think, None)
+
+
+@pytest.mark.parametrize("text", [
+    "i can't say", "<think>it is left", "<think>it is left</think>",
+    '<think>it is left</think><answer>{"bbox_2d": [50, 100, 15',
+    completion_of(" ", RIGHT_BOX), completion_of("it is </think><answer> left.", RIGHT_BOX),
+    completion_of("it is <answer> left.", RIGHT_BOX),
+    '<answer>{"bbox_2d": [50, 100, 150, 200]}</answer>',
+    "it is left." + completion_of("it is left.", RIGHT_BOX)])
+def test_an_incomplete_chain_is_refused(text: str) -> None:
+    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, "incomplete chain")
+
+
+@pytest.mark.parametrize("box", [
+    [50, 100, 150], "[50, 100, 150, 200", [150, 200, 50, 100], '"50 100 150 200"',
+    # Right in pixels of the original image, in thousandths, in shares of the sides.
+    [100, 200, 300, 400], [125, 250, 375, 500], [0.125, 0.25, 0.375, 0.5]])
+def test_an_answer_in_another_format_is_refused(box: object) -> None:
+    text = completion_of("it is left.", box)
+    reason = "inconsistent coordinate format"
+    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, reason)
+
+
+@pytest.mark.parametrize("think", [
+    "it is 40 pixels wide.", "it is 4 px wide.", "x = 5 is its left edge.",
+    "it lies at 100, 150.", "at (0.25, 0.4).", "at 0.25 of the width.", "at (100, 450).",
+    "near (100; 150).", "seen in 1997."])
+def test_reasoning_whose_numbers_cant_be_converted_is_refused(think: str) -> None:
+    text = completion_of(think, RIGHT_BOX)
+    reason = "inconsistent coordinate format"
+    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, reason)
+
+
+def test_a_wrong_box_is_refused() -> None:
+    for box in ([250, 100, 350, 200], [50, 100, 90, 200], [0, 0, 400, 400]):
+        text = completion_of("it is left.", box)
+        assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, "wrong box")
+
+
+@pytest.mark.parametrize("think", [
+    "it lies in [50, 100, 150, 200].", "from 51 across and 102 down to 149 and 199.",
+    "x1=50, y1=100, x2=150, y2=200", "x from 50 to 150, y 100-200",
+    "top left (50, 100), one of 2 ships, bottom right (150, 200)",
+    "left 50, top 100, width 101, height 99"])
+def test_a_box_that_is_given_away_is_refused(think: str) -> None:
+    text = completion_of(think, RIGHT_BOX)
+    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, "box given away")
+
+
+def test_coordinates_of_a_teacher_are_converted_to_the_students(tmp_path: Path) -> None:
+    """Points and boxes, in whole numbers; counts stay. Without a frame nothing is converted."""
+    file = tmp_path / "explained.jsonl"
+    think = "one of 7, near (100, 150), beside [10,20.5, 30,40]"
+    line = {"id": "7", "think": think, "frame": asdict(HALF_SIZE)}
+    thousandths = Frame((800, 800), (112, 112), "1000")
+    converted = "one of 7, near (250, 375), beside [25,51, 75,100]"
+    own_line = {"id": "7", "think": think}
+    for content, student, wanted in [
+            (line, thousandths, converted), (line, HALF_SIZE, think),
+            (own_line, thousandths, think)]:
+        file.write_text(json.dumps(content))
+        text = cot.writer([HARBOR_SHIP], file)(HARBOR_SHIP, student)
+        assert text == f"<think>{wanted}</think>{cot.answer_text(HARBOR_SHIP, student)}"
+
+
+def test_a_teachers_file_may_be_unfinished_but_must_be_of_these_images(tmp_path: Path) -> None:
+    file = tmp_path / "explained.jsonl"
+    line = {"id": "7", "think": "it is left.", "frame": asdict(HALF_SIZE)}
+    file.write_text(json.dumps(line))
+    other = replace(HARBOR_SHIP, id="8")
+    frame = Frame((800, 800), (800, 800), "absolute")
+    records = [HARBOR_SHIP, other]
+    assert cot.writer(records, file)(other, frame) == cot.writer(records)(other, frame)
+    with pytest.raises(data.DataError, match="record '7' is of an image of"):
+        cot.load_reasoning(file, [replace(HARBOR_SHIP, size=(400, 400))])
+
+
+# ---------------------------------------------------------------- a checkpoint as teacher
+
 @pytest.mark.parametrize("flags, message", [
     (("--teacher", "{tmp}/nope"), "no checkpoint at"),
     (("--teacher", "{tiny}", "--device", "cuda"), "torch sees no CUDA device"),
-    (("--teacher", "{tiny}", "--init", "{tiny}"), "--init is for the check")])
+    (("--teacher", "{tiny}", "--init", "{tiny}"), "--init is for the check"),
+    (("--teacher", "{tiny}", "--model", "m"), "--model and --coords are about a server")])
 def test_a_mistake_about_the_teacher_is_one_line(
         flags: tuple[str, ...], message: str, run: Run, tiny_checkpoint: Path, dior_root: Path,
         tmp_path: Path) -> None:
@@ -500,40 +618,9 @@ def test_a_mistake_about_the_teacher_is_one_line(
     assert message in done.stderr and not out.exists()
 
 
-# ---------------------------------------------------------------- a teacher's reasoning
-
-HARBOR_SHIP = Record("7", None, "the ship", (100.0, 200.0, 300.0, 400.0), "ship", (800, 800))
-# The model sees half the size: its box is [50, 100, 150, 200].
-HALF_SIZE = Frame((800, 800), (400, 400), "absolute")
-
-
-@pytest.mark.parametrize("think, box, reason", [
-    ("it is left of the pier, near (100, 150).", [50, 100, 150, 200], None),
-    ("it is left of the pier.", [52, 101, 149, 197], None),
-    ("it is left of the pier.", [250, 100, 350, 200], "disagrees with the annotation"),
-    # In pixels of the original image.
-    ("it is left of the pier.", [100, 200, 300, 400], "disagrees with the annotation"),
-    ("it lies in [50, 100, 150, 200].", [50, 100, 150, 200],
-     "gives the box away before the answer"),
-    ("from 51 across and 102 down to 149 and 199.", [50, 100, 150, 200],
-     "gives the box away before the answer"),
-    ("x1=50, y1=100, x2=150, y2=200", [50, 100, 150, 200],
-     "gives the box away before the answer"),
-    ("x from 50 to 150, y 100-200", [50, 100, 150, 200],
-     "gives the box away before the answer"),
-    ("top left (50, 100), one of 2 ships, bottom right (150, 200)", [50, 100, 150, 200],
-     "gives the box away before the answer"),
-    ("left 50, top 100, width 101, height 99", [50, 100, 150, 200],
-     "gives the box away before the answer"),
-    ("there are 2: near 50, 100 and near 300, 310.", [50, 100, 150, 200], None),
-    (" ", [50, 100, 150, 200], "no reasoning"),
-    ("it is </think><answer> left.", [50, 100, 150, 200], "does not parse: several answers"),
-    ("it is left.", [50, 100, 150], "does not parse: not four numbers")])
-def test_a_teacher_is_kept_where_it_parses_agrees_and_does_not_leak(
-        think: str, box: list[float], reason: str | None) -> None:
-    text = f'<think>{think}</think><answer>{{"bbox_2d": {box}}}</answer>'
-    wanted = (think, None) if reason is None else (None, reason)
-    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == wanted
+def requested_box(request: str) -> str:
+    """The box that a teacher was told."""
+    return re.search(r"lies in the box (\[[\d, ]+\]);", request)[1]
 
 
 class EverySecondRight:
@@ -549,8 +636,7 @@ class EverySecondRight:
         completions = []
         for prompt in prompts:
             self.requests.append(self.processor.decode(prompt.input_ids))
-            box = self.requests[-1].split("lies in the box ")[1].split(". Write")[0]
-            text = f'<think>by the pier.</think><answer>{{"bbox_2d": {box}}}</answer>'
+            text = completion_of("by the pier.", requested_box(self.requests[-1]))
             if len(self.requests) % 2 == 0:
                 text = "i can't say"
             completions.append(self.processor.encode(text))
@@ -561,7 +647,7 @@ class EverySecondRight:
 
 def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_from_the_annotations(
         monkeypatch: pytest.MonkeyPatch, script: Script, tiny_checkpoint: Path, dior_root: Path,
-        tmp_path: Path) -> None:
+        tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     records = data.load("dior", dior_root, "sft")
     out = tmp_path / "explained.jsonl"
     teacher = EverySecondRight(Processor.from_pretrained(tiny_checkpoint))
@@ -574,6 +660,7 @@ def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_f
                "--limit", limit, "--batch", 2, "--device", "cpu")
     # Each record is explained once.
     assert len(teacher.requests) == len(records) > 3
+    assert f"refused: {len(records) // 2} incomplete chain" in capfd.readouterr().out
     write_explained = cot.writer(records, out)
     write_own = cot.writer(records)
     for i, record in enumerate(records):
@@ -584,3 +671,585 @@ def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_f
             assert text.startswith("<think>by the pier.</think>")
         else:
             assert text == write_own(record, frame)
+
+
+# ---------------------------------------------------------------- a server that errs
+
+@dataclass
+class Request:
+    """What the server was sent."""
+
+    body: dict[str, Any]
+    headers: Any
+    attempt: int               # 0 for the first request of this image and expression
+    moment: float
+
+    @property
+    def text(self) -> str:
+        return self.body["messages"][0]["content"][1]["text"]
+
+    @property
+    def url(self) -> str:
+        return self.body["messages"][0]["content"][0]["image_url"]["url"]
+
+    @property
+    def key(self) -> str:
+        """Tells records apart."""
+        return self.url + self.text
+
+    @property
+    def image(self) -> bytes:
+        return base64.b64decode(self.url.split(",")[1])
+
+
+@dataclass
+class Reply:
+    """What the server answers."""
+
+    body: bytes
+    status: int = 200
+    reason: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    delay: float = 0.0         # seconds before it
+    missing: int = 0           # bytes that are promised and never sent
+    drop: bool = False         # the connection, without an answer
+
+
+def chat_completion(text: str, finish_reason: str = "stop") -> bytes:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+    return json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
+
+
+def right_answer(request: Request, think: str = "by the pier.") -> Reply:
+    return Reply(chat_completion(completion_of(think, requested_box(request.text))))
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers as `respond` says, and remembers what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+        self.respond: Callable[[Request], Reply] = right_answer
+        self.requests: list[Request] = []
+        self.paths: set[str] = set()
+        self.at_once = 0
+        self.most_at_once = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        request = Request(body, self.headers, 0, time.monotonic())
+        with self.server.lock:
+            request.attempt = [r.key for r in self.server.requests].count(request.key)
+            self.server.requests.append(request)
+            self.server.paths.add(self.path)
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        try:
+            self.reply(self.server.respond(request))
+        except OSError:
+            # The client has gone.
+            pass
+        with self.server.lock:
+            self.server.at_once -= 1
+
+    def reply(self, reply: Reply) -> None:
+        time.sleep(reply.delay)
+        if reply.drop:
+            self.close_connection = True
+            return
+        self.send_response(reply.status, reply.reason)
+        self.send_header("Content-Length", str(len(reply.body) + reply.missing))
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(reply.body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    server = FakeServer()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def teach(
+        script: Script, server: FakeServer, dior_root: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> Teach:
+    """teach("--want", 3) has the server explain the dior records -> the lines of the file."""
+    monkeypatch.setattr(cot, "FIRST_BACKOFF", 0.01)
+    out = tmp_path / "explained.jsonl"
+
+    def teach(*flags: object) -> list[dict[str, Any]]:
+        script("dior", "--root", dior_root, "--out", out, "--teacher", server.url,
+               "--model", "big", "--coords", "original", *flags)
+        return read_lines(out)
+    return teach
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a teacher's file; every one must be whole, and no id may come twice."""
+    content = path.read_text()
+    assert content.endswith("\n") or not content
+    lines = [json.loads(line) for line in content.splitlines()]
+    ids = [line["id"] for line in lines]
+    assert len(set(ids)) == len(ids)
+    return lines
+
+
+def test_a_server_is_asked_as_the_protocol_says(
+        teach: Teach, server: FakeServer, dior_root: Path,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The image is the file as it is, and the box the one that `format_box` writes."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    records = data.load("dior", dior_root, "sft")
+    lines = teach("--max-new-tokens", 77, "--temperature", 0.5)
+    assert server.paths == {"/v1/chat/completions"} and len(server.requests) == len(records)
+    assert {line["id"] for line in lines} == {r.id for r in records}
+    by_image = {Path(r.image).read_bytes() for r in records}
+    for request in server.requests:
+        body = request.body
+        assert (body["model"], body["max_tokens"], body["temperature"]) == ("big", 77, 0.5)
+        assert request.headers["Authorization"] == "Bearer sk-0123456789"
+        assert request.url.startswith("data:image/jpeg;base64,") and request.image in by_image
+    asked = {(r.image, r.text) for r in server.requests}
+    for record in records:
+        frame = Frame(record.size, record.size, "absolute")
+        text = cot.teacher_request(record, frame)
+        assert "in pixels of the image, which is 120 wide and 90 high" in text
+        assert (Path(record.image).read_bytes(), text) in asked
+    printed = capsys.readouterr()
+    assert f"{len(records)} of {len(records)} records have reasoning" in printed.out
+    assert f"kept {len(records)} refused 0" in printed.err
+
+
+@pytest.mark.parametrize("coords", ["original", "resized", "1000"])
+def test_a_server_is_told_and_read_in_its_own_coordinates(
+        coords: str, script: Script, server: FakeServer, tiny_checkpoint: Path, tmp_path: Path,
+) -> None:
+    """It answers with the box that it was told, and names a point that is right there."""
+    Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
+    row = {"id": "a", "image": "a.png", "text": "the ship", "box": [30, 40, 90, 140]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    resized = Processor.from_pretrained(tiny_checkpoint).patches(Image.new("RGB", (300, 200)))[2]
+    frame = {"original": Frame((300, 200), (300, 200), "absolute"),
+             "resized": Frame((300, 200), resized, "absolute"),
+             "1000": Frame((300, 200), (300, 200), "1000")}[coords]
+    assert resized != (300, 200)
+    x, y = to_model_frame((150, 100), frame)
+    server.respond = lambda request: right_answer(request, f"right of ({x:.0f}, {y:.0f}).")
+    init = ("--init", tiny_checkpoint) if coords == "resized" else ()
+    out = tmp_path / "explained.jsonl"
+    script("jsonl", "--root", tmp_path, "--split", "train", "--out", out, "--teacher", server.url,
+           "--model", "big", "--coords", coords, *init)
+    record, = data.load("jsonl", tmp_path, "train")
+    assert requested_box(server.requests[0].text) == data.format_box(record.box, frame)
+    student = Frame((300, 200), (300, 200), "absolute")
+    text = cot.writer([record], out)(record, student)
+    point = re.search(r"right of \((\d+), (\d+)\)\.", text).groups()
+    assert abs(int(point[0]) - 150) <= 1 and abs(int(point[1]) - 100) <= 1
+    assert text.endswith(cot.answer_text(record, student))
+
+
+@pytest.mark.parametrize("save, kind, as_it_is", [
+    ({"format": "JPEG"}, "jpeg", True), ({"format": "PNG"}, "png", True),
+    ({"format": "TIFF"}, "png", False), ({"format": "JPEG", "exif": True}, "png", False)])
+def test_an_image_travels_as_its_file_or_as_png(
+        save: dict[str, Any], kind: str, as_it_is: bool, tmp_path: Path) -> None:
+    """An image that its file says to turn is sent as it is stored, which is what boxes are of."""
+    file = tmp_path / "image.jpg"
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+    if "exif" in save:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        save = save | {"exif": exif}
+    Image.fromarray(pixels).save(file, **save)
+    record = Record("0", file, "the ship", (1.0, 1.0, 9.0, 9.0), "ship", (30, 20))
+    head, content = cot.image_data_url(record).split(",")
+    content = base64.b64decode(content)
+    assert head == f"data:image/{kind};base64" and (content == file.read_bytes()) == as_it_is
+    with Image.open(io.BytesIO(content)) as sent:
+        assert sent.getexif().get(0x0112, 1) == 1
+        assert np.array_equal(np.asarray(sent.convert("RGB")), np.asarray(data.open_image(record)))
+
+
+def test_a_drawn_scene_travels_as_png() -> None:
+    record = data.load("synth", None, "val")[0]
+    head, content = cot.image_data_url(record).split(",")
+    assert head == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as sent:
+        assert np.array_equal(np.asarray(sent), np.asarray(record.image.draw()))
+
+
+FAILURES: list[Callable[[Request], Reply]] = [
+    lambda request: Reply(b"slow down", 429, headers={"Retry-After": "0"}),
+    lambda request: Reply(b"", 429),
+    lambda request: Reply(b"<html>oops", 500),
+    lambda request: Reply(b"busy", 503, headers={"Retry-After": "soon"}),
+    lambda request: replace(right_answer(request), missing=100),
+    lambda request: replace(right_answer(request), drop=True),
+    lambda request: Reply(right_answer(request).body[:-20]),
+    lambda request: Reply(b"\xff\xfe nonsense"),
+    lambda request: Reply(b"[" * 100_000),
+    lambda request: Reply(b'{"choices": []}'),
+    lambda request: Reply(b'{"choices": [{"message": {"content": null}}]}'),
+    lambda request: Reply(chat_completion("<think>it is", "length")),
+    lambda request: replace(right_answer(request), delay=1.5),
+]
+
+
+def test_what_fails_is_asked_again(
+        teach: Teach, server: FakeServer, dior_root: Path) -> None:
+    """Every record meets another failure, some of them two, and then the right answer."""
+    records = data.load("dior", dior_root, "sft")
+    assert len(records) >= len(FAILURES)
+    order: dict[str, int] = {}
+
+    def respond(request: Request) -> Reply:
+        place = order.setdefault(request.key, len(order))
+        if request.attempt <= place % 2:
+            return FAILURES[(place + request.attempt) % len(FAILURES)](request)
+        return right_answer(request)
+    server.respond = respond
+    lines = teach("--timeout", 1, "--parallel", 4)
+    assert {line["id"] for line in lines} == {r.id for r in records}
+    assert all(line["think"] == "by the pier." for line in lines)
+    wanted = sum(2 + place % 2 for place in range(len(records)))
+    assert len(server.requests) == wanted
+    # Each try has its own seed.
+    seeds = {(r.key, r.body["seed"]) for r in server.requests}
+    assert len(seeds) == wanted
+
+
+def test_a_slow_trickle_is_given_up_in_time(
+        teach: Teach, server: FakeServer, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """A byte now and then keeps a socket's time-out from running out."""
+    def trickle(self: FakeHandler, reply: Reply) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        for _ in range(50):
+            self.wfile.write(b" ")
+            self.wfile.flush()
+            time.sleep(0.1)
+    monkeypatch.setattr(FakeHandler, "reply", trickle)
+    began = time.monotonic()
+    with pytest.raises(SystemExit):
+        teach("--timeout", 0.5, "--tries", 1, "--limit", 2)
+    assert time.monotonic() - began < 3
+    assert "no whole answer within 0.5 s" in capsys.readouterr().err
+
+
+def test_a_server_that_asks_to_wait_is_not_asked_before(
+        teach: Teach, server: FakeServer) -> None:
+    later = formatdate(time.time() + 3, usegmt=True)
+
+    def respond(request: Request) -> Reply:
+        if request.attempt == 0:
+            return Reply(b"", 429, headers={"Retry-After": "1"})
+        if request.attempt == 1:
+            return Reply(b"", 503, headers={"Retry-After": later})
+        return right_answer(request)
+    server.respond = respond
+    teach("--limit", 1)
+    first, second, third = (r.moment for r in server.requests)
+    assert second - first >= 1 and third - first >= 1.9
+
+
+def test_what_never_succeeds_is_left_undone_and_asked_again_by_the_next_call(
+        teach: Teach, server: FakeServer, capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = {}
+
+    def respond(request: Request) -> Reply:
+        key = request.key
+        if len(bad) < 3:
+            bad.setdefault(key, FAILURES[2 + 9 * (len(bad) % 2)])
+        return bad[key](request) if key in bad else right_answer(request)
+    server.respond = respond
+    lines = teach("--tries", 3)
+    printed = capsys.readouterr().out
+    assert "left undone: 3, the first is " in printed and "3 are still to come" in printed
+    assert "500: <html>oops" in printed or "cut at --max-new-tokens" in printed
+    assert not any("refused" in line for line in lines)
+    for key in bad:
+        assert [r.key for r in server.requests].count(key) == 3
+    server.respond = right_answer
+    before = len(server.requests)
+    again = teach()
+    assert again[:len(lines)] == lines and len(again) == len(lines) + 3
+    assert len(server.requests) == before + 3
+
+
+def test_a_request_that_the_server_refuses_is_not_repeated(
+        teach: Teach, server: FakeServer, capsys: pytest.CaptureFixture[str],
+) -> None:
+    message = json.dumps({"error": {"message": "the image is\ntoo \x1b[31mlarge"}}).encode()
+    first: list[str] = []
+
+    def respond(request: Request) -> Reply:
+        first.append(request.key)
+        if request.key == first[0]:
+            return Reply(message, 400)
+        return right_answer(request)
+    server.respond = respond
+    teach()
+    assert first.count(first[0]) == 1
+    assert "(400: the image is too [31mlarge)" in capsys.readouterr().out
+
+
+def test_counts_of_what_is_refused_are_shown_by_reason(
+        teach: Teach, server: FakeServer, capsys: pytest.CaptureFixture[str],
+) -> None:
+    order: dict[str, int] = {}
+
+    def respond(request: Request) -> Reply:
+        place = order.setdefault(request.key, len(order))
+        box = requested_box(request.text)
+        texts = {0: "<think>it is", 1: completion_of("it is left.", "[50, 60]"),
+                 2: completion_of("it is left.", "[1, 1, 3, 3]"),
+                 3: completion_of(f"it is in {box}.", box)}
+        return Reply(chat_completion(texts[place])) if place < 4 else right_answer(request)
+    server.respond = respond
+    lines = teach()
+    refused = [line for line in lines if "refused" in line]
+    assert sorted(line["refused"] for line in refused) == [
+        "box given away", "incomplete chain", "inconsistent coordinate format", "wrong box"]
+    assert all(line["text"] and line["frame"] for line in refused)
+    printed = capsys.readouterr().out
+    for reason in ("box given away", "incomplete chain", "inconsistent coordinate format",
+                   "wrong box"):
+        assert f"  refused: 1 {reason}\n" in printed
+
+
+def test_it_stops_when_enough_are_kept(
+        teach: Teach, server: FakeServer) -> None:
+    """Refused ones do not count, and what is in the file counts. No answer is waited for."""
+    def respond(request: Request) -> Reply:
+        with server.lock:
+            place = server.requests.index(request)
+        if place == 1:
+            return Reply(chat_completion("i can't say"))
+        return replace(right_answer(request), delay=30 if place > 6 else 0)
+    server.respond = respond
+    began = time.monotonic()
+    lines = teach("--want", 5, "--parallel", 2)
+    assert time.monotonic() - began < 10
+    assert sum("think" in line for line in lines) == 5 and len(lines) <= 6
+    assert teach("--want", 5) == lines
+    server.respond = lambda request: replace(right_answer(request), delay=0.05)
+    again = teach("--want", 8, "--parallel", 2)
+    assert again[:len(lines)] == lines and sum("think" in line for line in again) == 8
+    # Beside the two requests under way none is sent any more.
+    asked = len(server.requests)
+    time.sleep(0.5)
+    assert len(server.requests) <= asked + 2
+
+
+def test_so_many_are_asked_at_once(teach: Teach, server: FakeServer) -> None:
+    server.respond = lambda request: replace(right_answer(request), delay=0.1)
+    teach("--parallel", 3)
+    assert server.most_at_once == 3
+
+
+def test_a_server_that_is_gone_ends_the_run(
+        teach: Teach, server: FakeServer, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cot, "GIVE_UP_AFTER", 3)
+    lines = teach("--limit", 2)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(SystemExit) as stop:
+        teach("--tries", 2, "--parallel", 1)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "no answer from http://127.0.0.1" in error
+    assert "Connection refused" in error
+    assert read_lines(tmp_path / "explained.jsonl") == lines
+
+
+@pytest.mark.parametrize("status, message", [
+    (401, "it refuses the key in the environment variable OPENAI_API_KEY"),
+    (404, "check --teacher and --model"), (302, "check --teacher and --model")])
+def test_a_server_that_refuses_all_is_asked_no_more(
+        status: int, message: str, teach: Teach, server: FakeServer) -> None:
+    """A redirect is not followed: the key is for this server alone."""
+    headers = {"Location": server.url + "/elsewhere"}
+    server.respond = lambda request: Reply(b"no", status, headers=headers)
+    with pytest.raises(data.DataError, match=message) as error:
+        teach("--parallel", 1)
+    assert "\n" not in str(error.value)
+    assert len(server.requests) == 1 and server.paths == {"/v1/chat/completions"}
+
+
+KEY = "sk-Kept/Secret+0123456789abcdef"
+
+
+def test_the_key_is_never_shown_nor_written(
+        run: Run, server: FakeServer, dior_root: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that echoes it wherever it can, in errors and in answers; then one that refuses
+    it, from another variable."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+    monkeypatch.setenv("OTHER_KEY", KEY[::-1])
+    echoes = [
+        Reply(json.dumps({"error": {"message": f"bad {KEY}"}}).encode(), 400),
+        Reply(json.dumps({"detail": KEY}).replace("/", "\\/").encode(), 400),
+        Reply(f"{'x' * 190} {KEY}".encode(), 400),
+        Reply(b"", 500, reason=KEY),
+        Reply(chat_completion(f"i can't say {KEY}")),
+    ]
+
+    def respond(request: Request) -> Reply:
+        with server.lock:
+            keys = list(dict.fromkeys(r.key for r in server.requests))
+        place = keys.index(request.key)
+        if place < len(echoes):
+            return echoes[place]
+        return right_answer(request, f"with {KEY} by the pier.")
+    server.respond = respond
+    out = tmp_path / "out" / "explained.jsonl"
+    command = ("cot.py", "dior", "--root", dior_root, "--out", out, "--teacher", server.url,
+               "--model", "big", "--coords", "original", "--tries", 2)
+    done = run(*command)
+    assert done.returncode == 0 and "left undone: 4" in done.stdout, done.stderr
+    lines = read_lines(out)
+    assert any("with [key] by the pier." == line.get("think") for line in lines)
+    assert any("i can't say [key]" == line.get("text") for line in lines)
+    assert all(r.headers["Authorization"] == f"Bearer {KEY}" for r in server.requests)
+    server.respond = lambda request: Reply(f"bad key {KEY[::-1]}".encode(), 401)
+    refused = run(*command, "--key-env", "OTHER_KEY")
+    assert server.requests[-1].headers["Authorization"] == f"Bearer {KEY[::-1]}"
+    assert refused.returncode == 2 and "variable OTHER_KEY, or its absence" in refused.stderr
+    output = done.stdout + done.stderr + refused.stdout + refused.stderr
+    for file in tmp_path.rglob("*"):
+        output += file.read_text() if file.is_file() else ""
+    # Not even most of it, as a text that is cut in the middle would show.
+    for key in (KEY, KEY[::-1], KEY.replace("/", "\\/")):
+        assert key[:12] not in output and key[-12:] not in output
+
+
+def test_a_key_that_no_header_can_carry_is_not_shown(
+        run: Run, server: FakeServer, dior_root: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-kept\nsecret")
+    done = run("cot.py", "dior", "--root", dior_root, "--out", tmp_path / "told.jsonl",
+               "--teacher", server.url, "--model", "big", "--coords", "original")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "kept" not in done.stderr
+    assert not server.requests
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--coords", "1000"), "needs --model"), (("--model", "big"), "needs --model"),
+    (("--model", "big", "--coords", "resized"), "--coords resized needs --init"),
+    (("--model", "big", "--coords", "1000", "--teacher", "http://me:secret@there/v1"),
+     "holds a user, a password or a query"),
+    (("--model", "big", "--coords", "1000", "--teacher", "http://there:99999/v1"),
+     "is no address"),
+    (("--model", "big", "--coords", "1000", "--parallel", "0"), "--parallel")])
+def test_a_mistake_about_a_server_is_one_line(
+        flags: tuple[str, ...], message: str, script: Script,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        script("dior", "--teacher", "http://127.0.0.1:9/v1", *flags)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and message in printed
+    assert "secret" not in printed
+
+
+# ---------------------------------------------------------------- the file of explanations
+
+def test_one_process_at_a_time_writes_a_file(
+        teach: Teach, tmp_path: Path) -> None:
+    with cot.open_explanations(tmp_path / "explained.jsonl"):
+        with pytest.raises(data.DataError, match="is being written by another process"):
+            teach()
+    assert teach()
+
+
+@pytest.mark.parametrize("content, kept", [
+    (b'{"id": "0", "think": "a"}\n{"id": "1", "th', ["0"]),
+    # All but its end.
+    (b'{"id": "0", "think": "a"}\n{"id": "1", "think": "b"}', ["0", "1"]),
+    (b'{"i', []), (b"", [])])
+def test_what_a_killed_call_left_is_repaired(
+        content: bytes, kept: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "explained.jsonl"
+    out.write_bytes(content)
+    with cot.open_explanations(out) as file:
+        assert cot.read_progress(file, out).finished == set(kept)
+    assert [line["id"] for line in read_lines(out)] == kept
+
+
+@pytest.mark.parametrize("content", [b"a letter", b"\x89PNG\r\n", b'{"id": "1"}\n[1]\n', b'"1"'])
+def test_another_file_is_not_written_to(content: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "letter.txt"
+    out.write_bytes(content)
+    with cot.open_explanations(out) as file, pytest.raises(data.DataError, match="letter.txt"):
+        cot.read_progress(file, out)
+    assert out.read_bytes() == content
+
+
+def test_a_command_that_is_killed_loses_and_repeats_nothing(
+        server: FakeServer, tmp_path: Path) -> None:
+    """Killed three times (kill -9) while answers come in, then left to finish."""
+    records = data.load("synth", None, "val")
+    id_of = {cot.image_data_url(r): r.id for r in records}
+    out = tmp_path / "explained.jsonl"
+
+    def respond(request: Request) -> Reply:
+        reply = right_answer(request)
+        if int(id_of[request.url].split("-")[1]) % 5 == 0:
+            reply = Reply(chat_completion("i can't say"))
+        return replace(reply, delay=random.uniform(0, 0.05))
+    server.respond = respond
+    command = [sys.executable, "cot.py", "synth", "--split", "val", "--out", str(out),
+               "--teacher", server.url, "--model", "big", "--coords", "1000", "--parallel", "4",
+               "--want", "150"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment,
+               "cwd": Path(cot.__file__).parent}
+    before = b""
+    for lines_to_wait_for in (1, 30, 90):
+        process = subprocess.Popen(command, **started)
+        while not out.exists() or out.read_bytes().count(b"\n") < lines_to_wait_for:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        content = out.read_bytes()
+        # What stood there still stands there.
+        assert content.startswith(before)
+        before = content[:content.rindex(b"\n") + 1]
+        written = {json.loads(line)["id"] for line in before.splitlines()}
+        asked_so_far = len(server.requests)
+        # As if it had been killed in the middle of a line.
+        out.write_bytes(before + b'{"id": "val-')
+    done = subprocess.run(command, timeout=120, **started)
+    assert done.returncode == 0, done.stdout
+    assert out.read_bytes().startswith(before)
+    lines = read_lines(out)
+    assert sum("think" in line for line in lines) == 150
+    # What was written is not asked for again.
+    asked = [id_of[r.url] for r in server.requests]
+    assert not written & set(asked[asked_so_far:])
+    for line in lines:
+        assert ("refused" in line) == (int(line["id"].split("-")[1]) % 5 == 0)
