@@ -1,19 +1,31 @@
-"""What ablate.sh found: tables of every regime and arm beside the SFT model they started from, of what each term adds, and a figure.
+"""Tables and a figure of what ablate.sh trained and scored.
 
-A difference is paired: both models answered the same scenes, which are resampled together for its 95% interval. Every seed has its own SFT
-model and its own difference; the mean over seeds stands beside their standard deviation. What a term adds is the difference between two
-arms that started from the same SFT models, over all seeds at once: its interval is of scenes, resampled with the answers of all seeds, and
-the standard deviation beside it is of seeds.
+Every arm of every regime stands beside the SFT model that it started from, then two arms
+beside each other: what a term of the reward or a weighting adds.
 
-Of a hundred such intervals, five leave 0 out by chance: which differences are the questions is to be written down before the runs. All
-seeds share toy/base and the records of SFT; a seed is the order of the data and the sampling.
+A difference is paired: both models answered the same scenes, and these are resampled
+together for its 95% interval. Every seed has its own SFT model and its own difference;
+the mean over seeds stands beside their standard deviation. What a term adds is the
+difference between two arms that started from the same SFT models, over all seeds at
+once: its interval is of scenes, resampled with the answers of all seeds, and the
+standard deviation beside it is of seeds.
 
-    python study/study.py ckpt/study           prints Markdown, writes study.md, study.json (the differences from SFT) and study.png there
+Of a hundred such intervals, five leave 0 out by chance: which differences are the
+questions is to be written down before the runs. All seeds share toy/base and the records
+of SFT; a seed is the order of the data and the sampling.
+
+    python study/study.py ckpt/study
+
+prints Markdown and writes study.md, study.json (the differences from SFT) and study.png
+there.
 """
 import json
 import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -25,195 +37,475 @@ import metrics  # noqa: E402
 import report  # noqa: E402
 import runtime  # noqa: E402
 
-ARMS = {"sft": "CoT-SFT", "base": "base", "direct": "GRPO from the base", "boxes": "CoT-SFT, then SFT on boxes",
-        "iou": "GRPO: IoU + format", "giou": "+ GIoU", "diou": "+ DIoU", "center": "+ centre distance",
-        "positional": "+ positional", "mean": "+ positional, mean weight", "variance": "+ positional, variance weight",
-        "consistency": "RSGround-R1 (both weights)", "shuffled": "both weights, shuffled",
-        "longer": "GRPO: IoU + format, twice the steps", "consistency-longer": "RSGround-R1, twice the steps", "own": "own variant"}
+# The arms of ablate.sh, as the tables call them.
+ARMS = {
+    "sft": "CoT-SFT",
+    "base": "base",
+    "direct": "GRPO from the base",
+    "boxes": "CoT-SFT, then SFT on boxes",
+    "iou": "GRPO: IoU + format",
+    "giou": "+ GIoU",
+    "diou": "+ DIoU",
+    "center": "+ centre distance",
+    "positional": "+ positional",
+    "mean": "+ positional, mean weight",
+    "variance": "+ positional, variance weight",
+    "consistency": "RSGround-R1 (both weights)",
+    "shuffled": "both weights, shuffled",
+    "longer": "GRPO: IoU + format, twice the steps",
+    "consistency-longer": "RSGround-R1, twice the steps",
+    "own": "own variant",
+}
+# The regimes of ablate.sh, and the data set that each is scored on.
 DATA = {"little": "synth", "small": "synth-small", "wide": "synth"}
-CONTRASTS = (("iou", "direct"), ("giou", "iou"), ("diou", "iou"), ("center", "iou"), ("positional", "iou"), ("positional", "giou"),
-             ("positional", "diou"), ("positional", "center"), ("mean", "positional"), ("variance", "positional"),
-             ("consistency", "positional"), ("shuffled", "positional"), ("consistency", "shuffled"), ("consistency", "iou"),
-             ("consistency", "boxes"), ("longer", "iou"), ("consistency-longer", "consistency"), ("consistency-longer", "longer"),
-             ("own", "positional"))
-TRAINED = ("no_overlap_groups", "no_overlap_advantage", "positional_alone_advantage", "zero_variance_groups", "entropy", "dispersion",
-           "consistency_weight")
+SPLITS = ("test", "novel")
+# The questions: what has the first arm more than the second?
+CONTRASTS = (
+    # Does CoT-SFT matter?
+    ("iou", "direct"),
+    # Which reward: does the positional term add to IoU, and more than other terms do?
+    ("giou", "iou"), ("diou", "iou"), ("center", "iou"), ("positional", "iou"),
+    ("positional", "giou"), ("positional", "diou"), ("positional", "center"),
+    # Which weight: does each part act, and does it matter which group gets which weight?
+    ("mean", "positional"), ("variance", "positional"), ("consistency", "positional"),
+    ("shuffled", "positional"), ("consistency", "shuffled"),
+    # Both terms together, beside none and beside plain SFT on the same boxes.
+    ("consistency", "iou"), ("consistency", "boxes"),
+    # Stability: what do twice the steps change?
+    ("longer", "iou"), ("consistency-longer", "consistency"), ("consistency-longer", "longer"),
+    ("own", "positional"),
+)
+# Figures of metrics.jsonl that the training table shows behind the terms of the reward.
+TRAINING_KEYS = (
+    "no_overlap_groups",
+    "no_overlap_advantage",
+    "positional_alone_advantage",
+    "zero_variance_groups",
+    "entropy",
+    "dispersion",
+    "consistency_weight",
+)
 
 
-def row_of(folder):
-    """The one row of a folder of scores, or None where it was not scored."""
+@dataclass
+class Difference:
+    """One arm and seed minus the SFT model that it started from, greedy mIoU."""
+
+    regime: str
+    split: str
+    arm: str
+    seed: str
+    test: dict[str, Any]    # "difference", "ci" (95%), "p", as metrics.paired gives them
+
+
+# ---------------------------------------------------------------- reading the folders
+
+def read_row(folder: Path) -> dict[str, Any] | None:
+    """The row of eval.json in a folder of scores, or None where nothing was scored."""
     content = data.read_json(folder / "eval.json")
-    return content and content["rows"][0]
+    if content is None:
+        return None
+    try:
+        return content["rows"][0]
+    except (KeyError, IndexError, TypeError):
+        runtime.fail(f"{folder / 'eval.json'} has no row of scores; remove {folder} and run "
+                     "ablate.sh again")
 
 
-def predictions_of(folder, records):
-    file, = folder.glob("predictions_*.jsonl")
-    found = evaluation.read_predictions(file, records)
-    return [found[r.id] for r in records if r.id in found]
+def read_rows(
+        seeds: Sequence[Path], arm: str, split: str, temperature: str = "",
+) -> list[dict[str, Any] | None]:
+    """The rows of an arm's seeds, at temperature 0 unless another one is named."""
+    scores = f"eval_{split}_T{temperature}" if temperature else f"eval_{split}"
+    return [read_row(seed / arm / scores) for seed in seeds]
 
 
-def mean_text(values):
-    """Mean and standard deviation over seeds, as text."""
-    values = [v for v in values if v is not None]
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}" if values else "-"
+def read_predictions(folder: Path, records: Sequence[data.Record]) -> list[dict[str, Any]]:
+    """The answers in a folder of scores, in the records' order; some may have none."""
+    files = list(folder.glob("predictions_*.jsonl"))
+    if len(files) != 1:
+        runtime.fail(f"{len(files)} files predictions_*.jsonl in {folder}, where one belongs; "
+                     f"remove {folder} and run ablate.sh again")
+    predictions = evaluation.read_predictions(files[0], records)
+    return [predictions[r.id] for r in records if r.id in predictions]
 
 
-def scored(regime, arm, split, other="sft"):
-    """The seeds' folders where both arms were scored, on as many scenes."""
-    seeds = [s for s in sorted(regime.iterdir()) if row_of(s / arm / f"eval_{split}") and row_of(s / other / f"eval_{split}")]
-    counts = {row_of(s / name / f"eval_{split}")["n"] for s in seeds for name in (arm, other)}
+def seeds_with_scores(regime: Path, arm: str, split: str, other: str = "sft") -> list[Path]:
+    """The seeds' folders in which both arms were scored. All must have answered as many scenes."""
+    seeds = []
+    counts = set()
+    for seed in sorted(regime.iterdir()):
+        rows = [read_row(seed / name / f"eval_{split}") for name in (arm, other)]
+        if all(rows):
+            seeds.append(seed)
+            counts |= {row["n"] for row in rows}
     if len(counts) > 1:
-        runtime.fail(f"{regime}: scores of {' and '.join(map(str, sorted(counts)))} scenes can't be compared; give each a study of its own")
+        runtime.fail(f"{regime}: scores of {' and '.join(map(str, sorted(counts)))} scenes "
+                     "can't be compared; give each a study of its own")
     return seeds
 
 
-def line(cells):
+def check_names(study: Path) -> None:
+    """Refuses a study without scores, and scores of a regime or an arm that is not known here."""
+    scores = sorted(study.glob("*/*/*/eval_*/eval.json"))
+    for file in scores:
+        regime, _, arm = file.relative_to(study).parts[:3]
+        if regime not in DATA:
+            runtime.fail(f"{study / regime}: no regime {regime}; there are {', '.join(DATA)}")
+        if arm not in ARMS:
+            runtime.fail(f"{file.parents[1]}: no arm {arm}; there are {', '.join(ARMS)}")
+    if not any((study / regime).is_dir() for regime in DATA):
+        runtime.fail(f"no regime ({', '.join(DATA)}) in {study}; run ablate.sh first")
+    if not scores:
+        runtime.fail(f"no scores in {study}; run ablate.sh first")
+
+
+# ---------------------------------------------------------------- Markdown
+
+def markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
-def compare(regime, arms, split):
-    """-> Markdown of one regime on one split, and (arm, seed, test) of the greedy differences."""
-    records = data.load(DATA[regime.name], None, split)
-    head = ["", "seeds", "mIoU greedy", "minus SFT, seed by seed [95%]", "mean", "Pr@0.5", "cIoU", "mIoU T=1", "no box"]
-    text, tests = line(head) + line(["---"] * len(head)), []
-    for arm in arms:
-        seeds = scored(regime, arm, split)
-        if not seeds:
-            continue
-        rows = [row_of(s / arm / f"eval_{split}") for s in seeds]
-        warm = [row_of(s / arm / f"eval_{split}_T1") for s in seeds]
-        found = []
-        for s in seeds if arm != "sft" else ():
-            sides = [predictions_of(s / name / f"eval_{split}", records) for name in ("sft", arm)]
-            asked = [r for r in records if r.id in {p["id"] for p in sides[0]}]
-            found.append(metrics.paired(asked, *(evaluation.overlap_of(asked, side) for side in sides))["mIoU"])
-            tests.append((arm, s.name, found[-1]))
-        each = "; ".join(f"{t['difference']:+.3f} [{t['ci'][0]:+.3f}, {t['ci'][1]:+.3f}]" for t in found)
-        text += line([ARMS[arm], " ".join(s.name for s in seeds), mean_text([r["mIoU"] for r in rows]), each or "-",
-                      mean_text([t["difference"] for t in found]), *(mean_text([r[k] for r in rows]) for k in ("Pr@0.5", "cIoU")),
-                      mean_text([r and r["mIoU"] for r in warm]), mean_text([sum(r["failures"].values()) / r["n"] for r in rows])])
-        for t in ("0.8", "0.6") if arm == "sft" else ():
-            cooler = [row_of(s / arm / f"eval_{split}_T{t}") for s in seeds]
-            text += line([f"SFT sampled at T={t}", "", mean_text([r and r["mIoU"] for r in cooler]), *["-"] * 6]) if any(cooler) else ""
-    return text, tests
+def markdown_head(names: Sequence[str]) -> str:
+    return markdown_row(names) + markdown_row(["---"] * len(names))
 
 
-def answers(folder, records):
-    """A folder's answers -> was there a box (N,), its IoU (N,), the distance of its centre from the target's (N,), 0 without a box."""
-    found = evaluation.answered(records, predictions_of(folder, records))
-    valid, iou, _, _, away = metrics.overlaps(found, *metrics.targets(records))
-    return valid.numpy(), iou.numpy(), away.where(valid, 0.0).numpy()
+def deviation_text(values: Sequence[float]) -> str:
+    """Standard deviation over seeds, as text; nothing for a single seed."""
+    return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
 
 
-def contrasts(regime, split):
-    """Markdown: what one arm has more than another. Distances are over the scenes where both gave a box."""
-    records = data.load(DATA[regime.name], None, split)
-    head = ["", "seeds", "mIoU", "Pr@0.5", "box given", "centre distance", "mIoU, target under 1% of the image",
-            "mIoU where SFT's box touched nothing", "centre distance there"]
-    text = line(head) + line(["---"] * len(head))
-    for arm, other in CONTRASTS:
-        seeds = scored(regime, arm, split, other)
-        if not seeds:
-            continue
-        asked = records[:row_of(seeds[0] / arm / f"eval_{split}")["n"]]
-        (box, iou, _), (box_a, iou_a, away_a), (box_b, iou_b, away_b) = (
-            [np.stack(x) for x in zip(*(answers(s / name / f"eval_{split}", asked) for s in seeds))] for name in ("sft", arm, other))
-        small = [(x2 - x1) * (y2 - y1) < 0.01 * r.size[0] * r.size[1] for r in asked for x1, y1, x2, y2 in [r.box]]
-        small = np.broadcast_to(small, box.shape)
-        every, both, missed = np.ones_like(box), box_a & box_b, box & (iou == 0)                      # (seeds, N), as all of these
-        columns = [(iou_a - iou_b, every), ((iou_a > 0.5) * 1.0 - (iou_b > 0.5), every), (box_a * 1.0 - box_b, every),
-                   (away_a - away_b, both), (iou_a - iou_b, small), (iou_a - iou_b, missed), (away_a - away_b, missed & both)]
-        bounds = metrics.intervals(asked, {i: ((v * among).sum(0), among.sum(0)) for i, (v, among) in enumerate(columns)})
-        cells = []
-        for i, (value, among) in enumerate(columns):
-            each = [v[m].mean().item() for v, m in zip(value, among) if m.any()]
-            spread = f" ± {statistics.stdev(each):.3f}" if len(each) > 1 else ""
-            cells.append(f"{value[among].mean():+.3f} [{bounds[i][0]:+.3f}, {bounds[i][1]:+.3f}]{spread}" if each else "-")
-        text += line([f"{ARMS[arm]} minus {ARMS[other]}", str(len(seeds)), *cells])
-    return text
-
-
-def kinds(regime, arms, split):
-    """Markdown: mIoU by kind of expression, mean over seeds."""
-    rows = {arm: [row_of(s / arm / f"eval_{split}") for s in scored(regime, arm, split)] for arm in arms}
-    names = sorted({kind for found in rows.values() for r in found for kind in r["breakdowns"]["kind"]})
-    text = line(["mIoU by kind", *names]) + line(["---"] * (1 + len(names)))
-    return text + "".join(line([ARMS[arm], *(mean_text([r["breakdowns"]["kind"][k]["mIoU"] for r in found]) for k in names)])
-                          for arm, found in rows.items() if found)
-
-
-def training(regime, arms):
-    """Markdown: what the steps logged, mean of the first and of the last tenth of them, mean over seeds; "-" where an arm logs no such
-    figure. Of the reward and of whatever terms it has, the mean and the standard deviation within a group."""
-    logs = {}
-    for arm in arms:
-        read = [list(report.log_lines(s / arm / "metrics.jsonl")) for s in sorted(regime.iterdir()) if (s / arm / "done").exists()]
-        logs[arm] = [log for log in read if log and "dispersion" in log[0]]
-    logged = [log[0] for several in logs.values() for log in several]
-    terms = list(dict.fromkeys(k for first in logged for keys in report.reward_curves([first]) for k in keys))
-    names = [*terms, *TRAINED]
-    text = line(["first → last tenth of the steps", *names]) + line(["---"] * (1 + len(names)))
-    for arm, several in logs.items():
-        if several:
-            text += line([ARMS[arm], *(ends(several, name) for name in names)])
-    return text
-
-
-def ends(logs, name) -> str:
-    """A figure of metrics.jsonl: its mean over the first tenth of the steps and over the last, mean over seeds."""
-    if not all(name in step for log in logs for step in log):
+def mean_text(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation over seeds, as text; None: the seed has no such figure."""
+    numbers = [v for v in values if v is not None]
+    if not numbers:
         return "-"
-    first, last = [], []
+    return f"{statistics.mean(numbers):.3f}{deviation_text(numbers)}"
+
+
+def interval_text(difference: float, interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+# ---------------------------------------------------------------- each arm beside SFT
+
+def arm_table(regime: Path, split: str) -> tuple[str, list[Difference]]:
+    """Markdown of one regime on one split, and the differences of its arms from SFT."""
+    records = data.load(DATA[regime.name], None, split)
+    text = markdown_head(["", "seeds", "mIoU greedy", "minus SFT, seed by seed [95%]", "mean",
+                          "Pr@0.5", "cIoU", "mIoU T=1", "no box"])
+    differences = []
+    for arm in ARMS:
+        seeds = seeds_with_scores(regime, arm, split)
+        if not seeds:
+            continue
+        of_arm = []
+        if arm != "sft":
+            for seed in seeds:
+                test = difference_from_sft(seed, arm, split, records)
+                of_arm.append(Difference(regime.name, split, arm, seed.name, test))
+        text += arm_row(seeds, arm, split, of_arm)
+        if arm == "sft":
+            text += cooler_rows(seeds, split)
+        differences += of_arm
+    return text, differences
+
+
+def difference_from_sft(
+        seed: Path, arm: str, split: str, records: Sequence[data.Record],
+) -> dict[str, Any]:
+    """An arm's greedy mIoU minus SFT's on the same scenes, as metrics.paired gives it."""
+    sft = read_predictions(seed / "sft" / f"eval_{split}", records)
+    other = read_predictions(seed / arm / f"eval_{split}", records)
+    ids = {prediction["id"] for prediction in sft}
+    answered = [r for r in records if r.id in ids]
+    sft_iou = evaluation.overlap_of(answered, sft)
+    other_iou = evaluation.overlap_of(answered, other)
+    return metrics.paired(answered, sft_iou, other_iou)["mIoU"]
+
+
+def arm_row(seeds: Sequence[Path], arm: str, split: str, differences: Sequence[Difference]) -> str:
+    rows = read_rows(seeds, arm, split)
+    sampled = read_rows(seeds, arm, split, "1")
+    tests = [d.test for d in differences]
+    by_seed = "; ".join(interval_text(t["difference"], t["ci"]) for t in tests)
+    return markdown_row([
+        ARMS[arm],
+        " ".join(seed.name for seed in seeds),
+        mean_text([row["mIoU"] for row in rows]),
+        by_seed or "-",
+        mean_text([t["difference"] for t in tests]),
+        mean_text([row["Pr@0.5"] for row in rows]),
+        mean_text([row["cIoU"] for row in rows]),
+        mean_text([row and row["mIoU"] for row in sampled]),
+        mean_text([sum(row["failures"].values()) / row["n"] for row in rows]),
+    ])
+
+
+def cooler_rows(seeds: Sequence[Path], split: str) -> str:
+    """SFT sampled at low temperatures: RFT might do no more than sharpen it (a control)."""
+    text = ""
+    for temperature in ("0.8", "0.6"):
+        rows = read_rows(seeds, "sft", split, temperature)
+        if any(rows):
+            miou = mean_text([row and row["mIoU"] for row in rows])
+            text += markdown_row([f"SFT sampled at T={temperature}", "", miou, *["-"] * 6])
+    return text
+
+
+# ---------------------------------------------------------------- one arm beside another
+
+@dataclass
+class Answers:
+    """What the seeds of an arm answered to N records; each (seeds, N)."""
+
+    given: np.ndarray       # bool: is there a box?
+    iou: np.ndarray         # 0 without a box
+    distance: np.ndarray    # of its centre from the target's, in image sides; 0 without a box
+
+
+@dataclass
+class Column:
+    """A figure of the contrast table: the mean of values where mask is true; both (seeds, N)."""
+
+    values: np.ndarray
+    mask: np.ndarray
+
+
+def read_answers(
+        seeds: Sequence[Path], arm: str, split: str, records: Sequence[data.Record],
+) -> Answers:
+    given = []
+    iou = []
+    distance = []
+    for seed in seeds:
+        predictions = read_predictions(seed / arm / f"eval_{split}", records)
+        boxes = evaluation.answered(records, predictions)
+        has_box, overlap, _, _, away = metrics.overlaps(boxes, *metrics.targets(records))
+        given.append(has_box.numpy())
+        iou.append(overlap.numpy())
+        distance.append(away.where(has_box, 0.0).numpy())
+    return Answers(np.stack(given), np.stack(iou), np.stack(distance))
+
+
+def contrast_table(regime: Path, split: str) -> str:
+    """Markdown: what one arm has more than another. Distances: where both gave a box."""
+    records = data.load(DATA[regime.name], None, split)
+    text = markdown_head(["", "seeds", "mIoU", "Pr@0.5", "box given", "centre distance",
+                          "mIoU, target under 1% of the image",
+                          "mIoU where SFT's box touched nothing", "centre distance there"])
+    for arm, other in CONTRASTS:
+        seeds = seeds_with_scores(regime, arm, split, other)
+        if not seeds:
+            continue
+        # ablate.sh had eval.py score the first n records of the split.
+        scored = records[:read_row(seeds[0] / arm / f"eval_{split}")["n"]]
+        sft, first, second = (
+            read_answers(seeds, name, split, scored) for name in ("sft", arm, other))
+        columns = contrast_columns(sft, first, second, small_targets(scored))
+        cells = column_texts(columns, scored)
+        text += markdown_row([f"{ARMS[arm]} minus {ARMS[other]}", str(len(seeds)), *cells])
+    return text
+
+
+def small_targets(records: Sequence[data.Record]) -> np.ndarray:
+    """(N,) bool: does the target fill less than 1% of its image?"""
+    small = []
+    for record in records:
+        x1, y1, x2, y2 = record.box
+        width, height = record.size
+        small.append((x2 - x1) * (y2 - y1) < 0.01 * width * height)
+    return np.array(small)
+
+
+def contrast_columns(sft: Answers, a: Answers, b: Answers, small: np.ndarray) -> list[Column]:
+    """a minus b, a column for each figure of the contrast table; small (N,)."""
+    everywhere = np.ones_like(sft.given)
+    both_given = a.given & b.given
+    # SFT answered with a box that lies apart from the target: there IoU alone is silent.
+    missed = sft.given & (sft.iou == 0)
+    iou = a.iou - b.iou
+    hits = (a.iou > 0.5) * 1.0 - (b.iou > 0.5)
+    distance = a.distance - b.distance
+    return [
+        Column(iou, everywhere),
+        Column(hits, everywhere),
+        Column(a.given * 1.0 - b.given, everywhere),
+        Column(distance, both_given),
+        Column(iou, np.broadcast_to(small, iou.shape)),
+        Column(iou, missed),
+        Column(distance, missed & both_given),
+    ]
+
+
+def column_texts(columns: Sequence[Column], records: Sequence[data.Record]) -> list[str]:
+    """Each column's mean over all seeds, its interval over scenes, its deviation over seeds."""
+    # A scene is resampled with the answers of all seeds: seeds are not more scenes.
+    sums = {}
+    for i, column in enumerate(columns):
+        sums[i] = ((column.values * column.mask).sum(0), column.mask.sum(0))
+    intervals = metrics.intervals(records, sums)
+    texts = []
+    for i, column in enumerate(columns):
+        if not column.mask.any():
+            texts.append("-")
+            continue
+        by_seed = []
+        for values, mask in zip(column.values, column.mask):
+            if mask.any():
+                by_seed.append(values[mask].mean().item())
+        mean = column.values[column.mask].mean()
+        texts.append(interval_text(mean, intervals[i]) + deviation_text(by_seed))
+    return texts
+
+
+# ---------------------------------------------------------------- kinds of expressions, training
+
+def kind_table(regime: Path, split: str) -> str:
+    """Markdown: mIoU by kind of expression, mean over seeds."""
+    breakdowns = {}    # arm -> one breakdown by kind for each seed
+    kinds = set()
+    for arm in ARMS:
+        rows = read_rows(seeds_with_scores(regime, arm, split), arm, split)
+        breakdowns[arm] = [row["breakdowns"]["kind"] for row in rows]
+        kinds.update(*breakdowns[arm])
+    text = markdown_head(["mIoU by kind", *sorted(kinds)])
+    for arm, by_seed in breakdowns.items():
+        if by_seed:
+            cells = [ARMS[arm]]
+            for kind in sorted(kinds):
+                cells.append(mean_text([by_kind[kind]["mIoU"] for by_kind in by_seed]))
+            text += markdown_row(cells)
+    return text
+
+
+def read_training_logs(regime: Path, arm: str) -> list[list[dict[str, Any]]]:
+    """The lines of metrics.jsonl of each seed whose training is done; those of rft.py alone."""
+    logs = []
+    for seed in sorted(regime.iterdir()):
+        if (seed / arm / "done").exists():
+            log = list(report.log_lines(seed / arm / "metrics.jsonl"))
+            if log and "dispersion" in log[0]:
+                logs.append(log)
+    return logs
+
+
+def training_table(regime: Path) -> str:
+    """Markdown: what the steps logged, at their beginning and at their end, mean over seeds.
+
+    Of the reward and of whatever terms it has: the mean, and the standard deviation
+    within a group. "-": an arm logs no such figure.
+    """
+    logs = {arm: read_training_logs(regime, arm) for arm in ARMS}
+    keys = {}    # a dict keeps the order in which they are met
+    for of_arm in logs.values():
+        for log in of_arm:
+            for curves in report.reward_curves(log[:1]):
+                keys |= dict.fromkeys(curves)
+    names = [*keys, *TRAINING_KEYS]
+    text = markdown_head(["first → last tenth of the steps", *names])
+    for arm, of_arm in logs.items():
+        if of_arm:
+            text += markdown_row([ARMS[arm], *(first_to_last(of_arm, name) for name in names)])
+    return text
+
+
+def first_to_last(logs: Sequence[Sequence[dict[str, Any]]], name: str) -> str:
+    """A logged figure: its mean over the first tenth of the steps and over the last one."""
+    first = []
+    last = []
     for log in logs:
+        if any(name not in step for step in log):
+            return "-"
         tenth = max(1, len(log) // 10)
         first.append(np.mean([step[name] for step in log[:tenth]]))
         last.append(np.mean([step[name] for step in log[-tenth:]]))
     return f"{np.mean(first):.3f} → {np.mean(last):.3f}"
 
 
-def figure(tests, path):
-    """tests: (regime, split, arm, seed, test) -> a picture: each difference from SFT with its interval, a line an arm and seed."""
-    high, left, width = 17, 280, 900
-    ends = [v for *_, t in tests for v in t["ci"]]
-    low, most = min(-0.01, *ends), max(0.01, *ends)
-    image = Image.new("RGB", (width, high * (len(tests) + 2)), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+# ---------------------------------------------------------------- the figure
 
-    def at(v):
-        return left + (width - left - 20) * (v - low) / (most - low)
-    pen.line([at(0), high, at(0), image.height - high], fill="#999999")
-    pen.text((left, 1), "mIoU greedy, minus SFT: difference and 95% interval over scenes", fill="black", font=font)
-    for value in (low, 0, most):
-        pen.text((at(value) - 15, image.height - high), f"{value:+.2f}", fill="black", font=font)
-    for i, (regime, split, arm, seed, t) in enumerate(tests):
-        y = high * (i + 1.5)
-        pen.text((4, y - 8), f"{regime}, {split}: {ARMS[arm]}, seed {seed}", fill="black", font=font)
-        pen.line([at(t["ci"][0]), y, at(t["ci"][1]), y], fill="#1f77b4", width=2)
-        pen.ellipse([at(t["difference"]) - 3, y - 3, at(t["difference"]) + 3, y + 3], fill="#d62728")
-    image.save(path)
+@dataclass
+class Axis:
+    """The figure's horizontal axis: differences from low to high between two edges in pixels."""
+
+    low: float
+    high: float
+    left: int = 280
+    right: int = 880
+
+    def x(self, value: float) -> float:
+        return self.left + (self.right - self.left) * (value - self.low) / (self.high - self.low)
 
 
-def main():
+LINE = 17      # height of a line of the figure, pixels
+WIDTH = 900    # of the figure, pixels
+
+
+def draw_figure(differences: Sequence[Difference]) -> Image.Image:
+    """Each difference from SFT with its interval, a line an arm and seed."""
+    axis = Axis(-0.01, 0.01)
+    for difference in differences:
+        low, high = difference.test["ci"]
+        axis.low = min(axis.low, low)
+        axis.high = max(axis.high, high)
+    image = Image.new("RGB", (WIDTH, LINE * (len(differences) + 2)), "white")
+    pen = ImageDraw.Draw(image)
+    draw_axis(pen, axis, image.height - LINE)
+    for i, difference in enumerate(differences):
+        draw_difference(pen, axis, LINE * (i + 1.5), difference)
+    return image
+
+
+def draw_axis(pen: ImageDraw.ImageDraw, axis: Axis, bottom: int) -> None:
+    """The title, the line at 0 and the numbers under it."""
+    font = ImageFont.load_default(12)
+    zero = axis.x(0)
+    pen.line([zero, LINE, zero, bottom], fill="#999999")
+    title = "mIoU greedy, minus SFT: difference and 95% interval over scenes"
+    pen.text((axis.left, 1), title, fill="black", font=font)
+    for value in (axis.low, 0, axis.high):
+        pen.text((axis.x(value) - 15, bottom), f"{value:+.2f}", fill="black", font=font)
+
+
+def draw_difference(
+        pen: ImageDraw.ImageDraw, axis: Axis, y: float, difference: Difference,
+) -> None:
+    """One line: its name, its interval, and a dot at the difference."""
+    d = difference
+    label = f"{d.regime}, {d.split}: {ARMS[d.arm]}, seed {d.seed}"
+    pen.text((4, y - 8), label, fill="black", font=ImageFont.load_default(12))
+    low, high = d.test["ci"]
+    pen.line([axis.x(low), y, axis.x(high), y], fill="#1f77b4", width=2)
+    x = axis.x(d.test["difference"])
+    pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill="#d62728")
+
+
+# ---------------------------------------------------------------- the script
+
+def main() -> None:
     parser = runtime.FlagParser("Tables and figure of a study that ablate.sh ran")
     parser.add_argument("study", nargs="?", default="ckpt/study", help="its folder")
     study = Path(parser.parse_args().study)
-    regimes = [study / name for name in DATA if (study / name).is_dir()]
-    if not regimes:
-        runtime.fail(f"no regime ({', '.join(DATA)}) in {study}; run ablate.sh first")
-    text, tests = "", []
-    for regime in regimes:
-        for split in ("test", "novel"):
+    check_names(study)
+    text = ""
+    differences = []
+    for regime in (study / name for name in DATA if (study / name).is_dir()):
+        for split in SPLITS:
             if not any(regime.glob(f"*/*/eval_{split}/eval.json")):
                 continue
-            table, found = compare(regime, ARMS, split)
-            text += f"### {regime.name}, {split}\n\n{table}\n{contrasts(regime, split)}\n{kinds(regime, ARMS, split)}\n"
-            tests += [(regime.name, split, *t) for t in found]
-        text += training(regime, ARMS) + "\n"
+            table, of_split = arm_table(regime, split)
+            differences += of_split
+            contrasts = contrast_table(regime, split)
+            kinds = kind_table(regime, split)
+            text += f"### {regime.name}, {split}\n\n{table}\n{contrasts}\n{kinds}\n"
+        text += training_table(regime) + "\n"
     (study / "study.md").write_text(text, encoding="utf-8")
-    (study / "study.json").write_text(json.dumps([[*where, t] for *where, t in tests], indent=1) + "\n", encoding="utf-8")
-    if tests:
-        figure(tests, study / "study.png")
+    rows = [astuple(difference) for difference in differences]
+    (study / "study.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if differences:
+        draw_figure(differences).save(study / "study.png")
     print(text)
 
 

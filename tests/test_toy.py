@@ -3,12 +3,8 @@ import argparse
 import collections
 import hashlib
 import itertools
-import json
-import math
 import random
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +13,9 @@ import pytest
 import torch
 
 import data
-import eval as evaluation
-import rft
 import runtime
 from model import QwenVL
 from processor import Processor
-from study import gradient, study
 from toy import pretrain, scenes
 from toy.scenes import CATEGORIES, COLORS, SMALL, SPLITS, Split, scene
 
@@ -206,105 +199,3 @@ def test_the_base_in_the_repository():
     card = (base / "README.md").read_text(encoding="utf-8")
     assert abs(seen["pointing_mIoU"] - float(re.search(r"mean IoU of the box (\d\.\d+)", card)[1])) < 0.1
     assert abs(seen["named"] - float(re.search(r"right for (\d\.\d+)", card)[1])) < 0.15
-
-
-def test_the_study_compares_each_arm_with_its_own_start(tmp_path):
-    """Two seeds; of SFT's forty boxes 29 are 0.4 times as wide as the targets, one touches nothing, ten are missing; without the positional
-    term the arm's are exact for one seed and SFT's own for the other; with it they are exact for both."""
-    records = list(data.load("synth-small", None, "test"))[:40]
-    frame = {"original": [scenes.SIDE] * 2, "resized": [scenes.SIDE] * 2, "convention": "absolute"}
-    for seed, arm, exact in ((0, "sft", False), (0, "iou", True), (1, "sft", False), (1, "iou", False), (0, "positional", True),
-                             (1, "positional", True)):
-        folder = tmp_path / "small" / str(seed) / arm / "eval_test"
-        folder.mkdir(parents=True)
-        boxes = [r.box if exact else (x1, y1, 0.6 * x1 + 0.4 * x2, y2) for r in records for x1, y1, x2, y2 in [r.box]]
-        boxes[29] = boxes[29] if exact else (0, 0, 1, 1)
-        texts = [f'<think>a</think><answer>{{"bbox_2d": {list(b)}}}</answer>' for b in boxes]
-        texts[30:] = texts[30:] if exact else ["nothing"] * 10
-        said = [{"id": r.id, "text": t, "frame": frame} for r, t in zip(records, texts)]
-        (folder / "predictions_x.jsonl").write_text("".join(json.dumps(p) + "\n" for p in said))
-        row = {**evaluation.score(records, said), **evaluation.details(records, said, "synth-small", (None, records))}
-        (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
-        step = {"step": 1, **dict.fromkeys(study.TRAINED, 0.25), "reward": 0.1, "reward_group_std": 0.2}
-        if arm == "positional":                                          # a term that only this arm has
-            step |= {"diamond": 0.5, "diamond_group_std": 0.125}
-        (folder.parent / "done").touch()
-        (folder.parent / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0} if arm == "sft" else step) + "\n")
-    done = subprocess.run([sys.executable, "study/study.py", tmp_path], capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 0, done.stderr
-    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in done.stdout.splitlines() if not line.startswith("| ---")}
-    iou = next(line for line in done.stdout.splitlines() if line.startswith("| GRPO: IoU + format | 0 1 | 0.645"))        # 1 and 0.29
-    assert "; +0.000 [+0.000, +0.000]" in iou and "+0.710 [" in iou and "| 0.355 ± 0.502 |" in iou
-    # One seed in two gains all that SFT lacked; nearer: over 70 pairs of boxes, of which 30 differ.
-    seeds, miou, hits, given, nearer, _, missed, nearer_there = rows["+ positional minus GRPO: IoU + format"]
-    assert seeds == "2" and miou.startswith("+0.355 [") and miou.endswith("± 0.502") and hits.startswith("+0.500 [")
-    assert given.startswith("+0.125 [") and missed.startswith("+0.500 [") and missed.endswith("± 0.707")
-    aside = sum(0.3 * (r.box[2] - r.box[0]) for r in records[:29])
-    far = math.dist(((records[29].box[0] + records[29].box[2]) / 2, (records[29].box[1] + records[29].box[3]) / 2), (0.5, 0.5))
-    unit = scenes.SIDE * 2 ** 0.5
-    assert abs(float(nearer.split()[0]) + (aside + far) / 70 / unit) < 6e-4
-    assert abs(float(nearer_there.split()[0]) + far / 2 / unit) < 6e-4
-    assert "| reward | diamond | reward_group_std | diamond_group_std | no_overlap_groups |" in done.stdout
-    assert "| GRPO: IoU + format | 0.100 → 0.100 | - | 0.200 → 0.200 | - | 0.250 → 0.250 |" in done.stdout
-    assert "| + positional | 0.100 → 0.100 | 0.500 → 0.500 | 0.200 → 0.200 | 0.125 → 0.125 | 0.250 → 0.250 |" in done.stdout
-    assert (tmp_path / "study.png").exists()
-    assert [t[:4] for t in json.loads((tmp_path / "study.json").read_text())] == \
-        [["small", "test", arm, seed] for arm in ("iou", "positional") for seed in "01"]
-
-
-def test_signal_and_noise_are_told_apart():
-    rng = torch.Generator().manual_seed(0)
-    true = torch.zeros(400)
-    true[:3] = torch.tensor([2.0, 1.0, -2.0])                            # length 3; the noise below has length 20
-    seen = true + torch.randn(300, 400, generator=rng)
-    (signal, error), progress = gradient.estimate(seen, seen)
-    assert abs(signal - 9 / 409) < 3 * error < 0.02 and progress == (signal, error)
-    aside = torch.randn(300, 400, generator=rng) + true.roll(100)        # a reward that has nothing to do with the target
-    _, (progress, error) = gradient.estimate(aside, seen)
-    assert abs(progress) < 3 * error
-    # Adam's division comes from the same batches: rewards that teach nothing seem to, where noise is skewed (the docstring's warning).
-    skewed = torch.empty(8, 4000).exponential_(generator=rng) - 1
-    (raw, _), _ = gradient.estimate(skewed, skewed)
-    rows = gradient.table({gradient.TARGET: skewed}).splitlines()[2].split(" | ")
-    assert abs(raw) < 0.01 < 0.03 < float(rows[3].split()[0]) and abs(float(rows[1].split()[0]) - raw) < 6e-4
-
-
-def test_a_variants_gradient_is_that_of_its_own_objective(monkeypatch):
-    """The gradient for the mean IoU, by hand: the log-probability of each answer times its IoU above its group's mean."""
-    model, processor = QwenVL.from_pretrained("toy/base", torch.float32), Processor.from_pretrained("toy/base")
-    model.visual.requires_grad_(False)
-    questions, args = data.load("synth", None, "val")[:2], rft.flags().parse_args(["--temperature", "0.7"])
-    moved = [[(0, 0), (3, 1), (200, 200)], [(1, 1), (9, 0), (2, 5)]]     # by so much from the target; (200, 200) leaves the image
-    texts = [[f'<answer>{{"bbox_2d": {[v + shift[i % 2] for i, v in enumerate(r.box)]}}}</answer>' for shift in some]
-             for r, some in zip(questions, moved)]
-    completions = [[processor.encode(t) for t in group] for group in texts]
-    monkeypatch.setattr(rft, "rollout", lambda *_: (completions, None, texts))
-    found, means = gradient.gradients(model, processor, questions, None, args)
-    prompts = [processor(data.open_image(r), r.text) for r in questions]
-    logp, _ = model.score(prompts, completions, 0.7)
-    each = [part.sum() for part in logp.split([len(c) for group in completions for c in group])]
-    iou = torch.tensor([[clamped_iou(r.box, [v + shift[i % 2] for i, v in enumerate(r.box)]) for shift in some]
-                        for r, some in zip(questions, moved)])
-    assert iou[0, 2] == 0 < iou[0, 1] < iou[0, 0] == 1 and abs(means["iou"] - iou.mean().item()) < 1e-5
-    above = (iou - iou.mean(1, keepdim=True)).flatten().tolist()
-    objective = -sum(a * lp for a, lp in zip(above, each)) / len(logp)
-    wanted = torch.autograd.grad(objective, [p for p in model.parameters() if p.requires_grad])
-    torch.testing.assert_close(found[gradient.TARGET], torch.cat([g.flatten() for g in wanted]), rtol=1e-3, atol=1e-7)
-    args = rft.flags().parse_args(["--temperature", "0.7", "--no-std", "--reward", "iou=1", "positional=0", "--lambdas", "0", "0"])
-    found, _ = gradient.gradients(model, processor, questions, None, args)           # the reward is the IoU, undivided
-    for name in ("total", "total without positional", "iou alone", "total, weighted by consistency"):
-        torch.testing.assert_close(found[name], found[gradient.TARGET])
-    assert (found["total, dealt at random"] - found["total"]).norm() > 0.1 * found["total"].norm()
-
-
-def clamped_iou(a, b):
-    """Of boxes in the image, whose side is scenes.SIDE; the second is cut at its edges."""
-    b = [min(v, scenes.SIDE) for v in b]
-    inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
-
-
-def test_without_a_reward_there_is_no_gradient_to_measure(run):
-    done = run("study/gradient.py", "--init", "toy/base", "--batches", 3, "--prompts", 2, "--group", 2, "--max-new-tokens", 8,
-               "--device", "cpu")
-    assert done.returncode == 2 and "rewarded alike" in done.stderr and "Traceback" not in done.stderr
