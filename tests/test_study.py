@@ -64,10 +64,16 @@ def records() -> list[data.Record]:
     return list(data.load("synth-small", None, "test"))[:40]
 
 
-@pytest.fixture
-def small_study(tmp_path: Path, records: list[data.Record]) -> Path:
-    """Two seeds of three arms: SFT's answers are poor; without the positional term they are exact
-    for one seed and SFT's own for the other; with it they are exact for both."""
+@pytest.fixture(scope="module")
+def small_study(
+        tmp_path_factory: pytest.TempPathFactory, records: list[data.Record],
+) -> tuple[Path, str]:
+    """A study of three arms and two seeds, and what study.py prints of it.
+
+    SFT's answers are poor; without the positional term they are exact for one seed and SFT's own
+    for the other; with it they are exact for both.
+    """
+    folder = tmp_path_factory.mktemp("study")
     poor = poor_answers(records)
     exact = exact_answers(records)
     answers = {"sft": (poor, poor), "iou": (exact, poor), "positional": (exact, exact)}
@@ -76,46 +82,42 @@ def small_study(tmp_path: Path, records: list[data.Record]) -> Path:
     logs = {"sft": {"loss": 1.0}, "iou": step, "positional": step | own_term}
     for arm, by_seed in answers.items():
         for seed, texts in enumerate(by_seed):
-            folder = tmp_path / "small" / str(seed) / arm
-            write_scores(folder / "eval_test", records, texts)
-            write_log(folder, logs[arm])
-    return tmp_path
-
-
-def tables(folder: Path) -> subprocess.CompletedProcess[str]:
+            arm_folder = folder / "small" / str(seed) / arm
+            write_scores(arm_folder / "eval_test", records, texts)
+            write_log(arm_folder, logs[arm])
     command = [sys.executable, "study/study.py", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-
-
-def test_the_study_compares_each_arm_with_its_own_start(
-        small_study: Path, records: list[data.Record],
-) -> None:
-    done = tables(small_study)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    return folder, done.stdout
+
+
+def test_the_study_compares_each_arm_with_its_own_start(small_study: tuple[Path, str]) -> None:
+    folder, text = small_study
+    lines = text.splitlines()
     # mIoU 1 and 0.29
     iou, = (line for line in lines if line.startswith("| GRPO: IoU + format | 0 1 | 0.645"))
     assert "; +0.000 [+0.000, +0.000]" in iou
     assert "+0.710 [" in iou
     assert "| 0.355 ± 0.502 |" in iou
-    assert ("| reward | diamond | reward_group_std | diamond_group_std | no_overlap_groups |"
-            in done.stdout)
-    assert ("| GRPO: IoU + format | 0.100 → 0.100 | - | 0.200 → 0.200 | - | 0.250 → 0.250 |"
-            in done.stdout)
-    assert ("| + positional | 0.100 → 0.100 | 0.500 → 0.500 | 0.200 → 0.200 | 0.125 → 0.125 "
-            "| 0.250 → 0.250 |") in done.stdout
-    assert (small_study / "study.png").exists()
-    differences = json.loads((small_study / "study.json").read_text())
+    # A term that one arm alone has stands behind those of the arms before it.
+    assert ("| reward | reward_group_std | diamond | diamond_group_std | no_overlap_groups |"
+            in text)
+    assert ("| GRPO: IoU + format | 0.100 → 0.100 | 0.200 → 0.200 | - | - | 0.250 → 0.250 |"
+            in text)
+    assert ("| + positional | 0.100 → 0.100 | 0.200 → 0.200 | 0.500 → 0.500 | 0.125 → 0.125 "
+            "| 0.250 → 0.250 |") in text
+    assert (folder / "study.png").exists()
+    differences = json.loads((folder / "study.json").read_text())
     assert [row[:4] for row in differences] == [
         ["small", "test", "iou", "0"], ["small", "test", "iou", "1"],
         ["small", "test", "positional", "0"], ["small", "test", "positional", "1"]]
 
 
 def test_what_a_term_adds_is_of_all_seeds_at_once(
-        small_study: Path, records: list[data.Record],
+        small_study: tuple[Path, str], records: list[data.Record],
 ) -> None:
     """One seed in two gains all that SFT lacked."""
-    lines = tables(small_study).stdout.splitlines()
+    lines = small_study[1].splitlines()
     name = "| + positional minus GRPO: IoU + format | "
     row, = (line for line in lines if line.startswith(name))
     seeds, miou, hits, given, distance, _, missed, distance_missed = (
@@ -134,11 +136,18 @@ def test_what_a_term_adds_is_of_all_seeds_at_once(
     assert abs(float(distance_missed.split()[0]) + corner / 2 / diagonal) < 6e-4
 
 
-def test_mistakes_about_a_study_are_one_line(tmp_path: Path, records: list[data.Record]) -> None:
+def test_mistakes_about_a_study_are_one_line(
+        tmp_path: Path, records: list[data.Record], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+) -> None:
     def refusal(folder: Path) -> str:
-        done = tables(folder)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        return done.stderr
+        monkeypatch.setattr(sys, "argv", ["study.py", str(folder)])
+        with pytest.raises(SystemExit) as leaving:
+            study.main()
+        message = capsys.readouterr().err
+        assert leaving.value.code == 2 and message.count("\n") == 1, message
+        return message
+
     assert "run ablate.sh first" in refusal(tmp_path / "nowhere")
     (tmp_path / "empty" / "little").mkdir(parents=True)
     assert "no scores in" in refusal(tmp_path / "empty")
