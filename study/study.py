@@ -79,7 +79,13 @@ TRAINED = (
 def read_row(folder: Path) -> dict[str, Any] | None:
     """The one row of a folder of scores, or None where it was not scored."""
     content = read_json(folder / "eval.json")
-    return content and content["rows"][0]
+    if content is None:
+        return None
+    try:
+        return content["rows"][0]
+    except (KeyError, IndexError, TypeError):
+        runtime.fail(f"{folder / 'eval.json'} has no row of scores; remove {folder} and run "
+                     "ablate.sh again")
 
 
 def rows_of(seeds: Sequence[Path], arm: str, scores: str) -> list[dict[str, Any] | None]:
@@ -105,9 +111,27 @@ def seeds_with(regime: Path, arm: str, split: str, other: str = "sft") -> list[P
 
 def predictions_of(folder: Path, records: Sequence[Record]) -> list[dict[str, Any]]:
     """A folder's predictions, in the order of records; records without one are left out."""
-    file, = folder.glob("predictions_*.jsonl")
-    by_id = evaluation.read_predictions(file, records)
+    files = list(folder.glob("predictions_*.jsonl"))
+    if len(files) != 1:
+        runtime.fail(f"{len(files)} files predictions_*.jsonl in {folder}, where one belongs; "
+                     f"remove {folder} and run ablate.sh again")
+    by_id = evaluation.read_predictions(files[0], records)
     return [by_id[r.id] for r in records if r.id in by_id]
+
+
+def check_names(study: Path) -> None:
+    """Refuses a study without scores, and scores of a regime or an arm that is not known here."""
+    scores = sorted(study.glob("*/*/*/eval_*/eval.json"))
+    for file in scores:
+        regime, _, arm = file.relative_to(study).parts[:3]
+        if regime not in REGIMES:
+            runtime.fail(f"{study / regime}: no regime {regime}; there are {', '.join(REGIMES)}")
+        if arm not in ARMS:
+            runtime.fail(f"{file.parents[1]}: no arm {arm}; there are {', '.join(ARMS)}")
+    if not any((study / name).is_dir() for name in REGIMES):
+        runtime.fail(f"no regime ({', '.join(REGIMES)}) in {study}; run ablate.sh first")
+    if not scores:
+        runtime.fail(f"no scores in {study}; run ablate.sh first")
 
 
 # ---------------------------------------------------------------- Markdown
@@ -369,9 +393,8 @@ def main() -> None:
     parser = runtime.FlagParser("Tables and figure of a study that ablate.sh ran")
     parser.add_argument("study", nargs="?", default="ckpt/study", help="its folder")
     study = Path(parser.parse_args().study)
+    check_names(study)
     regimes = [study / name for name in REGIMES if (study / name).is_dir()]
-    if not regimes:
-        runtime.fail(f"no regime ({', '.join(REGIMES)}) in {study}; run ablate.sh first")
     arms = tuple(ARMS)
     text = ""
     tests = []
