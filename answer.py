@@ -37,15 +37,32 @@ PROMPT = (
 def format_box(box: Sequence[float], frame: "Frame") -> str:
     """A box in original pixels as the model is taught to write it: "[x1, y1, x2, y2]".
 
-    The numbers are whole, in the model's frame, and the box has an area there.
+    The numbers are whole, in the model's frame, and the box has an area there. It overlaps the
+    box that it stands for, however thin that is.
     """
-    x1, y1, x2, y2 = (round(v) for v in frame.to_model(box))
+    x1, y1, x2, y2 = frame.to_model(box)
     right, bottom = frame.extent
-    x1 = min(max(x1, 0), right - 1)
-    y1 = min(max(y1, 0), bottom - 1)
-    x2 = min(max(x2, x1 + 1), right)
-    y2 = min(max(y2, y1 + 1), bottom)
-    return f"[{x1}, {y1}, {x2}, {y2}]"
+    left_edge, right_edge = whole_interval(x1, x2, right)
+    top_edge, bottom_edge = whole_interval(y1, y2, bottom)
+    return f"[{left_edge}, {top_edge}, {right_edge}, {bottom_edge}]"
+
+
+def whole_interval(low: float, high: float, most: int) -> tuple[int, int]:
+    """The whole numbers nearest to an interval's ends, within 0 and `most` and never the same.
+
+    >>> whole_interval(2.6, 7.2, 1000)
+    (3, 7)
+    >>> whole_interval(2.55, 2.58, 1000)       # both round to 3, and 3 to 4 would miss it
+    (2, 3)
+    """
+    start = round(low)
+    end = round(high)
+    if start == end:
+        # Thinner than a unit: the unit that holds its centre holds the most of it.
+        start = math.floor((low + high) / 2)
+    start = min(max(start, 0), most - 1)
+    end = min(max(end, start + 1), most)
+    return start, end
 
 
 def write(think: str | None, box_text: str) -> str:

@@ -43,6 +43,9 @@ from pictures import contact_sheet, draw_boxes
 Image.MAX_IMAGE_PIXELS = 1 << 31
 # Longer side of an image over its shorter one, at most: the families' own limit.
 ASPECT = 200
+# Pixels. A box with a thinner side is as good as empty: in the float32 of the rewards, on the
+# largest images, it has no area, so that whatever is answered scores 0.
+THINNEST = 1 / 16
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 SPLITS = ("train", "val", "test")
 
@@ -157,12 +160,30 @@ def load(name: str, root: str | Path | None = None, split: str = "train") -> Rec
     that does not fit is refused (`Records.refused`); where all are, no record is left.
     """
     if "+" in name or ":" in name:
-        return mixture(name, Path(root or "data"), split)
-    if name not in READERS:
+        records = mixture(name, Path(root or "data"), split)
+    elif name in READERS:
+        records = READERS[name](Path(root) if root else Path("data") / name, split)
+    else:
         raise DataError(
             f"no data set is called {name!r}; there are {', '.join(READERS)}, and mixtures like "
             "dior+vrsbench:0.5")
-    return READERS[name](Path(root) if root else Path("data") / name, split)
+    check_boxes(records, name, split)
+    return records
+
+
+def check_boxes(records: Records, name: str, split: str) -> None:
+    """DataError for a box that does not lie within its image with an area.
+
+    A Collector keeps none, but a reader may do without one. Whatever is answered to such a
+    record would score 0, and nobody would be told.
+    """
+    for r in records:
+        x1, y1, x2, y2 = r.box
+        width, height = r.size
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+            raise DataError(
+                f"{name} {split}, record {r.id}: its box {r.box} has no area within the image of "
+                f"{width} x {height}; mend its reader, or hand its annotations to a Collector")
 
 
 def mixture(names: str, root: Path, split: str) -> Records:
@@ -438,7 +459,7 @@ def repair_box(
     x1, y1, x2, y2 = box
     ordered = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
     clamped = tuple(min(max(v, 0.0), float(size[i % 2])) for i, v in enumerate(ordered))
-    if clamped[2] <= clamped[0] or clamped[3] <= clamped[1]:
+    if min(clamped[2] - clamped[0], clamped[3] - clamped[1]) < THINNEST:
         outside = clamped != ordered
         return RepairedBox(problem="box outside the image" if outside else "empty box")
     repairs = []
@@ -844,6 +865,10 @@ def read_vrsbench(root: Path, split: str) -> Records:
     return collector.records
 
 
+# Pixels of its images, which are square.
+VRSBENCH_SIDE = 512
+
+
 def vrsbench_test(row: dict[str, Any], where: str, identity: str) -> Annotation:
     """A row of the evaluation: obj_corner is the precise box, in parts of the image's sides.
 
@@ -858,7 +883,8 @@ def vrsbench_test(row: dict[str, Any], where: str, identity: str) -> Annotation:
         xs = corners[0::2]
         ys = corners[1::2]
         box = [min(xs), min(ys), max(xs), max(ys)]
-    if not box or not (box[0] < box[2] and box[1] < box[3]):
+    thinnest = THINNEST / VRSBENCH_SIDE
+    if not box or not (box[2] - box[0] >= thinnest and box[3] - box[1] >= thinnest):
         box = grid
         parts = 100
         repairs = ["box of ground_truth, for want of obj_corner"]
