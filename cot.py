@@ -398,7 +398,7 @@ def neighbor_finder(records: Sequence[Record]) -> Callable[[Record], list[Neighb
         if not hasattr(record.image, "objects"):
             by_image.setdefault(record.image, []).append(record)
 
-    def find(record: Record) -> list[Neighbor]:
+    def find_neighbors(record: Record) -> list[Neighbor]:
         if hasattr(record.image, "objects"):
             return [Neighbor(o.category, o.box, o.color)
                     for o in record.image.objects if o.box != record.box]
@@ -411,7 +411,7 @@ def neighbor_finder(records: Sequence[Record]) -> Callable[[Record], list[Neighb
                 neighbors.append(Neighbor(other.category, other.box))
         return neighbors
 
-    return find
+    return find_neighbors
 
 
 def target_color(record: Record) -> str:
@@ -1181,9 +1181,9 @@ def check_teacher_flags(args: argparse.Namespace) -> None:
     """Ends the script where flags do not fit together."""
     if not 0 <= args.temperature < math.inf:
         runtime.fail(f"--temperature {args.temperature} is not a number from 0 up; 0 is greedy")
-    if args.teacher and args.init and args.coords != "resized":
-        runtime.fail("--init is for the check; a --teacher speaks in its own frame")
     if not is_server(args.teacher):
+        if args.teacher and args.init:
+            runtime.fail("--init is for the check; a --teacher speaks in its own frame")
         if args.model or args.coords:
             runtime.fail("--model and --coords are about a server: --teacher http://host:port/v1")
         return

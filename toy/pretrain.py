@@ -175,6 +175,7 @@ def fresh_model(out: Path, seed: int) -> QwenVL:
     """Random weights; residual branches begin small beside the words they are added to."""
     torch.manual_seed(seed)
     model = QwenVL(Config.from_json(out / "config.json"))
+    # What these matrices give is added to the residual stream.
     residual_outputs = ("o_proj.weight", "down_proj.weight", "attn.proj.weight")
     for name, p in model.named_parameters():
         if p.ndim > 1:
@@ -319,6 +320,7 @@ def dense_targets(scene: scenes.Scene) -> DenseTargets:
         rows = (centers >= y1) & (centers <= y2)
         columns = (centers >= x1) & (centers <= x2)
         covered = rows[:, None] & columns
+        # A small object may lie between the centers of all patches.
         covered[int(o.center[1] // cell), int(o.center[0] // cell)] = True
         kinds[covered] = 1 + list(scenes.CATEGORIES).index(o.category)
         colors[covered] = list(scenes.COLORS).index(o.color)
@@ -377,7 +379,7 @@ def number_embeddings(width: int) -> Tensor:
 # ---------------------------------------------------------------- one step
 
 @dataclass
-class Batch:
+class SceneBatch:
     """The scenes of a step."""
 
     prompts: list[Prompt]              # images
@@ -390,7 +392,7 @@ class Batch:
 
 
 def make_batch(
-        step: int, processor: Processor, vocab: int, args: argparse.Namespace) -> Batch:
+        step: int, processor: Processor, vocab: int, args: argparse.Namespace) -> SceneBatch:
     """The scenes of a step; a pure function of it and of --seed."""
     split = scenes.SPLITS["pretrain"]
     rng = random.Random(f"{args.seed} {step}")
@@ -408,7 +410,7 @@ def make_batch(
         answers.append(list(encode_answers(processor, pairs, digit_targets(), vocab)))
     per_scene = [dense_targets(scene) for scene in batch_scenes]
     targets = DenseTargets(*(torch.cat(parts) for parts in zip(*per_scene)))
-    return Batch(prompts, answers, targets)
+    return SceneBatch(prompts, answers, targets)
 
 
 class Readout(NamedTuple):
@@ -446,7 +448,7 @@ class Pretraining:
         """All that a state to resume from holds."""
         return {"model": self.model, "heads": self.heads, "muon": self.muon, "adamw": self.adamw}
 
-    def forward(self, batch: Batch) -> Readout:
+    def read_out(self, batch: SceneBatch) -> Readout:
         """Images are computed once for all that is said of them."""
         model = self.model
         x, positions, lengths = model.pack(batch.prompts)          # (N, D), (3, N), Q lengths
@@ -463,9 +465,11 @@ class Pretraining:
             positions = torch.cat((positions, answer_positions.expand(3, -1)), 1)
             input_ids = torch.cat([answer.ids[:-1] for answer in answers])
             x = torch.cat((x, model.model.embed_tokens(input_ids)))
+        # Each answer sees its own scene's prompt, and no other answer.
         prefix = []
         for length, group in zip(lengths, batch.answers):
             prefix.append((length, sum(answer.inputs for answer in group)))
+        # The hook fills it again.
         self.middle_outputs.clear()
         hidden = model.model(x, positions, Plan(lengths + inputs, prefix=prefix))
         halfway = model.model.norm(self.middle_outputs[0][:prompt_tokens][is_image])
@@ -499,9 +503,9 @@ class Pretraining:
         logits = self.model.lm_head(readout.answers[is_answer])            # (A, V)
         return F.cross_entropy(logits, torch.cat([a.targets for a in answers]))
 
-    def train_step(self, batch: Batch, lr: float) -> dict[str, float]:
+    def train_step(self, batch: SceneBatch, lr: float) -> dict[str, float]:
         """One update -> its metrics."""
-        readout = self.forward(batch)
+        readout = self.read_out(batch)
         loss, metrics = self.dense_loss(readout, batch.targets)
         if batch.all_answers:
             language = self.language_loss(readout, batch.all_answers)
@@ -552,7 +556,7 @@ def make_optimizers(
 def train(model: QwenVL, processor: Processor, args: argparse.Namespace, out: Path) -> None:
     """Dense losses throughout, language from step --warm on."""
     pretraining = Pretraining(model, args.lr)
-    first = load_state(out, pretraining) if args.resume else 0
+    first = load_pretraining(out, pretraining) if args.resume else 0
     runtime.cut_log(out / "metrics.jsonl", first)
     steps = range(first, args.steps)
     with tqdm(steps, initial=first, total=args.steps, desc="pretrain") as bar:
@@ -568,17 +572,17 @@ def train(model: QwenVL, processor: Processor, args: argparse.Namespace, out: Pa
                     f"kind {line['kind']:.2f} box {line['pixels_off']:.1f} px "
                     f"text {line.get('language', math.nan):.3f}")
             if (step + 1) % args.every == 0:
-                save_state(out, pretraining, step + 1)
+                save_pretraining(out, pretraining, step + 1)
 
 
-def save_state(out: Path, pretraining: Pretraining, step: int) -> None:
+def save_pretraining(out: Path, pretraining: Pretraining, step: int) -> None:
     """Writes state.pt, whole or not at all."""
     states = {name: part.state_dict() for name, part in pretraining.parts().items()}
     torch.save({"step": step, **states}, out / "state.tmp")
     os.replace(out / "state.tmp", out / "state.pt")
 
 
-def load_state(out: Path, pretraining: Pretraining) -> int:
+def load_pretraining(out: Path, pretraining: Pretraining) -> int:
     """Reads state.pt -> the steps that it covers."""
     state = torch.load(out / "state.pt")
     for name, part in pretraining.parts().items():

@@ -208,7 +208,7 @@ def draw_trees(pen: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
 
 def draw_strip(pen: ImageDraw.ImageDraw, strip: Strip, rng: np.random.Generator) -> None:
     """The road, river or coast of a scene."""
-    def line(across: float, waves: float = 0.0) -> list[Point]:
+    def edge_to_edge(across: float, waves: float = 0.0) -> list[Point]:
         """A line from edge to edge and beyond, at this distance from the strip's own."""
         wave = waves * rng.normal(0, 1, 33)
         points = []
@@ -218,14 +218,14 @@ def draw_strip(pen: ImageDraw.ImageDraw, strip: Strip, rng: np.random.Generator)
         return points
 
     if strip.kind == "road":
-        pen.polygon(line(-4) + line(4)[::-1], fill=ROAD)
-        pen.line(line(0), fill=ROAD_LINE, width=OVERSAMPLING)
+        pen.polygon(edge_to_edge(-4) + edge_to_edge(4)[::-1], fill=ROAD)
+        pen.line(edge_to_edge(0), fill=ROAD_LINE, width=OVERSAMPLING)
     elif strip.kind == "river":
-        banks = line(-RIVER_WIDTH / 2, 0.5) + line(RIVER_WIDTH / 2, 0.5)[::-1]
+        banks = edge_to_edge(-RIVER_WIDTH / 2, 0.5) + edge_to_edge(RIVER_WIDTH / 2, 0.5)[::-1]
         pen.polygon(banks, fill=WATER)
     elif strip.kind == "coast":
-        pen.polygon(line(-1.5, 0.5) + line(2 * SIDE)[::-1], fill=BEACH)
-        pen.polygon(line(1, 0.5) + line(2 * SIDE)[::-1], fill=WATER)
+        pen.polygon(edge_to_edge(-1.5, 0.5) + edge_to_edge(2 * SIDE)[::-1], fill=BEACH)
+        pen.polygon(edge_to_edge(1, 0.5) + edge_to_edge(2 * SIDE)[::-1], fill=WATER)
 
 
 @functools.cache
@@ -272,10 +272,10 @@ def polygon(*corners: Point) -> ndarray:
     return np.array(corners)
 
 
-def rotation(degrees: float) -> ndarray:
-    """The matrix that turns row vectors, (n, 2) @ (2, 2)."""
+def turned(shape: ndarray, degrees: float) -> ndarray:
+    """A polygon (n, 2), turned about the origin; y points down, so it turns clockwise."""
     a = math.radians(degrees)
-    return np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])
+    return shape @ np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])
 
 
 # A polygon, and its brightness beside the object's color.
@@ -294,7 +294,7 @@ CATEGORY_PARTS: dict[str, list[Part]] = {
     "helicopter": [
         (rectangle(-0.5, -0.035, 0, 0.035), 1), (rectangle(-0.5, -0.12, -0.43, 0.12), 1),
         (ellipse(20, 0.26, 0.13, 0.12), 1),
-        (ROTOR @ rotation(45) + (0.12, 0), 0.6), (ROTOR @ rotation(135) + (0.12, 0), 0.6)],
+        (turned(ROTOR, 45) + (0.12, 0), 0.6), (turned(ROTOR, 135) + (0.12, 0), 0.6)],
     "tank": [
         (ellipse(24, 0.5, 0.5), 1), (ellipse(20, 0.34, 0.34), 0.8),
         (ellipse(12, 0.09, 0.09), 0.45)],
@@ -313,7 +313,7 @@ CATEGORY_PARTS: dict[str, list[Part]] = {
     "house": [
         (rectangle(-0.5, -0.37, 0.5, 0), 1), (rectangle(-0.5, 0, 0.5, 0.37), 0.6)],
     "windmill": [
-        (BLADE @ rotation(0), 1), (BLADE @ rotation(120), 1), (BLADE @ rotation(240), 1),
+        (turned(BLADE, 0), 1), (turned(BLADE, 120), 1), (turned(BLADE, 240), 1),
         (ellipse(12, 0.1, 0.1), 0.55)],
     "pool": [
         (polygon((-0.5, -0.4), (0.5, -0.4), (0.5, 0.1), (0, 0.1), (0, 0.4), (-0.5, 0.4)), 1),
@@ -347,8 +347,7 @@ def shaded(color: Color, brightness: float) -> Color:
 
 def object_parts(category: str, angle: float, length: float) -> list[Part]:
     """The parts of an object about the origin, in pixels."""
-    turned = rotation(angle)
-    return [(shape @ turned * length, shade) for shape, shade in CATEGORY_PARTS[category]]
+    return [(turned(shape, angle) * length, shade) for shape, shade in CATEGORY_PARTS[category]]
 
 
 def all_corners(parts: Sequence[Part]) -> ndarray:
@@ -417,8 +416,10 @@ def random_object(
     if category.ground in ("shore", "river"):
         angle = math.degrees(strip.angle) + 90
         x, y = strip.point(rng.uniform(-SIDE / 2, SIDE / 2))
+    # A bridge reaches over its river.
     if category.ground == "river":
         length = max(length, RIVER_WIDTH + 5)
+    # The box is the extent of what is drawn, so it comes from the turned parts.
     corners = all_corners(object_parts(name, angle, length))
     width, height = (corners.max(0) - corners.min(0)).tolist()
     edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
@@ -639,6 +640,7 @@ def records(split: Split) -> list[SceneRecord]:
     split_records = []
     for number in range(split.scenes):
         scene = make_scene(split.first_seed + number, split)
+        # Apart from the scene's own numbers: other expressions leave the scene as it is.
         rng = random.Random(split.first_seed + number + 5_000_000)
         choices = expressions(scene, rng)
         if split.novel:
