@@ -308,8 +308,10 @@ def kinds(regime: Path, arms: Sequence[str], split: str) -> str:
             names.update(kind_scores)
     text = header(["mIoU by kind", *sorted(names)])
     for arm, kind_scores in by_arm.items():
+        cells = []
+        for name in sorted(names):
+            cells.append(mean_text([scores[name]["mIoU"] for scores in kind_scores]))
         if kind_scores:
-            cells = [mean_text([k[name]["mIoU"] for k in kind_scores]) for name in sorted(names)]
             text += line([ARMS[arm], *cells])
     return text
 

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -318,7 +319,8 @@ def test_a_variants_gradient_is_that_of_its_own_objective(
     assert dealt.norm() > 0.1 * gradients["total"].norm()
 
 
-def test_without_a_reward_there_is_no_gradient_to_measure(run) -> None:
+def test_without_a_reward_there_is_no_gradient_to_measure(
+        run: Callable[..., subprocess.CompletedProcess]) -> None:
     script = run("study/gradient.py", "--init", "toy/base", "--batches", 3, "--prompts", 2,
                  "--group", 2, "--max-new-tokens", 8, "--device", "cpu")
     assert script.returncode == 2
