@@ -50,7 +50,7 @@ tensor([0, 1, 5, 6])
 
 Shapes: N packed tokens, H query heads, KV key-value heads (H is a multiple of KV), hd
 head width, Q prompts, G rollouts of a prompt, R = Q * G rollouts, S sequences of one
-length.
+length, L query rows and M key rows of each, P places of the longest prompt.
 Source: the merge by log-sum-exp is FlashAttention's (arXiv 2205.14135, section 3.1);
 the shared prefix and its pieces are ours.
 """
@@ -108,6 +108,8 @@ class Plan:
             prefix: Iterable[tuple[int, int]] = (),
             kv_cache: list[LayerKV] | None = None,
             device: torch.device | str = "cpu") -> None:
+        # A completion of one token feeds nothing: it is no sequence here, and counts 0 in its
+        # prompt's pair.
         self.lengths = [n for n in lengths if n]
         self.causal = causal
         self.prefix = list(prefix)
@@ -193,7 +195,8 @@ class Cache:
 
     prompt_k, prompt_v: per layer (Q, KV, P, hd), shorter prompts padded behind.
     prompt_padding: (Q, 1, 1, P), True on that padding.
-    completion_k, completion_v: per layer (R, KV, T, hd), T the most tokens of a rollout.
+    completion_k, completion_v: per layer (R, KV, room, hd), room the most tokens of a
+        rollout; a step reads the first T = bucket of them.
     filled: tokens of each rollout that are in there, the same number for all.
     filled_on_device: that number as a tensor (1,).
 
@@ -259,7 +262,7 @@ class Cache:
         Q, KV, P, hd = self.prompt_k[layer].shape
         R, H, _ = q.shape
         G = R // Q
-        M = H // KV                                     # query heads that share a key head
+        shared = H // KV                                # query heads that share a key head
         T = self.bucket
 
         # The new token sees itself: its keys and values go into the cache first.
@@ -269,17 +272,19 @@ class Cache:
         completion_v = self.completion_v[layer][:, :, :T]
 
         def by_group(x: Tensor) -> Tensor:
-            """(R, KV, M, n) -> (Q, KV, G * M, n): all queries of a group in one matrix."""
-            return x.reshape(Q, G, KV, M, -1).transpose(1, 2).reshape(Q, KV, G * M, -1)
+            """(R, KV, shared, n) -> (Q, KV, G * shared, n): a group's queries in one matrix."""
+            x = x.reshape(Q, G, KV, shared, -1).transpose(1, 2)
+            return x.reshape(Q, KV, G * shared, -1)
 
         def by_rollout(x: Tensor) -> Tensor:
-            """(Q, KV, G * M, n) -> (R, KV, M, n): the way back."""
-            return x.reshape(Q, KV, G, M, -1).transpose(1, 2).reshape(R, KV, M, -1)
+            """(Q, KV, G * shared, n) -> (R, KV, shared, n): the way back."""
+            x = x.reshape(Q, KV, G, shared, -1).transpose(1, 2)
+            return x.reshape(R, KV, shared, -1)
 
         # Scores over the prompt: one matrix product a question, for all of its
         # rollouts. Scores over a rollout's own tokens: one product a rollout.
-        q = (q * hd ** -0.5).view(R, KV, M, hd)
-        # Both are (Q, KV, G * M, keys).
+        q = (q * hd ** -0.5).view(R, KV, shared, hd)
+        # Both are (Q, KV, G * shared, keys).
         prompt_scores = by_group(q) @ self.prompt_k[layer].transpose(2, 3)
         own_scores = by_group(q @ completion_k.transpose(2, 3))
 
@@ -287,7 +292,7 @@ class Cache:
         unfilled = torch.arange(T, device=q.device) > self.filled_on_device
         unseen = torch.cat((self.prompt_padding, unfilled.expand(Q, 1, 1, T)), -1)
 
-        # One softmax over both, in float32: (Q, KV, G * M, P + T).
+        # One softmax over both, in float32: (Q, KV, G * shared, P + T).
         scores = torch.cat((prompt_scores, own_scores), -1)
         scores = scores.masked_fill_(unseen, -torch.inf)
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)

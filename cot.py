@@ -79,7 +79,7 @@ from answer import TAGS, format_box, format_ok, parse_box, write
 from data import DataError, Record, Records
 from generate import generate
 from pictures import draw_boxes
-from processor import Frame, Processor, Prompt, smart_resize, to_image_frame, to_model_frame
+from processor import Frame, Processor, Prompt, smart_resize
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]          # (x1, y1, x2, y2)
@@ -112,10 +112,10 @@ MIN_TEACHER_IOU = 0.5
 REVEALING_DISTANCE = 3
 # Whole numbers up to this one may count objects; larger ones are taken for coordinates or sizes.
 MAX_COUNT = 20
-NUMBER = r"\d++(?:\.\d++)?+"
+PLAIN_NUMBER = r"\d++(?:\.\d++)?+"
 # A point (x, y) or a box [x1, y1, x2, y2], in either kind of brackets.
-COORDINATES = re.compile(
-    rf"[(\[]\s*{NUMBER}\s*,\s*{NUMBER}(?:\s*,\s*{NUMBER}\s*,\s*{NUMBER})?\s*[)\]]")
+TWO_NUMBERS = rf"{PLAIN_NUMBER}\s*,\s*{PLAIN_NUMBER}"
+COORDINATES = re.compile(rf"[(\[]\s*{TWO_NUMBERS}(?:\s*,\s*{TWO_NUMBERS})?\s*[)\]]")
 # "x1 = 12" is a coordinate and "12 pixels" are a size, however small.
 BARE_COORDINATE = re.compile(r"\b[xywh]\d?\s*[=:]\s*\d|\d\s*(?:px|pixels?)\b", re.IGNORECASE)
 TEACHER_PROMPT = (
@@ -199,7 +199,7 @@ def round_coarsely(value: float, frame: Frame) -> int:
 
 def model_center(box: Box, frame: Frame) -> Point:
     """The center of a box in original pixels, in the model's frame."""
-    return to_model_frame((*box_center(box), 0, 0), frame)[:2]
+    return frame.to_model((*box_center(box), 0, 0))[:2]
 
 
 def point_text(box: Box, frame: Frame) -> str:
@@ -342,7 +342,7 @@ def candidate_text(
     region = region_name(candidate.box, record.size)
     line = f"{noun_phrase(candidate)} near {point}, at the {region}"
     if SIZE_WORDS.search(head_of(text)):
-        line += f", of size {round(math.sqrt(box_area(to_model_frame(candidate.box, frame))))}"
+        line += f", of size {round(math.sqrt(box_area(frame.to_model(candidate.box))))}"
     if anchor is not None:
         line += f", {relation_text(candidate.box, anchor.box, text, frame)}"
     return line
@@ -459,13 +459,13 @@ class Reasoning:
         if self.frame is None or self.frame.extent == student.extent:
             return self.think
 
-        def convert(match: re.Match[str]) -> str:
-            values = [float(number) for number in re.findall(NUMBER, match[0])]
-            values = to_model_frame(to_image_frame(values, self.frame), student)
+        def to_student(match: re.Match[str]) -> str:
+            values = [float(number) for number in re.findall(PLAIN_NUMBER, match[0])]
+            values = student.to_model(self.frame.to_image(values))
             numbers = iter(values)
-            return re.sub(NUMBER, lambda _: str(round(next(numbers))), match[0])
+            return re.sub(PLAIN_NUMBER, lambda _: str(round(next(numbers))), match[0])
 
-        return COORDINATES.sub(convert, self.think)
+        return COORDINATES.sub(to_student, self.think)
 
 
 def load_reasoning(
@@ -596,11 +596,11 @@ def filter_explanation(text: str, record: Record, frame: Frame) -> tuple[str | N
     box = parse_box(text)
     if box is None:
         return None, INCONSISTENT
-    if box_iou(to_image_frame(box, frame), record.box) < MIN_TEACHER_IOU:
+    if box_iou(frame.to_image(box), record.box) < MIN_TEACHER_IOU:
         readings = [box_iou(other, record.box) for other in other_readings(box, frame)]
         # A box that is right when it is read otherwise is no mistake about the object.
         return None, INCONSISTENT if max(readings) >= MIN_TEACHER_IOU else WRONG_BOX
-    if reveals_box(think, [box, to_model_frame(record.box, frame)]):
+    if reveals_box(think, [box, frame.to_model(record.box)]):
         return None, GIVEN_AWAY
     if not is_convertible(think, record.text, frame):
         return None, INCONSISTENT
@@ -627,8 +627,8 @@ def other_readings(box: Box, frame: Frame) -> list[Box]:
     shares = [1000 * v for v in box]
     in_thousandths = Frame(frame.original, frame.resized, "1000")
     in_resized = Frame(frame.original, frame.resized, "absolute")
-    return [box, to_image_frame(box, in_resized), to_image_frame(box, in_thousandths),
-            to_image_frame(shares, in_thousandths)]
+    return [box, in_resized.to_image(box), in_thousandths.to_image(box),
+            in_thousandths.to_image(shares)]
 
 
 def is_convertible(think: str, expression: str, frame: Frame) -> bool:
@@ -637,7 +637,7 @@ def is_convertible(think: str, expression: str, frame: Frame) -> bool:
     Other numbers are counts, percents, and those of the expression.
     """
     for match in COORDINATES.finditer(think):
-        values = [float(number) for number in re.findall(NUMBER, match[0])]
+        values = [float(number) for number in re.findall(PLAIN_NUMBER, match[0])]
         beyond = [value > frame.extent[i % 2] for i, value in enumerate(values)]
         # (0.25, 0.4) are shares of the sides.
         if any(beyond) or ("." in match[0] and max(values) <= 1):
@@ -646,9 +646,9 @@ def is_convertible(think: str, expression: str, frame: Frame) -> bool:
     if BARE_COORDINATE.search(rest):
         return False
     # The reasoning repeats the expression, and its numbers are not coordinates.
-    expression_numbers = re.findall(NUMBER, expression)
+    expression_numbers = re.findall(PLAIN_NUMBER, expression)
     # Digits that follow a letter are part of a name: "A380".
-    for match in re.finditer(rf"(?<![A-Za-z\d.]){NUMBER}(?!\s*%)", rest):
+    for match in re.finditer(rf"(?<![A-Za-z\d.]){PLAIN_NUMBER}(?!\s*%)", rest):
         is_count = "." not in match[0] and float(match[0]) <= MAX_COUNT
         if not is_count and match[0] not in expression_numbers:
             return False
@@ -884,7 +884,7 @@ class ChatServer:
 
     def explain(self, record: Record) -> Explanation:
         """Asks until a whole answer has come, --tries times at most."""
-        frame = self.frame_of(record)
+        frame = self.teacher_frame(record)
         request = self.request_of(record, frame)
         reason = ""
         for attempt in range(self.args.tries):
@@ -903,7 +903,7 @@ class ChatServer:
                     self.stopped.wait(backoff(attempt, error.retry_after))
         return Explanation(record, frame, None, reason)
 
-    def frame_of(self, record: Record) -> Frame:
+    def teacher_frame(self, record: Record) -> Frame:
         """The frame that --coords names."""
         resized = record.size
         if self.args.coords == "resized":
@@ -1103,6 +1103,7 @@ def server_teacher(args: argparse.Namespace) -> Ask:
                 except queue.Empty:                # another thread has taken the last one
                     return
                 except Exception as error:         # raised below, where the results are read
+                    server.stopped.set()
                     results.put(error)
 
         # Daemons: a call that has enough does not wait for the answers under way.

@@ -62,7 +62,7 @@ from data import DataError, Record, Records
 from generate import generate
 from metrics import THRESHOLDS
 from model import CheckpointError, QwenVL, newest_step
-from processor import Frame, Processor, Prompt, prompt_hash, smart_resize, to_image_frame
+from processor import Frame, Processor, Prompt, prompt_hash, smart_resize
 
 INCLUSIVE = ("opt",)              # data sets whose own evaluation counts IoU >= t
 OUTCOMES = (*answer.FAILURES, "outside image", "no prediction")
@@ -582,7 +582,7 @@ def vrsbench_box(prediction: Prediction | None, record: Record) -> Box | None:
         return reading.box
     if "text" in prediction:
         flat, _ = answer.read_answer(prediction["text"])
-        flat = to_image_frame(flat, frame_of(prediction))
+        flat = frame_of(prediction).to_image(flat)
     else:
         flat, _ = answer.checked(prediction["box"])
     x1, y1, x2, y2 = flat

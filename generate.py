@@ -102,7 +102,8 @@ class Results:
 
     def record(self, k: int, batch: Batch, logp: Tensor) -> None:
         """Takes down token k of the rollouts that go on; logp (R', V)."""
-        # A finished rollout may stay in the batch as a filler: what it samples counts for nothing.
+        # A finished rollout may stay in the batch as a filler: what it samples counts for
+        # nothing. `done` is that before token k, so that a stop token itself is taken down.
         live = ~batch.done
         self.tokens[batch.slots, k] = batch.tokens * live
         self.logprobs[batch.slots, k] = logp.gather(-1, batch.tokens[:, None])[:, 0] * live
@@ -192,8 +193,8 @@ def shrink(batch: Batch, cache: Cache, rows: Tensor) -> None:
 
 
 def unfinished(done: Tensor, share: float) -> Tensor | None:
-    """done (Q', G') -> rows (Q'', G'') of the batch to go on with, or None where more
-    than this share of them would remain.
+    """done (Q', G') -> rows (Q'', G'') of the batch to go on with: None where more than
+    this share of them would remain, an empty tensor where all are done.
 
     Questions that are through are dropped. The others keep as many rows as the one with
     most unfinished rollouts needs, as the batch stays a rectangle: finished ones fill

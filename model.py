@@ -443,7 +443,7 @@ class LanguageModel(nn.Module):
 
 # -------------------------------------------------------------------- positions and score rows
 
-def positions(input_ids: Tensor, grids: Sequence[Grid], image_id: int, merge: int) -> Tensor:
+def mrope_positions(input_ids: Tensor, grids: Sequence[Grid], image_id: int, merge: int) -> Tensor:
     """M-RoPE positions of one sequence: (T,) ids -> (3, T) time, height, width.
 
     grids: the sequence's images, in patches; ValueError where they do not fit the image
@@ -451,7 +451,7 @@ def positions(input_ids: Tensor, grids: Sequence[Grid], image_id: int, merge: in
     begins where the text stopped, and the text goes on behind the grid's longer side.
     Two tokens of text, an image of 2 x 3 tokens (id 9), one of text:
 
-    >>> positions(torch.tensor([5, 5, 9, 9, 9, 9, 9, 9, 5]), [(1, 4, 6)], image_id=9, merge=2)
+    >>> mrope_positions(torch.tensor([5, 5, 9, 9, 9, 9, 9, 9, 5]), [(1, 4, 6)], image_id=9, merge=2)
     tensor([[0, 1, 2, 2, 2, 2, 2, 2, 5],
             [0, 1, 2, 2, 2, 3, 3, 3, 5],
             [0, 1, 2, 3, 4, 2, 3, 4, 5]])
@@ -504,8 +504,9 @@ class CompletionLayout:
         predicts               a0 |         c0 | a1 | b1  b2
                                b0 |
     """
-    lengths: list[int]            # of each completion, in tokens that are fed
-    prefix: list[tuple[int, int]]     # of each question: tokens of its prompt, fed tokens behind
+    fed_lengths: list[int]        # fed tokens of each completion
+    prefix: list[tuple[int, int]]     # of each question: tokens of its prompt, fed tokens of
+                                      # all its completions; this is Plan's prefix
     positions: Tensor             # (fed tokens,) M-RoPE position, the same on all axes
     predicting_rows: Tensor       # (tokens,) packed row whose hidden state predicts each token
 
@@ -521,7 +522,7 @@ def completion_layout(
     The pack that CompletionLayout draws, where q's image makes positions start at 2:
 
     >>> layout = completion_layout([4, 3], [4, 2], [[2, 3], [1]])
-    >>> layout.lengths
+    >>> layout.fed_lengths
     [1, 2, 0]
     >>> layout.prefix
     [(4, 3), (3, 0)]
@@ -639,10 +640,10 @@ class QwenVL(nn.Module):
             mask = attention_mask.bool()
         grids = [] if image_grid_thw is None else as_grids(image_grid_thw)
         sequences = [ids[keep] for ids, keep in zip(input_ids, mask)]
-        where = self.positions_of_batch(sequences, grids)
+        positions = self.positions_of_batch(sequences, grids)
         plan = Plan(mask.sum(1).tolist(), device=self.device)
         x = self.embed(input_ids[mask], pixel_values, grids)
-        hidden = self.model(x, where, plan)
+        hidden = self.model(x, positions, plan)
         logits = hidden.new_zeros(*input_ids.shape, self.config.vocab)
         logits[mask] = self.lm_head(hidden)
         return logits
@@ -661,7 +662,7 @@ class QwenVL(nn.Module):
                 frames, height, width = grids[end]
                 image_tokens -= frames * height * width // c.vision.merge ** 2
                 end += 1
-            parts.append(positions(ids, grids[begin:end], c.image_id, c.vision.merge))
+            parts.append(mrope_positions(ids, grids[begin:end], c.image_id, c.vision.merge))
             begin = end
         if begin < len(grids):
             raise ValueError("there are more images in image_grid_thw than in the tokens")
@@ -677,7 +678,7 @@ class QwenVL(nn.Module):
         parts = []
         for prompt in prompts:
             own_grids = as_grids(prompt.image_grid_thw)
-            parts.append(positions(prompt.input_ids, own_grids, c.image_id, c.vision.merge))
+            parts.append(mrope_positions(prompt.input_ids, own_grids, c.image_id, c.vision.merge))
             grids += own_grids
         x = self.embed(ids, torch.cat([prompt.pixel_values for prompt in prompts]), grids)
         lengths = [len(prompt.input_ids) for prompt in prompts]
@@ -690,11 +691,11 @@ class QwenVL(nn.Module):
             max_new_tokens: int) -> tuple[Tensor, Cache, Tensor]:
         """Q prompts -> logits (Q, V) of the first new token, a Cache for G rollouts of
         each, the position (Q,) of that token."""
-        x, where, lengths = self.pack(prompts)
+        x, positions, lengths = self.pack(prompts)
         plan = Plan(lengths, kv_cache=[], device=self.device)
         last_rows = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        hidden = self.model(x, where, plan, last_rows)
-        first_positions = torch.stack([part.max() + 1 for part in where.split(lengths, 1)])
+        hidden = self.model(x, positions, plan, last_rows)
+        first_positions = torch.stack([part.max() + 1 for part in positions.split(lengths, 1)])
         cache = Cache(plan.kv_cache, lengths, group, max_new_tokens)
         return self.lm_head(hidden), cache, first_positions
 
@@ -719,10 +720,10 @@ class QwenVL(nn.Module):
         -> logp (tokens,) and entropy (tokens,), float32, packed by question, rollout,
         token; the entropy carries no gradient."""
         # The prompts with their images come first in the pack: (N, D), (3, N).
-        x, where, prompt_lengths = self.pack(prompts)
+        x, positions, prompt_lengths = self.pack(prompts)
 
         # The completions come behind them, each from the position where its prompt stopped.
-        first_positions = [int(part.max()) + 1 for part in where.split(prompt_lengths, 1)]
+        first_positions = [int(part.max()) + 1 for part in positions.split(prompt_lengths, 1)]
         completion_lengths = [lengths_of(group) for group in completions]
         layout = completion_layout(prompt_lengths, first_positions, completion_lengths)
 
@@ -733,15 +734,15 @@ class QwenVL(nn.Module):
         fed = torch.cat([completion[:-1] for completion in flat])
         x = torch.cat((x, self.model.embed_tokens(fed).to(x.dtype)))
         fed_positions = layout.positions.to(self.device).expand(3, -1)
-        where = torch.cat((where, fed_positions), 1)
+        positions = torch.cat((positions, fed_positions), 1)
 
         # A completion sees its prompt and itself, never another one.
         plan = Plan(
-            prompt_lengths + layout.lengths, prefix=layout.prefix, device=self.device)
+            prompt_lengths + layout.fed_lengths, prefix=layout.prefix, device=self.device)
 
         # The head reads the rows that predict a token; a prompt's last row serves its group.
         rows = layout.predicting_rows.to(self.device)
-        hidden = self.model(x, where, plan, rows)                          # (tokens, D)
+        hidden = self.model(x, positions, plan, rows)                          # (tokens, D)
         return self.log_probabilities(hidden, targets, temperature)
 
     def distribution(self, logits: Tensor, temperature: float) -> Tensor:

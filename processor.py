@@ -1,8 +1,9 @@
 """The checkpoint's side of the input: coordinate frames, chat prompt, tokenizer, image to patches.
 
-One sample's way: `Processor(image, text)` resizes, cuts patches and writes the chat prompt -> the
-model answers in its own frame -> `to_image_frame` brings the box back. Rewards and metrics only
-ever see pixels of the original image, and coordinates are converted nowhere but here.
+One sample's way: `Processor(image, text)` resizes, cuts patches and writes the chat
+prompt -> the model answers in its own frame -> `Frame.to_image`, called by
+`answer.locate`, brings the box back. Rewards and metrics only ever see pixels of the
+original image, and coordinates are converted nowhere but here.
 """
 import hashlib
 import json
@@ -78,12 +79,12 @@ class Frame:
 
 
 def to_model_frame(box: Sequence[float], frame: Frame) -> Box:
-    """Original pixels -> the model's coordinates, float."""
+    """`Frame.to_model` as a function: original pixels -> the model's coordinates, float."""
     return frame.to_model(box)
 
 
 def to_image_frame(box: Sequence[float], frame: Frame) -> Box:
-    """The model's coordinates -> original pixels, float."""
+    """`Frame.to_image` as a function: the model's coordinates -> original pixels, float."""
     return frame.to_image(box)
 
 
@@ -115,7 +116,9 @@ def smart_resize(
 
 
 def cut_patches(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
-    """Pixels (H, W, C) -> patches (C, H W / patch^2, patch, patch), in the vision tower's order.
+    """Pixels (H, W, C) -> patches (C, N, patch, patch) in the vision tower's order.
+
+    N = H * W / patch^2.
 
     The tower joins merge x merge neighbours to one token, and expects them one after the other: so
     patches are numbered block by block, and row by row within a block. An image of 2 x 4 patches,
@@ -150,7 +153,9 @@ class Prompt:
     """One record as the model sees it."""
 
     input_ids: Tensor             # (T,) long
-    pixel_values: Tensor          # (patches, D) float32, in the vision tower's order
+    # (patches, D) float32, in the vision tower's order; D = channels * frames * patch^2,
+    # 1,176 for Qwen2.5-VL.
+    pixel_values: Tensor
     image_grid_thw: Tensor        # (1, 3) long: time, height, width in patches
     frame: Frame
 

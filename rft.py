@@ -90,7 +90,8 @@ def flags() -> runtime.FlagParser:
     add("--cuda-graphs", action="store_true", help="decode by CUDA graphs")
     add("--lr", type=runtime.above_zero, default=1e-6,
         help="peak learning rate; 1e-6 for a 3B model, about 1e-4 for the embedded one")
-    add("--updates", type=runtime.positive, default=1, help="passes over a step's rollouts")
+    add("--updates", type=runtime.positive, default=1,
+        help="passes over a step's rollouts, an optimizer step each")
     add("--clip", type=runtime.not_negative, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"),
         help="the ratio is clipped to 1 - LOW .. 1 + HIGH")
     add("--beta", type=runtime.not_negative, default=0.04,
@@ -131,8 +132,9 @@ def check_group_flags(args: argparse.Namespace) -> None:
 def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     """rewards (Q, G) -> advantages (Q, G): (R - mean) / (std + 1e-4) within a group.
 
-    Exactly 0 where all rewards of a group are equal. Source: GRPO (arXiv 2402.03300),
-    as VLM-R1 computes it; without the division: Dr. GRPO (arXiv 2503.20783).
+    std is the sample's (over G - 1). Exactly 0 where all rewards of a group are equal.
+    Source: GRPO (arXiv 2402.03300), as VLM-R1 computes it; without the division: Dr. GRPO
+    (arXiv 2503.20783).
     """
     advantage = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std:
@@ -150,10 +152,10 @@ def policy_loss(
     n_tokens counts the whole step, over all micro-batches and processes: losses and
     gradients simply add up.
 
-    The clipped surrogate of PPO (arXiv 1707.06347), minus beta times the k3 estimate
-    of the KL to the reference. The whole of a token's loss is multiplied by the
-    weight of its group: section 3.4 of RSGround-R1 (second-hand); that the KL is part
-    of it is our reading.
+    A token's gain is the clipped surrogate of PPO (arXiv 1707.06347) minus beta times the
+    k3 estimate of the KL to the reference; its loss is minus that, multiplied by the
+    weight of its group: section 3.4 of RSGround-R1 (second-hand). That the KL is part of
+    what is multiplied is our reading.
     """
     log_ratio = (logp - logp_old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
@@ -284,7 +286,8 @@ def grade(rollouts: Rollouts, args: argparse.Namespace) -> Grades:
                              f"not (Q, G) = {tuple(invalid.shape)}")
         terms[name] = value.masked_fill(invalid, 0.0)
     rewards = sum(weight * terms[name] for name, weight in args.reward.items())
-    # The weights of groups and the log need the IoU, be it rewarded or not.
+    # The weights of groups and the log need the IoU, be it rewarded or not; it is 0 where a
+    # box is invalid.
     terms.setdefault("iou", reward.iou(boxes, target))
     return Grades(rewards, terms, boxes)
 
@@ -301,6 +304,8 @@ def locate_boxes(rollouts: Rollouts) -> Tensor:
 
 def format_reward(texts: Sequence[Sequence[str]]) -> Tensor:
     """Q lists of G texts -> (Q, G): 1 for reasoning, then one box, in our tags; else 0.
+
+    The image is not looked at: a box outside of it is well formed, too.
 
     Source: VLM-R1's format reward, which the paper uses (second-hand).
     """
@@ -337,7 +342,7 @@ def train_step(
     # 3. All losses are divided by this one count, over all processes and micro-batches:
     #    so each token weighs the same, however the step is cut.
     n_tokens = runtime.all_sum(rollouts.lengths.sum()).item()
-    batches = micro_batches(rollouts, advantage, weight, args.micro_tokens)
+    batches = cut_into_micro_batches(rollouts, advantage, weight, args.micro_tokens)
 
     # 4. Gradients add up over micro-batches, then the optimizer steps. From the second
     #    pass on the policy has left the one that sampled, and the clip begins to act.
@@ -375,19 +380,19 @@ class MicroBatch:
     advantage: Tensor                  # of each token: its rollout's
     weight: Tensor                     # of each token: its group's
     sampled_logp: Tensor
-    old_logp: Tensor | None = None     # of the policy that sampled, from the first pass on
-    ref_logp: Tensor | None = None     # of the reference, likewise
+    old_logp: Tensor | None = None     # of the policy that sampled: the first pass stores it
+    ref_logp: Tensor | None = None     # of the reference: likewise
     sampled_scored: float = 0.0        # largest difference of sampled and scored log-probabilities
 
 
-def micro_batches(
+def cut_into_micro_batches(
         rollouts: Rollouts, advantage: Tensor, weight: Tensor, micro_tokens: int,
 ) -> list[MicroBatch]:
     """Cuts a step into passes; advantage (Q, G) and weight (Q,) are laid out by token."""
     lengths = rollouts.lengths        # (Q, G)
     packed = [len(p.input_ids) + int(n.sum()) for p, n in zip(rollouts.prompts, lengths)]
     batches = []
-    for groups in runtime.micro_batches(packed, micro_tokens):
+    for groups in runtime.micro_batches(packed, micro_tokens):     # slices of neighbours
         of_rollout = lengths[groups].flatten()
         of_group = lengths[groups].sum(1)
         sampled_logp = torch.cat([torch.cat(group) for group in rollouts.sampled_logp[groups]])

@@ -631,10 +631,12 @@ def begin(
 # What the keys of metrics.jsonl mean, with their units; README's glossary is this
 # table. "TERM" stands for each term of the reward by its name.
 LOG_KEYS = {
-    "step": "optimizer steps so far",
-    "loss": "what the gradient is of: mean over the step's completion tokens",
+    "step": "steps so far: one batch each; with rft's --updates U that many optimizer steps",
+    "loss": "sum over the step's completion tokens of each one's weight times loss, over their "
+            "number; rft: mean over --updates passes",
     "lr": "learning rate of the step",
-    "grad_norm": "length of the gradient before clipping, over all parameters",
+    "grad_norm": "length of the gradient before it is cut to 1, over all parameters; rft: of the "
+                 "last pass",
     "finite": "false where a gradient was not finite, so that the step was skipped",
     "peak_GiB": "memory that the first process held at most so far",
     "val_mIoU": "mean IoU of greedy answers to --val records, where a validation was due",

@@ -17,7 +17,7 @@ from torch import Tensor
 import attention as kernels
 import model as ours
 from attention import Attended, Plan, attention, merge
-from model import CheckpointError, QwenVL, completion_layout, positions
+from model import CheckpointError, QwenVL, completion_layout, mrope_positions
 from processor import Processor
 
 IMAGE = 290
@@ -161,11 +161,11 @@ def test_positions_by_hand() -> None:
     # Two text tokens, an image of 2 x 3 tokens, one text token: the image starts at 2,
     # and the text goes on at 2 + max(2, 3) = 5.
     ids = torch.tensor([7, 7, *[IMAGE] * 6, 7])
-    got = positions(ids, [(1, 4, 6)], IMAGE, 2)
+    got = mrope_positions(ids, [(1, 4, 6)], IMAGE, 2)
     assert got.tolist() == [
         [0, 1, 2, 2, 2, 2, 2, 2, 5], [0, 1, 2, 2, 2, 3, 3, 3, 5], [0, 1, 2, 3, 4, 2, 3, 4, 5]]
     with pytest.raises(ValueError, match="do not match"):
-        positions(torch.tensor([IMAGE, 7]), [(1, 4, 6)], IMAGE, 2)
+        mrope_positions(torch.tensor([IMAGE, 7]), [(1, 4, 6)], IMAGE, 2)
 
 
 # --------------------------------------------------------------------------------- attention
@@ -376,7 +376,7 @@ def scored_apart(
 def test_completions_of_a_pack_by_hand() -> None:
     # One prompt in rows 0 and 1, completions of 1 and 2 tokens: row 2 is the second's first.
     layout = completion_layout([2], [7], [[1, 2]])
-    assert layout.lengths == [0, 1] and layout.prefix == [(2, 1)]
+    assert layout.fed_lengths == [0, 1] and layout.prefix == [(2, 1)]
     assert layout.positions.tolist() == [7]
     assert layout.predicting_rows.tolist() == [1, 1, 2]
     # Nothing at all is fed.
