@@ -1,104 +1,213 @@
-"""The answer format: what the model is asked, a box to text, text to box or why there is none, into original pixels.
+"""The answer format, from the question to a box in original pixels; only this file spells it out.
 
-Boxes are xyxy floats. A frame is a `processor.Frame`: its methods turn the model's coordinates into original pixels and back.
+What the model is asked; a box to text; text to a box, strictly and leniently; why
+there is no box; a box into original pixels. A fork with another answer, such as a
+point, edits this file, and the reward and the metrics that take its boxes.
+
+Boxes are xyxy floats. A frame is a `processor.Frame`: its methods turn the model's
+coordinates into original pixels and back.
 """
 import json
 import math
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
-PROMPT = ('Locate the object that is described: {text}\nFirst reason about positions in the image in <think> </think> tags, then answer '
-          'with one box in <answer> </answer> tags, like <answer>{{"bbox_2d": [x1, y1, x2, y2]}}</answer>')
+if TYPE_CHECKING:
+    from processor import Frame
+
+Box = tuple[float, float, float, float]
+
+THINK = ("<think>", "</think>")
 ANSWER = ("<answer>", "</answer>")
-FAILURES = ("no answer", "several answers", "not JSON", "no bbox_2d", "not four numbers", "no area")
-WHOLE = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
-NUMBER = r"\s*(-?[0-9]{1,15}(?:\.[0-9]{1,15})?(?:[eE][+-]?[0-9]{1,3})?)\s*"
-FOUR_NUMBERS = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
+TAGS = (*THINK, *ANSWER)
 
 
-# --------------------------------------------------------------------------------------------------------------------- box to text
+# ---------------------------------------------------------------- what is asked
 
-def format_box(box, frame):
-    """A box in original pixels as the model is taught to write it: "[x1, y1, x2, y2]", whole numbers in its frame, never without area."""
-    x1, y1, x2, y2 = (round(v) for v in frame.to_model(box))
-    right, low = frame.extent
-    x1, y1 = min(max(x1, 0), right - 1), min(max(y1, 0), low - 1)
-    return f"[{x1}, {y1}, {min(max(x2, x1 + 1), right)}, {min(max(y2, y1 + 1), low)}]"
+# The braces are doubled, for str.format fills in the expression.
+PROMPT = (
+    "Locate the object that is described: {text}\n"
+    "First reason about positions in the image in <think> </think> tags, then answer with one box "
+    'in <answer> </answer> tags, like <answer>{{"bbox_2d": [x1, y1, x2, y2]}}</answer>')
 
 
-# --------------------------------------------------------------------------------------------------------------------- text to box
+# ---------------------------------------------------------------- box to text
 
-def parse_box(text):
-    """The box of a completion, (x1, y1, x2, y2) floats in the model's frame, or None. Strict: exactly one <answer>, in it one JSON object
-    whose "bbox_2d" is four JSON numbers, finite, x2 > x1, y2 > y1. Other keys are ignored, and what stands outside the answer.
+def format_box(box: Sequence[float], frame: "Frame") -> str:
+    """A box in original pixels as the model is taught to write it: "[x1, y1, x2, y2]".
 
-    Whatever the text, it takes linear time and never raises: rewards are computed on what a policy under training writes."""
+    The numbers are whole, in the model's frame, and the box has an area there. It
+    overlaps the box that it stands for, however thin that is.
+    """
+    x1, y1, x2, y2 = frame.to_model(box)
+    right, bottom = frame.extent
+    left_edge, right_edge = whole_interval(x1, x2, right)
+    top_edge, bottom_edge = whole_interval(y1, y2, bottom)
+    return f"[{left_edge}, {top_edge}, {right_edge}, {bottom_edge}]"
+
+
+def whole_interval(low: float, high: float, most: int) -> tuple[int, int]:
+    """The whole numbers nearest to an interval's ends, within 0 and `most` and never the same.
+
+    >>> whole_interval(2.6, 7.2, 1000)
+    (3, 7)
+    >>> whole_interval(2.55, 2.58, 1000)       # both round to 3, and 3 to 4 would miss it
+    (2, 3)
+    """
+    start = round(low)
+    end = round(high)
+    if start == end:
+        # Thinner than a unit: the unit that holds its centre holds the most of it.
+        start = math.floor((low + high) / 2)
+    start = min(max(start, 0), most - 1)
+    end = min(max(end, start + 1), most)
+    return start, end
+
+
+def write(think: str | None, box_text: str) -> str:
+    """A completion from its reasoning and a box as `format_box` writes it.
+
+    think: None for an answer without reasoning.
+    """
+    reasoning = "" if think is None else f"<think>{think}</think>"
+    return f'{reasoning}<answer>{{"bbox_2d": {box_text}}}</answer>'
+
+
+# ---------------------------------------------------------------- text to box, strictly
+
+def parse_box(text: str) -> Box | None:
+    """The box of a completion, in the model's frame, or None.
+
+    Strict: exactly one <answer>, in it one JSON object whose "bbox_2d" is four JSON
+    numbers, finite, x2 > x1, y2 > y1. Other keys are ignored, and what stands outside
+    the answer.
+
+    Whatever the text, it takes linear time and never raises: rewards are computed on
+    what a policy under training writes.
+    """
     box, why = read_answer(text)
     return None if why else box
 
 
-def failure(text):
-    """None where `parse_box` finds a box, otherwise why it does not: one of FAILURES."""
-    return read_answer(text)[1]
+def read_answer(text: str) -> tuple[Box | None, str | None]:
+    """-> (box, None), or (None, one of FAILURES).
 
-
-def read_answer(text):
-    """-> (box, None) or (None, one of FAILURES), but (box, "no area") for one that is a line or a point, or stands on its head"""
-    opened, closed = (text.count(tag) for tag in ANSWER)
-    start, end = text.find(ANSWER[0]), text.find(ANSWER[1])
-    if opened > 1 or closed > 1:
+    A line, a point, or a box that stands on its head is (box, "no area"): VRSBench's
+    own metric gives the first two an area.
+    """
+    opening, closing = ANSWER
+    if text.count(opening) > 1 or text.count(closing) > 1:
         return None, "several answers"
-    if not opened or not closed or end < start:
+    start = text.find(opening)
+    end = text.find(closing)
+    if start < 0 or end < start:
         return None, "no answer"
-    try:                                                  # objects become tuples of pairs, so that a key given twice is seen
-        answer = json.loads(text[start + len(ANSWER[0]):end], object_pairs_hook=tuple, parse_int=float, parse_constant=refuse)
-    except (ValueError, RecursionError):                  # RecursionError: nested a thousand deep
+    try:
+        # Objects become tuples of pairs, so that a key given twice is seen.
+        content = json.loads(
+            text[start + len(opening):end], object_pairs_hook=tuple, parse_int=float,
+            parse_constant=refuse_constant)
+    except (ValueError, RecursionError):             # RecursionError: nested a thousand deep
         return None, "not JSON"
-    boxes = [value for key, value in answer if key == "bbox_2d"] if isinstance(answer, tuple) else []
+    pairs = content if isinstance(content, tuple) else ()
+    boxes = [value for key, value in pairs if key == "bbox_2d"]
     if len(boxes) != 1:
         return None, "no bbox_2d"
     return checked(boxes[0])
 
 
-def refuse(name):
-    raise ValueError(f"{name} is not JSON")               # NaN, Infinity, -Infinity: Python's parser lets them pass
+def refuse_constant(name: str) -> NoReturn:
+    """Python's parser lets NaN, Infinity and -Infinity pass, which are not JSON."""
+    raise ValueError(f"{name} is not JSON")
 
 
-def checked(box):
-    """A parsed value -> as `read_answer`. A boolean is no number; 1e999 and a 5,000-digit integer are infinite."""
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, float) and math.isfinite(x) for x in box):
+def checked(value: Any) -> tuple[Box | None, str | None]:
+    """A parsed value -> as `read_answer`.
+
+    A boolean is no number; 1e999 and an integer of 5,000 digits are infinite.
+    """
+    if not isinstance(value, list) or len(value) != 4:
         return None, "not four numbers"
-    x1, y1, x2, y2 = box
+    if not all(isinstance(x, float) and math.isfinite(x) for x in value):
+        return None, "not four numbers"
+    x1, y1, x2, y2 = value
     return (x1, y1, x2, y2), None if x2 > x1 and y2 > y1 else "no area"
 
 
-def parse_box_lenient(text):
-    """For reports on models that were not trained to our format; the reward never uses it. What `parse_box` finds, else the first list of
-    four numbers behind the last <answer> (without one, behind the last </think>; without that, anywhere): fenced or bare JSON, and
-    [{"bbox_2d": [...], "label": ...}] as Qwen writes it. Linear-time as well."""
-    box = parse_box(text)
-    if box is None:
-        behind = ANSWER[0] if ANSWER[0] in text else "</think>"
-        found = FOUR_NUMBERS.search(text, max(text.rfind(behind), 0))
-        box, why = checked([float(x) for x in found.groups()]) if found else (None, None)
-        box = None if why else box
-    return box
+# Exactly one think block, then exactly one answer, and nothing but white space around
+# them.
+WHOLE = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 
 
-def format_ok(text):
-    """True for exactly one think block, then exactly one answer with a box (`parse_box`), and nothing but white space around them."""
-    once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", *ANSWER))
+def format_ok(text: str) -> bool:
+    """True for exactly one think block, then exactly one answer with a box (`parse_box`).
+
+    Nothing but white space may stand around them.
+    """
+    # The counts come first: they keep the pattern linear, for then no tag can match
+    # in two places.
+    once = all(text.count(tag) == 1 for tag in TAGS)
     return once and WHOLE.fullmatch(text) is not None and parse_box(text) is not None
 
 
-def clamp_box(box, size):
-    """Box (4 floats) cut to the image of size (W, H), or None where no area is left. In Python floats, so that no overflow comes back as a
-    box: 1e300 is a number here and infinite in float32."""
-    (x1, y1, x2, y2), (W, H) = box, size
-    x1, x2 = (float(min(max(x, 0), W)) for x in (x1, x2))
-    y1, y2 = (float(min(max(y, 0), H)) for y in (y1, y2))
+# ---------------------------------------------------------------- text to box, leniently
+
+# Lengths are bounded, so that hostile text takes linear time.
+NUMBER = r"\s*(-?[0-9]{1,15}(?:\.[0-9]{1,15})?(?:[eE][+-]?[0-9]{1,3})?)\s*"
+FOUR_NUMBERS = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
+
+
+def parse_box_lenient(text: str) -> Box | None:
+    """For reports on models that were not trained to our format; the reward never uses it.
+
+    What `parse_box` finds, else the first list of four numbers behind the last
+    <answer> (without one, behind the last </think>; without that, anywhere): fenced
+    or bare JSON, and [{"bbox_2d": [...], "label": ...}] as Qwen writes it. Linear
+    time as well.
+    """
+    box = parse_box(text)
+    if box is not None:
+        return box
+    tag = ANSWER[0] if ANSWER[0] in text else THINK[1]
+    match = FOUR_NUMBERS.search(text, max(text.rfind(tag), 0))
+    if match is None:
+        return None
+    box, why = checked([float(x) for x in match.groups()])
+    return None if why else box
+
+
+# ---------------------------------------------------------------- failures
+
+FAILURES = (
+    "no answer", "several answers", "not JSON", "no bbox_2d", "not four numbers", "no area")
+
+
+def failure(text: str) -> str | None:
+    """None where `parse_box` finds a box, otherwise why it does not: one of FAILURES."""
+    return read_answer(text)[1]
+
+
+# ---------------------------------------------------------------- into original pixels
+
+def clamp_box(box: Sequence[float], size: tuple[float, float]) -> Box | None:
+    """A box cut to the image of size (W, H), or None where no area is left.
+
+    In Python floats, so that no overflow comes back as a box: 1e300 is a number here
+    and infinite in float32.
+    """
+    x1, y1, x2, y2 = box
+    W, H = size
+    x1 = float(min(max(x1, 0), W))
+    x2 = float(min(max(x2, 0), W))
+    y1 = float(min(max(y1, 0), H))
+    y2 = float(min(max(y2, 0), H))
     return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
 
 
-def locate(box, frame):
-    """A box in the model's frame, or None -> the same in original pixels, clamped, or None where nothing of it lies in the image."""
+def locate(box: Sequence[float] | None, frame: "Frame") -> Box | None:
+    """A box in the model's frame, or None -> the same in original pixels, clamped.
+
+    None where nothing of it lies in the image.
+    """
     return box and clamp_box(frame.to_image(box), frame.original)

@@ -1,13 +1,20 @@
 """Records and images: the readers of the embedded and the public data sets.
 
-One sample's way: `load` reads the annotations -> `open_image`; what follows is processor.py's. Boxes are xyxy, float pixels of the original
-image.
+One sample's way: `load` reads the annotations -> `open_image`; what follows is processor.py's.
+Boxes are xyxy, float pixels of the original image.
 
-A new data set is one function in READERS: (root, split) -> Records. It hands each annotation to a Collector, which finds the image, repairs
-what has one reading and counts what it refuses.
+    python data.py dior         counts beside the published ones, refused and repaired records,
+                                images that don't decode, a contact sheet
 
-    python data.py dior                       counts beside the published ones, refused and repaired records, images that don't decode,
-                                              a contact sheet
+A new data set is one function in READERS: (root, split) -> Records. It hands each annotation to
+a Collector, which finds the image, repairs what has one reading and counts what it refuses:
+
+    def read_mine(root: Path, split: str) -> Records:
+        collector = Collector(root)
+        for number, row in read_objects(root / f"{split}.jsonl"):
+            collector.add(Annotation(
+                f"line {number}", f"{split}-{number}", row["file"], row["text"], row["box"]))
+        return collector.records
 """
 import argparse
 import hashlib
@@ -18,278 +25,525 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NoReturn
 from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from answer import Box
 from pictures import contact_sheet, draw_boxes
 
-Image.MAX_IMAGE_PIXELS = 1 << 31  # aerial scenes are large, and one's own files no bombs
-ASPECT = 200                      # longer side of an image over its shorter one, at most: the families' own limit
+# Aerial scenes are large, and one's own files no bombs.
+Image.MAX_IMAGE_PIXELS = 1 << 31
+# Longer side of an image over its shorter one, at most: the families' own limit.
+ASPECT = 200
+# Pixels. A box with a thinner side is as good as empty: in the float32 of the rewards, on the
+# largest images, it has no area, so that whatever is answered scores 0.
+THINNEST = 1 / 16
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
+SPLITS = ("train", "val", "test")
 
 
 class DataError(Exception):
     """Data that is missing or does not fit; one line: what is wrong, where, what to do."""
 
 
-# ------------------------------------------------------------------------------------------------------------------ records
+class NoSplit(DataError):
+    """There is no split of that name, or not the file that holds it."""
+
+
+# ---------------------------------------------------------------- records
 
 @dataclass(frozen=True)
 class Record:
     """One expression and its box."""
+
     id: str                       # unique in its data set
-    image: object                 # path, or for `synth` a toy.scenes.Scene, which draws itself
+    image: Any                    # path, or for `synth` a toy.scenes.Scene, which draws itself
     text: str                     # the expression, as its author wrote it
-    box: tuple                    # (x1, y1, x2, y2), float pixels of the original image
+    box: Box                      # (x1, y1, x2, y2), float pixels of the original image
     category: str
-    size: tuple                   # (width, height) of the original image
-    kind: str = ""                # kind of expression, where the data set knows it; for `refgeo` the data set it comes from
-    unique: object = None         # VRSBench: True where the image holds one object of the category, False where it holds more
-    grid: object = None           # VRSBench: its own box, whole hundredths of the image's sides, which its official metric compares
+    size: tuple[int, int]         # (width, height) of the original image
+    # Kind of expression, where the data set knows it; for `refgeo` the data set it comes from.
+    kind: str = ""
+    # VRSBench: True where the image holds one object of the category, False where more.
+    unique: bool | None = None
+    # VRSBench: its own box, whole hundredths of the image's sides, for its official metric.
+    grid: tuple[int, ...] | None = None
 
 
-class Records(list):
-    """The usable records of a split. `refused`: reason -> places, one entry for each record that is not usable. `repaired`: the same of
-    records that are, where the file is wrong and only one reading is possible. `note`: what else must be known of the split."""
+class Records(list[Record]):
+    """The usable records of a split.
 
-    def __init__(self, records, refused, repaired=None, note=""):
+    refused: reason -> places, one entry for each record that is not usable. repaired: the same
+    for records that are usable, where the file is wrong and only one reading is possible. note:
+    what else must be known of the split.
+    """
+
+    def __init__(
+            self, records: Iterable[Record], refused: dict[str, list[str]],
+            repaired: dict[str, list[str]] | None = None, note: str = "",
+    ) -> None:
         super().__init__(records)
-        self.refused, self.repaired, self.note = refused, repaired or {}, note
+        self.refused = refused
+        self.repaired = repaired or {}
+        self.note = note
 
-    def absorb(self, other, prefix=""):
-        """Takes in the records of another part and where it refused or repaired; a prefix tells whose place it is."""
+    def absorb(self, other: "Records", prefix: str = "") -> None:
+        """Takes in the records, refusals and repairs of another part.
+
+        prefix: tells whose place it is.
+        """
         self.extend(other)
-        for every, theirs in ((self.refused, other.refused), (self.repaired, other.repaired)):
-            for reason, places in theirs.items():
-                every.setdefault(reason, []).extend(prefix + place for place in places)
+        add_places(self.refused, other.refused, prefix)
+        add_places(self.repaired, other.repaired, prefix)
 
     @property
-    def refusals(self):
+    def refusals(self) -> dict[str, int]:
         """Reason -> how many records it refuses."""
         return {reason: len(places) for reason, places in self.refused.items()}
 
     @property
-    def hash(self):
+    def hash(self) -> str:
         """16 hex characters that change with any id, text, box or size."""
         lines = (json.dumps([r.id, r.text, r.box, r.category, r.size]) for r in self)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def told_refused(records, name, root, split):
-    """How many of a split's records are refused, why, and the command that says where; "" where none is."""
-    n = sum(records.refusals.values())
+def add_places(
+        places: dict[str, list[str]], more: dict[str, list[str]], prefix: str,
+) -> None:
+    """Adds reason -> places to another dictionary of that kind."""
+    for reason, where in more.items():
+        places.setdefault(reason, []).extend(prefix + place for place in where)
+
+
+def refusal_summary(records: Records, name: str, root: str | Path | None, split: str) -> str:
+    """How many of a split's records are refused, why, and the command that says where.
+
+    "" where none is.
+    """
+    refused = sum(records.refusals.values())
+    if not refused:
+        return ""
     command = f"python data.py {name}{f' --root {root}' if root else ''} --split {split}"
-    return f"{n:,} of {n + len(records):,} records are refused ({in_words(records.refusals)}); {command} says where" if n else ""
+    return (
+        f"{refused:,} of {refused + len(records):,} records are refused "
+        f"({in_words(records.refusals)}); {command} says where")
 
 
-def in_words(counts):
+def in_words(counts: dict[str, int]) -> str:
     """{"missing image": 3, "empty box": 1} -> "missing image: 3, empty box: 1"."""
     return ", ".join(f"{reason}: {n:,}" for reason, n in counts.items())
 
 
-def load(name, root=None, split="train"):
-    """Records of a data set's split; "sft" and "rft" mean "train" where a data set has no split of that name. A mixture is written
-    "dior+vrsbench:0.5": then root is the folder that holds dior/ and vrsbench/. DataError where there is no such data set or split, or its
-    files don't fit; one annotation that does not is refused (`Records.refused`), and where all are, no record is left."""
-    if "+" in name or ":" in name:
-        return mixture(name, Path(root or "data"), split)
-    if name not in READERS:
-        raise DataError(f"no data set is called {name!r}; there are {', '.join(READERS)}, and mixtures like dior+vrsbench:0.5")
-    return READERS[name](Path(root) if root else Path("data") / name, split)
-
-
-def mixture(names, root, split):
-    """A part with a weight below 1 gives that share of its records, one above 1 repeats them (2.5: all twice and a half of them again).
-    Weights are for training: of splits that measure, each part gives every record once. Which records, and their order, depend on their ids
-    alone; an id is preceded by its data set's name and followed by its repetition."""
-    mixed, notes, seen = Records([], {}), [], set()
-    for part in names.split("+"):
-        name, colon, weight = part.partition(":")
-        try:
-            weight = float(weight) if colon else 1.0
-        except ValueError:
-            weight = 0
-        if name not in READERS or name in seen or not 0 < weight < 1000:
-            raise DataError(f"{part!r} can't be a part of the mixture {names!r}; each part is a data set's name, no name comes twice, and "
-                            f":WEIGHT may follow, above 0 and below 1000; there are {', '.join(READERS)}")
-        seen.add(name)
-        weight = weight if split in ("sft", "rft") or split.endswith("train") else 1.0
-        records = READERS[name](root / name, split)
-        order = sorted(records, key=lambda r: fingerprint(f"{name}/{r.id}"))
-        shares = [order[:round(min(weight - turn, 1) * len(order))] for turn in range(math.ceil(weight))]
-        weighed = [replace(r, id=f"{name}/{r.id}" + (f"#{turn + 1}" if turn else "")) for turn, share in enumerate(shares) for r in share]
-        mixed.absorb(Records(weighed, records.refused, records.repaired), f"{name}: ")
-        notes += [f"{name}: {records.note}"] if records.note else []
-    return Records(sorted(mixed, key=lambda r: fingerprint(r.id)), mixed.refused, mixed.repaired, "; ".join(notes))
-
-
-def fingerprint(text):
-    """A number that is the same on every machine."""
+def fingerprint(text: str) -> bytes:
+    """Bytes that are the same on every machine: an order by them is random and fixed."""
     return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
-def open_image(record):
-    """The record's image, PIL RGB; a synth record is drawn here. DataError where it can't be decoded to its end.
+# ---------------------------------------------------------------- load
 
-    Pixels are as the file stores them, for the boxes of data sets are: an EXIF orientation turns nothing. (`eval.py --image` turns the
-    picture upright, as viewers show it, and answers in pixels of what it then is.)"""
+def load(name: str, root: str | Path | None = None, split: str = "train") -> Records:
+    """Records of a data set's split.
+
+    "sft" and "rft" mean "train" where a data set has no split of that name. A mixture is written
+    "dior+vrsbench:0.5": then root is the folder that holds dior/ and vrsbench/.
+
+    DataError where there is no such data set or split, or its files don't fit. One annotation
+    that does not fit is refused (`Records.refused`); where all are, no record is left.
+    """
+    if "+" in name or ":" in name:
+        records = mixture(name, Path(root or "data"), split)
+    elif name in READERS:
+        records = READERS[name](Path(root) if root else Path("data") / name, split)
+    else:
+        raise DataError(
+            f"no data set is called {name!r}; there are {', '.join(READERS)}, and mixtures like "
+            "dior+vrsbench:0.5")
+    check_boxes(records, name, split)
+    return records
+
+
+def check_boxes(records: Records, name: str, split: str) -> None:
+    """DataError for a box that does not lie within its image with an area.
+
+    A Collector keeps none, but a reader may do without one. Whatever is answered to such a
+    record would score 0, and nobody would be told.
+    """
+    for r in records:
+        x1, y1, x2, y2 = r.box
+        width, height = r.size
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+            raise DataError(
+                f"{name} {split}, record {r.id}: its box {r.box} has no area within the image of "
+                f"{width} x {height}; mend its reader, or hand its annotations to a Collector")
+
+
+def mixture(names: str, root: Path, split: str) -> Records:
+    """Records of several data sets, each with its weight.
+
+    A part with a weight below 1 gives that share of its records, one above 1 repeats them (2.5:
+    all twice and a half of them again). Weights are for training: of splits that measure, each
+    part gives every record once. Which records, and their order, depend on their ids alone; an
+    id is preceded by its data set's name and followed by its repetition.
+    """
+    training = split in ("sft", "rft") or split.endswith("train")
+    mixed = Records([], {})
+    notes = []
+    for name, weight in mixture_parts(names):
+        records = READERS[name](root / name, split)
+        weighted = weighted_records(name, records, weight if training else 1.0)
+        mixed.absorb(Records(weighted, records.refused, records.repaired), f"{name}: ")
+        if records.note:
+            notes.append(f"{name}: {records.note}")
+    shuffled = sorted(mixed, key=lambda r: fingerprint(r.id))
+    return Records(shuffled, mixed.refused, mixed.repaired, "; ".join(notes))
+
+
+def mixture_parts(names: str) -> Iterator[tuple[str, float]]:
+    """Yields name and weight of each part of "dior+vrsbench:0.5".
+
+    DataError for what has no meaning.
+    """
+    seen = set()
+    for part in names.split("+"):
+        name, colon, weight_text = part.partition(":")
+        try:
+            weight = float(weight_text) if colon else 1.0
+        except ValueError:
+            weight = 0
+        if name not in READERS or name in seen or not 0 < weight < 1000:
+            raise DataError(
+                f"{part!r} can't be a part of the mixture {names!r}; each part is a data set's "
+                "name, no name comes twice, and :WEIGHT may follow, above 0 and below 1000; "
+                f"there are {', '.join(READERS)}")
+        seen.add(name)
+        yield name, weight
+
+
+def weighted_records(name: str, records: Records, weight: float) -> list[Record]:
+    """A mixture's part: all records `weight` times, the last time a share of them."""
+    ordered = sorted(records, key=lambda r: fingerprint(f"{name}/{r.id}"))
+    weighted = []
+    for turn in range(math.ceil(weight)):
+        share = min(weight - turn, 1)
+        repetition = f"#{turn + 1}" if turn else ""
+        for record in ordered[:round(share * len(ordered))]:
+            weighted.append(replace(record, id=f"{name}/{record.id}{repetition}"))
+    return weighted
+
+
+# ---------------------------------------------------------------- images
+
+def open_image(record: Record) -> Image.Image:
+    """The record's image, PIL RGB; a synth record is drawn here.
+
+    DataError where it can't be decoded to its end.
+
+    Pixels are as the file stores them, for the boxes of data sets are: an EXIF orientation turns
+    nothing. (`eval.py --image` turns the picture upright, as viewers show it, and answers in
+    pixels of what it then is.)
+    """
     if hasattr(record.image, "draw"):
         return record.image.draw()
     try:
         with Image.open(record.image) as image:
             return rgb(image)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{record.image}: unreadable image of record {record.id} ({error}); repair or remove it") from None
+        raise DataError(
+            f"{record.image}: unreadable image of record {record.id} ({error}); repair or remove "
+            "it") from None
 
 
-def rgb(image):
-    """PIL image -> RGB. ValueError where that would clip it to white or black: 16-bit, 32-bit and float values."""
+def rgb(image: Image.Image) -> Image.Image:
+    """An image -> RGB.
+
+    ValueError where that would clip it to white or black: 16-bit, 32-bit and float values.
+    """
     if image.mode[0] in "IF":
         raise ValueError("16-bit or float image, scale it to 8 bits")
     return image.convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------------------------------ what readers share
+def image_size(path: Path) -> tuple[tuple[int, int] | None, str | None]:
+    """(width, height) as stored and None, or None and why the image can't be used.
 
-class NoSplit(DataError):
-    """There is no split of that name, or not the file that holds it."""
-
-
-class Collector:
-    """Takes what a reader found in an annotation: finds the image, repairs the box, keeps the record or counts why it can't be used.
-
-    Images are found by base name, whatever folders lie between them and `folder`. Where several have the name, the end of the path that
-    the annotation gives decides, then a folder called `prefer`; if neither does, the record is refused. exact: the annotation gives the
-    path itself, and swapped corners have a second reading (x, y, width, height), so that they are refused. A name in an annotation never
-    leads out of the folder; links within it are followed, as hub caches are made of them."""
-
-    def __init__(self, folder, prefer="", exact=False):
-        self.folder, self.prefer, self.exact = folder, prefer, exact
-        self.records, self.ids, self.sizes, self.paths, walked = Records([], {}), set(), {}, {}, set()
-        for path, inner, files in os.walk(folder, followlinks=True) if not exact else ():
-            if os.path.realpath(path) in walked:                         # by a link beside it, or a loop
-                inner[:] = []
-                continue
-            inner[:] = [name for name in inner if name != "__MACOSX"]
-            walked.add(os.path.realpath(path))
-            for name in files:
-                stem, suffix = os.path.splitext(name)
-                if suffix.lower() in IMAGES and not name.startswith("._"):
-                    self.paths.setdefault(stem, []).append(Path(path, name))
-
-    def add(self, where, identity, image, text, box, category="", per=None, repairs=(), **more):
-        """One annotation. where: its place, for the user; image: name or path; box: four numbers, in pixels, or if `per` is given, in parts
-        of the image's sides of which there are `per`; repairs: what the reader repaired already."""
-        path, size, trouble, renamed = self.find(str(image or ""))
-        box, no_box, mended = repair_box(box, size, per)
-        if self.exact and "swapped corners" in mended:
-            no_box = "x1 > x2 or y1 > y2 (is it x, y, width, height?)"
-        text = text.strip() if isinstance(text, str) else ""
-        reason = trouble or no_box or (None if text else "empty text") or ("id of an earlier record" if identity in self.ids else None)
-        if reason:
-            return self.refuse(reason, where)
-        for repair in (*repairs, *renamed, *mended):
-            self.records.repaired.setdefault(repair, []).append(where)
-        self.ids.add(identity)
-        self.records.append(Record(identity, path, text, box, str(category or "").strip(), size, **more))
-
-    def refuse(self, reason, where):
-        self.records.refused.setdefault(reason, []).append(where)
-
-    def find(self, name):
-        """A name from an annotation -> path, (width, height), None and what was repaired; or None, None, why there is none and []."""
-        name = os.path.normpath(name.replace("\\", "/")) if name else ""
-        if not name or os.path.isabs(name) or name.split("/")[0] in ("..", "."):
-            return None, None, "image outside the data set" if name else "no image named", []
-        base = os.path.basename(name)
-        stem, suffix = os.path.splitext(base)
-        stem, suffix = (stem, suffix) if suffix.lower() in IMAGES else (base, "")                     # P0.v2 has none
-        found = [self.folder / name] if self.exact else self.paths.get(stem, [])
-        for better in (lambda p: p.name == base, lambda p: p.as_posix().endswith(f"/{name}"),
-                       lambda p: self.prefer in p.relative_to(self.folder).parts):
-            found = [p for p in found if better(p)] or found
-        if len(found) != 1:
-            return None, None, "several images of that name" if found else "missing image", []
-        path = found[0]
-        if path not in self.sizes:                                       # once an image
-            self.sizes[path] = image_size(path)
-        renamed = [] if path.name == base else [f"image called *{suffix} is *{path.suffix}"]
-        return (path, *self.sizes[path], renamed)
-
-
-def image_size(path):
-    """(width, height) as stored and None, or None and the reason why the image can't be used. Its header is read, its pixels are not."""
+    Its header is read, its pixels are not.
+    """
     try:
         with Image.open(path) as image:
-            size, mode = image.size, image.mode
+            size = image.size
+            mode = image.mode
     except FileNotFoundError:
         return None, "missing image"
     except (OSError, ValueError, Image.DecompressionBombError):
         return None, "unreadable image"
     if mode[0] in "IF":
         return None, "16-bit or float image"
-    return (None, f"image more than {ASPECT} times as long as wide") if max(size) > ASPECT * min(size) else (size, None)
+    if max(size) > ASPECT * min(size):
+        return None, f"image more than {ASPECT} times as long as wide"
+    return size, None
 
 
-def repair_box(values, size, per=None):
-    """Four numbers -> box within the image, None and what was repaired; or None, why there is none and []. per: see Collector.add."""
-    try:
-        comma = [isinstance(v, str) and re.fullmatch(r"\s*-?\d+,\d+\s*", v) is not None for v in values]
-        box = [float(v.replace(",", ".") if c else v) for v, c in zip(values, comma)]
-    except (TypeError, ValueError, OverflowError):
-        box = []
-    if len(box) != 4 or not all(map(math.isfinite, box)):
-        return None, "no box", []
-    if size is None:                                                     # no image: refused for that
-        return None, None, []
-    if per:
-        box = [v * size[i % 2] / per for i, v in enumerate(box)]
+def image_stem(base: str) -> tuple[str, str]:
+    """A name -> its stem and suffix; "P0.v2" has no suffix of an image, and keeps its dot."""
+    stem, suffix = os.path.splitext(base)
+    return (stem, suffix) if suffix.lower() in IMAGE_SUFFIXES else (base, "")
+
+
+def index_images(folder: Path) -> dict[str, list[Path]]:
+    """Stem -> the images of that name in a folder and in all below it.
+
+    Links are followed, as hub caches are made of them; what a zip leaves over is skipped.
+    """
+    paths: dict[str, list[Path]] = {}
+    walked = set()
+    for directory, subdirectories, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in walked:
+            # A link beside the folder itself, or a circle of links.
+            subdirectories[:] = []
+            continue
+        walked.add(real)
+        subdirectories[:] = [name for name in subdirectories if name != "__MACOSX"]
+        for name in files:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("._"):
+                paths.setdefault(stem, []).append(Path(directory, name))
+    return paths
+
+
+# ---------------------------------------------------------------- from annotation to record
+
+@dataclass
+class Annotation:
+    """What a reader found, as the file has it: nothing of it needs to be right."""
+
+    where: str                    # its place, for the user
+    id: str
+    image: Any                    # name or path
+    text: Any
+    box: Any                      # four numbers
+    category: Any = ""
+    # None: the box is in pixels; else in parts of the image's sides of which there are so many.
+    parts: int | None = None
+    repairs: Sequence[str] = ()   # what the reader repaired already
+    # As in Record.
+    kind: str = ""
+    unique: bool | None = None
+    grid: tuple[int, ...] | None = None
+
+
+@dataclass
+class FoundImage:
+    """An image's file, its (width, height) and what was repaired; or why there is none."""
+
+    path: Path | None = None
+    size: tuple[int, int] | None = None
+    problem: str | None = None
+    repairs: Sequence[str] = ()
+
+
+@dataclass
+class RepairedBox:
+    """A box within the image and what was repaired; or why there is none."""
+
+    box: Box | None = None
+    problem: str | None = None
+    repairs: Sequence[str] = ()
+
+
+class Collector:
+    """Takes annotations: keeps the record, or counts why it can't be used.
+
+    Images are found by base name, whatever folders lie between them and `folder`. Where several
+    have the name, the end of the path that the annotation gives decides, then a folder called
+    `preferred_folder`; if neither does, the record is refused. A name in an annotation never
+    leads out of the folder.
+
+    exact: the annotation gives the path itself. Then swapped corners have a second reading
+    (x, y, width, height), so that they are refused.
+    """
+
+    def __init__(self, folder: Path, preferred_folder: str = "", exact: bool = False) -> None:
+        self.folder = folder
+        self.preferred_folder = preferred_folder
+        self.exact = exact
+        self.records = Records([], {})
+        self.ids: set[str] = set()
+        self.sizes: dict[Path, tuple[tuple[int, int] | None, str | None]] = {}
+        self.paths = {} if exact else index_images(folder)
+
+    def add(self, annotation: Annotation) -> None:
+        """Finds the image and repairs the box of an annotation -> a record, or a refusal."""
+        image = self.find(str(annotation.image or ""))
+        repaired = repair_box(annotation.box, image.size, annotation.parts)
+        text = annotation.text.strip() if isinstance(annotation.text, str) else ""
+        problem = image.problem or repaired.problem
+        if self.exact and "swapped corners" in repaired.repairs:
+            problem = "x1 > x2 or y1 > y2 (is it x, y, width, height?)"
+        if not problem and not text:
+            problem = "empty text"
+        if not problem and annotation.id in self.ids:
+            problem = "id of an earlier record"
+        if problem:
+            self.refuse(problem, annotation.where)
+            return
+        for repair in (*annotation.repairs, *image.repairs, *repaired.repairs):
+            self.records.repaired.setdefault(repair, []).append(annotation.where)
+        self.ids.add(annotation.id)
+        category = str(annotation.category or "").strip()
+        self.records.append(Record(
+            annotation.id, image.path, text, repaired.box, category, image.size,
+            annotation.kind, annotation.unique, annotation.grid))
+
+    def refuse(self, problem: str, where: str) -> None:
+        self.records.refused.setdefault(problem, []).append(where)
+
+    def find(self, name: str) -> FoundImage:
+        """The image that an annotation names."""
+        if not name:
+            return FoundImage(problem="no image named")
+        name = os.path.normpath(name.replace("\\", "/"))
+        if os.path.isabs(name) or name.split("/")[0] in ("..", "."):
+            return FoundImage(problem="image outside the data set")
+        paths = [self.folder / name] if self.exact else self.candidates(name)
+        if not paths:
+            return FoundImage(problem="missing image")
+        if len(paths) > 1:
+            return FoundImage(problem="several images of that name")
+        path = paths[0]
+        # An image has many records; its file is opened once.
+        if path not in self.sizes:
+            self.sizes[path] = image_size(path)
+        size, problem = self.sizes[path]
+        base = os.path.basename(name)
+        repairs = []
+        if path.name != base:
+            repairs = [f"image called *{image_stem(base)[1]} is *{path.suffix}"]
+        return FoundImage(path, size, problem, repairs)
+
+    def candidates(self, name: str) -> list[Path]:
+        """The images that a name may mean: each rule applies where it leaves one at least."""
+        base = os.path.basename(name)
+        paths = self.paths.get(image_stem(base)[0], [])
+        paths = [p for p in paths if p.name == base] or paths
+        paths = [p for p in paths if p.as_posix().endswith(f"/{name}")] or paths
+        folder = self.preferred_folder
+        return [p for p in paths if folder in p.relative_to(self.folder).parts] or paths
+
+
+def repair_box(
+        values: Any, size: tuple[int, int] | None, parts: int | None = None,
+) -> RepairedBox:
+    """Four numbers -> a box within the image of this size (None: there is no image).
+
+    parts: see Annotation. Repaired are decimal commas, swapped corners, and what lies past the
+    edge.
+    """
+    box, decimal_comma = read_four_numbers(values)
+    if not box:
+        return RepairedBox(problem="no box")
+    if size is None:
+        # Without an image the record is refused for that.
+        return RepairedBox()
+    if parts:
+        box = [v * size[i % 2] / parts for i, v in enumerate(box)]
     x1, y1, x2, y2 = box
-    ordered = [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
-    cut = tuple(min(max(v, 0.0), float(size[i % 2])) for i, v in enumerate(ordered))
-    if cut[2] <= cut[0] or cut[3] <= cut[1]:
-        return None, "empty box" if ordered == list(cut) else "box outside the image", []
-    mended = {"decimal comma": any(comma), "swapped corners": ordered != box, "box past the edge": cut != tuple(ordered)}
-    return cut, None, [repair for repair, done in mended.items() if done]
+    ordered = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+    clamped = tuple(min(max(v, 0.0), float(size[i % 2])) for i, v in enumerate(ordered))
+    if min(clamped[2] - clamped[0], clamped[3] - clamped[1]) < THINNEST:
+        outside = clamped != ordered
+        return RepairedBox(problem="box outside the image" if outside else "empty box")
+    repairs = []
+    if decimal_comma:
+        repairs.append("decimal comma")
+    if ordered != tuple(box):
+        repairs.append("swapped corners")
+    if clamped != ordered:
+        repairs.append("box past the edge")
+    return RepairedBox(clamped, repairs=repairs)
 
 
-def numbers(value):
+DECIMAL_COMMA = re.compile(r"\s*-?\d+,\d+\s*")
+
+
+def read_four_numbers(values: Any) -> tuple[list[float], bool]:
+    """Four finite numbers, as numbers or texts -> floats, and whether one had a decimal comma.
+
+    No floats where they are not four, or not numbers.
+    """
+    box = []
+    decimal_comma = False
+    try:
+        for value in values:
+            if isinstance(value, str) and DECIMAL_COMMA.fullmatch(value):
+                value = value.replace(",", ".")
+                decimal_comma = True
+            box.append(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return [], False
+    if len(box) != 4 or not all(map(math.isfinite, box)):
+        return [], False
+    return box, decimal_comma
+
+
+# ---------------------------------------------------------------- what readers find in files
+
+def numbers(value: Any) -> list[float]:
     """Every number in a list or a text, as floats, but in a text none too large for one."""
     if isinstance(value, list):
-        return [x for v in value for x in ([float(str(v))] if type(v) in (int, float) else numbers(v))]         # 10**400 is inf
-    found = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", str(value))
-    return [float(v) for v in found if math.isfinite(float(v))]
+        floats = []
+        for item in value:
+            if type(item) in (int, float):
+                # By way of text 10**400 is infinite; float() itself would raise.
+                floats.append(float(str(item)))
+            else:
+                floats += numbers(item)
+        return floats
+    texts = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", str(value))
+    return [float(text) for text in texts if math.isfinite(float(text))]
 
 
-def bracketed(value):
-    """A list's numbers, or those within the only innermost [...] of a text or of a list in a list, else []."""
-    if isinstance(value, list) and not any(isinstance(v, list) for v in value):
+def bracketed_numbers(value: Any) -> list[float]:
+    """A list's numbers, or those within the only innermost [...] of a text or a nested list.
+
+    Else none.
+    """
+    if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return numbers(value)
-    found = re.findall(r"\[[^\[\]]*\]", str(value))
-    return numbers(found[0]) if len(found) == 1 else []
+    brackets = re.findall(r"\[[^\[\]]*\]", str(value))
+    return numbers(brackets[0]) if len(brackets) == 1 else []
 
 
-def one_of(root, *names):
+def first_existing(root: Path, *names: str) -> Path:
     """The first of these paths that is there."""
     for name in names:
         if (root / name).exists():
             return root / name
-    raise NoSplit(f"no {' or '.join(names)} in {root}{zipped(root)}; --root must name the folder of the data set as it was downloaded")
+    raise NoSplit(
+        f"no {' or '.join(names)} in {root}{zip_hint(root)}; --root must name the folder of the "
+        "data set as it was downloaded")
 
 
-def zipped(root):
+def zip_hint(root: Path) -> str:
     """What to add to an error about missing files, where archives are in their place."""
     names = sorted(p.name for p in root.glob("*.zip"))
     return f" ({', '.join(names)} is there: unzip it)" if names else ""
 
 
-def read_json(path):
-    """A JSON file's value, or None where there is no such file; DataError where it is unreadable."""
+def read_json(path: Path) -> Any:
+    """A JSON file's value, or None where there is no such file.
+
+    DataError where it is unreadable.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -298,301 +552,556 @@ def read_json(path):
         raise DataError(f"{path}: unreadable ({error})") from None
 
 
-def text_lines(file):
+def text_lines(file: Path) -> list[str]:
     """Lines of a text, without their ends."""
     try:
-        return [line.rstrip("\r") for line in file.read_text(encoding="utf-8-sig").split("\n")]  # splitlines would also cut at U+2028
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: unreadable ({error})") from None
+    # splitlines would also cut at U+2028.
+    return [line.rstrip("\r") for line in text.split("\n")]
 
 
-def read_objects(file):
-    """Yields (line number, object) of a JSONL file, None for what is no object. An object may go on over several lines, as in some of
-    refGeo's; a line that begins another one ends what is unfinished. DataError where the file is one JSON array."""
-    (start, text), lines = (0, ""), text_lines(file)
-    if next((line for line in map(str.strip, lines) if line), "").startswith("["):
-        raise DataError(f"{file}: a JSON array, where one JSON object a line is needed; jq -c '.[]' makes lines of it")
-    for n, line in enumerate([*lines, "{"], 1):
-        if text and line.startswith("{"):
+# An object that goes on for more lines than this is a broken one.
+LONGEST_OBJECT = 100
+
+
+def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yields (line number, object) of a JSONL file, None for what is no object.
+
+    An object may go on over several lines, as in some of refGeo's; a line that begins another
+    one ends what is unfinished. DataError where the file is one JSON array.
+    """
+    lines = text_lines(file)
+    refuse_array(file, lines)
+    unfinished = ""               # an object's text, as far as it was read
+    start = 0
+    for number, line in enumerate(lines, 1):
+        if unfinished and line.startswith("{"):
             yield start, None
-            text = ""
+            unfinished = ""
+        if unfinished:
+            text = f"{unfinished}\n{line}"
+        else:
+            text = line.strip()
+            start = number
         if not text:
-            start = n
-        text = f"{text}\n{line}" if text else line.strip()
-        try:
-            found = json.loads(text, strict=False) if text else None     # strict would refuse a line break within a text
-        except (ValueError, RecursionError):
-            if text.startswith("{") and n - start < 100:
-                continue
-            found = ()
-        if text:
-            yield start, found if isinstance(found, dict) else None
-        text = ""
+            continue
+        value = parse_object(text)
+        if value is None and text.startswith("{") and number - start < LONGEST_OBJECT:
+            unfinished = text
+            continue
+        yield start, value
+        unfinished = ""
+    if unfinished:
+        yield start, None
 
 
-def hold_out(records, split, root):
-    """For data without validation records: "val" is one image in 20 of train, chosen by its name, and the training stages ("sft", "rft")
-    get the rest and what was refused. "train" stays whole. DataError where train has not an image for each."""
+def parse_object(text: str) -> dict[str, Any] | None:
+    """A JSON object, or None for anything else; a text in it may hold a line break."""
+    try:
+        value = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def refuse_array(file: Path, lines: list[str]) -> None:
+    """DataError where the first line that is not blank begins a JSON array."""
+    for line in lines:
+        if line.strip():
+            if line.strip().startswith("["):
+                raise DataError(
+                    f"{file}: a JSON array, where one JSON object a line is needed; jq -c '.[]' "
+                    "makes lines of it")
+            return
+
+
+def hold_out(records: Records, split: str, root: Path) -> Records:
+    """For data without validation records: "val" is one image in 20 of train.
+
+    It is chosen by the image's name. The training stages ("sft", "rft") get the rest and what
+    was refused; "train" stays whole. DataError where train has not an image for each.
+    """
     images = sorted({r.image for r in records}, key=lambda p: (fingerprint(p.name), p))
     if len(images) < 2:
         refused = f" (refused: {in_words(records.refusals)})" if records.refused else ""
-        raise NoSplit(f"{split} needs two usable images in train, of which one is held out for validation, and {root} has {len(images)}"
-                      f"{refused}; add images, or records of a split val")
-    held = set(images[:max(len(images) // 20, 1)])
-    note = f"validation is {len(held):,} of train's {len(images):,} images, which sft and rft leave out"
+        raise NoSplit(
+            f"{split} needs two usable images in train, of which one is held out for validation, "
+            f"and {root} has {len(images)}{refused}; add images, or records of a split val")
+    held_out = set(images[:max(len(images) // 20, 1)])
+    note = (
+        f"validation is {len(held_out):,} of train's {len(images):,} images, which sft and rft "
+        "leave out")
     if split == "val":
-        return Records([r for r in records if r.image in held], {}, {}, note)
-    return Records([r for r in records if r.image not in held], records.refused, records.repaired, note)
+        return Records([r for r in records if r.image in held_out], {}, {}, note)
+    training = [r for r in records if r.image not in held_out]
+    return Records(training, records.refused, records.repaired, note)
 
 
-# ------------------------------------------------------------------------------------------------------------------ readers
+# ---------------------------------------------------------------- readers
 
-def read_synth(root, split, small=False):
-    """The embedded world; with `small` all objects are half as long. Drawn, not read: root is not used."""
+def read_synth(root: Path, split: str, small: bool = False) -> Records:
+    """The embedded world; with `small` all objects are half as long.
+
+    Drawn, not read: root is not used.
+    """
     from toy import scenes
 
-    splits, name = (scenes.SMALL, "synth-small") if small else (scenes.SPLITS, "synth")
+    splits = scenes.SMALL if small else scenes.SPLITS
+    name = "synth-small" if small else "synth"
     split = {"train": "rft"}.get(split, split)
     if split not in splits:
         raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(splits)}")
-    return Records([Record(f"{split}-{i}", scene, text, box, category, scene.size, kind)
-                    for i, scene, text, box, category, kind in scenes.records(splits[split])], {})
+    records = Records([], {})
+    for i, scene, text, box, category, kind in scenes.records(splits[split]):
+        records.append(Record(f"{split}-{i}", scene, text, box, category, scene.size, kind))
+    return records
 
 
-SPLITS = ("train", "val", "test")
-DIOR_WITHDRAWN = {"train": 15_328, "val": 3_832, "test": 19_160}
+def read_synth_small(root: Path, split: str) -> Records:
+    """The embedded world with all objects half as long."""
+    return read_synth(root, split, small=True)
 
 
-def read_dior(root, split, name="dior", prefer="JPEGImages", withdrawn=DIOR_WITHDRAWN):
-    """DIOR-RSVG as it is downloaded. A split file holds indices of <object>s, counted from 0 over all XML files sorted by path: every
-    object counts, a refused one too, or all later indices would shift."""
+@dataclass(frozen=True)
+class DiorLayout:
+    """What differs between the data sets of DIOR-RSVG's layout."""
+
+    name: str
+    image_folder: str
+    # Lines of a split file that mark a generation withdrawn by its authors.
+    withdrawn: dict[str, int]
+
+
+DIOR = DiorLayout("dior", "JPEGImages", {"train": 15_328, "val": 3_832, "test": 19_160})
+OPT = DiorLayout("opt", "Image", {})
+
+
+def read_dior(root: Path, split: str) -> Records:
+    """DIOR-RSVG as it is downloaded."""
+    return read_dior_layout(root, split, DIOR)
+
+
+def read_opt(root: Path, split: str) -> Records:
+    """OPT-RSVG: DIOR-RSVG's scheme with boxes in fractions of a pixel.
+
+    Its images are in Image/ or JPEGImages/, its split files in split/.
+    """
+    return read_dior_layout(root, split, OPT)
+
+
+def read_dior_layout(root: Path, split: str, layout: DiorLayout) -> Records:
+    """Annotations/*.xml, images, and split files of indices.
+
+    An index is that of an <object>, counted from 0 over all XML files sorted by path: every
+    object counts, a refused one too, or all later indices would shift.
+    """
     split = {"sft": "train", "rft": "train"}.get(split, split)
     if split not in SPLITS:
-        raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(SPLITS)}")
-    wanted = set(dior_indices(root, withdrawn)[split])
+        raise NoSplit(f"{layout.name} has no split {split!r}; it has {', '.join(SPLITS)}")
+    indices = set(dior_indices(root, layout.withdrawn)[split])
     folder = root / "Annotations"
-    files = (p for p in folder.rglob("*.xml") if not p.name.startswith("._") and "__MACOSX" not in p.parts)
-    files = sorted(files, key=lambda p: p.as_posix())
+    files = dior_files(folder)
     if not files:
-        raise DataError(f"no annotations at {folder}/*.xml{zipped(root)}; --root must name the folder that holds Annotations and {prefer}")
-    collected, index = Collector(root, prefer), -1
+        raise DataError(
+            f"no annotations at {folder}/*.xml{zip_hint(root)}; --root must name the folder that "
+            f"holds Annotations and {layout.image_folder}")
+    collector = Collector(root, layout.image_folder)
+    count = 0                     # objects of the files that were read
     for file in files:
-        try:
-            tree = ElementTree.parse(file).getroot()
-        except (ElementTree.ParseError, OSError) as error:
-            raise DataError(f"{file}: unreadable annotation ({error}); without its objects every later index would be wrong") from None
+        tree = read_xml(file)
+        image = (tree.findtext("filename") or "").strip()
         for item in tree.findall("object"):
-            index += 1
-            if index in wanted:
-                box = [item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
-                collected.add(f"{file}, object {index}", str(index), (tree.findtext("filename") or "").strip(),
-                              item.findtext("description"), box, item.findtext("name"))
-    beyond = sum(i > index for i in wanted)
+            index = count
+            count += 1
+            if index in indices:
+                sides = ("xmin", "ymin", "xmax", "ymax")
+                collector.add(Annotation(
+                    f"{file}, object {index}", str(index), image, item.findtext("description"),
+                    [item.findtext(f"bndbox/{side}") for side in sides], item.findtext("name")))
+    beyond = sum(index >= count for index in indices)
     if beyond:
-        raise DataError(f"{root}: {beyond} of the {len(wanted)} indices of {split} are beyond the {index + 1} objects found in {folder}; "
-                        "annotations are missing, or the split files belong to other data")
-    return collected.records
+        raise DataError(
+            f"{root}: {beyond} of the {len(indices)} indices of {split} are beyond the {count} "
+            f"objects found in {folder}; annotations are missing, or the split files belong to "
+            "other data")
+    return collector.records
 
 
-def dior_indices(root, withdrawn=DIOR_WITHDRAWN):
-    """The split files, in root or in root/split: name -> indices. They must be whole numbers, disjoint, and of the current generation."""
-    splits, root = {}, root if (root / "train.txt").exists() or not (root / "split").is_dir() else root / "split"
-    for name in SPLITS:
-        file = root / f"{name}.txt"
-        try:
-            splits[name] = [int(line) for line in file.read_text(encoding="utf-8-sig").split()]
-        except OSError:
-            raise DataError(f"no split file {file}{zipped(root)}; --root must name the folder that holds Annotations, images, train.txt, "
-                            "val.txt, test.txt") from None
-        except ValueError as error:
-            raise DataError(f"{file}: not one index a line ({error})") from None
+def dior_files(folder: Path) -> list[Path]:
+    """The annotations, sorted by path; what a zip leaves over is none of them."""
+    files = []
+    for path in folder.rglob("*.xml"):
+        if not path.name.startswith("._") and "__MACOSX" not in path.parts:
+            files.append(path)
+    return sorted(files, key=lambda p: p.as_posix())
+
+
+def read_xml(file: Path) -> ElementTree.Element:
+    """The root element of an annotation; DataError where it is unreadable."""
+    try:
+        return ElementTree.parse(file).getroot()
+    except (ElementTree.ParseError, OSError) as error:
+        raise DataError(
+            f"{file}: unreadable annotation ({error}); without its objects every later index "
+            "would be wrong") from None
+
+
+def dior_indices(
+        root: Path, withdrawn: dict[str, int] = DIOR.withdrawn,
+) -> dict[str, list[int]]:
+    """The split files, in root or in root/split: name -> indices.
+
+    DataError where they are not whole numbers, not disjoint, or of a generation that was
+    withdrawn. withdrawn: name -> lines that mark it.
+    """
+    if not (root / "train.txt").exists() and (root / "split").is_dir():
+        root = root / "split"
+    splits = {name: read_indices(root / f"{name}.txt", root) for name in SPLITS}
     for name, indices in splits.items():
         if len(indices) == withdrawn.get(name):
-            raise DataError(f"{root / name}.txt has {len(indices)} lines: the split generation withdrawn by its authors in 2023, which "
-                            "leaks test into train beside the current one; download the current train.txt, val.txt, test.txt")
-    every = [i for indices in splits.values() for i in indices]
-    if min(every, default=0) < 0:
-        raise DataError(f"{root}: the split files hold an index below 0; download them again")
-    twice = [i for i, n in Counter(every).items() if n > 1]
-    if twice:
-        raise DataError(f"{root}: the split files overlap or repeat an index ({twice[:3]}), so test would leak into train; download them "
-                        "again")
+            raise DataError(
+                f"{root / name}.txt has {len(indices)} lines: the split generation withdrawn by "
+                "its authors in 2023, which leaks test into train beside the current one; "
+                "download the current train.txt, val.txt, test.txt")
+    counts = Counter(itertools.chain.from_iterable(splits.values()))
+    if min(counts, default=0) < 0:
+        raise DataError(
+            f"{root}: the split files hold an index below 0; download them again")
+    repeated = [index for index, n in counts.items() if n > 1]
+    if repeated:
+        raise DataError(
+            f"{root}: the split files overlap or repeat an index ({repeated[:3]}), so test would "
+            "leak into train; download them again")
     return splits
 
 
-def read_opt(root, split):
-    """OPT-RSVG: DIOR-RSVG's scheme with boxes in fractions of a pixel, its images in Image/ or JPEGImages/, its split files in split/."""
-    return read_dior(root, split, "opt", "Image", {})
+def read_indices(file: Path, root: Path) -> list[int]:
+    """The whole numbers of a split file."""
+    try:
+        return [int(line) for line in file.read_text(encoding="utf-8-sig").split()]
+    except OSError:
+        raise DataError(
+            f"no split file {file}{zip_hint(root)}; --root must name the folder that holds "
+            "Annotations, images, train.txt, val.txt, test.txt") from None
+    except ValueError as error:
+        raise DataError(f"{file}: not one index a line ({error})") from None
 
 
-def read_rsvg_hr(root, split):
-    """RSVG-HR: lines image,x1,y1,x2,y2,text. What follows the fifth comma is text, unless a decimal comma before it makes a fifth number; a
-    number behind it may as well begin the text, as in "12,storey building", and does."""
+def read_rsvg_hr(root: Path, split: str) -> Records:
+    """RSVG-HR: lines image,x1,y1,x2,y2,text."""
     if split in ("sft", "rft", "val"):
         return hold_out(read_rsvg_hr(root, "train"), split, root)
     if split not in ("train", "test"):
-        raise NoSplit(f"rsvg-hr has no split {split!r}; it has train, test, and val held out of train")
-    file, collected = one_of(root, f"rsvg_hr_{split}.txt", f"Annotations/rsvg_hr_{split}.txt"), Collector(root, "images")
-    for n, line in enumerate(text_lines(file), 1):
+        raise NoSplit(
+            f"rsvg-hr has no split {split!r}; it has train, test, and val held out of train")
+    name = f"rsvg_hr_{split}.txt"
+    file = first_existing(root, name, f"Annotations/{name}")
+    collector = Collector(root, "images")
+    for number, line in enumerate(text_lines(file), 1):
         if not line.strip():
             continue
-        where, (image, *fields), repairs = f"{file}, line {n}", line.split(","), []
-        box, text = fields[:4], ",".join(fields[4:])
-        if len(fields) > 5 and all(re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", field) for field in fields[:5]):
-            pairs = [i for i in range(4) if fields[i].strip("- ").isdigit() and fields[i + 1].strip().isdigit()]
-            if len(pairs) > 1:
-                collected.refuse("five numbers, and more than one may hold a decimal comma", where)
-                continue
-            for i in pairs if pairs != [3] else ():
-                box, text = [*fields[:i], f"{fields[i]}.{fields[i + 1]}", *fields[i + 2:5]], ",".join(fields[5:])
-                repairs = ["decimal comma"]
-        collected.add(where, f"{split}-{n}", image.strip(), text, box, repairs=repairs)
-    return collected.records
+        where = f"{file}, line {number}"
+        image, *fields = line.split(",")
+        commas = decimal_commas(fields)
+        if len(commas) > 1:
+            collector.refuse(
+                "five numbers, and more than one may hold a decimal comma", where)
+            continue
+        for i in commas:
+            fields[i:i + 2] = [f"{fields[i]}.{fields[i + 1]}"]
+        # All that follows the fifth comma is the text, its own commas included.
+        collector.add(Annotation(
+            where, f"{split}-{number}", image.strip(), ",".join(fields[4:]), fields[:4],
+            repairs=["decimal comma"] if commas else []))
+    return collector.records
 
 
-def read_vrsbench(root, split):
-    """VRSBench. The evaluation's boxes are obj_corner, the precise ones, and `grid` keeps those of its official metric. Train has whole
-    hundredths of the image alone; its records of other tasks ([caption], [vqa]) are none of ours."""
+def decimal_commas(fields: list[str]) -> list[int]:
+    """The fields behind which a comma may be a decimal comma: "216,00" became two fields.
+
+    fields: of a line of RSVG-HR, behind the image: four numbers, or five where one has a decimal
+    comma, then the text.
+
+    >>> decimal_commas(["170.0", "774.0", "216", "00", "803.21", "find a pool"])
+    [2]
+    >>> decimal_commas(["1", "2", "3.5", "4.5", "5.5", "six"])       # 1,2 is the only pair
+    [0]
+    >>> decimal_commas(["5.5", "5.5", "7.5", "9", "12", "storey building"])
+    []
+    """
+    number = re.compile(r"\s*-?\d+(\.\d+)?\s*")
+    if len(fields) <= 5 or not all(number.fullmatch(field) for field in fields[:5]):
+        return []
+    candidates = []
+    for i in range(4):
+        if fields[i].strip("- ").isdigit() and fields[i + 1].strip().isdigit():
+            candidates.append(i)
+    # A fifth number behind the last pair may as well begin the text, as in "12,storey building".
+    return [] if candidates == [3] else candidates
+
+
+def read_vrsbench(root: Path, split: str) -> Records:
+    """VRSBench: its train file and its evaluation of referring expressions, `test`."""
     if split in ("sft", "rft", "val"):
         return hold_out(read_vrsbench(root, "train"), split, root)
     if split not in ("train", "test"):
-        raise NoSplit(f"vrsbench has no split {split!r}; it has train, test, and val held out of train")
-    file = one_of(root, {"train": "VRSBench_train.json", "test": "VRSBench_EVAL_referring.json"}[split])
-    collected, rows = Collector(root, {"train": "Images_train", "test": "Images_val"}[split]), read_json(file)
+        raise NoSplit(
+            f"vrsbench has no split {split!r}; it has train, test, and val held out of train")
+    name = "VRSBench_train.json" if split == "train" else "VRSBench_EVAL_referring.json"
+    file = first_existing(root, name)
+    collector = Collector(root, "Images_train" if split == "train" else "Images_val")
+    rows = read_json(file)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{file}: not a JSON array of objects; download it again")
-    for n, row in enumerate(rows):
-        where, identity = f"{file}, record {n}", f"{split}-{n}"
+    for number, row in enumerate(rows):
+        where = f"{file}, record {number}"
         if split == "test":
-            corners, grid = numbers(row.get("obj_corner")), numbers(row.get("ground_truth"))
-            box, per, repairs = [f(corners[i::2]) for f in (min, max) for i in (0, 1)] if len(corners) == 8 else [], 1, []
-            if not box or not (box[0] < box[2] and box[1] < box[3]):
-                box, per, repairs = grid, 100, ["box of ground_truth, for want of obj_corner"]
-                if len(grid) == 4 and (grid[0] == grid[2] or grid[1] == grid[3]):                     # both ends count there
-                    box = [*grid[:2], *(b + (a == b) for a, b in zip(grid, grid[2:]))]
-                    repairs = ["whole cells of ground_truth, for want of area"]
-            collected.add(where, identity, row.get("image_id"), row.get("question"), box, row.get("obj_cls"), per, repairs,
-                          unique=str(row["unique"]).lower() in ("true", "1") if row.get("unique") is not None else None,
-                          grid=tuple(map(int, grid)) if len(grid) == 4 and all(map(math.isfinite, grid)) else None)
+            collector.add(vrsbench_test(row, where, f"test-{number}"))
+        else:
+            for annotation in vrsbench_train(row, where, f"train-{number}"):
+                collector.add(annotation)
+    return collector.records
+
+
+# Pixels of its images, which are square.
+VRSBENCH_SIDE = 512
+
+
+def vrsbench_test(row: dict[str, Any], where: str, identity: str) -> Annotation:
+    """A row of the evaluation: obj_corner is the precise box, in parts of the image's sides.
+
+    `grid` keeps ground_truth, the whole hundredths that the official metric compares.
+    """
+    corners = numbers(row.get("obj_corner"))         # x, y of each of the four
+    grid = numbers(row.get("ground_truth"))
+    box = []
+    parts = 1
+    repairs = []
+    if len(corners) == 8:
+        xs = corners[0::2]
+        ys = corners[1::2]
+        box = [min(xs), min(ys), max(xs), max(ys)]
+    thinnest = THINNEST / VRSBENCH_SIDE
+    if not box or not (box[2] - box[0] >= thinnest and box[3] - box[1] >= thinnest):
+        box = grid
+        parts = 100
+        repairs = ["box of ground_truth, for want of obj_corner"]
+        if len(grid) == 4 and (grid[0] == grid[2] or grid[1] == grid[3]):
+            # Both ends count on that grid: a box from 50 to 50 is one cell wide.
+            x1, y1, x2, y2 = grid
+            box = [x1, y1, x2 + (x1 == x2), y2 + (y1 == y2)]
+            repairs = ["whole cells of ground_truth, for want of area"]
+    unique = row.get("unique")
+    whole = len(grid) == 4 and all(map(math.isfinite, grid))
+    return Annotation(
+        where, identity, row.get("image_id"), row.get("question"), box, row.get("obj_cls"), parts,
+        repairs, unique=None if unique is None else str(unique).lower() in ("true", "1"),
+        grid=tuple(map(int, grid)) if whole else None)
+
+
+def vrsbench_train(row: dict[str, Any], where: str, identity: str) -> Iterator[Annotation]:
+    """The questions of a conversation that ask for a box, in whole hundredths of the image.
+
+    Those of other tasks ([caption], [vqa]) are none of ours.
+    """
+    turns = []
+    conversation = row.get("conversations")
+    for turn in conversation if isinstance(conversation, list) else ():
+        turns.append(str(turn["value"]) if isinstance(turn, dict) and "value" in turn else "")
+    pairs = itertools.zip_longest(turns[::2], turns[1::2], fillvalue="")
+    for i, (question, answer) in enumerate(pairs):
+        if "[refer]" not in question:
             continue
-        turns = row.get("conversations")
-        turns = [str(t["value"]) if isinstance(t, dict) and "value" in t else "" for t in turns] if isinstance(turns, list) else []
-        for i, (question, told) in enumerate(itertools.zip_longest(turns[::2], turns[1::2], fillvalue="")):
-            if "[refer]" in question:
-                text = re.search(r"<p>(.*?)</p>", question, re.DOTALL)
-                collected.add(f"{where}, turn {i}" if i else where, f"{identity}-{i}" if i else identity, row.get("image"),
-                              text and text[1], numbers(told), per=100)
-    return collected.records
+        text = re.search(r"<p>(.*?)</p>", question, re.DOTALL)
+        yield Annotation(
+            f"{where}, turn {i}" if i else where, f"{identity}-{i}" if i else identity,
+            row.get("image"), text and text[1], numbers(answer), parts=100)
 
 
-def read_refgeo(root, split):
-    """refGeo (GeoGround): every data set's file of the split, or one, as in "dior_rsvg_test". Its boxes are xyxy pixels; its ids may have
-    another suffix than the image's file, and a folder of images another case or other hyphens than the data set's name. Where no data set
-    has such a folder, images are looked for everywhere; where some have, an image of another one's folder would be another image."""
+REFGEO = ("dior_rsvg", "rsvg", "geochat", "vrsbench", "avvg")
+
+
+def read_refgeo(root: Path, split: str) -> Records:
+    """refGeo (GeoGround): every data set's file of the split, or one, as in "dior_rsvg_test".
+
+    Its boxes are xyxy pixels; its ids may have another suffix than the image's file.
+    """
     if split in ("sft", "rft", "val") and not any((root / "metainfo").glob("*_val.jsonl")):
         return hold_out(read_refgeo(root, "train"), split, root)
     split = {"sft": "train", "rft": "train"}.get(split, split)
     names = [f"{part}_{split}" for part in REFGEO] if split in SPLITS else [split]
-    files = [p for p in (root / "metainfo" / f"{name}.jsonl" for name in names) if p.exists()]
+    expected = [root / "metainfo" / f"{name}.jsonl" for name in names]
+    files = [path for path in expected if path.exists()]
     if not files:
-        raise NoSplit(f"no {one_of(root, 'metainfo') / names[0]}.jsonl or the like; refgeo has train, val, test, and those of one data "
-                      "set, like rsvg_test")
-    folders = {p: re.sub("[-_ ]", "", p.name.lower()) for place in (root / "images", root) for p in sorted(place.glob("*")) if p.is_dir()}
-
-    def folder_of(part):
-        return next((p for same in (str.__eq__, str.startswith) for p in folders if same(folders[p], part.replace("_", ""))), None)
-    anywhere, total = not any(map(folder_of, REFGEO)), Records([], {})
-    for file in files:
-        part = file.stem.rsplit("_", 1)[0]
-        collected = Collector(folder_of(part) or (root if anywhere else root / "images" / part))
-        for n, row in read_objects(file):
+        raise NoSplit(
+            f"no {first_existing(root, 'metainfo') / names[0]}.jsonl or the like; refgeo has "
+            "train, val, test, and those of one data set, like rsvg_test")
+    parts = [file.stem.rsplit("_", 1)[0] for file in files]
+    folders = refgeo_folders(root, (*REFGEO, *parts))
+    records = Records([], {})
+    for file, part in zip(files, parts):
+        # Where no data set has a folder of its own, images are looked for everywhere. Where one
+        # has, an image of another one's folder would be another image.
+        collector = Collector(folders.get(part) or (root / "images" / part if folders else root))
+        for number, row in read_objects(file):
+            where = f"{file}, line {number}"
             if row is None:
-                collected.refuse("no JSON object", f"{file}, line {n}")
-            else:
-                collected.add(f"{file}, line {n}", f"{file.stem}-{n}", row.get("image_id"), row.get("question"),
-                              bracketed(row.get("bbox")), kind=part)
-        total.absorb(collected.records)
-    absent = [p.name for p in (root / "metainfo" / f"{name}.jsonl" for name in names) if p not in files]
-    total.note = f"not there: {', '.join(absent)}" if absent else ""
-    return total
+                collector.refuse("no JSON object", where)
+                continue
+            collector.add(Annotation(
+                where, f"{file.stem}-{number}", row.get("image_id"), row.get("question"),
+                bracketed_numbers(row.get("bbox")), kind=part))
+        records.absorb(collector.records)
+    absent = [path.name for path in expected if path not in files]
+    records.note = f"not there: {', '.join(absent)}" if absent else ""
+    return records
 
 
-def read_jsonl(root, split):
-    """Your own data: SPLIT.jsonl, one object a line, {"image": path from root, "text": ..., "box": [x1, y1, x2, y2] in pixels} and optional
-    "id", "category", "split". Or one file of any name, whose lines are "train" unless they say otherwise; root may be that file."""
+def refgeo_folders(root: Path, parts: Iterable[str]) -> dict[str, Path]:
+    """Data sets -> the folder of its images, of those that have one.
+
+    It is called as the data set is, in another case or with other hyphens; else its name begins
+    so.
+    """
+    candidates = []
+    for parent in (root / "images", root):
+        candidates += [path for path in sorted(parent.glob("*")) if path.is_dir()]
+    plain_names = {path: re.sub("[-_ ]", "", path.name.lower()) for path in candidates}
+    folders = {}
+    for part in parts:
+        name = part.replace("_", "")
+        equal = [path for path, plain in plain_names.items() if plain == name]
+        longer = [path for path, plain in plain_names.items() if plain.startswith(name)]
+        if equal or longer:
+            folders[part] = (equal or longer)[0]
+    return folders
+
+
+def read_jsonl(root: Path, split: str) -> Records:
+    """Your own data: SPLIT.jsonl, one object a line.
+
+    {"image": path from root, "text": ..., "box": [x1, y1, x2, y2] in pixels} and optional "id",
+    "category", "split". Or one file of any name, whose lines are "train" unless they say
+    otherwise; root may be that file.
+    """
+    rows = jsonl_rows(root)
+    if split not in rows and split in ("sft", "rft", "val") and "train" in rows:
+        train = read_jsonl(root, "train")
+        return train if "val" in rows else hold_out(train, split, root)
+    if split not in rows:
+        raise NoSplit(
+            f"{root} has no records of a split {split!r}; it has {', '.join(rows) or 'none'}: "
+            f'name a file {split}.jsonl, or give its lines "split": "{split}"')
+    collector = Collector(root if root.is_dir() else root.parent, exact=True)
+    for file, number, row in rows[split]:
+        where = f"{file}, line {number}"
+        if row is None:
+            collector.refuse("no JSON object", where)
+            continue
+        image = row.get("image")
+        if isinstance(image, list) and len(image) == 1:
+            image = image[0]
+        text, box = expression_and_box(row)
+        identity = f"{file.stem}-{number}" if row.get("id") is None else str(row["id"])
+        collector.add(Annotation(
+            where, identity, image if isinstance(image, str) else "", text, box,
+            row.get("category")))
+    return collector.records
+
+
+Row = tuple[Path, int, dict[str, Any] | None]
+
+
+def jsonl_rows(root: Path) -> dict[str, list[Row]]:
+    """Split -> its lines, as (file, line number, object or None)."""
     files = [root] if root.is_file() else sorted(root.glob("*.jsonl"))
     if not files:
-        raise DataError(f"no *.jsonl in {root}; --root must name a folder with train.jsonl, val.jsonl, test.jsonl, or one JSONL file")
-    known, rows = (*SPLITS, "sft", "rft"), {}
+        raise DataError(
+            f"no *.jsonl in {root}; --root must name a folder with train.jsonl, val.jsonl, "
+            "test.jsonl, or one JSONL file")
+    rows: dict[str, list[Row]] = {}
     for file in files:
-        own = file.stem if len(files) > 1 or file.stem in known else "train"
-        for n, row in read_objects(file):
-            rows.setdefault(str((row or {}).get("split") or own), []).append((file, n, row))
-    if split not in rows and split in ("sft", "rft", "val") and "train" in rows:
-        whole = read_jsonl(root, "train")
-        return whole if "val" in rows else hold_out(whole, split, root)
-    if split not in rows:
-        raise NoSplit(f"{root} has no records of a split {split!r}; it has {', '.join(rows) or 'none'}: name a file {split}.jsonl, or give "
-                      f'its lines "split": "{split}"')
-    collected = Collector(root if root.is_dir() else root.parent, exact=True)
-    for file, n, row in rows[split]:
-        where = f"{file}, line {n}"
-        if row is None:
-            collected.refuse("no JSON object", where)
-            continue
-        image, (text, box) = row.get("image"), asked(row)
-        image = image[0] if isinstance(image, list) and len(image) == 1 else image
-        identity = f"{file.stem}-{n}" if row.get("id") is None else str(row["id"])
-        collected.add(where, identity, image if isinstance(image, str) else "", text, box, row.get("category"))
-    return collected.records
+        named = len(files) > 1 or file.stem in (*SPLITS, "sft", "rft")
+        split_of_file = file.stem if named else "train"
+        for number, row in read_objects(file):
+            split = str((row or {}).get("split") or split_of_file)
+            rows.setdefault(split, []).append((file, number, row))
+    return rows
 
 
-def asked(row):
-    """(expression, box) of a JSONL line: "text" and "box", or what VLM-R1 trains on: a request and an answer that holds the box."""
+def expression_and_box(row: dict[str, Any]) -> tuple[Any, list[float]]:
+    """Expression and box of a JSONL line.
+
+    "text" and "box", or what VLM-R1 trains on: a request, and an answer that holds the box.
+    """
     if "text" in row or "box" in row:
-        return row.get("text"), bracketed(row.get("box"))
-    turns = row.get("conversations")
-    turns = [t for t in turns if isinstance(t, dict)] if isinstance(turns, list) and len(turns) == 2 else []
-    turns = {str(t.get("from")): t.get("value") for t in turns}
-    text = str(row.get("problem") or row.get("question") or turns.get("human") or "").replace("<image>", "").strip()
-    request = re.fullmatch(r"Please provide the bounding box coordinates? of the region this sentence describes: (.*?)\.?", text, re.DOTALL)
-    return request[1] if request else text, bracketed(row.get("solution") or row.get("ground_truth") or turns.get("gpt"))
+        return row.get("text"), bracketed_numbers(row.get("box"))
+    turns = {}
+    conversation = row.get("conversations")
+    if isinstance(conversation, list) and len(conversation) == 2:
+        for turn in conversation:
+            if isinstance(turn, dict):
+                turns[str(turn.get("from"))] = turn.get("value")
+    question = str(row.get("problem") or row.get("question") or turns.get("human") or "")
+    question = question.replace("<image>", "").strip()
+    request = re.fullmatch(
+        "Please provide the bounding box coordinates? of the region this sentence describes: "
+        r"(.*?)\.?", question, re.DOTALL)
+    box = row.get("solution") or row.get("ground_truth") or turns.get("gpt")
+    return request[1] if request else question, bracketed_numbers(box)
 
 
-REFGEO = ("dior_rsvg", "rsvg", "geochat", "vrsbench", "avvg")
-IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
-READERS = {"synth": read_synth, "synth-small": lambda root, split: read_synth(root, split, small=True), "dior": read_dior, "opt": read_opt,
-           "rsvg-hr": read_rsvg_hr, "vrsbench": read_vrsbench, "refgeo": read_refgeo, "jsonl": read_jsonl}
-PUBLISHED = {"dior": {"train": 26_991, "val": 3_829, "test": 7_500}, "opt": {"train": 19_580, "val": 4_895, "test": 24_477},
-             "rsvg-hr": {"train": 2_151, "test": 499}, "vrsbench": {"test": 16_159}}                  # expressions of a split
+READERS: dict[str, Callable[[Path, str], Records]] = {
+    "synth": read_synth,
+    "synth-small": read_synth_small,
+    "dior": read_dior,
+    "opt": read_opt,
+    "rsvg-hr": read_rsvg_hr,
+    "vrsbench": read_vrsbench,
+    "refgeo": read_refgeo,
+    "jsonl": read_jsonl}
+# Expressions of a split, where they were published.
+PUBLISHED = {
+    "dior": {"train": 26_991, "val": 3_829, "test": 7_500},
+    "opt": {"train": 19_580, "val": 4_895, "test": 24_477},
+    "rsvg-hr": {"train": 2_151, "test": 499},
+    "vrsbench": {"test": 16_159}}
 
 
-# ------------------------------------------------------------------------------------------------------------------ the check of a data set
-
-def save_sheet(pictures, path):
-    """Writes PIL images of one width to a picture's file, in rows; DataError where that can't be."""
-    try:
-        contact_sheet(pictures).save(path)
-    except (OSError, ValueError, KeyError) as error:                     # no folder, no such format, one that is only read
-        raise DataError(f"the contact sheet can't be written to {path} ({error}); name another file with --out") from None
-
+# ---------------------------------------------------------------- the check of a data set
 
 class DataParser(argparse.ArgumentParser):
-    def error(self, message):
+    """A wrong flag is one line."""
+
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"data.py: {message}; data.py --help explains every flag\n")
 
 
-def main():
-    parser = DataParser(description="Checks a data set: counts beside the published ones, refused and repaired records by reason, sizes of "
-                                    "the boxes, images that splits share, images that can't be decoded, a contact sheet")
-    parser.add_argument("name", help=f"one of {', '.join(READERS)}, or a mixture like dior+vrsbench:0.5")
-    parser.add_argument("--root", help="its folder; default data/<name>; of a mixture the folder that holds theirs, default data")
-    parser.add_argument("--split", nargs="+", help="splits to check; default those of train, val, test that there are")
-    parser.add_argument("--places", type=int, default=20, help="places listed for a reason; 0: all")
-    parser.add_argument("--show", type=int, default=12, help="records of the first split on the contact sheet")
-    parser.add_argument("--out", default="data_check.png", help="where the contact sheet goes")
-    args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")                    # a name in a data set may hold what no encoding has
+def flags() -> DataParser:
+    parser = DataParser(
+        description="Checks a data set: counts beside the published ones, refused and repaired "
+        "records by reason, sizes of the boxes, images that splits share, images that can't be "
+        "decoded, a contact sheet")
+    add = parser.add_argument
+    add("name", help=f"one of {', '.join(READERS)}, or a mixture like dior+vrsbench:0.5")
+    add("--root",
+        help="its folder; default data/<name>; of a mixture the folder that holds theirs, "
+        "default data")
+    add("--split", nargs="+",
+        help="splits to check; default those of train, val, test that there are")
+    add("--places", type=int, default=20, help="places listed for a reason; 0: all")
+    add("--show", type=int, default=12,
+        help="records of the first split on the contact sheet")
+    add("--out", default="data_check.png", help="where the contact sheet goes")
+    return parser
+
+
+def main() -> None:
+    args = flags().parse_args()
+    # A name in a data set may hold what no encoding has.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         check_data_set(args)
     except DataError as error:
@@ -600,72 +1109,146 @@ def main():
         sys.exit(2)
 
 
-def check_data_set(args):
-    loaded = {}
+def check_data_set(args: argparse.Namespace) -> None:
+    """Prints what is in a data set; DataError where an image can't be decoded."""
+    loaded = load_splits(args)
+    for a, b in itertools.combinations(loaded, 2):
+        shared = {r.image for r in loaded[a]} & {r.image for r in loaded[b]}
+        print(f"images in both {a} and {b}: {len(shared):,}")
+    files = {}                    # image -> a record of it
+    for record in itertools.chain.from_iterable(loaded.values()):
+        if not hasattr(record.image, "draw"):
+            files[record.image] = record
+    broken = undecodable(files)
+    if files:
+        title = f"images decoded: {len(files):,}, unreadable"
+        print_places(title, list(broken.values()), args.places)
+    show_records(loaded, broken, args)
+    if broken:
+        raise DataError(
+            f"{len(broken):,} of {len(files):,} images can't be decoded, and a run ends at the "
+            "first that it meets; repair or remove those listed above")
+
+
+def load_splits(args: argparse.Namespace) -> dict[str, Records]:
+    """Loads and prints the splits that are asked for, or those that there are.
+
+    DataError where one that is asked for is not there, or none is.
+    """
+    loaded: dict[str, Records] = {}
     for split in args.split or SPLITS:
         try:
             loaded[split] = load(args.name, args.root, split)
         except NoSplit as error:
-            if args.split or split == "test" and not loaded:
+            last = split == SPLITS[-1] and not loaded
+            if args.split or last:
                 raise
             print(f"{args.name} {split}: {error}")
-        else:
-            print_split(args.name, split, loaded[split], args.places)
-    images = {split: {r.image for r in records} for split, records in loaded.items()}
-    for a, b in itertools.combinations(images, 2):
-        print(f"images in both {a} and {b}: {len(images[a] & images[b]):,}")
-    files = {r.image: r for records in loaded.values() for r in records if not hasattr(r.image, "draw")}           # a record an image
-    broken = undecodable(files)
-    if files:
-        print_places(f"images decoded: {len(files):,}, unreadable", list(broken.values()), args.places)
-    whole = {split: [r for r in records if r.image not in broken] for split, records in loaded.items()}
-    split = next((split for split, records in whole.items() if records), None)
-    if split and args.show > 0:
-        shown = whole[split][::max(1, len(whole[split]) // args.show)][:args.show]
-        save_sheet([draw_boxes(open_image(r), [(r.box, "red")], r.text) for r in shown], args.out)
-        print(f"{len(shown)} records of {split} with their boxes: {args.out}")
-    if broken:
-        raise DataError(f"{len(broken):,} of {len(files):,} images can't be decoded, and a run ends at the first that it meets; repair or "
-                        "remove those listed above")
+            continue
+        print_split(args.name, split, loaded[split], args.places)
+    return loaded
 
 
-def undecodable(files):
-    """{image: a record of it} -> {image: what is wrong}, of those that can't be decoded to their end."""
-    def trouble(record):
+def undecodable(files: dict[Any, Record]) -> dict[Any, str]:
+    """Images with a record each -> what is wrong with those that can't be decoded to their end."""
+    def problem_of(record: Record) -> str | None:
         try:
             open_image(record)
         except DataError as error:
             return str(error)
+        return None
+
     with ThreadPoolExecutor(8) as pool:
-        found = list(tqdm(pool.map(trouble, files.values()), total=len(files), desc="decoding", unit="img", leave=False, disable=None))
-    return {image: why for image, why in zip(files, found) if why}
+        problems = list(tqdm(
+            pool.map(problem_of, files.values()), total=len(files), desc="decoding", unit="img",
+            leave=False, disable=None))
+    return {image: problem for image, problem in zip(files, problems) if problem}
 
 
-def print_split(name, split, records, places):
-    """Prints what is in a split. Sizes are areas of boxes in percent of their image's."""
-    refused, repaired = (sum(map(len, reasons.values())) for reasons in (records.refused, records.repaired))
-    print(f"{name} {split}: {len(records):,} records, {refused:,} refused, {repaired:,} repairs, {len({r.image for r in records}):,} "
-          f"images, {len({r.category for r in records})} categories, hash {records.hash}")
-    found, published = len(records) + refused, PUBLISHED.get(name, {}).get(split)
-    if published:
-        less = f"{published:,} are published" if found != published else "as published"
-        print(f"  expressions found: {found:,}, {less}" + (f"; a subset, {found / published:.1%} of it" if found < published else
-                                                         "; more than published: is this another version?" if found > published else ""))
+def show_records(
+        loaded: dict[str, Records], broken: dict[Any, str], args: argparse.Namespace,
+) -> None:
+    """Draws records of the first split that has any, evenly spread over it."""
+    if args.show <= 0:
+        return
+    for split, records in loaded.items():
+        whole = [r for r in records if r.image not in broken]
+        if not whole:
+            continue
+        shown = whole[::max(1, len(whole) // args.show)][:args.show]
+        pictures = [draw_boxes(open_image(r), [(r.box, "red")], r.text) for r in shown]
+        save_sheet(pictures, args.out)
+        print(f"{len(shown)} records of {split} with their boxes: {args.out}")
+        return
+
+
+def save_sheet(pictures: list[Image.Image], path: str | Path) -> None:
+    """Writes images of one width to a picture's file, in rows; DataError where that can't be."""
+    try:
+        contact_sheet(pictures).save(path)
+    except (OSError, ValueError, KeyError) as error:
+        # There is no such folder or format, or the format is only read.
+        raise DataError(
+            f"the contact sheet can't be written to {path} ({error}); name another file with "
+            "--out") from None
+
+
+def print_split(name: str, split: str, records: Records, places: int) -> None:
+    """Prints what is in a split. places: to list for a reason, 0 for all."""
+    refused = sum(map(len, records.refused.values()))
+    repaired = sum(map(len, records.repaired.values()))
+    print(
+        f"{name} {split}: {len(records):,} records, {refused:,} refused, {repaired:,} repairs, "
+        f"{len({r.image for r in records}):,} images, {len({r.category for r in records})} "
+        f"categories, hash {records.hash}")
+    print_published(len(records) + refused, PUBLISHED.get(name, {}).get(split))
     if records.note:
         print(f"  {records.note}")
-    for verb, reasons in (("refused", records.refused), ("repaired", records.repaired)):
-        for reason, where in reasons.items():
-            print_places(f"  {verb}, {reason}", where, places)
+    for reason, where in records.refused.items():
+        print_places(f"  refused, {reason}", where, places)
+    for reason, where in records.repaired.items():
+        print_places(f"  repaired, {reason}", where, places)
     if records:
-        area = np.array([(r.box[2] - r.box[0]) * (r.box[3] - r.box[1]) / (r.size[0] * r.size[1]) for r in records]) * 100
-        shares = ", ".join(f"{q}% {v:.3g}" for q, v in zip((5, 25, 50, 75, 95), np.percentile(area, (5, 25, 50, 75, 95))))
-        print(f"  box area in % of the image, quantiles: {shares}; below 1%: {(area < 1).mean():.1%} of the boxes")
+        print_areas(records)
 
 
-def print_places(title, where, most):
-    """A title, how many places there are, and the first of them; most: 0 for all."""
-    rest = [f"    and {len(where) - most:,} more; --places 0 lists all"] if 0 < most < len(where) else []
-    print(f"{title}: {len(where):,}", *(f"    {place}" for place in where[:most or None]), *rest, sep="\n")
+def print_published(expressions: int, published: int | None) -> None:
+    """Prints a split's count beside the published one, where there is one."""
+    if not published:
+        return
+    if expressions == published:
+        comparison = "as published"
+    elif expressions < published:
+        comparison = (
+            f"{published:,} are published; a subset, {expressions / published:.1%} of it")
+    else:
+        comparison = (
+            f"{published:,} are published; more than published: is this another version?")
+    print(f"  expressions found: {expressions:,}, {comparison}")
+
+
+def print_areas(records: Records) -> None:
+    """Prints how large the boxes are, in percent of their images' areas."""
+    areas = []
+    for r in records:
+        x1, y1, x2, y2 = r.box
+        areas.append((x2 - x1) * (y2 - y1) / (r.size[0] * r.size[1]))
+    percent = np.array(areas) * 100
+    shares = (5, 25, 50, 75, 95)
+    quantiles = np.percentile(percent, shares)
+    words = ", ".join(f"{share}% {value:.3g}" for share, value in zip(shares, quantiles))
+    print(
+        f"  box area in % of the image, quantiles: {words}; below 1%: "
+        f"{(percent < 1).mean():.1%} of the boxes")
+
+
+def print_places(title: str, where: list[str], most: int) -> None:
+    """Prints a title, how many places there are, and the first of them; most: 0 for all."""
+    print(f"{title}: {len(where):,}")
+    for place in where[:most or None]:
+        print(f"    {place}")
+    if 0 < most < len(where):
+        print(f"    and {len(where) - most:,} more; --places 0 lists all")
 
 
 if __name__ == "__main__":

@@ -1,270 +1,509 @@
-"""Scores: every stage found under a folder side by side, or anyone's predictions; a table, eval.json, report.html, predictions, pictures.
+"""Evaluation: answers of every stage, or anyone's predictions, are scored side by side.
 
-Boxes are clamped to the image and compared in pixels of the original image, as floats (no +1 pixel); one counts where IoU > t, strictly,
-as in DIOR-RSVG's own evaluation (IoU >= t on opt, as in OPT-RSVG's; VRSBench's own metric stands beside ours as "vrsbench"). Every record
-counts: what can't be parsed has IoU 0. The columns "lenient" read the same texts with `answer.parse_box_lenient`; they are for models that
-never saw our answer format. DIOR's own script also truncates the true boxes to whole pixels at its 640 px letterbox; that is not copied
-here. Intervals "ci" are 95% bootstraps over images.
+The way through: flags -> records (`load_eval_set`) -> a prediction for each record, from
+a model (`evaluate`) or from a file (`read_predictions`) -> a row of scores (`score`,
+`details`) -> a table on the terminal, and in one folder eval.json, report.html,
+predictions and pictures (`add_row`, `finish`). `main` at the end calls them in turn.
 
-    python eval.py ckpt/                                         greedy; data set and root as in training, split test
-    python eval.py ckpt/ --temperature 0 1                       greedy and sampled, a row each
-    torchrun --nproc_per_node 8 eval.py ckpt/rft                 records dealt out to eight GPUs, the same report
-    python eval.py ckpt/ --temperature 1 --samples 8             pass@k and dispersion of eight samples as well
-    python eval.py ckpt/ --image scene.jpg --text "the small white plane left of the hangar"
+Boxes are clamped to the image and compared in pixels of the original image, as floats
+(no +1 pixel). One counts where IoU > t, strictly, as in DIOR-RSVG's own evaluation (IoU
+>= t on opt, as in OPT-RSVG's; VRSBench's own metric stands beside ours as "vrsbench").
+DIOR's own script also truncates the true boxes to whole pixels at its 640 px letterbox;
+that is not copied here. Every record counts: what can't be parsed has IoU 0. The
+columns "lenient" read the same texts with `answer.parse_box_lenient`; they are for
+models that never saw our answer format. Intervals "ci" are 95% bootstraps over images.
+
+    python eval.py ckpt/
+                            greedy; data set and root as in training, split test
+    python eval.py ckpt/ --temperature 0 1
+                            greedy and sampled, a row each
+    torchrun --nproc_per_node 8 eval.py ckpt/rft
+                            records dealt out to eight GPUs, the same report
+    python eval.py ckpt/ --temperature 1 --samples 8
+                            pass@k and dispersion of eight samples as well
+    python eval.py ckpt/ --image scene.jpg --text "the white plane left of the hangar"
+                            one question: reasoning, box, picture
     python eval.py --predictions theirs.jsonl --data dior --coords original
-    python eval.py --compare a.jsonl b.jsonl --data dior         is B better than A? paired bootstrap over images
+                            anyone's answers
+    python eval.py --compare a.jsonl b.jsonl --data dior
+                            is B better than A? paired bootstrap over images
 
-A predictions file has a line a record, {"id": ..., "text": ...} or {"id": ..., "box": [x1, y1, x2, y2] in original pixels, or null}. In
-whose coordinates a text speaks is said by the line's "frame" (our own files have it) or by --coords.
+A predictions file has a line a record, {"id": ..., "text": ...} or {"id": ..., "box":
+[x1, y1, x2, y2] in original pixels, or null}. In whose coordinates a text speaks is
+said by the line's "frame" (our own files have it) or by --coords.
 """
+import argparse
 import itertools
 import json
 import math
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
 from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 import answer
 import data
 import metrics
 import pictures
-import report as page
+import report
 import reward
 import runtime
 from answer import locate
-from data import DataError
+from data import DataError, Record, Records
 from generate import generate
 from metrics import THRESHOLDS
-from model import CheckpointError, newest_step
-from processor import Frame, Processor, prompt_hash, smart_resize, to_image_frame
+from model import CheckpointError, QwenVL, newest_step
+from processor import Frame, Processor, Prompt, prompt_hash, smart_resize, to_image_frame
 
-AT_LEAST = ("opt",)                                       # data sets whose own evaluation counts IoU >= t
+INCLUSIVE = ("opt",)              # data sets whose own evaluation counts IoU >= t
 OUTCOMES = (*answer.FAILURES, "outside image", "no prediction")
-STORY = ("base", "pretrain", "sft", "rft")                # order of the stages in the table; others behind them
-GREEN, RED = (64, 255, 64), (255, 64, 64)
+STAGE_ORDER = ("base", "pretrain", "sft", "rft")      # in the table; others behind them
+RED = (255, 64, 64)
+
+Box = tuple[float, float, float, float]
 
 
-def flags():
-    parser = runtime.FlagParser(__doc__.split("\n")[0])
+# ---------------------------------------------------------------- flags
+
+def flags() -> runtime.FlagParser:
+    parser = runtime.FlagParser(
+        "Scores: every stage found under a folder side by side, or anyone's predictions; "
+        "a table, eval.json, report.html, predictions, pictures.")
     add = parser.add_argument
     add("ckpt", nargs="?", help="a checkpoint's folder, a stage's, or one that holds stages")
     add("--data", help="data set; default: the one recorded in the checkpoint, else synth")
     add("--root", help="its folder; default: as recorded, else data/<name>")
     add("--split", default="test", help="of the data set")
     add("--limit", type=runtime.positive, help="score the first LIMIT records only")
-    add("--out", help="folder of the report; default CKPT/eval, or the predictions file without its suffix")
+    add("--out", help="folder of the report; default CKPT/eval, or the predictions file without "
+        "its suffix")
     add("--temperature", type=float, nargs="+", default=[0.0], help="one row each; 0 is greedy")
-    add("--samples", type=runtime.positive, default=1, help="answers to each record at a temperature above 0: adds pass@k and dispersion; "
+    add("--samples", type=runtime.positive, default=1,
+        help="answers to each record at a temperature above 0: adds pass@k and dispersion; "
         "all other figures are of the first")
-    add("--max-new-tokens", type=runtime.positive, default=256, help="tokens of an answer, reasoning included")
+    add("--max-new-tokens", type=runtime.positive, default=256,
+        help="tokens of an answer, reasoning included")
     add("--batch", type=runtime.positive, default=32, help="records answered at once")
-    add("--blind", action="store_true", help="show another record's image: what is scored then was not seen")
-    add("--predictions", help='score this JSONL file instead of running a model; a line a record: {"id": ..., "text": ...} or {"id": '
-        '..., "box": [x1, y1, x2, y2] in original pixels, or null}')
-    add("--compare", nargs=2, metavar=("A", "B"), help="score two JSONL files and test whether B differs from A (paired bootstrap)")
-    add("--image", help="a picture's file, turned upright as its EXIF says: answer --text about it, print the answer, draw its box")
+    add("--blind", action="store_true",
+        help="show another record's image: what is scored then was not seen")
+    add("--predictions", help='score this JSONL file instead of running a model; a line a record: '
+        '{"id": ..., "text": ...} or {"id": ..., "box": [x1, y1, x2, y2] in original pixels, or '
+        'null}')
+    add("--compare", nargs=2, metavar=("A", "B"),
+        help="score two JSONL files and test whether B differs from A (paired bootstrap)")
+    add("--image", help="a picture's file, turned upright as its EXIF says: answer --text about "
+        "it, print the answer, draw its box")
     add("--text", help="what to look for in --image; the last of the stages under CKPT answers")
-    add("--coords", choices=("original", "resized", "1000"), help="coordinates of texts without a frame: pixels of the original "
-        "image, pixels of the image as CKPT's processor resizes it, or thousandths of its sides")
+    add("--coords", choices=("original", "resized", "1000"),
+        help="coordinates of texts without a frame: pixels of the original image, pixels of the "
+        "image as CKPT's processor resizes it, or thousandths of its sides")
     add("--seed", type=int, default=0, help="of sampling")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--device", choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     return parser
 
 
-# ------------------------------------------------------------------------------------------------------------------ scores
-
-def said_in(prediction):
-    """The frame of a prediction's text."""
-    return Frame(**{k: v if k == "convention" else tuple(v) for k, v in prediction["frame"].items()})
-
-
-def read_prediction(prediction, record):
-    """-> strict box, lenient box (original pixels, clamped, or None), and the failure of the strict one: None or one of OUTCOMES."""
-    if prediction is None:
-        return None, None, "no prediction"
-    if "text" in prediction:
-        text, frame = prediction["text"], said_in(prediction)
-        box, lenient, why = locate(answer.parse_box(text), frame), locate(answer.parse_box_lenient(text), frame), answer.failure(text)
-    else:
-        written, why = answer.checked(prediction["box"]) if prediction["box"] else (None, "no answer")
-        box = lenient = None if why else answer.clamp_box(written, record.size)
-    return box, lenient, why or (None if box else "outside image")
-
-
-def on_grid(prediction, record):
-    """As `read_prediction`'s strict box, but a line or a point within the image counts too: VRSBench's grid gives it an area."""
-    box, _, why = read_prediction(prediction, record)
-    if why == "no area":
-        if "text" in prediction:
-            flat = to_image_frame(answer.read_answer(prediction["text"])[0], said_in(prediction))
-        else:
-            flat = answer.checked(prediction["box"])[0]
-        box = flat if 0 <= flat[0] <= flat[2] <= record.size[0] and 0 <= flat[1] <= flat[3] <= record.size[1] else None
-    return box
+def check_flags(args: argparse.Namespace) -> None:
+    """Ends the script where flags do not go together."""
+    files = args.predictions or args.compare
+    if not args.ckpt and not files:
+        runtime.fail("name a checkpoint's folder (python eval.py ckpt/), or a file with "
+                     "--predictions")
+    if args.predictions and args.compare:
+        runtime.fail("--predictions scores one file, --compare two; name one of them")
+    check_question_flags(args)
+    if args.samples > 1 and (files or not max(args.temperature) > 0):
+        runtime.fail(f"--samples {args.samples} needs a checkpoint and a --temperature above 0: "
+                     "greedy answers are all the same")
+    if args.coords == "resized" and not args.ckpt:
+        runtime.fail("--coords resized needs a checkpoint, whose processor says how images were "
+                     "resized: python eval.py CKPT --predictions ...; or give each line its "
+                     '"frame"')
+    if args.coords and not files:
+        runtime.fail("--coords is about a file given with --predictions")
+    if files and (args.blind or args.temperature != [0.0]):
+        runtime.fail("predictions are scored as they are; --blind and --temperature belong to a "
+                     "checkpoint")
+    in_range = all(0 <= t < math.inf for t in args.temperature)
+    if not in_range or len(set(args.temperature)) < len(args.temperature):
+        runtime.fail(f"--temperature {args.temperature}: numbers from 0 up, each once")
 
 
-def score(records, predictions, inclusive=False):
-    """N records, N predictions (dicts as `evaluate` and `read_predictions` give them; None: there is none) -> part of an eval.json row."""
-    strict, lenient, failures = zip(*(read_prediction(p, r) for p, r in zip(predictions, records, strict=True)))
-    counts = Counter(failures)
-    ours, theirs = (metrics.metrics(metrics.tensor(boxes), *metrics.targets(records), inclusive) for boxes in (strict, lenient))
-    return {**ours, "failures": {why: counts[why] for why in OUTCOMES}, "lenient": theirs}
+def check_question_flags(args: argparse.Namespace) -> None:
+    """--image and --text: both or none, and nothing that asks more than once."""
+    if bool(args.image) != bool(args.text):
+        runtime.fail("--image and --text go together: a picture's file, and what to look for "
+                     "in it")
+    files = args.predictions or args.compare
+    several = args.samples > 1 or len(args.temperature) > 1 or runtime.world() > 1
+    if args.image and (not args.ckpt or files or args.blind or several):
+        runtime.fail("--image asks one checkpoint once: one process, one --temperature, "
+                     "no --predictions, --compare, --samples or --blind")
 
 
-def answered(records, predictions):
-    """N records and their predictions (or None) -> strict boxes (N, 4) in original pixels, double, NaN where there is none."""
-    return metrics.tensor([read_prediction(p, r)[0] for p, r in zip(predictions, records, strict=True)])
+# ---------------------------------------------------------------- records and checkpoints
+
+class Stage(NamedTuple):
+    """A checkpoint that is evaluated."""
+
+    name: str
+    folder: Path
 
 
-def details(records, predictions, name, known):
-    """What else a row of eval.json says: 95% intervals "ci", "breakdowns", "vrsbench" on that data set, and where predictions carry several
-    samples "pass" and "dispersion". known: the records of train (None: not there) and of the whole split, for what a record is compared
-    with. The same numbers on every process and from a predictions file: the resampling is seeded."""
-    inclusive = name in AT_LEAST
-    pred, (target, size) = answered(records, predictions), metrics.targets(records)
-    _, iou, inside, union, _ = metrics.overlaps(pred, target, size)
-    hit = metrics.hits(iou, 0.5, inclusive).double()
-    rates = {"mIoU": (iou, None), **{f"Pr@{t}": (metrics.hits(iou, t, inclusive).double(), None) for t in THRESHOLDS},
-             "cIoU": (inside, union)}
-    extra = {"ci": metrics.intervals(records, rates), "breakdowns": {}}
-    for by, values in metrics.properties(records, *known).items():
-        groups = {value: [i for i, v in enumerate(values) if v == value] for value in sorted({v for v in values if v is not None})}
-        if groups:
-            extra["breakdowns"][by] = {value: {"n": len(rows), "mIoU": iou[rows].mean().item(), "Pr@0.5": hit[rows].mean().item()}
-                                       for value, rows in groups.items()}
-    if name == "vrsbench":
-        flat = metrics.tensor([on_grid(p, r) for p, r in zip(predictions, records)])
-        extra["vrsbench"] = metrics.vrsbench(flat, target, size, [r.unique for r in records], metrics.tensor([r.grid for r in records]))
-    if any(p and "samples" in p for p in predictions):
-        extra |= metrics.sampled(sampled_boxes(records, predictions), target, size, inclusive)
-    return extra
+@dataclass
+class EvalSet:
+    """The records that are scored, and those that they are compared with."""
+
+    name: str                     # of the data set
+    root: str | None              # its folder; None: data/<name>
+    split: str
+    records: Records              # all usable ones of the split
+    limit: int | None             # only the first are scored; None: all
+    refused: str                  # one sentence on those that are not usable, or ""
+
+    @property
+    def scored(self) -> list[Record]:
+        return list(self.records)[:self.limit]
+
+    @property
+    def inclusive(self) -> bool:
+        """True where an IoU equal to the threshold counts."""
+        return self.name in INCLUSIVE
 
 
-def sampled_boxes(records, predictions):
-    """N records, N predictions that carry several samples (or None) -> (N, k, 4) double, NaN where there is no box or no sample."""
-    k = max(len(p["samples"]) for p in predictions if p and "samples" in p)
-    texts = [p.get("samples", ()) if p else () for p in predictions]
-    found = [[read_prediction({**p, "text": text}, r)[0] for text in group] for group, p, r in zip(texts, predictions, records)]
-    return torch.stack([metrics.tensor([*group, *[None] * (k - len(group))]) for group in found])
+def find_stages(path: str | Path) -> list[Stage]:
+    """A checkpoint or a stage -> itself; another folder -> every stage in it."""
+    path = Path(path)
+    if (path / "config.json").exists():
+        here = path.resolve()
+        name = here.name
+        if name.startswith("step_"):
+            name = f"{here.parent.name}_{name}"
+        return [Stage(name, path)]
+    candidates = [path]
+    if path.is_dir():
+        candidates += sorted(path.iterdir())
+    folders = [p for p in candidates if (newest_step(p) / "config.json").exists()]
+    if not folders:
+        raise CheckpointError(
+            f"no checkpoint at {path}: neither config.json, nor latest/config.json, nor a folder "
+            "that holds one of them; train one with sft.py, or name a downloaded one")
+    if folders[0] == path:
+        return [newest_stage(path)]
+    order = {name: k for k, name in enumerate(STAGE_ORDER)}
+    stages = [newest_stage(folder) for folder in folders]
+    stages.sort(key=lambda stage: (order.get(stage.name, len(order)), stage.name))
+    return stages
 
 
-def overlap_of(records, predictions):
-    """N records and their predictions (or None) -> IoU (N,) of the strict boxes, double."""
-    return metrics.overlaps(answered(records, predictions), *metrics.targets(records))[1]
+def newest_stage(folder: Path) -> Stage:
+    """A stage's folder -> the stage at its newest step, by the step's own name."""
+    step = newest_step(folder)
+    if step != folder:
+        step = folder / step.resolve().name
+    return Stage(folder.name or folder.resolve().name, step)
 
 
-# ------------------------------------------------------------------------------------------------------------------ a model's answers
+def read_run(stage: Stage) -> dict[str, Any]:
+    """The checkpoint's run.json; {} for a downloaded one, which has none."""
+    return data.read_json(stage.folder / "run.json") or {}
 
-def evaluate(model, processor, records, *, temperature=0.0, max_new_tokens=256, batch=32, seed=0, samples=1, blind=False, label="eval"):
-    """One answer to each record -> on every process, in the order of records: {"id", "text", "box" (original pixels, clamped, or None),
-    "frame"}, and above one sample "samples", all texts, of which "text" is the first. Processes take records rank, rank + world, ...; an
-    answer depends on its record's place and the seed alone.
 
-    Runs under `runtime.gathered` where parameters are sharded. blind: see `strangers`."""
-    shown = strangers(records) if blind else records
-    mine = range(runtime.rank(), len(records), runtime.world())
-    batches = [mine[i:i + batch] for i in range(0, len(mine), batch)]
-    answers, total = [], 0.0
+def load_eval_set(args: argparse.Namespace, stages: Sequence[Stage]) -> EvalSet:
+    """The records that the flags name.
 
-    def prepare(i):
+    Where they name no data set, it is the one that the last stage was trained on."""
+    recorded = {}
+    for run in [read_run(stage) for stage in stages]:
+        if "data" in run:
+            recorded = run
+    name = args.data or recorded.get("data", "synth")
+    root = args.root
+    if not root and recorded.get("data") == name:
+        root = recorded.get("root")
+    records = data.load(name, root, args.split)
+    refused = data.refusal_summary(records, name, root, args.split)
+    if not records:
+        raise DataError(f"no usable record in the split {args.split} of {name}: "
+                        f"{refused or 'it is empty'}")
+    return EvalSet(name, root, args.split, records, args.limit, refused)
+
+
+def train_records(eval_set: EvalSet) -> list[Record] | None:
+    """The records trained on, which those of another split are compared with.
+
+    None where the split itself is trained on, and where the data set has no train split
+    (a file of one's own). Validation may be held out of "train"; so it is compared with
+    what SFT sees."""
+    if eval_set.split in ("train", "sft", "rft"):
+        return None
+    split = "sft" if eval_set.split == "val" else "train"
+    try:
+        return list(data.load(eval_set.name, eval_set.root, split))
+    except DataError:
+        return None
+
+
+# ---------------------------------------------------------------- a model's answers
+
+class Prediction(TypedDict, total=False):
+    """An answer to one record: a line of a predictions file.
+
+    It has a text, a box, or both: then the box is what the text says."""
+
+    id: str                       # the record's
+    text: str
+    box: Sequence[float] | None   # original pixels
+    frame: dict[str, Any]         # `Frame` as a dict: whose coordinates the text speaks in
+    samples: Sequence[str]        # where there are several: all texts, `text` is the first
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model is asked."""
+
+    temperature: float = 0.0      # 0 is greedy
+    samples: int = 1              # answers to each record
+    max_new_tokens: int = 256     # of an answer, reasoning included
+    batch: int = 32               # records answered at once
+    seed: int = 0
+    blind: bool = False           # show another record's image
+
+
+GREEDY = Sampling()
+Predictions = Sequence[Prediction | None]             # of N records; None: there is none
+
+
+def evaluate(
+        model: QwenVL, processor: Processor, records: Sequence[Record],
+        sampling: Sampling = GREEDY, label: str = "eval",
+) -> list[Prediction]:
+    """A model's prediction for each record, in their order, the same on every process.
+
+    Processes take records rank, rank + world, ... An answer depends on its record's
+    place and the seed alone, not on its batch. Boxes are strict, clamped, in original
+    pixels. Runs under `runtime.gathered` where parameters are sharded.
+
+    label: of the progress bar."""
+    shown = other_images(records) if sampling.blind else records
+    places = range(runtime.rank(), len(records), runtime.world())
+    batches = [places[i:i + sampling.batch] for i in range(0, len(places), sampling.batch)]
+    predictions: list[Prediction] = []
+    iou_sum = 0.0
+
+    def make_prompt(i: int) -> Prompt:
         image = data.open_image(shown[i])
-        return processor(image.resize(records[i].size) if blind else image, records[i].text)
+        # Another image takes the size of the record's own, so that the frame, and all
+        # else that is not seen, stays what it is.
+        if sampling.blind:
+            image = image.resize(records[i].size)
+        return processor(image, records[i].text)
 
-    with ThreadPoolExecutor(8) as pool, tqdm(total=len(mine), desc=label, unit="rec", leave=False, disable=runtime.rank() > 0) as bar:
-        ahead = pool.map(prepare, batches[0] if batches else ())         # images of the next batch, while this one is answered
-        for places, following in itertools.zip_longest(batches, batches[1:], fillvalue=()):
-            prompts, ahead = list(ahead), pool.map(prepare, following)
-            seeds = torch.tensor([seed * 1_000_003 + i for i in places])
-            tokens, _, lengths = generate(model, prompts, samples, max_new_tokens, temperature, seeds)
-            for i, prompt, group, ends in zip(places, prompts, tokens.cpu(), lengths.tolist()):
-                texts = [processor.decode(ids[:n]) for ids, n in zip(group, ends)]
-                box = locate(answer.parse_box(texts[0]), prompt.frame)
-                answers.append({"id": records[i].id, "text": texts[0], "box": box, "frame": asdict(prompt.frame)}
-                               | ({"samples": texts} if samples > 1 else {}))
-                total += reward.iou(torch.tensor(box), torch.tensor(records[i].box)).item() if box else 0.0
-            bar.update(len(places))
-            bar.set_postfix(mIoU=f"{total / len(answers):.3f}")
+    bar = tqdm(total=len(places), desc=label, unit="rec", leave=False,
+               disable=runtime.rank() > 0)
+    with ThreadPoolExecutor(8) as pool, bar:
+        for batch, prompts in prompts_ahead(pool, make_prompt, batches):
+            seeds = torch.tensor([sampling.seed * 1_000_003 + i for i in batch])
+            groups = sample_texts(model, processor, prompts, sampling, seeds)
+            for i, prompt, texts in zip(batch, prompts, groups):
+                prediction = make_prediction(records[i], prompt.frame, texts)
+                predictions.append(prediction)
+                if prediction["box"]:
+                    box = torch.tensor(prediction["box"])
+                    iou_sum += reward.iou(box, torch.tensor(records[i].box)).item()
+            bar.update(len(batch))
+            bar.set_postfix(mIoU=f"{iou_sum / len(predictions):.3f}")
+    return gather_predictions(predictions, len(records))
+
+
+def prompts_ahead(
+        pool: ThreadPoolExecutor, make_prompt: Callable[[int], Prompt],
+        batches: Sequence[range],
+) -> Iterator[tuple[range, list[Prompt]]]:
+    """Batches of places -> each with its prompts.
+
+    Threads prepare the images of the next batch while this one is answered."""
+    coming = pool.map(make_prompt, batches[0] if batches else ())
+    for batch, next_batch in itertools.zip_longest(batches, batches[1:], fillvalue=()):
+        prompts = list(coming)
+        coming = pool.map(make_prompt, next_batch)
+        yield batch, prompts
+
+
+def sample_texts(
+        model: QwenVL, processor: Processor, prompts: Sequence[Prompt],
+        sampling: Sampling, seeds: Tensor,
+) -> list[list[str]]:
+    """Q prompts, seeds (Q,) -> Q lists of `sampling.samples` texts."""
+    tokens, _, lengths = generate(
+        model, prompts, sampling.samples, sampling.max_new_tokens, sampling.temperature, seeds)
+    groups = []
+    for group, group_lengths in zip(tokens.cpu(), lengths.tolist()):  # (G, L), G
+        groups.append([processor.decode(ids[:n]) for ids, n in zip(group, group_lengths)])
+    return groups
+
+
+def make_prediction(record: Record, frame: Frame, texts: Sequence[str]) -> Prediction:
+    """All sampled texts of a record -> its prediction, which is the first one's."""
+    box = locate(answer.parse_box(texts[0]), frame)
+    prediction: Prediction = {
+        "id": record.id, "text": texts[0], "box": box, "frame": asdict(frame)}
+    if len(texts) > 1:
+        prediction["samples"] = texts
+    return prediction
+
+
+def gather_predictions(predictions: list[Prediction], n: int) -> list[Prediction]:
+    """Each process's share of n predictions -> all of them in the order of records."""
     if not dist.is_initialized():
-        return answers
-    shards = [None] * runtime.world()
-    dist.all_gather_object(shards, answers)
-    return [shards[i % len(shards)][i // len(shards)] for i in range(len(records))]
+        return predictions
+    shares: list[Any] = [None] * runtime.world()
+    dist.all_gather_object(shares, predictions)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(n)]
 
 
-def validate(model, processor, records, args):
-    """Greedy scores on a few records during training -> what joins the log line; nothing without records."""
+def other_images(records: Sequence[Record]) -> list[Record]:
+    """For each record the one whose image is shown in place of its own when blind.
+
+    That is the record half the list further on, or the next with another image."""
+    n = len(records)
+    if len({record.image for record in records}) < 2:
+        raise DataError("--blind needs records of at least two images; score more records")
+    shown = []
+    for i, record in enumerate(records):
+        j = (i + n // 2) % n
+        while records[j].image == record.image:
+            j = (j + 1) % n
+        shown.append(records[j])
+    return shown
+
+
+def validate(
+        model: QwenVL, processor: Processor, records: Sequence[Record],
+        args: argparse.Namespace,
+) -> dict[str, float]:
+    """Greedy scores on a few records during training -> what joins the log line.
+
+    {} without records. args: the stage's flags; --data and --max-new-tokens count."""
     if not records:
         return {}
+    sampling = Sampling(max_new_tokens=args.max_new_tokens)
     with runtime.gathered(model):
-        row = score(records, evaluate(model, processor, records, max_new_tokens=args.max_new_tokens, label="val"),
-                    args.data in AT_LEAST)
-    return {"val_mIoU": row["mIoU"], "val_Pr@0.5": row["Pr@0.5"], "val_failed": sum(row["failures"].values()) / row["n"]}
+        predictions = evaluate(model, processor, records, sampling, "val")
+        row = score(records, predictions, args.data in INCLUSIVE)
+    return {
+        "val_mIoU": row["mIoU"],
+        "val_Pr@0.5": row["Pr@0.5"],
+        "val_failed": failed_share(row),
+    }
 
 
-def strangers(records):
-    """For each record the one whose image it is shown when blind: half the list further on, the first there with another image. That image
-    is scaled to the size of the record's own, so that the frame, and all else that is not seen, stays what it was."""
-    n = len(records)
-    try:
-        return [next(other for k in range(n) if (other := records[(i + n // 2 + k) % n]).image != records[i].image) for i in range(n)]
-    except StopIteration:
-        raise DataError("--blind needs records of at least two images; score more records") from None
+# ---------------------------------------------------------------- anyone's answers
 
+def read_predictions(
+        path: str | Path, records: Sequence[Record], coords: str | None = None,
+        processor: Processor | None = None,
+) -> dict[str, Prediction]:
+    """A predictions file -> record id -> prediction, every text with its frame.
 
-# ------------------------------------------------------------------------------------------------------------------ anyone's answers
-
-def read_predictions(path, records, coords=None, processor=None):
-    """A predictions file -> dict id -> prediction, every text with its frame. One that does not fit these records is a DataError."""
-    by_id, found, path, refused = {r.id: r for r in records}, {}, Path(path), getattr(records, "refusals", {})
-    unknown = "check --data, --root and --split" + (f"; it may be one of those refused ({data.in_words(refused)})" if refused else "")
+    coords: --coords; processor: for "resized". A file that does not fit these records
+    is a DataError."""
+    path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: unreadable predictions ({error})") from None
+    by_id = {record.id: record for record in records}
+    # A plain list of records has none.
+    refusals = getattr(records, "refusals", {})
+    predictions: dict[str, Prediction] = {}
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                prediction = read_line(line, by_id, unknown, found, coords, processor)
-            except (ValueError, OverflowError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: {error}") from None
-            found[prediction["id"]] = prediction
-    return found
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            record = record_of(value, by_id, refusals)
+            if record.id in predictions:
+                raise ValueError(f"the id {record.id!r} comes a second time; one line a record")
+            predictions[record.id] = parse_prediction(value, record, coords, processor)
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: {error}") from None
+    return predictions
 
 
-def read_line(line, by_id, unknown, found, coords, processor):
-    """One line -> prediction; what is wrong with it is a ValueError. unknown: what to say of an id that no record has."""
-    prediction = json.loads(line)
-    if not isinstance(prediction, dict) or type(prediction.get("id")) not in (str, int):
+def record_of(
+        value: Any, by_id: Mapping[str, Record], refusals: Mapping[str, int],
+) -> Record:
+    """A line's JSON value -> the record that its id names, else a ValueError.
+
+    refusals: reason -> how many records of the split are refused for it."""
+    if not isinstance(value, dict) or type(value.get("id")) not in (str, int):
         raise ValueError('not a JSON object with an "id" that is a text or a whole number')
-    record = by_id.get(str(prediction["id"]))
-    if record is None:
-        raise ValueError(f"no record of this split has the id {str(prediction['id'])!r}; {unknown}")
-    if record.id in found:
-        raise ValueError(f"the id {record.id!r} comes a second time; one line a record")
-    if isinstance(prediction.get("text"), str) and (prediction.get("frame") or coords):
-        frame = prediction.get("frame") or asdict(frame_of(record, coords, processor))
-        samples = prediction.get("samples")
-        if samples is not None and not (isinstance(samples, list) and samples and all(isinstance(text, str) for text in samples)):
+    identity = str(value["id"])
+    if identity not in by_id:
+        advice = "check --data, --root and --split"
+        if refusals:
+            advice += f"; it may be one of those refused ({data.in_words(refusals)})"
+        raise ValueError(f"no record of this split has the id {identity!r}; {advice}")
+    return by_id[identity]
+
+
+def parse_prediction(
+        value: dict[str, Any], record: Record, coords: str | None,
+        processor: Processor | None,
+) -> Prediction:
+    """A line's JSON object -> the record's prediction.
+
+    What is wrong with it is a ValueError."""
+    has_text = isinstance(value.get("text"), str)
+    if has_text and (value.get("frame") or coords):
+        frame = value.get("frame") or asdict(frame_by_coords(record, coords, processor))
+        samples = value.get("samples")
+        if samples is not None and not is_texts(samples):
             raise ValueError('"samples" is not a list of texts')
-        read = {"id": record.id, "text": prediction["text"], "frame": check_frame(frame, record)}
-        return read | ({"samples": samples} if samples else {})
-    if "box" not in prediction:
-        raise ValueError('a text without a "frame" needs --coords original, resized or 1000' if isinstance(prediction.get("text"), str)
-                         else 'neither a "text" nor a "box"')
-    box = prediction["box"]
-    if box is not None and not (isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)):
+        check_frame(frame, record)
+        prediction: Prediction = {"id": record.id, "text": value["text"], "frame": frame}
+        if samples:
+            prediction["samples"] = samples
+        return prediction
+    if "box" not in value and has_text:
+        raise ValueError('a text without a "frame" needs --coords original, resized or 1000')
+    if "box" not in value:
+        raise ValueError('neither a "text" nor a "box"')
+    box = value["box"]
+    if box is not None and not is_four_numbers(box):
         raise ValueError('"box" is neither four numbers nor null')
     return {"id": record.id, "box": box and [float(x) for x in box]}
 
 
-def frame_of(record, coords, processor):
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
+
+
+def is_four_numbers(value: Any) -> bool:
+    """A boolean is no number."""
+    if not isinstance(value, list) or len(value) != 4:
+        return False
+    return all(type(x) in (int, float) for x in value)
+
+
+def is_size(value: Any) -> bool:
+    """[width, height], whole numbers above 0."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    return all(type(x) is int and 0 < x < 10 ** 6 for x in value)
+
+
+def frame_by_coords(record: Record, coords: str, processor: Processor | None) -> Frame:
     """The frame of a text that carries none, from --coords."""
     resized = record.size
     if coords == "resized":
@@ -273,209 +512,551 @@ def frame_of(record, coords, processor):
     return Frame(record.size, resized, "1000" if coords == "1000" else "absolute")
 
 
-def check_frame(frame, record):
-    def size(value):
-        return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(x) is int and 0 < x < 10 ** 6 for x in value)
-    if not (isinstance(frame, dict) and frame.keys() == {"original", "resized", "convention"} and size(frame["original"])
-            and size(frame["resized"]) and frame["convention"] in ("absolute", "1000")):
-        raise ValueError('"frame" is not {"original": [W, H], "resized": [W, H], "convention": "absolute" or "1000"}')
+def check_frame(frame: Any, record: Record) -> None:
+    """A ValueError where this is no frame as `asdict` has it, or another image's."""
+    well_formed = (
+        isinstance(frame, dict) and frame.keys() == {"original", "resized", "convention"}
+        and is_size(frame["original"]) and is_size(frame["resized"])
+        and frame["convention"] in ("absolute", "1000"))
+    if not well_formed:
+        raise ValueError('"frame" is not {"original": [W, H], "resized": [W, H], '
+                         '"convention": "absolute" or "1000"}')
     if tuple(frame["original"]) != tuple(record.size):
-        raise ValueError(f"the frame is of an image of {frame['original']}, the record's is {list(record.size)}: it belongs to other data")
-    return frame
+        raise ValueError(f"the frame is of an image of {frame['original']}, the record's is "
+                         f"{list(record.size)}: it belongs to other data")
 
 
-# ------------------------------------------------------------------------------------------------------------------ pictures
+# ---------------------------------------------------------------- scores
 
-def sheet_of_answers(records, predictions, path, n=12):
-    """Up to n records, evenly spread: the true box green, the answered one red, the expression and the IoU below."""
-    shown = []
-    for record, box, iou, _ in pictures.spread(judged(records, predictions), n):
-        boxes = [(record.box, "lime"), *([(box, "red")] if box else ())]
-        shown.append(pictures.draw_boxes(data.open_image(record), boxes, f"{record.text}: {f'IoU {iou:.2f}' if box else 'no box'}"))
-    pictures.contact_sheet(shown).save(path)
+class Reading(NamedTuple):
+    """What a prediction says. Boxes are in original pixels, clamped."""
 
-
-# ------------------------------------------------------------------------------------------------------------------ the report
-
-def find_stages(path):
-    """Folder -> [(name, checkpoint folder)]: itself, if it is a checkpoint or a stage, otherwise every one of its folders that is."""
-    path = Path(path)
-    if (path / "config.json").exists():
-        here = path.resolve()
-        return [(f"{here.parent.name}_{here.name}" if here.name.startswith("step_") else here.name, path)]
-    inside = [path, *(sorted(path.iterdir()) if path.is_dir() else ())]
-    stages = [p for p in inside if (newest_step(p) / "config.json").exists()]
-    if not stages:
-        raise CheckpointError(f"no checkpoint at {path}: neither config.json, nor latest/config.json, nor a folder that holds one of them; "
-                              "train one with sft.py, or name a downloaded one")
-    stages = stages[:1] if stages[0] == path else stages
-    known = {name: k for k, name in enumerate(STORY)}
-    named = []
-    for stage in stages:
-        step = newest_step(stage)
-        named.append((stage.name or stage.resolve().name, step if step == stage else stage / step.resolve().name))
-    return sorted(named, key=lambda s: (known.get(s[0], len(known)), s[0]))
+    box: Box | None               # read strictly: what all scores but "lenient" are of
+    lenient: Box | None
+    failure: str | None           # why there is no strict box, one of OUTCOMES
 
 
-def print_table(rows, guess):
-    head = ("mIoU", *(f"Pr@{t}" for t in THRESHOLDS), "cIoU", "center", "failed", "lenient: mIoU", "Pr@0.5")
+def read_prediction(prediction: Prediction | None, record: Record) -> Reading:
+    """None is a record that has no prediction."""
+    if prediction is None:
+        return Reading(None, None, "no prediction")
+    if "text" in prediction:
+        text = prediction["text"]
+        frame = frame_of(prediction)
+        box = locate(answer.parse_box(text), frame)
+        lenient = locate(answer.parse_box_lenient(text), frame)
+        failure = answer.failure(text)
+    else:
+        box, failure = read_box(prediction["box"], record)
+        lenient = box
+    if not box and not failure:
+        failure = "outside image"
+    return Reading(box, lenient, failure)
+
+
+def frame_of(prediction: Prediction) -> Frame:
+    """The frame of a prediction's text."""
+    frame = prediction["frame"]
+    return Frame(tuple(frame["original"]), tuple(frame["resized"]), frame["convention"])
+
+
+def read_box(
+        box: Sequence[float] | None, record: Record,
+) -> tuple[Box | None, str | None]:
+    """Anyone's box in original pixels -> clamped, or None and why there is none."""
+    if not box:
+        return None, "no answer"
+    checked, failure = answer.checked(box)
+    if failure:
+        return None, failure
+    return answer.clamp_box(checked, record.size), None
+
+
+def vrsbench_box(prediction: Prediction | None, record: Record) -> Box | None:
+    """The box as VRSBench's own metric takes it.
+
+    A line or a point within the image counts too, which is no box elsewhere: VRSBench's
+    grid gives it an area."""
+    reading = read_prediction(prediction, record)
+    if reading.failure != "no area":
+        return reading.box
+    if "text" in prediction:
+        flat, _ = answer.read_answer(prediction["text"])
+        flat = to_image_frame(flat, frame_of(prediction))
+    else:
+        flat, _ = answer.checked(prediction["box"])
+    x1, y1, x2, y2 = flat
+    width, height = record.size
+    return flat if 0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height else None
+
+
+def strict_boxes(records: Sequence[Record], predictions: Predictions) -> Tensor:
+    """N records -> predicted boxes (N, 4), double, NaN where there is none."""
+    pairs = zip(predictions, records, strict=True)
+    return metrics.tensor([read_prediction(p, record).box for p, record in pairs])
+
+
+def strict_iou(records: Sequence[Record], predictions: Predictions) -> Tensor:
+    """N records -> IoU (N,) of the predicted boxes, double."""
+    target, size = metrics.targets(records)
+    return metrics.overlaps(strict_boxes(records, predictions), target, size).iou
+
+
+def sampled_boxes(records: Sequence[Record], predictions: Predictions) -> Tensor:
+    """N records and predictions that carry several samples -> boxes (N, k, 4), double.
+
+    k: the most samples that a record has. NaN where there is no box, or no sample."""
+    sample_lists = [(p or {}).get("samples", ()) for p in predictions]
+    k = max(len(samples) for samples in sample_lists)
+    groups = []
+    for prediction, record, samples in zip(predictions, records, sample_lists):
+        boxes: list[Box | None] = [None] * k
+        for j, text in enumerate(samples):
+            boxes[j] = read_prediction({**prediction, "text": text}, record).box
+        groups.append(metrics.tensor(boxes))
+    return torch.stack(groups)
+
+
+def score(
+        records: Sequence[Record], predictions: Predictions, inclusive: bool = False,
+) -> dict[str, Any]:
+    """N records and their predictions -> the scores of an eval.json row."""
+    pairs = zip(predictions, records, strict=True)
+    readings = [read_prediction(p, record) for p, record in pairs]
+    target, size = metrics.targets(records)
+    strict = metrics.tensor([reading.box for reading in readings])
+    lenient = metrics.tensor([reading.lenient for reading in readings])
+    failures = Counter(reading.failure for reading in readings)
+    return {
+        **metrics.metrics(strict, target, size, inclusive),
+        "failures": {outcome: failures[outcome] for outcome in OUTCOMES},
+        "lenient": metrics.metrics(lenient, target, size, inclusive),
+    }
+
+
+def failed_share(row: Mapping[str, Any]) -> float:
+    """The share of a row's records that have no strict box."""
+    return sum(row["failures"].values()) / row["n"]
+
+
+def details(
+        records: Sequence[Record], predictions: Predictions, name: str,
+        train: Sequence[Record] | None, split: Sequence[Record],
+) -> dict[str, Any]:
+    """What else an eval.json row says of N predictions, beside `score`.
+
+    name: of the data set. A record is compared with train, the records trained on (None:
+    there are none), and split, all records of the split that these belong to.
+
+    The numbers are the same on every process and from a predictions file, for the
+    resampling is seeded."""
+    inclusive = name in INCLUSIVE
+    target, size = metrics.targets(records)
+    overlap = metrics.overlaps(strict_boxes(records, predictions), target, size)
+    properties = metrics.properties(records, train, split)
+    row = {
+        "ci": score_intervals(records, overlap, inclusive),
+        "breakdowns": breakdowns(properties, overlap.iou, inclusive),
+    }
+    if name == "vrsbench":
+        boxes = [vrsbench_box(p, record) for p, record in zip(predictions, records)]
+        grid = metrics.tensor([record.grid for record in records])
+        unique = [record.unique for record in records]
+        row["vrsbench"] = metrics.vrsbench(
+            metrics.tensor(boxes), target, size, unique, grid)
+    if any(p and "samples" in p for p in predictions):
+        samples = sampled_boxes(records, predictions)
+        row |= metrics.sampled(samples, target, size, inclusive)
+    return row
+
+
+def score_intervals(
+        records: Sequence[Record], overlap: metrics.Overlaps, inclusive: bool,
+) -> dict[str, list[float]]:
+    """Score -> its 95% interval [low, high]."""
+    rates = {"mIoU": (overlap.iou, None)}
+    for t in THRESHOLDS:
+        rates[f"Pr@{t}"] = (metrics.hits(overlap.iou, t, inclusive).double(), None)
+    rates["cIoU"] = (overlap.intersection, overlap.union)
+    return metrics.intervals(records, rates)
+
+
+def breakdowns(
+        properties: Mapping[str, Sequence[str | None]], iou: Tensor, inclusive: bool,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Scores by the value of each property; a property that no record has is left out.
+
+    properties: as `metrics.properties`; iou (N,)
+    -> property -> value -> {"n", "mIoU", "Pr@0.5"}."""
+    right = metrics.hits(iou, 0.5, inclusive).double()
+    tables = {}
+    for name, values in properties.items():
+        places: dict[str, list[int]] = {}
+        for i, value in enumerate(values):
+            if value is not None:
+                places.setdefault(value, []).append(i)
+        table = {}
+        for value in sorted(places):
+            rows = places[value]
+            table[value] = {"n": len(rows), "mIoU": iou[rows].mean().item(),
+                            "Pr@0.5": right[rows].mean().item()}
+        if table:
+            tables[name] = table
+    return tables
+
+
+# ---------------------------------------------------------------- what eval.json says
+
+# Every key of a row of eval.json in one sentence with its unit. "a/b" is key b within
+# a; "*" is any key, of which the sentence says what it is.
+ROW_KEYS = {
+    "stage": "Name of the stage, or of the predictions file.",
+    "checkpoint": "Folder of the checkpoint, or path of the predictions file.",
+    "temperature": "Sampling temperature, 0 for greedy answers; null for a predictions file.",
+    "data": "Name of the data set.",
+    "split": "The split of the data set.",
+    "data_hash":
+        "16 hex characters that change with any id, text, box, category or size of the split's "
+        "records.",
+    "blind": "True where each record was shown another record's image.",
+    "refused/*": "Records of the split that are not usable, and not scored, for this reason.",
+    "mIoU": "Mean IoU, 0 to 1; a record without a box has IoU 0.",
+    **{f"Pr@{t}": f"Share of records whose IoU is above {t} (on opt: at least {t}), 0 to 1."
+       for t in THRESHOLDS},
+    "cIoU":
+        "Sum of intersections over sum of unions, 0 to 1; a record without a box adds its "
+        "target's area to the unions.",
+    "center_error":
+        "Mean distance of the box's centre from the target's, x in image widths and y in image "
+        "heights, over sqrt(2), 0 to 1, of the records that have a box; null where none has.",
+    "n": "Records scored.",
+    "failures/*": "Records that have no box for this reason.",
+    "lenient/*": "The same score, mIoU to n, of texts read by answer.parse_box_lenient.",
+    "ci/*": "95% interval [low, high] of this score: percentile bootstrap over images.",
+    "breakdowns/*/*/n": "Records that have this value of this property.",
+    "breakdowns/*/*/mIoU": "Their mean IoU, 0 to 1.",
+    "breakdowns/*/*/Pr@0.5": "Their Pr@0.5, 0 to 1.",
+    "vrsbench/*/n":
+        "Records of this part of VRSBench: all, unique (the target is the only object of its "
+        "category in its image) or non_unique.",
+    **{f"vrsbench/*/Acc@{t}":
+       f"Share of this part with IoU of at least {t} in VRSBench's own metric, on whole "
+       "hundredths of the image's sides, 0 to 1."
+       for t in metrics.VRSBENCH_THRESHOLDS},
+    "samples":
+        "Answers to a record, the most that one has; pass and dispersion are of all, the rest is "
+        "of the first.",
+    "pass/*":
+        "Chance that of this many answers the best has IoU above 0.5 (on opt: at least 0.5), "
+        "mean over records, 0 to 1.",
+    "dispersion":
+        "How far the centres of a record's boxes scatter over its samples, in image sides, 0 to "
+        "sqrt(1/2), mean of the records with two boxes or more; null where none has.",
+}
+# The same of eval.json itself, beside "rows".
+FILE_KEYS = {
+    "centre_box/*":
+        "The same score, mIoU to n, of a box in the middle of each image, of the median width "
+        "and height of the records' boxes.",
+    "comparison/a": "Path of the first of two predictions files.",
+    "comparison/b": "Path of the second of two predictions files.",
+    "comparison/*/difference": "This score of the second file minus that of the first.",
+    "comparison/*/ci":
+        "95% interval [low, high] of the difference: bootstrap over images, the same for both.",
+    "comparison/*/p": "Two-sided p of the difference, 0 to 1.",
+}
+
+
+class Source(NamedTuple):
+    """Where a row's predictions come from: the first keys of the row."""
+
+    stage: str
+    checkpoint: str
+    temperature: float | None     # None: predictions from a file
+
+
+@dataclass
+class Evaluation:
+    """The rows of eval.json as they come, and what else the report shows."""
+
+    eval_set: EvalSet
+    train: list[Record] | None    # as `train_records`
+    out: Path                     # folder of the report
+    blind: bool
+    summary: dict[str, Any]       # of eval.json beside "rows": see FILE_KEYS
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    cases: list[list[report.Case]] = field(default_factory=list)       # of each row
+
+    def file_suffix(self, source: Source) -> str:
+        """What tells a row's files from those of others."""
+        temperature = f"_T{source.temperature:g}" if source.temperature else ""
+        return source.stage + temperature + ("_blind" if self.blind else "")
+
+
+def add_row(evaluation: Evaluation, source: Source, predictions: Predictions) -> None:
+    """Scores predictions; the first process writes eval.json so far, and a picture."""
+    eval_set = evaluation.eval_set
+    records = eval_set.scored
+    evaluation.rows.append({
+        **source._asdict(),
+        "data": eval_set.name,
+        "split": eval_set.split,
+        "data_hash": eval_set.records.hash,
+        "blind": evaluation.blind,
+        "refused": eval_set.records.refusals,
+        **score(records, predictions, eval_set.inclusive),
+        **details(records, predictions, eval_set.name, evaluation.train, eval_set.records),
+    })
+    if runtime.rank() == 0:
+        content = {"rows": evaluation.rows, **evaluation.summary}
+        text = json.dumps(content, indent=2) + "\n"
+        (evaluation.out / "eval.json").write_text(text, encoding="utf-8")
+        cases = judge(records, predictions)
+        evaluation.cases.append(cases)
+        sheet = evaluation.out / f"overlays_{evaluation.file_suffix(source)}.png"
+        draw_cases(cases).save(sheet)
+
+
+def judge(records: Sequence[Record], predictions: Predictions) -> list[report.Case]:
+    """N records and their predictions -> what the report shows of each."""
+    ious = strict_iou(records, predictions).tolist()
+    cases = []
+    for record, prediction, iou in zip(records, predictions, ious):
+        box = read_prediction(prediction, record).box
+        text = (prediction or {}).get("text", "")
+        cases.append(report.Case(record, box, iou, text))
+    return cases
+
+
+def draw_cases(cases: Sequence[report.Case], n: int = 12) -> Image.Image:
+    """A sheet of n cases at most, evenly spread: target green, answer red."""
+    images = []
+    for record, box, iou, _ in pictures.spread(cases, n):
+        boxes = [(record.box, "lime")]
+        if box:
+            boxes.append((box, "red"))
+        caption = f"{record.text}: {f'IoU {iou:.2f}' if box else 'no box'}"
+        images.append(pictures.draw_boxes(data.open_image(record), boxes, caption))
+    return pictures.contact_sheet(images)
+
+
+# ---------------------------------------------------------------- on the terminal
+
+def print_table(rows: Sequence[Mapping[str, Any]], guess: Mapping[str, Any]) -> None:
+    """A line a row, the guess that looks at nothing, and why answers give no box."""
+    rates = [f"Pr@{t}" for t in THRESHOLDS]
+    head = ["mIoU", *rates, "cIoU", "center", "failed", "lenient: mIoU", "Pr@0.5"]
     width = max(12, *(len(row["stage"]) for row in rows))
-    print(f"{'stage':{width}} {'T':>4} {'n':>6} " + " ".join(f"{h:>6}" for h in head))
+    columns = " ".join(f"{name:>6}" for name in head)
+    print(f"{'stage':{width}} {'T':>4} {'n':>6} {columns}")
     for row in rows:
-        kind = "" if row["temperature"] is None else f"{row['temperature']:g}"
-        figures = [row["mIoU"], *(row[f"Pr@{t}"] for t in THRESHOLDS), row["cIoU"], row["center_error"],
-                   sum(row["failures"].values()) / row["n"], row["lenient"]["mIoU"], row["lenient"]["Pr@0.5"]]
-        cells = " ".join("-".rjust(max(6, len(h))) if x is None else f"{x:{max(6, len(h))}.3f}" for h, x in zip(head, figures))
-        print(f"{row['stage']:{width}} {kind:>4} {row['n']:>6} {cells}{'  (blind)' if row['blind'] else ''}")
-    print(f"a box of the median size in the middle of each image: mIoU {guess['mIoU']:.3f}, Pr@0.5 {guess['Pr@0.5']:.3f}")
+        scores = [
+            row["mIoU"], *(row[rate] for rate in rates), row["cIoU"], row["center_error"],
+            failed_share(row), row["lenient"]["mIoU"], row["lenient"]["Pr@0.5"]]
+        cells = " ".join(table_cell(value, name) for name, value in zip(head, scores))
+        temperature = "" if row["temperature"] is None else f"{row['temperature']:g}"
+        blind = "  (blind)" if row["blind"] else ""
+        print(f"{row['stage']:{width}} {temperature:>4} {row['n']:>6} {cells}{blind}")
+    print("a box of the median size in the middle of each image: "
+          f"mIoU {guess['mIoU']:.3f}, Pr@0.5 {guess['Pr@0.5']:.3f}")
     for row in rows:
-        failed = ", ".join(f"{why} {n}" for why, n in row["failures"].items() if n)
-        if failed:
-            print(f"{row['stage']}{'' if row['temperature'] is None else ' T={:g}'.format(row['temperature'])}: {failed}")
+        failures = ", ".join(f"{why} {n}" for why, n in row["failures"].items() if n)
+        temperature = "" if row["temperature"] is None else f" T={row['temperature']:g}"
+        if failures:
+            print(f"{row['stage']}{temperature}: {failures}")
 
 
-def main():
+def table_cell(value: float | None, name: str) -> str:
+    """A score under its column's name, "-" where there is none."""
+    width = max(6, len(name))
+    return "-".rjust(width) if value is None else f"{value:{width}.3f}"
+
+
+def print_comparison(comparison: Mapping[str, Any]) -> None:
+    for name, test in comparison.items():
+        if isinstance(test, dict):
+            low, high = test["ci"]
+            print(f"B - A: {name} {test['difference']:+.3f} "
+                  f"(95% {low:+.3f} to {high:+.3f}), p {test['p']:.3f}")
+
+
+# ---------------------------------------------------------------- one question about one picture
+
+def ask(stage: Stage, device: torch.device, args: argparse.Namespace) -> None:
+    """Asks for --text in --image: prints reasoning and box, and draws the box."""
+    path = Path(args.image)
+    image, turned = open_picture(path)
+    out = runtime.writable(args.out or Path(args.ckpt) / "eval")
+    model, processor = runtime.open_checkpoint(stage.folder, device)
+    prompt = processor(image, args.text)
+    print_if_shrunk(path, prompt.frame, processor)
+    sampling = Sampling(args.temperature[0], max_new_tokens=args.max_new_tokens)
+    seeds = torch.tensor([args.seed])
+    [[text]] = sample_texts(model, processor, [prompt], sampling, seeds)
+    print(f"{stage.name}: {text}")
+    strict = locate(answer.parse_box(text), prompt.frame)
+    box = strict or locate(answer.parse_box_lenient(text), prompt.frame)
+    if not box:
+        print(f"no box: {answer.failure(text) or 'outside image'}")
+        return
+    drawing = out / f"{path.stem}_answer.png"
+    pictures.overlay(image, [(box, args.text[:60], RED)], drawing)
+    upright = ", turned upright as its EXIF says" if turned else ""
+    numbers = ", ".join(f"{v:.1f}" for v in box)
+    leniently = "" if strict else " (read leniently)"
+    print(f"box in pixels of the picture{upright}: {numbers}{leniently}")
+    print(f"drawn: {drawing}")
+
+
+def open_picture(path: Path) -> tuple[Image.Image, bool]:
+    """A picture's file -> RGB image, and whether it was turned, as its EXIF says.
+
+    Viewers turn it too, and the question speaks of what one sees. (A data set's images
+    are taken as stored, see `data.open_image`.)"""
+    try:
+        with Image.open(path) as file:
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            return data.rgb(ImageOps.exif_transpose(file)), turned
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"--image {path}: unreadable ({error})") from None
+
+
+def print_if_shrunk(path: Path, frame: Frame, processor: Processor) -> None:
+    """Warns where the picture has more pixels than the model takes."""
+    width, height = frame.original
+    resized_width, resized_height = frame.resized
+    unit = processor.patch * processor.merge
+    if round(width / unit) * round(height / unit) * unit ** 2 > processor.max_pixels:
+        print(f"{path} has {width} x {height} pixels, more than the model's limit of "
+              f"{processor.max_pixels:,}: it is shrunk to {resized_width} x {resized_height}, and "
+              "small objects may be lost; cut it into parts to keep them")
+
+
+# ---------------------------------------------------------------- the whole evaluation
+
+def main() -> None:
     args = flags().parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")                    # an answer, or a path, may hold what no encoding has
+    # An answer, or a path, may hold what no encoding has.
+    sys.stdout.reconfigure(errors="backslashreplace")
     check_flags(args)
     files = args.compare or ([args.predictions] if args.predictions else [])
     device = None if files else runtime.start(args.device)
     stages = find_stages(args.ckpt) if args.ckpt else []
     if args.image:
-        return ask(*stages[-1], device, args)
-    runs = {folder: data.read_json(folder / "run.json") or {} for _, folder in stages}
-    recorded = next((run for run in reversed(runs.values()) if "data" in run), {})
-    name = args.data or recorded.get("data", "synth")
-    root = args.root or (recorded.get("root") if recorded.get("data") == name else None)
-    records = data.load(name, root, args.split)
-    refused = data.told_refused(records, name, root, args.split)
-    if not records:
-        raise DataError(f"no usable record in the split {args.split} of {name}: {refused or 'it is empty'}")
-    common = {"data": name, "split": args.split, "data_hash": records.hash, "blind": args.blind, "refused": records.refusals}
-    processor = Processor.from_pretrained(stages[-1][1]) if args.coords == "resized" else None
-    given = [read_predictions(file, records, args.coords, processor) for file in files]
-    known = (train_records(name, root, args.split), list(records))
-    records = list(records)[:args.limit]
-    beside = "_vs_".join((str(Path(files[0]).with_suffix("")), *(Path(file).stem for file in files[1:]))) if files else None
-    out = Path(args.out or beside or Path(args.ckpt) / "eval")
-    runtime.writable(out)                                                # before anything is computed that could be lost
-    rows, cases, more = [], [], {"centre_box": metrics.centre_box(records)}
-
-    def report(stage, checkpoint, temperature, predictions):
-        rows.append({"stage": stage, "checkpoint": str(checkpoint), "temperature": temperature, **common,
-                     **score(records, predictions, name in AT_LEAST), **details(records, predictions, name, known)})
-        if runtime.rank() == 0:
-            suffix = stage + (f"_T{temperature:g}" if temperature else "") + ("_blind" if args.blind else "")
-            if not files:
-                text = "".join(json.dumps(p) + "\n" for p in predictions)
-                (out / f"predictions_{suffix}.jsonl").write_text(text, encoding="utf-8")
-            (out / "eval.json").write_text(json.dumps({"rows": rows, **more}, indent=2) + "\n", encoding="utf-8")
-            cases.append(judged(records, predictions))
-            sheet_of_answers(records, predictions, out / f"overlays_{suffix}.png")
-
+        ask(stages[-1], device, args)
+        return
+    eval_set = load_eval_set(args, stages)
+    file_predictions = read_files(files, eval_set, args.coords, stages)
+    train = train_records(eval_set)
+    # A folder that can't be written to is said before anything is computed that could
+    # be lost.
+    out = runtime.writable(output_folder(args, files))
+    summary = {"centre_box": metrics.centre_box(eval_set.scored)}
+    evaluation = Evaluation(eval_set, train, out, args.blind, summary)
     if files:
-        answers = [[found.get(r.id) for r in records] for found in given]
-        if args.compare:
-            a, b = (overlap_of(records, side) for side in answers)
-            more["comparison"] = {"a": files[0], "b": files[1], **metrics.paired(records, a, b, name in AT_LEAST)}
-        stems = [Path(file).stem.removeprefix("predictions_") for file in files]
-        for file, stem, predictions in zip(files, stems, answers):
-            named = stem if stems.count(stem) == 1 else f"{Path(file).resolve().parent.name}_{stem}"
-            report(named, file, None, predictions)
+        score_files(evaluation, files, file_predictions)
     else:
-        for stage, folder in stages:
-            model, processor = runtime.open_checkpoint(folder, device)
-            if runs[folder].get("prompt_hash", prompt_hash()) != prompt_hash() and runtime.rank() == 0:
-                print(f"{folder}: trained with another prompt than answer.PROMPT; expect lower scores")
-            for temperature in args.temperature:
-                report(stage, folder, temperature, evaluate(
-                    model, processor, records, temperature=temperature, max_new_tokens=args.max_new_tokens, batch=args.batch,
-                    seed=args.seed, samples=args.samples if temperature else 1, blind=args.blind, label=f"{stage} T={temperature:g}"))
-            del model                                                    # before the next one is loaded
+        score_stages(evaluation, stages, device, args)
     if runtime.rank() == 0:
-        folders = [] if files else [(stage, folder.resolve().parent if (folder / "run.json").exists() else folder)
-                                    for stage, folder in stages]         # a downloaded checkpoint lies in no stage's folder
-        page.write(out / "report.html", rows, cases, folders, [*(known[0] or ()), *known[1]], more)
-        print_table(rows, more["centre_box"])
-        if refused:
-            print(f"not scored: {refused}")
-        for metric, test in more.get("comparison", {}).items():
-            if isinstance(test, dict):
-                low, high = test["ci"]
-                print(f"B - A: {metric} {test['difference']:+.3f} (95% {low:+.3f} to {high:+.3f}), p {test['p']:.3f}")
+        finish(evaluation, [] if files else stages)
         print(f"report, pictures{'' if files else ', predictions'}: {out}")
 
 
-def judged(records, predictions):
-    """-> (record, box or None, IoU, text) of each, for the report's cases."""
-    boxes = [read_prediction(p, r)[0] for p, r in zip(predictions, records)]
-    iou = reward.iou(metrics.tensor(boxes), torch.tensor([r.box for r in records], dtype=torch.float64)).tolist()
-    return [(r, box, v, (p or {}).get("text", "")) for r, box, v, p in zip(records, boxes, iou, predictions)]
+def output_folder(args: argparse.Namespace, files: Sequence[str]) -> Path:
+    """--out, else a folder beside the first file, else one in the checkpoint's."""
+    if args.out:
+        return Path(args.out)
+    if not files:
+        return Path(args.ckpt) / "eval"
+    names = [str(Path(files[0]).with_suffix("")), *(Path(file).stem for file in files[1:])]
+    return Path("_vs_".join(names))
 
 
-def ask(stage, folder, device, args):
-    """One question about one picture: prints reasoning and box, and draws it. The picture is turned upright first, as its EXIF says and as
-    viewers show it: the question speaks of what one sees. (A data set's images are taken as stored, see `data.open_image`.)"""
-    path = Path(args.image)
-    try:
-        with Image.open(path) as file:
-            turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            image = data.rgb(ImageOps.exif_transpose(file))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"--image {path}: unreadable ({error})") from None
-    out = Path(args.out or Path(args.ckpt) / "eval")
-    runtime.writable(out)
-    model, processor = runtime.open_checkpoint(folder, device)
-    prompt = processor(image, args.text)
-    (W, H), (w, h) = prompt.frame.original, prompt.frame.resized
-    unit = processor.patch * processor.merge
-    if round(W / unit) * round(H / unit) * unit ** 2 > processor.max_pixels:
-        print(f"{path} has {W} x {H} pixels, more than the model's limit of {processor.max_pixels:,}: it is shrunk to {w} x {h}, and small "
-              "objects may be lost; cut it into parts to keep them")
-    tokens, _, lengths = generate(model, [prompt], 1, args.max_new_tokens, args.temperature[0], torch.tensor([args.seed]))
-    text = processor.decode(tokens[0, 0].cpu()[:lengths[0, 0]])
-    strict = locate(answer.parse_box(text), prompt.frame)
-    box = strict or locate(answer.parse_box_lenient(text), prompt.frame)
-    print(f"{stage}: {text}")
-    if not box:
-        print(f"no box: {answer.failure(text) or 'outside image'}")
-        return
-    pictures.overlay(image, [(box, args.text[:60], RED)], out / f"{path.stem}_answer.png")
-    print(f"box in pixels of the picture{', turned upright as its EXIF says' if turned else ''}: {', '.join(f'{v:.1f}' for v in box)}"
-          f"{'' if strict else ' (read leniently)'}")
-    print(f"drawn: {out / f'{path.stem}_answer.png'}")
+def read_files(
+        files: Sequence[str], eval_set: EvalSet, coords: str | None,
+        stages: Sequence[Stage],
+) -> list[dict[str, Prediction]]:
+    """Predictions files -> each as `read_predictions`."""
+    processor = None
+    if coords == "resized":
+        processor = Processor.from_pretrained(stages[-1].folder)
+    return [read_predictions(file, eval_set.records, coords, processor) for file in files]
 
 
-def train_records(name, root, split):
-    """The records trained on that those of another split are compared with (validation may be held out of "train"), or None where the data
-    set has none (a file of one's own)."""
-    try:
-        return None if split in ("train", "sft", "rft") else list(data.load(name, root, "sft" if split == "val" else "train"))
-    except DataError:
-        return None
+def score_files(
+        evaluation: Evaluation, files: Sequence[str],
+        file_predictions: Sequence[Mapping[str, Prediction]],
+) -> None:
+    """A row for each predictions file; of two, the comparison as well."""
+    records = evaluation.eval_set.scored
+    sides = []
+    for predictions in file_predictions:
+        sides.append([predictions.get(record.id) for record in records])
+    if len(files) == 2:
+        a, b = (strict_iou(records, side) for side in sides)
+        tests = metrics.paired(records, a, b, evaluation.eval_set.inclusive)
+        evaluation.summary["comparison"] = {"a": files[0], "b": files[1], **tests}
+    stems = [Path(file).stem.removeprefix("predictions_") for file in files]
+    for file, stem, side in zip(files, stems, sides):
+        # Two files of one name are told apart by their folders.
+        folder = Path(file).resolve().parent.name
+        name = stem if stems.count(stem) == 1 else f"{folder}_{stem}"
+        add_row(evaluation, Source(name, file, None), side)
 
 
-def check_flags(args):
-    files = args.predictions or args.compare
-    if not args.ckpt and not files:
-        runtime.fail("name a checkpoint's folder (python eval.py ckpt/), or a file with --predictions")
-    if args.predictions and args.compare:
-        runtime.fail("--predictions scores one file, --compare two; name one of them")
-    if bool(args.image) != bool(args.text):
-        runtime.fail("--image and --text go together: a picture's file, and what to look for in it")
-    if args.image and (not args.ckpt or files or args.blind or args.samples > 1 or len(args.temperature) > 1 or runtime.world() > 1):
-        runtime.fail("--image asks one checkpoint once: one process, one --temperature, no --predictions, --compare, --samples or --blind")
-    if args.samples > 1 and not (max(args.temperature) > 0 and not files):
-        runtime.fail(f"--samples {args.samples} needs a checkpoint and a --temperature above 0: greedy answers are all the same")
-    if args.coords == "resized" and not args.ckpt:
-        runtime.fail("--coords resized needs a checkpoint, whose processor says how images were resized: python eval.py CKPT --predictions "
-                     '...; or give each line its "frame"')
-    if args.coords and not files:
-        runtime.fail("--coords is about a file given with --predictions")
-    if files and (args.blind or args.temperature != [0.0]):
-        runtime.fail("predictions are scored as they are; --blind and --temperature belong to a checkpoint")
-    if min(args.temperature) < 0 or not all(map(math.isfinite, args.temperature)) or len(set(args.temperature)) < len(args.temperature):
-        runtime.fail(f"--temperature {args.temperature}: numbers from 0 up, each once")
+def score_stages(
+        evaluation: Evaluation, stages: Sequence[Stage], device: torch.device,
+        args: argparse.Namespace,
+) -> None:
+    """A row for each checkpoint and temperature; predictions are written as well."""
+    records = evaluation.eval_set.scored
+    for stage in stages:
+        model, processor = runtime.open_checkpoint(stage.folder, device)
+        if runtime.rank() == 0:
+            print_if_other_prompt(stage)
+        for temperature in args.temperature:
+            # Greedy answers are all the same: one is enough.
+            samples = args.samples if temperature else 1
+            sampling = Sampling(
+                temperature, samples, args.max_new_tokens, args.batch, args.seed, args.blind)
+            label = f"{stage.name} T={temperature:g}"
+            predictions = evaluate(model, processor, records, sampling, label)
+            source = Source(stage.name, str(stage.folder), temperature)
+            if runtime.rank() == 0:
+                lines = "".join(json.dumps(p) + "\n" for p in predictions)
+                file = f"predictions_{evaluation.file_suffix(source)}.jsonl"
+                (evaluation.out / file).write_text(lines, encoding="utf-8")
+            add_row(evaluation, source, predictions)
+        # Its memory is free before the next one is loaded.
+        del model
+
+
+def print_if_other_prompt(stage: Stage) -> None:
+    """Warns where the checkpoint was trained to answer another prompt than ours."""
+    if read_run(stage).get("prompt_hash", prompt_hash()) != prompt_hash():
+        print(f"{stage.folder}: trained with another prompt than answer.PROMPT; "
+              "expect lower scores")
+
+
+def finish(evaluation: Evaluation, stages: Sequence[Stage]) -> None:
+    """Writes report.html and prints the scores.
+
+    stages: those whose training is shown."""
+    eval_set = evaluation.eval_set
+    training = []
+    for stage in stages:
+        # A downloaded checkpoint lies in no stage's folder.
+        trained_here = (stage.folder / "run.json").exists()
+        folder = stage.folder.resolve().parent if trained_here else stage.folder
+        training.append((stage.name, folder))
+    known_records = [*(evaluation.train or ()), *eval_set.records]
+    report.write(
+        evaluation.out / "report.html", evaluation.rows, evaluation.cases, training,
+        known_records, evaluation.summary)
+    print_table(evaluation.rows, evaluation.summary["centre_box"])
+    if eval_set.refused:
+        print(f"not scored: {eval_set.refused}")
+    print_comparison(evaluation.summary.get("comparison", {}))
 
 
 if __name__ == "__main__":

@@ -1,124 +1,238 @@
-"""report.html: one self-contained page of an evaluation, readable on a phone; no script, no request, nothing to install.
+"""report.html: one self-contained page of an evaluation, readable on a phone.
 
-Whatever a data set, a model or a checkpoint's name says goes through `text`. Pictures are small JPEGs inside the page, at most PICTURES of
-PICTURE_BYTES each, so that it stays under 5 MB.
+No script, no request, nothing to install. Whatever a data set, a model or a
+checkpoint's name says goes through `text`. Pictures are small JPEGs inside the page, at
+most PICTURES of PICTURE_BYTES each, so that it stays under 5 MB.
 """
 import html
 import json
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import data
 import pictures
+from data import Record
 
-PICTURES, PICTURE_BYTES = 200, 12_000
+PICTURES = 200
+PICTURE_BYTES = 12_000
 PICTURE_SIDE = 320                # pixels, longer side of a picture
-LETTERS = 1000                    # of an answer that are shown, fewer where they take more room in HTML
+LETTERS = 1000                    # of an answer that are shown; fewer if long in HTML
 VALUES = 60                       # lines of a breakdown, those of the most records
-CURVES = (("consistency_weight_min", "consistency_weight", "consistency_weight_max"), ("dispersion",), ("length",), ("kl",), ("loss",),
-          ("val_mIoU", "val_Pr@0.5"))
-STYLE = """body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 12px;max-width:1000px;color:#222}
-h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85em}td,th{white-space:nowrap;
-padding:3px 8px;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}small{color:#666}
-.row{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;width:min(320px,100%);overflow-wrap:anywhere}img,svg{max-width:100%;height:auto}
-figcaption{font-size:.85em}pre{white-space:pre-wrap;font-size:.75em;background:#f4f4f4;padding:6px;
-margin:4px 0;max-height:14em;overflow:auto}"""
+GROUPS = 4                        # groups of rollouts shown of a run
+CASES = 6                         # each of a row's best, median and worst cases at most
+# Keys of metrics.jsonl that share a drawing; those of the reward are in
+# `reward_curves`.
+CURVES = (
+    ("consistency_weight_min", "consistency_weight", "consistency_weight_max"), ("dispersion",),
+    ("length",), ("kl",), ("loss",), ("val_mIoU", "val_Pr@0.5"))
+STYLE = (
+    "body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 12px;max-width:1000px;"
+    "color:#222}\n"
+    "h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}\n"
+    ".wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85em}td,th{"
+    "white-space:nowrap;\n"
+    "padding:3px 8px;border-bottom:1px solid #ddd;text-align:right}\n"
+    "td:first-child,th:first-child{text-align:left}small{color:#666}\n"
+    ".row{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;width:min(320px,100%);"
+    "overflow-wrap:anywhere}img,svg{max-width:100%;height:auto}\n"
+    "figcaption{font-size:.85em}pre{white-space:pre-wrap;font-size:.75em;background:#f4f4f4;"
+    "padding:6px;\n"
+    "margin:4px 0;max-height:14em;overflow:auto}")
+
+ColouredBoxes = Sequence[tuple[pictures.Box, pictures.Colour]]
+Row = Mapping[str, Any]           # of eval.json
+Line = Mapping[str, Any]          # of metrics.jsonl or rollouts.jsonl
 
 
-def write(path, rows, cases, stages, records=(), more=None):
-    """rows: of eval.json; cases: for each row a list of (record, box or None, IoU, text); stages: (name, folder with metrics.jsonl);
-    records: where the images of rollouts are looked for; more: the rest of eval.json (centre_box, comparison)."""
-    by_id = {r.id: r for r in records}
-    logs = [(name, list(log_lines(folder / "metrics.jsonl")), list(log_lines(folder / "rollouts.jsonl"))) for name, folder in stages]
-    groups = [(name, pictures.spread([x for x in rollouts if x.get("id") in by_id and by_id[x["id"]].text == x.get("expression")], 4))
-              for name, _, rollouts in logs]
-    each = max(0, min(6, (PICTURES - sum(len(lines) for _, lines in groups)) // (3 * max(1, len(rows)))))
-    refused = rows[0].get("refused", {})
-    lost = f"; {sum(refused.values()):,} more are refused ({text(data.in_words(refused))}) and not scored" if refused else ""
-    parts = [f"<h1>Evaluation</h1><p>{text(rows[0]['data'])}, split {text(rows[0]['split'])}, {rows[0]['n']:,} records{lost}</p>",
-             "<h2>Scores</h2><p>In brackets 95% intervals, resampled over images.</p>",
-             score_tables(rows), guessed(more["centre_box"]) if more else "", compared((more or {}).get("comparison"))]
-    for name, lines, _ in logs:
-        curves = "".join(pictures.curve([(text(k), [(x["step"], x[k]) for x in lines if plottable(x, k)]) for k in keys])
-                         for keys in (*reward_curves(lines), *CURVES))
-        if curves:
-            parts.append(f"<h2>Training: {text(name)}</h2><div class=row>{curves}</div>")
-    for name, lines in groups:
-        if lines:
-            parts.append(f"<h2>Groups of rollouts: {text(name)}</h2><p>Green: the target; the redder a box, the less its reward.</p>"
-                         f"<div class=row>{''.join(group(line, by_id[line['id']]) for line in lines)}</div>")
-    for row, some in zip(rows, cases) if each else ():
-        parts.append(f"<h2>Cases: {label(row)}</h2><p>Green: the target; red: the answer.</p>")
-        for title, chosen in choose(some, each):
-            parts.append(f"<h3>{title}</h3><div class=row>{''.join(case(*c) for c in chosen)}</div>")
-    parts.append(breakdowns(rows))
-    page = ('<!DOCTYPE html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">'
-            "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-            f"<title>Evaluation</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n")
+class Case(NamedTuple):
+    """One record and what was answered."""
+
+    record: Record
+    box: Sequence[float] | None   # original pixels
+    iou: float
+    text: str
+
+
+class Training(NamedTuple):
+    """A stage's logs."""
+
+    name: str
+    metrics: list[Line]
+    groups: list[tuple[Line, Record]]         # lines of rollouts.jsonl that are shown
+
+
+# ---------------------------------------------------------------- the page
+
+def write(
+        path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
+        stages: Sequence[tuple[str, Path]], records: Sequence[Record] = (),
+        summary: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the page of an evaluation.
+
+    rows: of eval.json; cases: those of each row; stages: (name, folder with
+    metrics.jsonl); records: where the images of rollouts are looked for; summary: the
+    rest of eval.json (centre_box, comparison)."""
+    summary = summary or {}
+    by_id = {record.id: record for record in records}
+    trainings = [read_training(name, folder, by_id) for name, folder in stages]
+    # Groups of rollouts come first; what is left of PICTURES is shared by the rows'
+    # three kinds.
+    left = PICTURES - sum(len(training.groups) for training in trainings)
+    cases_each = max(0, min(CASES, left // (3 * max(1, len(rows)))))
+    sections = [
+        heading(rows[0]),
+        "<h2>Scores</h2><p>In brackets 95% intervals, resampled over images.</p>",
+        score_table(rows), vrsbench_table(rows),
+        guess_line(summary["centre_box"]) if summary else "",
+        comparison_table(summary.get("comparison", {})),
+        *(training_section(training) for training in trainings),
+        *(rollout_section(training) for training in trainings),
+        *(case_section(row, row_cases, cases_each) for row, row_cases in zip(rows, cases)),
+        breakdown_section(rows),
+    ]
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    page = ("<!DOCTYPE html><html lang=en><head><meta charset=utf-8>"
+            '<meta name=viewport content="width=device-width,initial-scale=1">'
+            f'<meta http-equiv=Content-Security-Policy content="{policy}">'
+            f"<title>Evaluation</title><style>{STYLE}</style></head>"
+            f"<body>{''.join(sections)}</body></html>\n")
     path.write_text(page, encoding="utf-8")
 
 
-def text(anything):
-    """Safe in HTML, between tags and in quotes, never of more than 2 * LETTERS; what no encoding has, a lone surrogate, becomes "?"."""
-    safe = [html.escape(str(anything)[:n]).encode("utf-8", "replace") for n in (LETTERS, LETTERS // 6)]
-    return (safe[0] if len(safe[0]) < 2 * LETTERS else safe[1]).decode()
+def text(value: object) -> str:
+    """A value as text that is safe in HTML, between tags and in quotes.
+
+    It has 2 * LETTERS at most. What no encoding has, a lone surrogate, becomes "?"."""
+    # A letter takes up to six in HTML: a sixth of the text always fits.
+    for letters in (LETTERS, LETTERS // 6):
+        safe = html.escape(str(value)[:letters]).encode("utf-8", "replace")
+        if len(safe) < 2 * LETTERS:
+            break
+    return safe.decode()
 
 
-def label(row):
-    return text(row["stage"] + ("" if row["temperature"] is None else f" T={row['temperature']:g}") + (" blind" if row["blind"] else ""))
+def label(row: Row) -> str:
+    """What a row is called in tables and headings, HTML."""
+    temperature = "" if row["temperature"] is None else f" T={row['temperature']:g}"
+    return text(row["stage"] + temperature + (" blind" if row["blind"] else ""))
 
 
-def html_table(head, lines):
-    cells = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in line)}</tr>" for line in lines)
-    return f"<div class=wide><table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{cells}</table></div>"
+def html_table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """Cells are HTML."""
+    header = "".join(f"<th>{cell}</th>" for cell in head)
+    body = ""
+    for line in lines:
+        cells = "".join(f"<td>{cell}</td>" for cell in line)
+        body += f"<tr>{cells}</tr>"
+    return f"<div class=wide><table><tr>{header}</tr>{body}</table></div>"
 
 
-def score_tables(rows):
+# ---------------------------------------------------------------- scores
+
+def heading(row: Row) -> str:
+    refused = row.get("refused", {})
+    note = ""
+    if refused:
+        reasons = text(data.in_words(refused))
+        note = f"; {sum(refused.values()):,} more are refused ({reasons}) and not scored"
+    return (f"<h1>Evaluation</h1><p>{text(row['data'])}, split {text(row['split'])}, "
+            f"{row['n']:,} records{note}</p>")
+
+
+def score_table(rows: Sequence[Row]) -> str:
+    """Scores with their intervals, pass@k where there are samples, and failures."""
     names = list(rows[0]["ci"])
-    tries = sorted({k for row in rows for k in row.get("pass", ())}, key=int)
+    tries: set[str] = set()
+    for row in rows:
+        tries.update(row.get("pass", ()))
+    sample_counts = sorted(tries, key=int)
     lines = []
     for row in rows:
-        figures = [f"{row[k]:.3f} <small>[{row['ci'][k][0]:.3f}, {row['ci'][k][1]:.3f}]</small>" for k in names]
-        figures += [f"{row['pass'][k]:.3f}" if k in row.get("pass", ()) else "-" for k in tries]
-        lines.append([label(row), *figures, f"{sum(row['failures'].values()) / row['n']:.3f}"])
-    page = html_table(["stage", *names, *(f"pass@{k}" for k in tries), "failed"], lines)
-    official = [(label(row), part, values) for row in rows for part, values in row.get("vrsbench", {}).items()]
-    if official:
-        page += "<h3>VRSBench's own metric</h3>" + html_table(["stage", "part", "n", "Acc@0.5", "Acc@0.7"], [
-            [name, text(part), values["n"], f"{values['Acc@0.5']:.3f}", f"{values['Acc@0.7']:.3f}"] for name, part, values in official])
-    return page
+        cells = [label(row)]
+        for name in names:
+            low, high = row["ci"][name]
+            cells.append(f"{row[name]:.3f} <small>[{low:.3f}, {high:.3f}]</small>")
+        for k in sample_counts:
+            cells.append(f"{row['pass'][k]:.3f}" if k in row.get("pass", ()) else "-")
+        cells.append(f"{sum(row['failures'].values()) / row['n']:.3f}")
+        lines.append(cells)
+    return html_table(["stage", *names, *(f"pass@{k}" for k in sample_counts), "failed"], lines)
 
 
-def guessed(guess):
-    return f"<p>A box of the median size in the middle of each image: mIoU {guess['mIoU']:.3f}, Pr@0.5 {guess['Pr@0.5']:.3f}.</p>"
+def vrsbench_table(rows: Sequence[Row]) -> str:
+    """VRSBench's own metric, "" for other data sets."""
+    lines = []
+    for row in rows:
+        for part, scores in row.get("vrsbench", {}).items():
+            lines.append([label(row), text(part), scores["n"], f"{scores['Acc@0.5']:.3f}",
+                          f"{scores['Acc@0.7']:.3f}"])
+    if not lines:
+        return ""
+    head = ["stage", "part", "n", "Acc@0.5", "Acc@0.7"]
+    return "<h3>VRSBench's own metric</h3>" + html_table(head, lines)
 
 
-def compared(comparison):
-    tests = {name: test for name, test in (comparison or {}).items() if isinstance(test, dict)}
-    lines = [[text(name), f"{t['difference']:+.3f} <small>[{t['ci'][0]:+.3f}, {t['ci'][1]:+.3f}]</small>", f"{t['p']:.3f}"]
-             for name, t in tests.items()]
-    return "<h3>Second minus first, the same images</h3>" + html_table(["", "difference", "p"], lines) if lines else ""
+def guess_line(guess: Mapping[str, Any]) -> str:
+    return ("<p>A box of the median size in the middle of each image: "
+            f"mIoU {guess['mIoU']:.3f}, Pr@0.5 {guess['Pr@0.5']:.3f}.</p>")
 
 
-def breakdowns(rows):
-    """One table a property: Pr@0.5 of every row, for each of its values."""
-    page = ""
-    for by, values in rows[0]["breakdowns"].items():
-        most = sorted(values, key=lambda value: -values[value]["n"])[:VALUES]
-        shown = [(value, first) for value, first in values.items() if value in most]
-        found = [row["breakdowns"][by] for row in rows]
-        lines = [[text(value[:60]), first["n"], *(f"{f[value]['mIoU']:.3f} / {f[value]['Pr@0.5']:.3f}" for f in found)]
-                 for value, first in shown]
-        page += f"<h3>By {text(by)}</h3>" + html_table(["mIoU / Pr@0.5", "n", *map(label, rows)], lines)
-        page += f"<p>and {len(values) - VALUES} more in eval.json</p>" if len(values) > VALUES else ""
-    return f"<h2>Breakdowns</h2>{page}" if page else ""
+def comparison_table(comparison: Mapping[str, Any]) -> str:
+    """What B has more than A, "" where nothing is compared."""
+    lines = []
+    for name, test in comparison.items():
+        # Beside the tests stand the paths of both files.
+        if isinstance(test, dict):
+            low, high = test["ci"]
+            difference = f"{test['difference']:+.3f} <small>[{low:+.3f}, {high:+.3f}]</small>"
+            lines.append([text(name), difference, f"{test['p']:.3f}"])
+    if not lines:
+        return ""
+    head = ["", "difference", "p"]
+    return "<h3>Second minus first, the same images</h3>" + html_table(head, lines)
 
 
-# ------------------------------------------------------------------------------------------------------------------ training
+def breakdown_section(rows: Sequence[Row]) -> str:
+    tables = "".join(breakdown_table(rows, name) for name in rows[0]["breakdowns"])
+    return f"<h2>Breakdowns</h2>{tables}" if tables else ""
 
-def log_lines(path):
-    """The whole JSON objects of a JSONL file, which a run may still be writing; none where there is no file."""
+
+def breakdown_table(rows: Sequence[Row], name: str) -> str:
+    """One property: mIoU and Pr@0.5 of every row, for each of its values."""
+    tables = [row["breakdowns"][name] for row in rows]
+    first = tables[0]
+    most = set(sorted(first, key=lambda value: -first[value]["n"])[:VALUES])
+    lines = []
+    for value in first:
+        if value in most:
+            scores = [f"{t[value]['mIoU']:.3f} / {t[value]['Pr@0.5']:.3f}" for t in tables]
+            lines.append([text(value[:60]), first[value]["n"], *scores])
+    head = ["mIoU / Pr@0.5", "n", *map(label, rows)]
+    more = f"<p>and {len(first) - VALUES} more in eval.json</p>" if len(first) > VALUES else ""
+    return f"<h3>By {text(name)}</h3>{html_table(head, lines)}{more}"
+
+
+# ---------------------------------------------------------------- training
+
+def read_training(name: str, folder: Path, by_id: Mapping[str, Record]) -> Training:
+    """The logs of a stage's folder; empty where it has none."""
+    groups = []
+    for line in log_lines(folder / "rollouts.jsonl"):
+        record = by_id.get(line.get("id"))
+        # Another data set may have the same id; its expression is another.
+        if record and record.text == line.get("expression"):
+            groups.append((line, record))
+    metrics = list(log_lines(folder / "metrics.jsonl"))
+    return Training(name, metrics, list(pictures.spread(groups, GROUPS)))
+
+
+def log_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a JSONL file, none where there is no file.
+
+    A line that is not whole is skipped, for a run may still be writing it."""
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -130,53 +244,106 @@ def log_lines(path):
                     yield value
 
 
-def reward_curves(lines) -> list[tuple[str, ...]]:
-    """The curves of the reward: its terms, and their standard deviation within a group. Whatever terms a run had, each is logged beside
-    a key NAME_group_std, by which it is known here."""
+def training_section(training: Training) -> str:
+    """A run's curves, "" where it logged none."""
+    curves = ""
+    for keys in (*reward_curves(training.metrics), *CURVES):
+        series = [(text(key), points(training.metrics, key)) for key in keys]
+        curves += pictures.curve(series)
+    if not curves:
+        return ""
+    return f"<h2>Training: {text(training.name)}</h2><div class=row>{curves}</div>"
+
+
+def reward_curves(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """The curves of the reward: its terms, and their standard deviation within a group.
+
+    Whatever terms a run had, each is known by a key NAME_group_std beside its own."""
     suffix = "_group_std"
-    deviations = list(dict.fromkeys(key for line in lines for key in line if key.endswith(suffix)))
+    deviations: dict[str, None] = {}
+    for line in lines:
+        deviations.update((key, None) for key in line if key.endswith(suffix))
     return [tuple(key.removesuffix(suffix) for key in deviations), tuple(deviations)]
 
 
-def plottable(line, key):
-    return all(type(line.get(k)) in (int, float) and math.isfinite(line[k]) for k in ("step", key))
+def points(lines: Sequence[Line], key: str) -> list[tuple[float, float]]:
+    """(step, value) of a key, where both are numbers that can be drawn."""
+    return [(line["step"], line[key]) for line in lines if plottable(line, key)]
 
 
-def group(line, record):
+def plottable(line: Line, key: str) -> bool:
+    values = (line.get("step"), line.get(key))
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+
+
+def rollout_section(training: Training) -> str:
+    """Some of a run's groups, "" where none is known."""
+    if not training.groups:
+        return ""
+    figures = "".join(rollout_figure(line, record) for line, record in training.groups)
+    return (f"<h2>Groups of rollouts: {text(training.name)}</h2>"
+            "<p>Green: the target; the redder a box, the less its reward.</p>"
+            f"<div class=row>{figures}</div>")
+
+
+def rollout_figure(line: Line, record: Record) -> str:
     """A line of rollouts.jsonl -> figure."""
-    low, high = min(line["reward"]), max(line["reward"])
-    drawn = [(box, (255, int(200 * (r - low) / (high - low + 1e-6)), 0)) for box, r in zip(line["boxes"], line["reward"]) if box]
-    rewards = ", ".join(f"{r:.2f}" for r in line["reward"])
+    boxes = pictures.rollout_boxes(line["boxes"], line["reward"], record.box)
+    rewards = ", ".join(f"{reward:.2f}" for reward in line["reward"])
     caption = f"<b>step {text(line['step'])}</b> {text(record.text)}<br>rewards {rewards}"
-    return html_figure(record, [*drawn, (record.box, "lime")], caption, line["texts"][0])
+    return html_figure(record, boxes, caption, line["texts"][0])
 
 
-# ------------------------------------------------------------------------------------------------------------------ cases
+# ---------------------------------------------------------------- cases
 
-def choose(cases, each):
-    """-> ("Best", cases), ("Median", ...), ("Worst", ...) by IoU, `each` of each at most and none twice."""
-    ranked, taken = sorted(range(len(cases)), key=lambda i: -cases[i][2]), set()
+def case_section(row: Row, cases: Sequence[Case], each: int) -> str:
+    """A row's best, median and worst cases, `each` of each at most; "" for 0."""
+    if not each:
+        return ""
+    section = f"<h2>Cases: {label(row)}</h2><p>Green: the target; red: the answer.</p>"
+    for title, chosen in choose(cases, each):
+        figures = "".join(case_figure(case) for case in chosen)
+        section += f"<h3>{title}</h3><div class=row>{figures}</div>"
+    return section
+
+
+def choose(cases: Sequence[Case], each: int) -> Iterator[tuple[str, list[Case]]]:
+    """-> ("Best", cases), ("Worst", ...), ("Median", ...) by IoU, none twice."""
+    ranked = sorted(range(len(cases)), key=lambda i: -cases[i].iou)
     middle = max(0, (len(ranked) - each) // 2)
-    for title, places in (("Best", ranked[:each]), ("Worst", ranked[::-1][:each]), ("Median", ranked[middle:middle + each])):
-        places = [i for i in places if i not in taken]
-        taken.update(places)
-        if places:
-            yield title, [cases[i] for i in places]
+    candidates = {
+        "Best": ranked[:each],
+        "Worst": ranked[::-1][:each],
+        "Median": ranked[middle:middle + each],
+    }
+    taken: set[int] = set()
+    for title, places in candidates.items():
+        fresh = [i for i in places if i not in taken]
+        taken.update(fresh)
+        if fresh:
+            yield title, [cases[i] for i in fresh]
 
 
-def case(record, box, iou, answer):
-    said = f"IoU {iou:.2f}" if box else "no box"
-    return html_figure(record, [(record.box, "lime"), *([(box, "red")] if box else ())], f"<b>{said}</b> {text(record.text)}", answer)
+def case_figure(case: Case) -> str:
+    boxes = [(case.record.box, "lime")]
+    if case.box:
+        boxes.append((case.box, "red"))
+    verdict = f"IoU {case.iou:.2f}" if case.box else "no box"
+    caption = f"<b>{verdict}</b> {text(case.record.text)}"
+    return html_figure(case.record, boxes, caption, case.text)
 
 
-def html_figure(record, boxes, caption, answer):
-    """caption is HTML, answer is not."""
-    said = f"<pre>{text(answer)}</pre>" if answer else ""
-    return f'<figure><img alt="" src="{picture(record, boxes)}"><figcaption>{caption}{said}</figcaption></figure>'
+def html_figure(
+        record: Record, boxes: ColouredBoxes, caption: str, answer: str,
+) -> str:
+    """A record's image with boxes, and what was answered. caption is HTML already."""
+    quoted = f"<pre>{text(answer)}</pre>" if answer else ""
+    return (f'<figure><img alt="" src="{picture_uri(record, boxes)}">'
+            f"<figcaption>{caption}{quoted}</figcaption></figure>")
 
 
-def picture(record, boxes):
-    """-> data URI of a JPEG of PICTURE_BYTES at most."""
+def picture_uri(record: Record, boxes: ColouredBoxes) -> str:
+    """A record's image with boxes -> data URI of a JPEG of PICTURE_BYTES at most."""
     image = data.open_image(record)
-    wide = max(16, round(PICTURE_SIDE * min(1, image.width / image.height)))
-    return pictures.jpeg_uri(pictures.draw_boxes(image, boxes, width=wide), PICTURE_BYTES)
+    width = max(16, round(PICTURE_SIDE * min(1, image.width / image.height)))
+    return pictures.jpeg_uri(pictures.draw_boxes(image, boxes, width=width), PICTURE_BYTES)

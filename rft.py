@@ -354,15 +354,9 @@ def train_step(
     # 5. The log line.
     line = {"step": step + 1, **summary(rollouts, grades, advantage, weight, args)}
     line |= update_summary(sums, batches, n_tokens, args)
-    line |= {
-        "lr": lr,
-        "grad_norm": grad_norm,
-        "finite": not sums["not_finite"],
-        "seconds_rollout": sampled - started,
-        "seconds_reward": graded - sampled,
-        "seconds_update": updated - graded,
-        "peak_GiB": runtime.peak_memory(policy.model),
-    }
+    line |= {"lr": lr, "grad_norm": grad_norm, "finite": not sums["not_finite"]}
+    line |= {"seconds_rollout": sampled - started, "seconds_reward": graded - sampled}
+    line |= {"seconds_update": updated - graded, "peak_GiB": runtime.peak_memory(policy.model)}
     return line, rollouts, grades
 
 

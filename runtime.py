@@ -2,12 +2,12 @@
 
 These are functions, no trainer: the training loops stand in sft.py and rft.py.
 
-Precision: trained parameters, their moments and gradient sums are float32. CUDA computes in
-bfloat16, the CPU in float32.
+Precision: trained parameters, their moments and gradient sums are float32. CUDA
+computes in bfloat16, the CPU in float32.
 
-Gradients are summed over processes, not averaged, because a loss is already divided by the
-token count of the whole step, over all processes. So the number of processes changes
-rounding only.
+Gradients are summed over processes, not averaged, because a loss is already divided
+by the token count of the whole step, over all processes. So the number of processes
+changes rounding only.
 """
 import argparse
 import faulthandler
@@ -44,7 +44,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from data import DataError, Record, Records, load, read_json, told_refused
+from data import DataError, Record, Records, load, read_json, refusal_summary
 from model import CheckpointError, QwenVL
 from processor import Processor, prompt_hash
 
@@ -52,7 +52,8 @@ from processor import Processor, prompt_hash
 STUCK_AFTER = 1800
 # So many steps in a row whose gradient is not finite mean that something is broken.
 STOP_AFTER_SKIPPED = 5
-# Flags that a resume may change. The root may move, since the data must have the run's hash.
+# Flags that a resume may change. The root may move, since the data must have the
+# run's hash.
 FREE_ON_RESUME = (
     "root", "steps", "epochs", "device", "workers", "micro_tokens", "every", "val",
     "gradient_checkpointing",
@@ -111,8 +112,8 @@ def add_common_flags(
         parser: argparse.ArgumentParser, stage: str, init: str, length: str) -> None:
     """The flags that mean the same in every stage.
 
-    init is the stage's default; length says in words how long it trains without --steps and
-    --epochs.
+    init is the stage's default; length says in words how long it trains without
+    --steps and --epochs.
     """
     cuda = torch.cuda.is_available()
     run = parser.add_argument_group("run")
@@ -146,8 +147,8 @@ def add_common_flags(
 def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
     """The command line's flags.
 
-    With --resume, flags that are not given are as the run in --out had them, and one that would
-    change the run's course is refused.
+    With --resume, flags that are not given are as the run in --out had them, and one
+    that would change the run's course is refused.
     """
     args = parser.parse_args()
     if not args.resume:
@@ -157,7 +158,8 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
         fail(f"--resume, but {args.out} holds a run of {run['stage']}.py; "
              f"name the --out of a run of {stage}.py")
     run_flags = {k: v for k, v in run["flags"].items() if k not in ("out", "resume")}
-    # With the run's flags as defaults, a second reading keeps what the command line says.
+    # With the run's flags as defaults, a second reading keeps what the command line
+    # says.
     parser.set_defaults(**run_flags)
     args = parser.parse_args()
     for name in vars(args):
@@ -207,8 +209,9 @@ def same_value(a: Any, b: Any) -> bool:
 def fail(message: object) -> NoReturn:
     """Ends the script after a user's mistake: one line, exit status 2.
 
-    Before the processes join, all of them meet the same mistake, and the first alone prints it.
-    Later a mistake may be one process's own (an image that only it opens), so each prints its.
+    Before the processes join, all of them meet the same mistake, and the first alone
+    prints it. Later a mistake may be one process's own (an image that only it opens),
+    so each prints its.
     """
     if rank() == 0 or dist.is_initialized():
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -227,9 +230,9 @@ def main(stage: Callable[[], None]) -> NoReturn:
         status = leaving.code
     if dist.is_initialized():
         dist.destroy_process_group()
-    # While the interpreter is taken down, torch's threads crash now and then (torch 2.13, gloo),
-    # and torchrun would call a finished run a failed one. All files are written by now, so
-    # several processes leave without that.
+    # While the interpreter is taken down, torch's threads crash now and then (torch
+    # 2.13, gloo), and torchrun would call a finished run a failed one. All files are
+    # written by now, so several processes leave without that.
     if world() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -252,8 +255,8 @@ def world() -> int:
 def start(device: str) -> torch.device:
     """Joins the processes that torchrun started -> this process's device ("cuda" or "cpu" given).
 
-    On CUDA a lone process joins a group of its own: only sharded models (FSDP2) have bfloat16
-    copies of their float32 parameters to compute with.
+    On CUDA a lone process joins a group of its own: only sharded models (FSDP2) have
+    bfloat16 copies of their float32 parameters to compute with.
     """
     faulthandler.enable()
     if device == "cuda":
@@ -310,8 +313,9 @@ def open_checkpoint(
 ) -> tuple[QwenVL, Processor]:
     """Model and processor of a checkpoint; a CheckpointError where they do not fit each other.
 
-    With a device the model is there to answer, in what that device computes in (bfloat16 on
-    CUDA, float32 on the CPU). Without one it is as stored, to be prepared for training.
+    With a device the model is there to answer, in what that device computes in
+    (bfloat16 on CUDA, float32 on the CPU). Without one it is as stored, to be
+    prepared for training.
     """
     dtype = None
     if device is not None:
@@ -328,7 +332,8 @@ def prepare(
 ) -> QwenVL:
     """Makes a loaded model ready for training: float32, on the device, sharded (FSDP2).
 
-    One process on a CPU shards nothing: it has neither peers nor another dtype to compute in.
+    One process on a CPU shards nothing: it has neither peers nor another dtype to
+    compute in.
     """
     model.visual.requires_grad_(not freeze_vision)
     model.visual.checkpointing = gradient_checkpointing
@@ -349,16 +354,17 @@ def shard(model: QwenVL, device: torch.device) -> None:
         dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world(),))
-    # Each layer becomes float32 just before it is sharded, so that one float32 layer at a time
-    # exists whole. The inner modules come first: an outer one takes the parameters that are left.
+    # Each layer becomes float32 just before it is sharded, so that one float32 layer
+    # at a time exists whole. The inner modules come first: an outer one takes the
+    # parameters that are left.
     for module in (*model.visual.blocks, *model.model.layers, model.visual, model):
         fully_shard(module.float(), mesh=mesh, mp_policy=policy)
     for module in sharded_modules(model):
-        # FSDP2 averages gradients. A loss is already divided by the token count of all
-        # processes, so the average would divide a second time.
+        # FSDP2 averages gradients. A loss is already divided by the token count of
+        # all processes, so the average would divide a second time.
         module.set_gradient_divide_factor(1.0)
-        # A divide factor makes FSDP2 ask for NCCL's own multiplied sum, which gloo does not
-        # have. This flag makes it ask for the plain sum that both have.
+        # A divide factor makes FSDP2 ask for NCCL's own multiplied sum, which gloo
+        # does not have. This flag makes it ask for the plain sum that both have.
         module.set_force_sum_reduction_for_comms(True)
 
 
@@ -371,9 +377,10 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, every process holds all parameters, and forward passes communicate nothing.
 
-    This is for sampling, in rollouts and validation. There processes make different numbers of
-    forward passes, as their answers end at different lengths; with sharded parameters each
-    pass would wait for the other processes, and the longest answer would wait forever.
+    This is for sampling, in rollouts and validation. There processes make different
+    numbers of forward passes, as their answers end at different lengths; with sharded
+    parameters each pass would wait for the other processes, and the longest answer
+    would wait forever.
     """
     modules = sharded_modules(model)
     for module in modules:
@@ -384,15 +391,16 @@ def gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.reshard()
-            # FSDP2's own default: the root alone stays whole between forward and backward.
+            # FSDP2's own default: the root alone stays whole between forward and
+            # backward.
             module.set_reshard_after_forward(module is not model, recurse=False)
 
 
 def sync_gradients(model: nn.Module, now: bool) -> None:
     """Whether the coming backward pass reduces gradients over processes.
 
-    Without, they add up in each process. That is right for all but a step's last micro-batch:
-    one reduction a step is enough.
+    Without, they add up in each process. That is right for all but a step's last
+    micro-batch: one reduction a step is enough.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
@@ -432,7 +440,8 @@ def optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
 def lr_at(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
     """Learning rate of step 0, 1, ..., steps - 1.
 
-    It rises linearly over a share of the steps, then falls by a cosine to a tenth of the peak.
+    It rises linearly over a share of the steps, then falls by a cosine to a tenth of
+    the peak.
     """
     warmup_steps = max(1, round(warmup * steps))
     if step < warmup_steps:
@@ -445,8 +454,9 @@ def update(
         model: nn.Module, opt: torch.optim.Optimizer, lr: float, max_norm: float = 1.0) -> float:
     """One optimizer step -> the gradient's norm over all parameters and processes.
 
-    The gradient is clipped to max_norm first and cleared at the end; the norm is that before
-    clipping. A gradient that is not finite changes nothing: the caller sees it in the norm.
+    The gradient is clipped to max_norm first and cleared at the end; the norm is that
+    before clipping. A gradient that is not finite changes nothing: the caller sees it
+    in the norm.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -466,7 +476,8 @@ def update(
 def stop_if_not_finite(skipped: int, step: int, steps: int, out: Path) -> None:
     """Ends a run behind step `step` (from 0), whose last `skipped` gradients were not finite.
 
-    So many in a row do not mend themselves; and a run must not end well on a skipped step.
+    So many in a row do not mend themselves; and a run must not end well on a skipped
+    step.
     """
     if skipped == STOP_AFTER_SKIPPED or skipped and step + 1 == steps:
         fail(f"no gradient is finite from step {step + 2 - skipped} on; lower --lr; "
@@ -487,15 +498,15 @@ def peak_memory(model: QwenVL) -> float:
 def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Record]]:
     """The records to train on, and the first --val records of the val split.
 
-    There is one to train on at least, and with --resume they are those of the run; else a
-    DataError or a line that says so. The first process prints how many there are, and how many
-    were refused.
+    There is one to train on at least, and with --resume they are those of the run;
+    else a DataError or a line that says so. The first process prints how many there
+    are, and how many were refused.
     """
     names = (split, "val") if args.val else (split,)
     loaded = {name: load(args.data, args.root, name) for name in names}
     refusals = {}
     for name, records in loaded.items():
-        refusals[name] = told_refused(records, args.data, args.root, name)
+        refusals[name] = refusal_summary(records, args.data, args.root, name)
     records = loaded[split]
     if not records:
         why = refusals[split] or "none was refused; is its share too small?"
@@ -521,8 +532,8 @@ def check_run_data(args: argparse.Namespace, split: str, data_hash: str) -> None
 def batch(records: Sequence[Record], step: int, size: int, seed: int) -> list[Record]:
     """The `size` records of a step, over all processes: epochs follow one another, each shuffled.
 
-    The order is a pure function of seed and step: a resume has no sampler state to restore, every
-    process knows the whole batch, and workers can prepare any step.
+    The order is a pure function of seed and step: a resume has no sampler state to
+    restore, every process knows the whole batch, and workers can prepare any step.
     """
     chosen = []
     for place in range(step * size, (step + 1) * size):
@@ -542,8 +553,8 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 def prefetch(make: Callable[[int], T], steps: Sequence[int], workers: int) -> Iterator[T]:
     """Yields make(step) for each step, made ahead in this many processes (0: none).
 
-    make is a pure function of the step. Its DataError is raised here, where the script can turn
-    it into one line.
+    make is a pure function of the step. Its DataError is raised here, where the
+    script can turn it into one line.
     """
     if not workers:
         yield from map(make, steps)
@@ -561,8 +572,8 @@ def prefetch(make: Callable[[int], T], steps: Sequence[int], workers: int) -> It
 class PickledSteps(torch.utils.data.Dataset):
     """make(step) for each of the steps, pickled.
 
-    Bytes travel from a worker through a pipe. Tensors would go through /dev/shm, of which a
-    container has 64 MB.
+    Bytes travel from a worker through a pipe. Tensors would go through /dev/shm, of
+    which a container has 64 MB.
     """
 
     def __init__(self, make: Callable[[int], Any], steps: Sequence[int]) -> None:
@@ -582,10 +593,10 @@ class PickledSteps(torch.utils.data.Dataset):
 def micro_batches(tokens: Sequence[int], budget: int) -> list[slice]:
     """Cuts a process's items of a step into micro-batches -> slices of neighbouring items.
 
-    tokens: packed tokens of each item. The slices have equally many items, to one, and are as
-    few as keep each within the budget; an item alone may exceed it. Every process gets equally
-    many slices, because each takes part in the others' forward and backward passes (FSDP2): all
-    follow the one that needs most.
+    tokens: packed tokens of each item. The slices have equally many items, to one,
+    and are as few as keep each within the budget; an item alone may exceed it. Every
+    process gets equally many slices, because each takes part in the others' forward
+    and backward passes (FSDP2): all follow the one that needs most.
 
     >>> micro_batches([5, 1, 9, 2], budget=12)        # 6 and 11 tokens
     [slice(0, 2, None), slice(2, 4, None)]
@@ -617,8 +628,8 @@ def begin(
     barrier()
 
 
-# What the keys of metrics.jsonl mean, with their units; README's glossary is this table.
-# "TERM" stands for each term of the reward by its name.
+# What the keys of metrics.jsonl mean, with their units; README's glossary is this
+# table. "TERM" stands for each term of the reward by its name.
 LOG_KEYS = {
     "step": "optimizer steps so far",
     "loss": "what the gradient is of: mean over the step's completion tokens",
@@ -676,7 +687,8 @@ def log(path: Path, line: dict[str, Any]) -> None:
 def cut_log(path: Path, step: int) -> None:
     """Removes the lines of later steps than `step`, and a last line that broke off, from a JSONL.
 
-    A run that was killed may have logged steps past its last checkpoint; they come again.
+    A run that was killed may have logged steps past its last checkpoint; they come
+    again.
     """
     if not path.exists():
         return
@@ -772,10 +784,11 @@ def commit() -> str | None:
     return git.stdout.strip() or None
 
 
-# A step's folder holds the whole weights for users (hub layout) and, in state/, what a resume
-# needs: one file a process, with its rows of every float32 parameter and moment. Rows are
-# those of dimension 0, along which FSDP2 cuts a tensor. A resume on another number of
-# processes copies into each process's rows what each file has of them.
+# A step's folder holds the whole weights for users (hub layout) and, in state/, what
+# a resume needs: one file a process, with its rows of every float32 parameter and
+# moment. Rows are those of dimension 0, along which FSDP2 cuts a tensor. A resume on
+# another number of processes copies into each process's rows what each file has of
+# them.
 
 def local_rows(x: Tensor) -> Tensor:
     """This process's rows of a tensor: all of them where it is not sharded."""
@@ -785,8 +798,8 @@ def local_rows(x: Tensor) -> Tensor:
 def first_row(x: Tensor) -> int:
     """Where this process's rows begin in the whole tensor.
 
-    FSDP2 splits dimension 0 into equal parts; the last ones may be shorter or empty. 10 rows
-    over 4 processes are 3, 3, 3 and 1, and begin at 0, 3, 6 and 9.
+    FSDP2 splits dimension 0 into equal parts; the last ones may be shorter or empty.
+    10 rows over 4 processes are 3, 3, 3 and 1, and begin at 0, 3, 6 and 9.
     """
     if not isinstance(x, DTensor):
         return 0
@@ -801,8 +814,8 @@ def save(
 ) -> None:
     """Writes out/step_000200: weights and tokenizer in hub layout, run.json, and state/.
 
-    The folder appears whole or not at all, and `latest` moves to it at once: a run that is
-    killed at any moment leaves its last checkpoint standing.
+    The folder appears whole or not at all, and `latest` moves to it at once: a run
+    that is killed at any moment leaves its last checkpoint standing.
     """
     name = f"step_{step:06d}"
     temporary = out / f".{name}.tmp"
@@ -831,8 +844,8 @@ def save_state(
         folder: Path, step: int, model: nn.Module, opt: torch.optim.Optimizer) -> None:
     """Writes this process's file of the training state.
 
-    Its tensors are "master/<parameter>", "exp_avg/<parameter>" and "exp_avg_sq/<parameter>";
-    its metadata say which rows these are.
+    Its tensors are "master/<parameter>", "exp_avg/<parameter>" and
+    "exp_avg_sq/<parameter>"; its metadata say which rows these are.
     """
     tensors = {}
     rows = {}
@@ -842,7 +855,8 @@ def save_state(
         for kind, x in opt.state.get(p, {}).items():
             if kind != "step":
                 tensors[f"{kind}/{key}"] = local_rows(x.detach()).contiguous()
-    # The optimizer counts the steps that were not skipped, the same for every parameter.
+    # The optimizer counts the steps that were not skipped, the same for every
+    # parameter.
     states = list(opt.state.values())
     optimizer_steps = int(states[0]["step"]) if states else 0
     metadata = {
@@ -892,9 +906,9 @@ class StateFile:
 def shared_rows(a: range, b: range) -> range:
     """The rows that two parts of a tensor have in common, numbered as in the whole tensor.
 
-    Of 10 rows the second of two processes has 5 to 9. Written by four processes, they lie in
-    four files: rows 0 to 2, 3 to 5, 6 to 8, and 9. The second file has one of them, the third
-    has three, the first has none.
+    Of 10 rows the second of two processes has 5 to 9. Written by four processes, they
+    lie in four files: rows 0 to 2, 3 to 5, 6 to 8, and 9. The second file has one of
+    them, the third has three, the first has none.
 
     >>> shared_rows(range(5, 10), range(3, 6)), shared_rows(range(5, 10), range(6, 9))
     (range(5, 6), range(6, 9))
@@ -933,7 +947,8 @@ def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
     Any number of processes may have written it.
     """
     files = open_state(out)
-    # A parameter that was frozen has no moments. The first process has rows of every parameter.
+    # A parameter that was frozen has no moments. The first process has rows of every
+    # parameter.
     stored_names = set(files[0].tensors.keys())
     for key, p in model.named_parameters():
         stored = files[0].rows.get(key)

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Fresh machine -> environment -> the whole test suite. Two CPU cores are enough. Plain `pytest` skips what it has no oracle for; this does not.
+# Fresh machine -> environment -> the whole test suite. Two CPU cores are enough.
 set -euo pipefail
 cd "$(dirname "$0")"
-[ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-.venv/bin/python -c "import transformers, hypothesis, jinja2"          # the oracles must be there
+PY=.venv/bin/python
+[ -x $PY ] || python3 -m venv .venv
+$PY -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+# Plain `pytest` skips what it has no oracle for; here the oracles must be there.
+$PY -c "import transformers, hypothesis, jinja2"
 .venv/bin/ruff check .
-export OMP_NUM_THREADS=1                                             # the models are tiny: threads would only wait for each other
-exec .venv/bin/python -m pytest -q -rs --durations 10 "$@"
+# The models are tiny: threads would only wait for each other.
+export OMP_NUM_THREADS=1
+exec $PY -m pytest -q -rs --durations 10 "$@"

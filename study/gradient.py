@@ -1,25 +1,28 @@
 """How much of a policy gradient is signal, for each reward and weighting, before any training.
 
-A step's gradient g is the true one plus the noise of its few rollouts. From several batches of
-fresh questions, none of which trains:
+A step's gradient g is the true one plus the noise of its few rollouts. From several
+batches of fresh questions, none of which trains:
 
     signal    |E g|^2 / E |g|^2: the share of a step's squared length that is not noise
     progress  <E g, E u> / sqrt(E |g|^2 E |u|^2), u the gradient of the mean IoU: how far one
-              batch's step agrees with what raises the IoU on others; the signal, where g is u
+              batch's step agrees with what raises the IoU on others; the signal,
+              where g is u
 
-Both are estimated from pairs of different batches, whose noise is independent, so they are unbiased
-but for the ratio and may come out below 0. The standard errors are jackknifed over batches: a dozen
-tell a half-trained model from a trained one, small differences need hundreds. "as Adam sees it"
-divides each coordinate by its root mean square over these very batches first, which biases it
-upwards; the row "dealt at random", whose rewards are permuted within their groups and so teach
-nothing, shows by how much.
+Both are estimated from pairs of different batches, whose noise is independent, so
+they are unbiased but for the ratio and may come out below 0. The standard errors are
+jackknifed over batches: a dozen tell a half-trained model from a trained one, small
+differences need hundreds. "as Adam sees it" divides each coordinate by its root mean
+square over these very batches first, which biases it upwards; the row "dealt at
+random", whose rewards are permuted within their groups and so teach nothing, shows by
+how much.
 
-    python study/gradient.py --data synth --init ckpt/sft --temperature 0.6 --freeze-vision
+    python study/gradient.py --data synth --init ckpt/sft --temperature 0.6
+    --freeze-vision
 
-Flags are those of rft.py, and --batches. Rewards and weightings are all tried on the same rollouts,
-their advantages divided by std unless --no-std; those of u never are. What concerns training alone
-(--lr, --out, --weighting) has no effect here. Every gradient is kept whole in memory: for small
-models.
+Flags are those of rft.py, and --batches. Rewards and weightings are all tried on the
+same rollouts, their advantages divided by std unless --no-std; those of u never are.
+What concerns training alone (--lr, --out, --weighting) has no effect here. Every
+gradient is kept whole in memory: for small models.
 """
 import argparse
 import sys

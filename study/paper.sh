@@ -4,12 +4,14 @@
 # It can be stopped at any time and started again: what is finished stands, the rest goes on.
 #
 #   INIT=Qwen2.5-VL-3B-Instruct TEACHER=http://localhost:8000/v1 MODEL=Qwen2.5-VL-72B-Instruct \
-#     OUTSIDE="geopix-fast" bash study/paper.sh dior
+#     bash study/paper.sh dior
 #
 #   INIT      the base: a checkpoint folder in hub layout; it is scored, too
-#   TEACHER   an OpenAI-compatible server or a checkpoint folder that writes the reasoning;
-#             without one, reasoning is written from the annotations
-#   MODEL     the teacher's name on its server          COORDS   in which it gives boxes
+#   TEACHER   an OpenAI-compatible server (http://...) or a checkpoint folder that writes the
+#             reasoning; without one, it is written from the annotations
+#   MODEL     the teacher's name on its server
+#   COORDS    in which it gives boxes (resized: pixels of the image as INIT's processor resizes
+#             it, right for Qwen2.5-VL; 1000 for Qwen2-VL and Qwen3-VL; original)
 #   OUTSIDE   data sets to test on that nothing was trained on; NAME or NAME:SPLIT, many
 #   ROOT      the folder that holds the data sets, each in a folder of its name (data)
 #   GPUS      processes of torchrun on this machine (1)
@@ -19,7 +21,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:-}
 if [ -z "$name" ] || [ -z "${INIT:-}" ]; then
-  echo "study/paper.sh: say which data set, and from where: INIT=CHECKPOINT bash study/paper.sh dior" >&2
+  echo "paper.sh: no data set or no INIT; INIT=CHECKPOINT bash study/paper.sh dior" >&2
   exit 2
 fi
 ROOT=${ROOT:-data}
@@ -50,9 +52,13 @@ score() {                                    # folder of scores, data set, split
 cot=""
 if [ -n "${TEACHER:-}" ]; then
   cot="--cot $OUT/cot.jsonl"
+  server=()
+  case $TEACHER in
+    http*) server=(--model "${MODEL:-}" --coords "${COORDS:-resized}" --init "$INIT") ;;
+  esac
   if [ ! -e "$OUT/cot.done" ]; then
-    $PY cot.py "$name" --root "$ROOT/$name" --teacher "$TEACHER" ${MODEL:+--model "$MODEL"} \
-      ${COORDS:+--coords "$COORDS"} --want "${WANT:-30000}" --out "$OUT/cot.jsonl" ${COT_FLAGS:-}
+    $PY cot.py "$name" --root "$ROOT/$name" --teacher "$TEACHER" "${server[@]}" \
+      --want "${WANT:-30000}" --out "$OUT/cot.jsonl" ${COT_FLAGS:-}
     touch "$OUT/cot.done"
   fi
 fi

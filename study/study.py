@@ -79,7 +79,13 @@ TRAINED = (
 def read_row(folder: Path) -> dict[str, Any] | None:
     """The one row of a folder of scores, or None where it was not scored."""
     content = read_json(folder / "eval.json")
-    return content and content["rows"][0]
+    if content is None:
+        return None
+    try:
+        return content["rows"][0]
+    except (KeyError, IndexError, TypeError):
+        runtime.fail(f"{folder / 'eval.json'} has no row of scores; remove {folder} and run "
+                     "ablate.sh again")
 
 
 def rows_of(seeds: Sequence[Path], arm: str, scores: str) -> list[dict[str, Any] | None]:
@@ -105,9 +111,27 @@ def seeds_with(regime: Path, arm: str, split: str, other: str = "sft") -> list[P
 
 def predictions_of(folder: Path, records: Sequence[Record]) -> list[dict[str, Any]]:
     """A folder's predictions, in the order of records; records without one are left out."""
-    file, = folder.glob("predictions_*.jsonl")
-    by_id = evaluation.read_predictions(file, records)
+    files = list(folder.glob("predictions_*.jsonl"))
+    if len(files) != 1:
+        runtime.fail(f"{len(files)} files predictions_*.jsonl in {folder}, where one belongs; "
+                     f"remove {folder} and run ablate.sh again")
+    by_id = evaluation.read_predictions(files[0], records)
     return [by_id[r.id] for r in records if r.id in by_id]
+
+
+def check_names(study: Path) -> None:
+    """Refuses a study without scores, and scores of a regime or an arm that is not known here."""
+    scores = sorted(study.glob("*/*/*/eval_*/eval.json"))
+    for file in scores:
+        regime, _, arm = file.relative_to(study).parts[:3]
+        if regime not in REGIMES:
+            runtime.fail(f"{study / regime}: no regime {regime}; there are {', '.join(REGIMES)}")
+        if arm not in ARMS:
+            runtime.fail(f"{file.parents[1]}: no arm {arm}; there are {', '.join(ARMS)}")
+    if not any((study / name).is_dir() for name in REGIMES):
+        runtime.fail(f"no regime ({', '.join(REGIMES)}) in {study}; run ablate.sh first")
+    if not scores:
+        runtime.fail(f"no scores in {study}; run ablate.sh first")
 
 
 # ---------------------------------------------------------------- Markdown
@@ -150,7 +174,7 @@ def arm_differences(
         ids = {p["id"] for p in sft}
         answered = [r for r in records if r.id in ids]
         test = metrics.paired(
-            answered, evaluation.overlap_of(answered, sft), evaluation.overlap_of(answered, ours))
+            answered, evaluation.strict_iou(answered, sft), evaluation.strict_iou(answered, ours))
         tests.append(test["mIoU"])
     return tests
 
@@ -212,7 +236,7 @@ def read_answers(
     distance = []
     for seed in seeds:
         predictions = predictions_of(seed / arm / f"eval_{split}", records)
-        boxes = evaluation.answered(records, predictions)
+        boxes = evaluation.strict_boxes(records, predictions)
         valid, overlap, _, _, away = metrics.overlaps(boxes, *metrics.targets(records))
         has_box.append(valid.numpy())
         iou.append(overlap.numpy())
@@ -284,8 +308,10 @@ def kinds(regime: Path, arms: Sequence[str], split: str) -> str:
             names.update(kind_scores)
     text = header(["mIoU by kind", *sorted(names)])
     for arm, kind_scores in by_arm.items():
+        cells = []
+        for name in sorted(names):
+            cells.append(mean_text([scores[name]["mIoU"] for scores in kind_scores]))
         if kind_scores:
-            cells = [mean_text([k[name]["mIoU"] for k in kind_scores]) for name in sorted(names)]
             text += line([ARMS[arm], *cells])
     return text
 
@@ -369,9 +395,8 @@ def main() -> None:
     parser = runtime.FlagParser("Tables and figure of a study that ablate.sh ran")
     parser.add_argument("study", nargs="?", default="ckpt/study", help="its folder")
     study = Path(parser.parse_args().study)
+    check_names(study)
     regimes = [study / name for name in REGIMES if (study / name).is_dir()]
-    if not regimes:
-        runtime.fail(f"no regime ({', '.join(REGIMES)}) in {study}; run ablate.sh first")
     arms = tuple(ARMS)
     text = ""
     tests = []

@@ -1,354 +1,1256 @@
-"""cot.py: every sentence is read back and held against the boxes, by code that shares nothing with the writer."""
+"""cot.py: what is written from annotations, and what a teacher writes.
+
+Every sentence is read back and held against the boxes, without the writer's code. A teacher is
+a real HTTP server on the loopback that errs.
+"""
+import base64
+import io
 import json
 import math
+import os
 import random
 import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import cot
 import data
-from answer import format_ok, parse_box
-from cot import Neighbor, explain, neighbors
+from answer import format_box, format_ok, parse_box
+from cot import Box, Neighbor, Reasoning, explain, neighbor_finder
 from data import Record
-from processor import Frame, Processor, to_model_frame
+from processor import Frame, Processor, Prompt, to_model_frame
 
-SENTENCE = {
+Run = Callable[..., subprocess.CompletedProcess]
+Script = Callable[..., None]
+Teach = Callable[..., list[dict[str, Any]]]
+
+SENTENCES = {
     "order": r"from (\w+) to (\w+):",
     "candidate": r"(an? [a-z ]+) near \((\d+), (\d+)\), at the ([a-z ]+)(?:, of size (\d+))?"
-                 r"((?:, (?:left of|right of|above|below) it)?(?:, \d+ away)?|, about where it is)(\.|: it fits\.)",
+                 r"((?:, (?:left of|right of|above|below) it)?(?:, \d+ away)?"
+                 r"|, about where it is)(\.|: it fits\.)",
     "anchor": r"(an? [a-z ]+) near \((\d+), (\d+)\)\.",
 }
 
 
-def middle(box):
+# ---------------------------------------------------------------- what the words mean
+
+def middle(box: Box) -> tuple[float, float]:
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
-def lies_in(name, box, size):
-    """The region's words mean: its ninth of the image holds the centre."""
-    column = 0 if "left" in name else 2 if "right" in name else 1
-    row = 0 if "upper" in name or name == "top" else 2 if "lower" in name or name == "bottom" else 1
-    x, y = middle(box)
-    return size[0] * column / 3 <= x <= size[0] * (column + 1) / 3 and size[1] * row / 3 <= y <= size[1] * (row + 1) / 3
-
-
-def half_step(frame):
-    """Half of what places are rounded to: a fiftieth of the longer side, in fives, and five at least."""
-    return max(2.5, 2.5 * round(max(frame.extent) / 250)) + 0.01
-
-
-def is_near(numbers, box, frame):
-    """Within half of the rounding step, in the model's frame."""
-    (x, y), scale = middle(box), [e / o for e, o in zip(frame.extent, frame.original)]
-    return all(abs(int(n) - v * s) <= half_step(frame) for n, v, s in zip(numbers, (x, y), scale))
-
-
-def holds(direction, box, other):
-    dx, dy = (a - b for a, b in zip(middle(box), middle(other)))
-    return {"left of": dx < 0 and abs(dx) >= abs(dy), "right of": dx > 0 and abs(dx) >= abs(dy), "above": dy < 0 and abs(dy) >= abs(dx),
-            "below": dy > 0 and abs(dy) >= abs(dx)}[direction]
-
-
-def is_away(number, box, other, frame):
-    scale = [e / o for e, o in zip(frame.extent, frame.original)]
-    away = math.hypot(*((a - b) * s for a, b, s in zip(middle(box), middle(other), scale)))
-    return abs(int(number) - away) <= half_step(frame)
-
-
-ASKS_SIDE, ASKS_DISTANCE = re.compile(r"left of|right of|above|below"), re.compile(r"next to|nearest to the (?!top|bottom)")
-
-
-def lies_so(said, box, other, frame):
-    """Does ", left of it, 40 away" hold of a box and the other object's?"""
-    if said == ", about where it is":
-        return is_away(0, box, other, frame)
-    return all(is_away(part.split()[0], box, other, frame) if part.endswith("away") else holds(part.removesuffix(" it"), box, other)
-               for part in said.split(", ")[1:])
-
-
-def surface(box):
+def surface(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-# the order that is told -> the number that grows in it, of a box and the other object's box
-GROWING = {("left", "right"): lambda b, to: middle(b)[0], ("right", "left"): lambda b, to: -middle(b)[0],
-           ("top", "bottom"): lambda b, to: middle(b)[1], ("bottom", "top"): lambda b, to: -middle(b)[1],
-           ("near", "far"): lambda b, to: math.dist(middle(b), middle(to)),
-           ("large", "small"): lambda b, to: -surface(b), ("small", "large"): lambda b, to: surface(b)}
+def lies_in(region: str, box: Box, size: tuple[int, int]) -> bool:
+    """Whether the ninth of the image that the words mean holds the center."""
+    column = 0 if "left" in region else 2 if "right" in region else 1
+    row = 1
+    if "upper" in region or region == "top":
+        row = 0
+    elif "lower" in region or region == "bottom":
+        row = 2
+    x, y = middle(box)
+    width = size[0] / 3
+    height = size[1] / 3
+    return (width * column <= x <= width * (column + 1)
+            and height * row <= y <= height * (row + 1))
 
 
-def check(text, record, others, frame, color=""):
+def half_step(frame: Frame) -> float:
+    """Half of what places are rounded to.
+
+    That is a fiftieth of the longer side, in fives, and five at least.
+    """
+    return max(2.5, 2.5 * round(max(frame.extent) / 250)) + 0.01
+
+
+def scale_of(frame: Frame) -> list[float]:
+    """Units of the model's frame in a pixel, across and down."""
+    return [extent / original for extent, original in zip(frame.extent, frame.original)]
+
+
+def is_near(numbers: Sequence[str], box: Box, frame: Frame) -> bool:
+    """Whether a point is the box's center to within half of the rounding step."""
+    for number, value, scale in zip(numbers, middle(box), scale_of(frame)):
+        if abs(int(number) - value * scale) > half_step(frame):
+            return False
+    return True
+
+
+def is_away(number: str | int, box: Box, other: Box, frame: Frame) -> bool:
+    """Whether the centers are so far from each other, to within half of the rounding step."""
+    x, y = middle(box)
+    other_x, other_y = middle(other)
+    x_scale, y_scale = scale_of(frame)
+    distance = math.hypot((x - other_x) * x_scale, (y - other_y) * y_scale)
+    return abs(int(number) - distance) <= half_step(frame)
+
+
+def holds(direction: str, box: Box, other: Box) -> bool:
+    dx, dy = (a - b for a, b in zip(middle(box), middle(other)))
+    if direction in ("left of", "right of"):
+        return abs(dx) >= abs(dy) and (dx < 0 if direction == "left of" else dx > 0)
+    return abs(dy) >= abs(dx) and (dy < 0 if direction == "above" else dy > 0)
+
+
+def relation_holds(relation: str, box: Box, other: Box, frame: Frame) -> bool:
+    """Whether ", left of it, 40 away" holds of a box and the other object's."""
+    if relation == ", about where it is":
+        return is_away(0, box, other, frame)
+    for part in relation.split(", ")[1:]:
+        if part.endswith("away"):
+            true = is_away(part.split()[0], box, other, frame)
+        else:
+            true = holds(part.removesuffix(" it"), box, other)
+        if not true:
+            return False
+    return True
+
+
+ASKS_SIDE = re.compile(r"left of|right of|above|below")
+ASKS_DISTANCE = re.compile(r"next to|nearest to the (?!top|bottom)")
+# The order that is told -> the number that grows in it, of a box and the anchor's.
+GROWING = {
+    ("left", "right"): lambda box, anchor: middle(box)[0],
+    ("right", "left"): lambda box, anchor: -middle(box)[0],
+    ("top", "bottom"): lambda box, anchor: middle(box)[1],
+    ("bottom", "top"): lambda box, anchor: -middle(box)[1],
+    ("near", "far"): lambda box, anchor: math.dist(middle(box), middle(anchor)),
+    ("large", "small"): lambda box, anchor: -surface(box),
+    ("small", "large"): lambda box, anchor: surface(box),
+}
+
+
+# ---------------------------------------------------------------- reading a text back
+
+@dataclass(frozen=True)
+class Case:
+    """A record with all that a text may speak of."""
+
+    record: Record
+    others: list[Neighbor]
+    frame: Frame
+    color: str = ""            # of the target
+
+    @property
+    def same_kind(self) -> list[Neighbor]:
+        """The other candidates."""
+        category = self.record.category
+        colored = bool(self.color) and f"{self.color} {category}" in self.record.text
+        return [o for o in self.others
+                if o.category == category and (not colored or o.color == self.color)]
+
+    @property
+    def candidates(self) -> list[Box]:
+        return [self.record.box, *(o.box for o in self.same_kind)]
+
+    @property
+    def mentioned(self) -> list[Neighbor]:
+        """Objects that the expression names beside the candidates."""
+        mentioned = []
+        for o in self.others:
+            own_category = o.category == self.record.category
+            words = f"{o.color} {o.category}" if own_category else o.category
+            if o not in self.same_kind and words in self.record.text:
+                mentioned.append(o)
+        return mentioned
+
+    @property
+    def phrases(self) -> dict[Box, str]:
+        """What each object is called: "a red ship"."""
+        target = Neighbor(self.record.category, self.record.box, self.color)
+        phrases = {}
+        for o in [*self.others, target]:
+            words = f"{o.color} {o.category}".strip()
+            phrases[o.box] = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+        return phrases
+
+
+def check_text(text: str, case: Case) -> None:
     """Reads the whole text, sentence by sentence; nothing may be left over."""
     assert format_ok(text)
     think = text[len("<think>"):text.index("</think>")]
     box = parse_box(text)
-    assert all(abs(a - b) <= 1 for a, b in zip(box, to_model_frame(record.box, frame)))
-    assert str([int(v) for v in box])[1:-1] not in think                 # the answer is not given away before it is reasoned for
-    narrow = f"{color} {record.category}" if color and f"{color} {record.category}" in record.text else record.category
-    same = [o for o in others if o.category == record.category and (narrow == record.category or o.color == color)]
-    candidates = [record.box, *(o.box for o in same)]
-    words = {o.box: f"{o.color} {o.category}".strip() for o in others} | {record.box: f"{color} {record.category}".strip()}
-    known = {box: f"{'an' if called[0] in 'aeiou' else 'a'} {called}" for box, called in words.items()}
-    asked = record.text.replace("<", "(").replace(">", ")") + "."
-    assert think.startswith(asked)
-    places, anchors, seen, rest, growing, fits = [], [], [], think[len(asked):].strip(), GROWING["left", "right"], 0
-    while rest:
-        kind, m = next(((k, m) for k, p in SENTENCE.items() if (m := re.match(p, rest))), (None, None))
-        assert m, f"no sentence that can be checked: {rest!r}"
-        rest, g = rest[m.end():].strip(), m.groups()
-        seen.append(kind)
+    wanted = to_model_frame(case.record.box, case.frame)
+    assert all(abs(a - b) <= 1 for a, b in zip(box, wanted))
+    # The answer is not given away before it is reasoned for.
+    assert str([int(v) for v in box])[1:-1] not in think
+    sentences = read_sentences(think, case.record.text)
+    kinds = " ".join(kind for kind, _ in sentences)
+    assert re.fullmatch(r"(anchor )?(order )?(candidate ?)+", kinds), kinds
+    # What the expression names is placed.
+    assert ("anchor" in kinds) == bool(case.mentioned)
+    order = ("left", "right")
+    anchors: list[Box] = []
+    candidates: list[list[Box]] = []           # boxes that each candidate's sentence fits
+    verdicts = []
+    for kind, words in sentences:
         if kind == "order":
-            assert not places                                            # said once, before the first
-            growing = GROWING[g]
+            order = words
         elif kind == "anchor":
-            anchors = [o.box for o in others if o not in same and o.category in record.text and known[o.box] == g[0]
-                       and is_near(g[1:3], o.box, frame)]
-            assert anchors and not places, (g, known)                    # before the candidates, which are described by it
+            anchors = anchor_boxes(words, case)
         else:
-            what, x, y, region, size, beside, end = g
-            fitting = [b for b in candidates if what == known[b]]
-            fitting = [b for b in fitting if is_near((x, y), b, frame) and lies_in(region, b, record.size)]
-            scale = math.prod(e / o for e, o in zip(frame.extent, frame.original))
-            fitting = [b for b in fitting if size is None or abs(int(size) - math.sqrt(surface(b) * scale)) <= 0.51]
-            fitting = [b for b in fitting if not beside or any(lies_so(beside, b, c, frame) for c in anchors)]
-            assert fitting, (g, known)
-            assert bool(anchors) == bool(beside)
-            if beside and "it is" not in beside:                         # what is asked for is told
-                assert ("of it" in beside or "above" in beside or "below" in beside) or not ASKS_SIDE.search(record.text)
-                assert "away" in beside or not ASKS_DISTANCE.search(record.text)
-            places.append(fitting)
-            if end != ".":
-                fits += 1
-                assert record.box in fitting
-    for to in anchors or [None]:
-        if all(min(growing(b, to) for b in a) <= max(growing(b, to) for b in c) for a, c in zip(places, places[1:])):
-            break
-    else:
-        raise AssertionError(f"not in the order that is told: {think}")
-    mentioned = any(o not in same and (f"{o.color} {o.category}" if o.category == record.category else o.category) in record.text
-                    for o in others)
-    assert seen.count("anchor") == mentioned                             # what the expression names is placed
-    assert seen.count("candidate") == min(6, len(candidates)) and fits == 1
+            candidates.append(candidate_boxes(words, anchors, case))
+            verdicts.append(words[-1])
+    assert len(candidates) == min(6, len(case.candidates))
+    assert verdicts.count(": it fits.") == 1
+    assert case.record.box in candidates[verdicts.index(": it fits.")]
+    assert any(grows(candidates, order, anchor) for anchor in anchors or [None]), think
 
 
-KINDS = ("ship", "storage tank", "bridge")
+def read_sentences(think: str, expression: str) -> list[tuple[str, tuple[str, ...]]]:
+    """The reasoning behind the expression -> kind of each sentence, and what its pattern reads."""
+    said = expression.replace("<", "(").replace(">", ")") + "."
+    assert think.startswith(said)
+    rest = think[len(said):].strip()
+    sentences = []
+    while rest:
+        matches = {kind: re.match(pattern, rest) for kind, pattern in SENTENCES.items()}
+        matching = [kind for kind, match in matches.items() if match]
+        assert matching, f"no sentence that can be checked: {rest!r}"
+        match = matches[matching[0]]
+        sentences.append((matching[0], match.groups()))
+        rest = rest[match.end():].strip()
+    return sentences
 
 
-def made_up(rng):
+def anchor_boxes(words: tuple[str, ...], case: Case) -> list[Box]:
+    """The boxes that the anchor's sentence fits."""
+    phrase, *point = words
+    boxes = []
+    for o in case.others:
+        may_be_anchor = o not in case.same_kind and o.category in case.record.text
+        if may_be_anchor and case.phrases[o.box] == phrase and is_near(point, o.box, case.frame):
+            boxes.append(o.box)
+    assert boxes, (words, case.phrases)
+    return boxes
+
+
+def candidate_boxes(words: tuple[str, ...], anchors: list[Box], case: Case) -> list[Box]:
+    """The boxes that a candidate's sentence fits."""
+    phrase, x, y, region, size, relation, _ = words
+    assert bool(anchors) == bool(relation)
+    boxes = []
+    for box in case.candidates:
+        fits = [case.phrases[box] == phrase, is_near((x, y), box, case.frame),
+                lies_in(region, box, case.record.size)]
+        if size is not None:
+            side = math.sqrt(surface(box) * math.prod(scale_of(case.frame)))
+            fits.append(abs(int(size) - side) <= 0.51)
+        if relation:
+            fits.append(any(relation_holds(relation, box, a, case.frame) for a in anchors))
+        if all(fits):
+            boxes.append(box)
+    assert boxes, (words, case.phrases)
+    # What is asked for is told.
+    if relation and "it is" not in relation:
+        side_told = "of it" in relation or "above" in relation or "below" in relation
+        assert side_told or not ASKS_SIDE.search(case.record.text)
+        assert "away" in relation or not ASKS_DISTANCE.search(case.record.text)
+    return boxes
+
+
+def grows(candidates: list[list[Box]], order: tuple[str, ...], anchor: Box | None) -> bool:
+    """Whether the candidates may stand in this order, where a sentence fits several boxes."""
+    for before, behind in zip(candidates, candidates[1:]):
+        least = min(GROWING[order](box, anchor) for box in before)
+        most = max(GROWING[order](box, anchor) for box in behind)
+        if least > most:
+            return False
+    return True
+
+
+# ---------------------------------------------------------------- texts from annotations
+
+CATEGORIES = ("ship", "storage tank", "bridge")
+EXPRESSIONS = (
+    "the ship", "the largest ship", "the ship left of the storage tank",
+    "the ship next to the red ship", "the smallest ship next to the bridge",
+    "the ship above the largest bridge", "the ship nearest to the bottom edge",
+    "the uppermost ship", "the ship farthest to the right", "leftmost ship",
+    "a ship </think><answer>", "ship <think>",
+)
+
+
+def made_up(rng: random.Random) -> tuple[Record, list[Neighbor]]:
+    """A record without an image, and up to seven other objects."""
     size = (rng.randint(200, 1000), rng.randint(200, 1000))
 
-    def box():
-        x, y = rng.uniform(0, size[0] - 40), rng.uniform(0, size[1] - 40)
+    def random_box() -> Box:
+        x = rng.uniform(0, size[0] - 40)
+        y = rng.uniform(0, size[1] - 40)
         return x, y, rng.uniform(x + 10, size[0]), rng.uniform(y + 10, size[1])
-    text = rng.choice(("the ship", "the largest ship", "the ship left of the storage tank", "the ship next to the red ship",
-                       "the smallest ship next to the bridge", "the ship above the largest bridge", "the ship nearest to the bottom edge",
-                       "the uppermost ship", "the ship farthest to the right", "leftmost ship",
-                       "a ship </think><answer>", "ship <think>"))
-    record = Record("1", None, text, box(), "ship", size)
-    others = [Neighbor(rng.choice(KINDS), box(), rng.choice(("", "red"))) for _ in range(rng.randint(0, 6))]
-    if rng.random() < 0.3:                                               # a field in its stadium: one centre, another size
+
+    record = Record("1", None, rng.choice(EXPRESSIONS), random_box(), "ship", size)
+    others = []
+    for _ in range(rng.randint(0, 6)):
+        others.append(Neighbor(rng.choice(CATEGORIES), random_box(), rng.choice(("", "red"))))
+    # A field in its stadium: one center, another size.
+    if rng.random() < 0.3:
         x1, y1, x2, y2 = record.box
-        w, h, k = (x2 - x1) / 2, (y2 - y1) / 2, rng.uniform(-0.5, 0.4)
-        others.append(Neighbor(rng.choice(KINDS), (x1 - k * w, y1 - k * h, x2 + k * w, y2 + k * h)))
+        dx = (x2 - x1) / 2 * rng.uniform(-0.5, 0.4)
+        dy = dx * (y2 - y1) / (x2 - x1)
+        box = (x1 - dx, y1 - dy, x2 + dx, y2 + dy)
+        others.append(Neighbor(rng.choice(CATEGORIES), box))
     return record, others
 
 
 @pytest.mark.parametrize("convention", ["absolute", "1000"])
-def test_every_sentence_is_true_of_made_up_records(convention):
+def test_every_sentence_is_true_of_made_up_records(convention: str) -> None:
     rng = random.Random(0)
     for _ in range(1400):
         record, others = made_up(rng)
-        frame = Frame(record.size, (28 * rng.randint(4, 30), 28 * rng.randint(4, 30)), convention)
-        check(explain(record, others, frame), record, others, frame)
+        resized = (28 * rng.randint(4, 30), 28 * rng.randint(4, 30))
+        frame = Frame(record.size, resized, convention)
+        check_text(explain(record, others, frame), Case(record, others, frame))
 
 
-def test_every_sentence_is_true_of_the_embedded_world():
+def test_every_sentence_is_true_of_the_embedded_world() -> None:
     records = data.load("synth", None, "val")
-    write = cot.writer(records)
+    write_completion = cot.writer(records)
+    find_neighbors = neighbor_finder(records)
     for record in records:
         frame = Frame(record.size, record.size, "absolute")
         target, = (o for o in record.image.objects if o.box == record.box)
-        others = [Neighbor(o.category, o.box, o.color) for o in record.image.objects if o is not target]
-        assert neighbors(records)(record) == others
-        check(write(record, frame), record, others, frame, target.color)
+        others = [Neighbor(o.category, o.box, o.color)
+                  for o in record.image.objects if o is not target]
+        assert find_neighbors(record) == others
+        check_text(write_completion(record, frame), Case(record, others, frame, target.color))
 
 
-def test_a_checker_that_accepts_anything_would_be_no_test():
-    record = Record("1", None, "the largest ship left of the bridge", (10.0, 10.0, 30.0, 30.0), "ship", (300, 300))
-    others = [Neighbor("ship", (200.0, 20.0, 210.0, 30.0)), Neighbor("bridge", (100.0, 0.0, 160.0, 60.0))]
-    frame = Frame((300, 300), (300, 300), "absolute")
-    good = explain(record, others, frame)
-    check(good, record, others, frame)
-    for a, b in [("left of it", "right of it"), ("upper left", "upper right"), ("(20, 20)", "(20, 40)"), ("of size 20", "of size 23"),
-                 ("a ship near", "a bridge near"), ("large to small", "small to large"), (": it fits.", "."), (", left of it", "")]:
-        assert a in good, (a, good)
+def test_a_checker_that_accepts_anything_would_be_no_test() -> None:
+    record = Record("1", None, "the largest ship left of the bridge", (10.0, 10.0, 30.0, 30.0),
+                    "ship", (300, 300))
+    others = [Neighbor("ship", (200.0, 20.0, 210.0, 30.0)),
+              Neighbor("bridge", (100.0, 0.0, 160.0, 60.0))]
+    case = Case(record, others, Frame((300, 300), (300, 300), "absolute"))
+    text = explain(record, others, case.frame)
+    check_text(text, case)
+    for right, wrong in [
+            ("left of it", "right of it"), ("upper left", "upper right"),
+            ("(20, 20)", "(20, 40)"), ("of size 20", "of size 23"),
+            ("a ship near", "a bridge near"), ("large to small", "small to large"),
+            (": it fits.", "."), (", left of it", "")]:
+        assert right in text, (right, text)
         with pytest.raises(AssertionError):
-            check(good.replace(a, b), record, others, frame)
+            check_text(text.replace(right, wrong), case)
 
 
-def test_reasoning_for_training_speaks_of_training_records_only(dior_root):
-    train, test = (data.load("dior", dior_root, name) for name in ("train", "test"))
-    others = neighbors(train)
-    known = {r.box for r in train}
+def test_reasoning_for_training_speaks_of_training_records_only(dior_root: Path) -> None:
+    train = data.load("dior", dior_root, "train")
+    test = data.load("dior", dior_root, "test")
+    find_neighbors = neighbor_finder(train)
+    train_boxes = {r.box for r in train}
     for record in train:
-        assert {o.box for o in others(record)} <= known - {record.box}
-        assert not {o.box for o in others(record)} & {r.box for r in test}
+        boxes = {o.box for o in find_neighbors(record)}
+        assert boxes <= train_boxes - {record.box}
+        assert not boxes & {r.box for r in test}
 
 
-def test_the_target_under_another_expression_is_no_other_object():
-    a = Record("0", "same.jpg", "the ship", (10.0, 10.0, 50.0, 50.0), "ship", (100, 100))
-    b = Record("1", "same.jpg", "the grey one", (10.0, 10.0, 51.0, 50.0), "ship", (100, 100))
-    c = Record("2", "same.jpg", "the far ship", (70.0, 70.0, 90.0, 90.0), "ship", (100, 100))
-    d = Record("3", "same.jpg", "the ship beside it", (30.0, 10.0, 70.0, 50.0), "ship", (100, 100))    # overlaps: IoU 1/3
-    assert [o.box for o in neighbors([a, b, c, d])(a)] == [c.box, d.box]
+def test_the_target_under_another_expression_is_no_other_object() -> None:
+    def ship(identity: str, text: str, *box: float) -> Record:
+        return Record(identity, "same.jpg", text, box, "ship", (100, 100))
+    target = ship("0", "the ship", 10.0, 10.0, 50.0, 50.0)
+    same_object = ship("1", "the grey one", 10.0, 10.0, 51.0, 50.0)
+    other = ship("2", "the far ship", 70.0, 70.0, 90.0, 90.0)
+    overlapping = ship("3", "the ship beside it", 30.0, 10.0, 70.0, 50.0)      # IoU 1/3
+    find_neighbors = neighbor_finder([target, same_object, other, overlapping])
+    assert [o.box for o in find_neighbors(target)] == [other.box, overlapping.box]
 
 
 @pytest.mark.parametrize("category", ["</think>", "<answer>", "<think>"])
-def test_a_tag_for_a_category_does_not_break_the_format(category):
+def test_a_tag_for_a_category_does_not_break_the_format(category: str) -> None:
     record = Record("1", None, f"the {category}", (10.0, 10.0, 30.0, 30.0), category, (300, 300))
-    assert format_ok(explain(record, [Neighbor(category, (200.0, 20.0, 220.0, 60.0))], Frame((300, 300), (300, 300), "absolute")))
+    others = [Neighbor(category, (200.0, 20.0, 220.0, 60.0))]
+    assert format_ok(explain(record, others, Frame((300, 300), (300, 300), "absolute")))
 
 
-def test_what_shares_the_centre_lies_in_no_direction():
-    record = Record("1", None, "the field in the stadium", (100.0, 100.0, 200.0, 200.0), "field", (800, 800))
-    text = explain(record, [Neighbor("stadium", (50.0, 50.0, 250.0, 250.0))], Frame((800, 800), (800, 800), "absolute"))
-    assert ", about where it is: it fits." in text and " of it" not in text and "away" not in text
+def test_what_shares_the_centre_lies_in_no_direction() -> None:
+    record = Record("1", None, "the field in the stadium", (100.0, 100.0, 200.0, 200.0), "field",
+                    (800, 800))
+    others = [Neighbor("stadium", (50.0, 50.0, 250.0, 250.0))]
+    text = explain(record, others, Frame((800, 800), (800, 800), "absolute"))
+    assert ", about where it is: it fits." in text
+    assert " of it" not in text and "away" not in text
 
 
-def test_reasoning_of_ones_own(tmp_path):
-    file, records = tmp_path / "own.jsonl", [Record("7", None, "the ship", (1.0, 1.0, 2.0, 2.0), "ship", (9, 9))]
-    for think in ("it is there.", "one\u2028line", "one\x85line"):        # line ends to str.splitlines, letters to JSON
-        file.write_text("\n" + json.dumps({"id": 7, "think": think}, ensure_ascii=False) + "\n", encoding="utf-8")
-        assert cot.load_jsonl(file, records) == {"7": f"<think>{think}</think>"}
-    file.write_bytes(b"\xef\xbb\xbf" + json.dumps({"id": "7", "think": "a"}).encode() + b"\r\n")    # as Windows writes it
-    assert cot.load_jsonl(file, records) == {"7": "<think>a</think>"}
-    for bad in ("[1]", '{"id": "7"}', '{"id": "7", "think": 3}', '{"id": "7", "think": "\\ud800"}', '{"id": "7", "think": "</think>"}',
-                "[" * 100_000):
-        file.write_text(json.dumps({"id": "7", "think": "a"}) + "\n" + bad + "\n")
-        with pytest.raises(data.DataError, match=r"own\.jsonl, line 2: "):
-            cot.load_jsonl(file, records)
+@pytest.mark.parametrize("words, meant", [
+    ("the red tank", 1), ("the tank", 0), ("the largest tank", 2), ("the smallest blue tank", 0),
+    ("the biggest blue tank", 2)])
+def test_of_several_anchors_the_one_that_the_words_mean_is_placed(words: str, meant: int) -> None:
+    """Three tanks: small and blue, middling and red, large and blue."""
+    tanks = [Neighbor("tank", (0, 0, 10, 10), "blue"), Neighbor("tank", (40, 0, 60, 20), "red"),
+             Neighbor("tank", (70, 70, 110, 110), "blue")]
+    record = Record("0", None, f"the truck nearest to {words}", (50.0, 50.0, 60.0, 60.0), "truck",
+                    (112, 112))
+    frame = Frame((112, 112), (112, 112), "absolute")
+    point = cot.point_text(tanks[meant].box, frame)
+    text = explain(record, tanks, frame)
+    assert f"a {tanks[meant].color} tank near {point}." in text
+
+
+# ---------------------------------------------------------------- reasoning of one's own
+
+SHIP = Record("7", None, "the ship", (1.0, 1.0, 2.0, 2.0), "ship", (9, 9))
+
+
+def test_reasoning_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    # U+2028 and U+0085 end a line for str.splitlines; in JSON they are letters.
+    for think in ("it is there.", "one\u2028line", "one\x85line"):
+        line = json.dumps({"id": 7, "think": think}, ensure_ascii=False)
+        file.write_text("\n" + line + "\n", encoding="utf-8")
+        assert cot.load_reasoning(file, [SHIP]) == {"7": Reasoning(think)}
+    # As Windows writes it.
+    line = json.dumps({"id": "7", "think": "a"}).encode()
+    file.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n")
+    assert cot.load_reasoning(file, [SHIP]) == {"7": Reasoning("a")}
+
+
+@pytest.mark.parametrize("line", [
+    "[1]", '{"id": "7"}', '{"id": "7", "think": 3}', '{"id": "7", "think": "\\ud800"}',
+    '{"id": "7", "think": "</think>"}', '{"id": "7", "think": "a", "frame": {"original": [9, 9]}}',
+    "[" * 100_000])
+def test_a_line_that_is_no_reasoning_is_named(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"id": "7", "think": "a"}) + "\n" + line + "\n")
+    with pytest.raises(data.DataError, match=r"own\.jsonl, line 2: "):
+        cot.load_reasoning(file, [SHIP])
+
+
+def test_a_record_without_reasoning_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"id": "7", "think": "a"}))
+    other = Record("8", None, "the ship", (1.0, 1.0, 2.0, 2.0), "ship", (9, 9))
     with pytest.raises(data.DataError, match="no reasoning for 1 of 2"):
-        file.write_text(json.dumps({"id": "7", "think": "a"}))
-        cot.load_jsonl(file, [*records, Record("8", None, "the ship", (1.0, 1.0, 2.0, 2.0), "ship", (9, 9))])
+        cot.load_reasoning(file, [SHIP, other])
 
 
-def test_it_can_be_looked_at(run, tmp_path):
-    done = run("cot.py", "synth", "--split", "val", "--show", 3, "--out", tmp_path / "cot.png")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("<think>") == 3 and (tmp_path / "cot.png").exists()
-
+# ---------------------------------------------------------------- the command
 
 @pytest.fixture
-def script(monkeypatch):
+def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     """script("dior", "--show", 3) runs cot.py's main in this process."""
-    return lambda *flags: (monkeypatch.setattr("sys.argv", ["cot.py", *map(str, flags)]), cot.main())
+    def script(*flags: object) -> None:
+        monkeypatch.setattr("sys.argv", ["cot.py", *map(str, flags)])
+        cot.main()
+    return script
 
 
-def test_it_is_shown_in_the_coordinates_that_a_checkpoint_is_trained_on(script, tiny_checkpoint, dior_root, tmp_path, capsys):
-    records, processor = data.load("dior", dior_root, "sft"), Processor.from_pretrained(tiny_checkpoint)
-    for more, frame in (((), Frame((120, 90), (120, 90), "absolute")),
-                        (("--init", tiny_checkpoint), processor(data.open_image(records[0]), "").frame)):
-        script("dior", "--root", dior_root, "--show", 1, "--out", tmp_path / "cot.png", *more)
+def test_it_can_be_looked_at(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "cot.png"
+    done = run("cot.py", "synth", "--split", "val", "--show", 3, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("<think>") == 3 and out.exists()
+
+
+def test_it_is_shown_in_the_coordinates_that_a_checkpoint_is_trained_on(
+        script: Script, tiny_checkpoint: Path, dior_root: Path, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    records = data.load("dior", dior_root, "sft")
+    processor = Processor.from_pretrained(tiny_checkpoint)
+    original = Frame((120, 90), (120, 90), "absolute")
+    resized = processor(data.open_image(records[0]), "").frame
+    assert resized.extent != (120, 90)
+    for flags, frame in ((), original), (("--init", tiny_checkpoint), resized):
+        script("dior", "--root", dior_root, "--show", 1, "--out", tmp_path / "cot.png", *flags)
         assert cot.writer(records)(records[0], frame) in capsys.readouterr().out
-    assert frame.extent != (120, 90)
 
 
-def test_what_no_encoding_has_is_printed_all_the_same(run, tmp_path, monkeypatch):
+def test_what_no_encoding_has_is_printed_all_the_same(
+        run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (50, 50)).save(tmp_path / "a.png")
-    (tmp_path / "train.jsonl").write_text(json.dumps({"image": "a.png", "text": "the ship \u8239 \ud800", "box": [1, 2, 30, 40]}))
+    row = {"image": "a.png", "text": "the ship \u8239 \ud800", "box": [1, 2, 30, 40]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = run("cot.py", "jsonl", "--root", tmp_path, "--split", "train", "--out", tmp_path / "cot.png")
+    done = run("cot.py", "jsonl", "--root", tmp_path, "--split", "train",
+               "--out", tmp_path / "cot.png")
     assert done.returncode == 0 and r"the ship \u8239 \ud800." in done.stdout, done.stderr
 
 
-def test_a_users_mistake_is_one_line(script, run, tiny_checkpoint, dior_root, tmp_path, capsys):
-    (tmp_path / "train.jsonl").write_text(json.dumps({"image": "a.png", "text": "the ship", "box": [1, 2, 30, 40]}))
-    with pytest.raises(data.DataError, match="no usable record in the split train of jsonl: 1 of 1 .*missing image: 1") as error:
+def test_a_users_mistake_is_one_line(
+        script: Script, dior_root: Path, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"image": "a.png", "text": "the ship", "box": [1, 2, 30, 40]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    message = "no usable record in the split train of jsonl: 1 of 1 .*missing image: 1"
+    with pytest.raises(data.DataError, match=message) as error:
         script("jsonl", "--root", tmp_path, "--split", "train", "--out", tmp_path / "cot.png")
     assert "\n" not in str(error.value)
     (tmp_path / "file").write_text("")
-    dior = ("dior", "--root", dior_root)
     with pytest.raises(SystemExit) as stop:
-        script(*dior, "--out", tmp_path / "file" / "cot.png")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and str(tmp_path / "file") in error and error.count("\n") == 1
+        script("dior", "--root", dior_root, "--out", tmp_path / "file" / "cot.png")
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and str(tmp_path / "file") in printed
+    assert printed.count("\n") == 1
     for name in ("cot.xyz", "cot.psd"):
         with pytest.raises(data.DataError, match=f"can't be written to .*{name}"):
-            script(*dior, "--out", tmp_path / name)
-    for flags, says in ((("--teacher", tmp_path / "nope"), "no checkpoint at"),
-                        (("--teacher", tiny_checkpoint, "--device", "cuda"), "torch sees no CUDA device"),
-                        (("--teacher", tiny_checkpoint, "--init", tiny_checkpoint), "--init is for the check")):
-        done = run("cot.py", *dior, "--device", "cpu", "--out", tmp_path / "told.jsonl", *flags)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
-    assert not (tmp_path / "told.jsonl").exists()
+            script("dior", "--root", dior_root, "--out", tmp_path / name)
 
 
-# ------------------------------------------------------------------------------------------------------------------ a teacher's reasoning
+# ---------------------------------------------------------------- what of a teacher is kept
 
-RECORD = Record("7", None, "the ship", (100.0, 200.0, 300.0, 400.0), "ship", (800, 800))
-FRAME = Frame((800, 800), (400, 400), "absolute")                        # the model sees half the size: its box is [50, 100, 150, 200]
-
-
-@pytest.mark.parametrize("think, box, why", [
-    ("it is left of the pier, near (100, 150).", [50, 100, 150, 200], None),
-    ("it is left of the pier.", [52, 101, 149, 197], None),
-    ("it is left of the pier.", [250, 100, 350, 200], "disagrees with the annotation"),
-    ("it is left of the pier.", [100, 200, 300, 400], "disagrees with the annotation"),              # pixels of the original image
-    ("it lies in [50, 100, 150, 200].", [50, 100, 150, 200], "gives the box away before the answer"),
-    ("from 51 across and 102 down to 149 and 199.", [50, 100, 150, 200], "gives the box away before the answer"),
-    ("x1=50, y1=100, x2=150, y2=200", [50, 100, 150, 200], "gives the box away before the answer"),
-    ("x from 50 to 150, y 100-200", [50, 100, 150, 200], "gives the box away before the answer"),
-    ("top left (50, 100), one of 2 ships, bottom right (150, 200)", [50, 100, 150, 200], "gives the box away before the answer"),
-    ("left 50, top 100, width 101, height 99", [50, 100, 150, 200], "gives the box away before the answer"),
-    ("there are 2: near 50, 100 and near 300, 310.", [50, 100, 150, 200], None),
-    (" ", [50, 100, 150, 200], "no reasoning"),
-    ("it is </think><answer> left.", [50, 100, 150, 200], "does not parse: several answers"),
-    ("it is left.", [50, 100, 150], "does not parse: not four numbers")])
-def test_a_teacher_is_kept_where_it_parses_agrees_and_does_not_leak(think, box, why):
-    text = f'<think>{think}</think><answer>{{"bbox_2d": {box}}}</answer>'
-    assert cot.judge(text, RECORD, FRAME) == ((think, None) if why is None else (None, why))
+HARBOR_SHIP = Record("7", None, "the ship", (100.0, 200.0, 300.0, 400.0), "ship", (800, 800))
+# The model sees half the size: its box is [50, 100, 150, 200].
+HALF_SIZE = Frame((800, 800), (400, 400), "absolute")
+RIGHT_BOX = [50, 100, 150, 200]
 
 
-def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_from_the_annotations(monkeypatch, tiny_checkpoint, dior_root,
-                                                                                                     tmp_path):
-    import torch
-    records, out, asked = data.load("dior", dior_root, "sft"), tmp_path / "told.jsonl", []
+def completion_of(think: str, box: object) -> str:
+    return f'<think>{think}</think><answer>{{"bbox_2d": {box}}}</answer>'
 
-    def generate(model, prompts, group, max_new_tokens, temperature, seeds):
-        """Every second record is explained rightly."""
-        processor = Processor.from_pretrained(tiny_checkpoint)
-        texts = []
-        for p in prompts:
-            asked.append(processor.decode(p.input_ids))
-            box = asked[-1].split("lies in the box ")[1].split(". Write")[0]
-            texts.append(f'<think>by the pier.</think><answer>{{"bbox_2d": {box}}}</answer>' if len(asked) % 2 else "i can't say")
-        ids = [processor.encode(t) for t in texts]
-        tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, None]
-        return tokens, torch.zeros(tokens.shape), torch.tensor([[len(i)] for i in ids])
-    monkeypatch.setattr(cot, "generate", generate)
-    for limit in ("3", "1000", "1000"):
-        if len(asked) == 3:                                              # stopped in the middle of a line
+
+@pytest.mark.parametrize("think", [
+    "it is left of the pier.",
+    "near (100, 150), above a ship at [300, 300.5, 340,399].",
+    "of 3 ships, which fill 30% of it, the A380 is 2nd.",
+    "the ship of 1997, x1 and y2 are not told."])
+def test_an_explanation_is_kept_where_it_is_whole_agrees_and_does_not_leak(think: str) -> None:
+    record = replace(HARBOR_SHIP, text="the ship of 1997")
+    for box in (RIGHT_BOX, [52, 101, 149, 197], [50.5, 100.0, 150.2, 200.0]):
+        text = "\n" + completion_of(think, box) + "\n"
+        assert cot.filter_explanation(text, record, HALF_SIZE) == (think, None)
+
+
+@pytest.mark.parametrize("text", [
+    "i can't say", "<think>it is left", "<think>it is left</think>",
+    '<think>it is left</think><answer>{"bbox_2d": [50, 100, 15',
+    completion_of(" ", RIGHT_BOX), completion_of("it is </think><answer> left.", RIGHT_BOX),
+    completion_of("it is <answer> left.", RIGHT_BOX),
+    '<answer>{"bbox_2d": [50, 100, 150, 200]}</answer>',
+    "it is left." + completion_of("it is left.", RIGHT_BOX)])
+def test_an_incomplete_chain_is_refused(text: str) -> None:
+    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, "incomplete chain")
+
+
+@pytest.mark.parametrize("box", [
+    [50, 100, 150], "[50, 100, 150, 200", [150, 200, 50, 100], '"50 100 150 200"',
+    # Right in pixels of the original image, in thousandths, in shares of the sides.
+    [100, 200, 300, 400], [125, 250, 375, 500], [0.125, 0.25, 0.375, 0.5]])
+def test_an_answer_in_another_format_is_refused(box: object) -> None:
+    text = completion_of("it is left.", box)
+    reason = "inconsistent coordinate format"
+    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, reason)
+
+
+@pytest.mark.parametrize("think", [
+    "it is 40 pixels wide.", "it is 4 px wide.", "x = 5 is its left edge.",
+    "it lies at 100, 150.", "at (0.25, 0.4).", "at 0.25 of the width.", "at (100, 450).",
+    "near (100; 150).", "seen in 1997."])
+def test_reasoning_whose_numbers_cant_be_converted_is_refused(think: str) -> None:
+    text = completion_of(think, RIGHT_BOX)
+    reason = "inconsistent coordinate format"
+    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, reason)
+
+
+def test_a_wrong_box_is_refused() -> None:
+    for box in ([250, 100, 350, 200], [50, 100, 90, 200], [0, 0, 400, 400]):
+        text = completion_of("it is left.", box)
+        assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, "wrong box")
+
+
+@pytest.mark.parametrize("think", [
+    "it lies in [50, 100, 150, 200].", "from 51 across and 102 down to 149 and 199.",
+    "x1=50, y1=100, x2=150, y2=200", "x from 50 to 150, y 100-200",
+    "top left (50, 100), one of 2 ships, bottom right (150, 200)",
+    "left 50, top 100, width 101, height 99"])
+def test_a_box_that_is_given_away_is_refused(think: str) -> None:
+    text = completion_of(think, RIGHT_BOX)
+    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, "box given away")
+
+
+def test_coordinates_of_a_teacher_are_converted_to_the_students(tmp_path: Path) -> None:
+    """Points and boxes, in whole numbers; counts stay. Without a frame nothing is converted."""
+    file = tmp_path / "explained.jsonl"
+    think = "one of 7, near (100, 150), beside [10,20.5, 30,40]"
+    line = {"id": "7", "think": think, "frame": asdict(HALF_SIZE)}
+    thousandths = Frame((800, 800), (112, 112), "1000")
+    converted = "one of 7, near (250, 375), beside [25,51, 75,100]"
+    own_line = {"id": "7", "think": think}
+    for content, student, wanted in [
+            (line, thousandths, converted), (line, HALF_SIZE, think),
+            (own_line, thousandths, think)]:
+        file.write_text(json.dumps(content))
+        text = cot.writer([HARBOR_SHIP], file)(HARBOR_SHIP, student)
+        assert text == f"<think>{wanted}</think>{cot.answer_text(HARBOR_SHIP, student)}"
+
+
+def test_a_teachers_file_may_be_unfinished_but_must_be_of_these_images(tmp_path: Path) -> None:
+    file = tmp_path / "explained.jsonl"
+    line = {"id": "7", "think": "it is left.", "frame": asdict(HALF_SIZE)}
+    file.write_text(json.dumps(line))
+    other = replace(HARBOR_SHIP, id="8")
+    frame = Frame((800, 800), (800, 800), "absolute")
+    records = [HARBOR_SHIP, other]
+    assert cot.writer(records, file)(other, frame) == cot.writer(records)(other, frame)
+    with pytest.raises(data.DataError, match="record '7' is of an image of"):
+        cot.load_reasoning(file, [replace(HARBOR_SHIP, size=(400, 400))])
+
+
+# ---------------------------------------------------------------- a checkpoint as teacher
+
+@pytest.mark.parametrize("flags, message", [
+    (("--teacher", "{tmp}/nope"), "no checkpoint at"),
+    (("--teacher", "{tiny}", "--device", "cuda"), "torch sees no CUDA device"),
+    (("--teacher", "{tiny}", "--init", "{tiny}"), "--init is for the check"),
+    (("--teacher", "{tiny}", "--model", "m"), "--model and --coords are about a server")])
+def test_a_mistake_about_the_teacher_is_one_line(
+        flags: tuple[str, ...], message: str, run: Run, tiny_checkpoint: Path, dior_root: Path,
+        tmp_path: Path) -> None:
+    flags = [flag.format(tmp=tmp_path, tiny=tiny_checkpoint) for flag in flags]
+    out = tmp_path / "explained.jsonl"
+    done = run("cot.py", "dior", "--root", dior_root, "--device", "cpu", "--out", out, *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr and not out.exists()
+
+
+def requested_box(request: str) -> str:
+    """The box that a teacher was told."""
+    return re.search(r"lies in the box (\[[\d, ]+\]);", request)[1]
+
+
+class EverySecondRight:
+    """Stands for `generate`: explains every second record rightly, and answers no other."""
+
+    def __init__(self, processor: Processor) -> None:
+        self.processor = processor
+        self.requests: list[str] = []
+
+    def __call__(
+            self, model: object, prompts: list[Prompt], *settings: object,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        completions = []
+        for prompt in prompts:
+            self.requests.append(self.processor.decode(prompt.input_ids))
+            text = completion_of("by the pier.", requested_box(self.requests[-1]))
+            if len(self.requests) % 2 == 0:
+                text = "i can't say"
+            completions.append(self.processor.encode(text))
+        tokens = torch.nn.utils.rnn.pad_sequence(completions, batch_first=True)[:, None]
+        lengths = torch.tensor([[len(ids)] for ids in completions])
+        return tokens, torch.zeros(tokens.shape), lengths
+
+
+def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_from_the_annotations(
+        monkeypatch: pytest.MonkeyPatch, script: Script, tiny_checkpoint: Path, dior_root: Path,
+        tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    records = data.load("dior", dior_root, "sft")
+    out = tmp_path / "explained.jsonl"
+    teacher = EverySecondRight(Processor.from_pretrained(tiny_checkpoint))
+    monkeypatch.setattr(cot, "generate", teacher)
+    for limit in (3, 1000, 1000):
+        # Stopped in the middle of a line.
+        if len(teacher.requests) == 3:
             out.write_text(out.read_text() + '{"id": "9", "thi')
-        monkeypatch.setattr("sys.argv", ["cot.py", "dior", "--root", str(dior_root), "--teacher", str(tiny_checkpoint), "--out", str(out),
-                                         "--limit", limit, "--batch", "2", "--device", "cpu"])
-        cot.main()
-    assert len(asked) == len(records) > 3                                # each once
-    write, own = cot.writer(records, out), cot.writer(records)
+        script("dior", "--root", dior_root, "--teacher", tiny_checkpoint, "--out", out,
+               "--limit", limit, "--batch", 2, "--device", "cpu")
+    # Each record is explained once.
+    assert len(teacher.requests) == len(records) > 3
+    assert f"refused: {len(records) // 2} incomplete chain" in capfd.readouterr().out
+    write_explained = cot.writer(records, out)
+    write_own = cot.writer(records)
     for i, record in enumerate(records):
         frame = Frame(record.size, record.size, "absolute")
-        text = write(record, frame)
-        assert format_ok(text) and text.endswith(cot.answer(record, frame))
-        assert text.startswith("<think>by the pier.</think>") if i % 2 == 0 else text == own(record, frame)
+        text = write_explained(record, frame)
+        assert format_ok(text) and text.endswith(cot.answer_text(record, frame))
+        if i % 2 == 0:
+            assert text.startswith("<think>by the pier.</think>")
+        else:
+            assert text == write_own(record, frame)
 
 
-@pytest.mark.parametrize("words, meant", [("the red tank", 1), ("the tank", 0), ("the largest tank", 2), ("the smallest blue tank", 0),
-                                          ("the biggest blue tank", 2)])
-def test_of_several_anchors_the_one_that_the_words_mean_is_placed(words, meant):
-    """Three tanks: small and blue, middling and red, large and blue."""
-    boxes = ((0, 0, 10, 10), "blue"), ((40, 0, 60, 20), "red"), ((70, 70, 110, 110), "blue")
-    tanks = [cot.Neighbor("tank", box, color) for box, color in boxes]
-    record = Record("0", None, f"the truck nearest to {words}", (50.0, 50.0, 60.0, 60.0), "truck", (112, 112))
-    text = cot.explain(record, tanks, Frame((112, 112), (112, 112), "absolute"))
-    assert f"a {tanks[meant].color} tank near {cot.near(tanks[meant].box, Frame((112, 112), (112, 112), 'absolute'))}." in text
+# ---------------------------------------------------------------- a server that errs
+
+@dataclass
+class Request:
+    """What the server was sent."""
+
+    body: dict[str, Any]
+    headers: Any
+    attempt: int               # 0 for the first request of this image and expression
+    moment: float
+
+    @property
+    def text(self) -> str:
+        return self.body["messages"][0]["content"][1]["text"]
+
+    @property
+    def url(self) -> str:
+        return self.body["messages"][0]["content"][0]["image_url"]["url"]
+
+    @property
+    def key(self) -> str:
+        """Tells records apart."""
+        return self.url + self.text
+
+    @property
+    def image(self) -> bytes:
+        return base64.b64decode(self.url.split(",")[1])
+
+
+@dataclass
+class Reply:
+    """What the server answers."""
+
+    body: bytes
+    status: int = 200
+    reason: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    delay: float = 0.0         # seconds before it
+    missing: int = 0           # bytes that are promised and never sent
+    drop: bool = False         # the connection, without an answer
+
+
+def chat_completion(text: str, finish_reason: str = "stop") -> bytes:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+    return json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
+
+
+def right_answer(request: Request, think: str = "by the pier.") -> Reply:
+    return Reply(chat_completion(completion_of(think, requested_box(request.text))))
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers as `respond` says, and remembers what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+        self.respond: Callable[[Request], Reply] = right_answer
+        self.requests: list[Request] = []
+        self.paths: set[str] = set()
+        self.at_once = 0
+        self.most_at_once = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        request = Request(body, self.headers, 0, time.monotonic())
+        with self.server.lock:
+            request.attempt = [r.key for r in self.server.requests].count(request.key)
+            self.server.requests.append(request)
+            self.server.paths.add(self.path)
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        try:
+            self.reply(self.server.respond(request))
+        except OSError:
+            # The client has gone.
+            pass
+        with self.server.lock:
+            self.server.at_once -= 1
+
+    def reply(self, reply: Reply) -> None:
+        time.sleep(reply.delay)
+        if reply.drop:
+            self.close_connection = True
+            return
+        self.send_response(reply.status, reply.reason)
+        self.send_header("Content-Length", str(len(reply.body) + reply.missing))
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(reply.body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    server = FakeServer()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def teach(
+        script: Script, server: FakeServer, dior_root: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> Teach:
+    """teach("--want", 3) has the server explain the dior records -> the lines of the file."""
+    monkeypatch.setattr(cot, "FIRST_BACKOFF", 0.01)
+    out = tmp_path / "explained.jsonl"
+
+    def teach(*flags: object) -> list[dict[str, Any]]:
+        script("dior", "--root", dior_root, "--out", out, "--teacher", server.url,
+               "--model", "big", "--coords", "original", *flags)
+        return read_lines(out)
+    return teach
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a teacher's file; every one must be whole, and no id may come twice."""
+    content = path.read_text()
+    assert content.endswith("\n") or not content
+    lines = [json.loads(line) for line in content.splitlines()]
+    ids = [line["id"] for line in lines]
+    assert len(set(ids)) == len(ids)
+    return lines
+
+
+def test_a_server_is_asked_as_the_protocol_says(
+        teach: Teach, server: FakeServer, dior_root: Path,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The image is the file as it is, and the box the one that `format_box` writes."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    records = data.load("dior", dior_root, "sft")
+    lines = teach("--max-new-tokens", 77, "--temperature", 0.5)
+    assert server.paths == {"/v1/chat/completions"} and len(server.requests) == len(records)
+    assert {line["id"] for line in lines} == {r.id for r in records}
+    by_image = {Path(r.image).read_bytes() for r in records}
+    for request in server.requests:
+        body = request.body
+        assert (body["model"], body["max_tokens"], body["temperature"]) == ("big", 77, 0.5)
+        assert request.headers["Authorization"] == "Bearer sk-0123456789"
+        assert request.url.startswith("data:image/jpeg;base64,") and request.image in by_image
+    asked = {(r.image, r.text) for r in server.requests}
+    for record in records:
+        frame = Frame(record.size, record.size, "absolute")
+        text = cot.teacher_request(record, frame)
+        assert "in pixels of the image, which is 120 wide and 90 high" in text
+        assert (Path(record.image).read_bytes(), text) in asked
+    printed = capsys.readouterr()
+    assert f"{len(records)} of {len(records)} records have reasoning" in printed.out
+    assert f"kept {len(records)} refused 0" in printed.err
+
+
+@pytest.mark.parametrize("coords", ["original", "resized", "1000"])
+def test_a_server_is_told_and_read_in_its_own_coordinates(
+        coords: str, script: Script, server: FakeServer, tiny_checkpoint: Path, tmp_path: Path,
+) -> None:
+    """It answers with the box that it was told, and names a point that is right there."""
+    Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
+    row = {"id": "a", "image": "a.png", "text": "the ship", "box": [30, 40, 90, 140]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    resized = Processor.from_pretrained(tiny_checkpoint).patches(Image.new("RGB", (300, 200)))[2]
+    frame = {"original": Frame((300, 200), (300, 200), "absolute"),
+             "resized": Frame((300, 200), resized, "absolute"),
+             "1000": Frame((300, 200), (300, 200), "1000")}[coords]
+    assert resized != (300, 200)
+    x, y = to_model_frame((150, 100), frame)
+    server.respond = lambda request: right_answer(request, f"right of ({x:.0f}, {y:.0f}).")
+    init = ("--init", tiny_checkpoint) if coords == "resized" else ()
+    out = tmp_path / "explained.jsonl"
+    script("jsonl", "--root", tmp_path, "--split", "train", "--out", out, "--teacher", server.url,
+           "--model", "big", "--coords", coords, *init)
+    record, = data.load("jsonl", tmp_path, "train")
+    assert requested_box(server.requests[0].text) == format_box(record.box, frame)
+    student = Frame((300, 200), (300, 200), "absolute")
+    text = cot.writer([record], out)(record, student)
+    point = re.search(r"right of \((\d+), (\d+)\)\.", text).groups()
+    assert abs(int(point[0]) - 150) <= 1 and abs(int(point[1]) - 100) <= 1
+    assert text.endswith(cot.answer_text(record, student))
+
+
+@pytest.mark.parametrize("save, kind, as_it_is", [
+    ({"format": "JPEG"}, "jpeg", True), ({"format": "PNG"}, "png", True),
+    ({"format": "TIFF"}, "png", False), ({"format": "JPEG", "exif": True}, "png", False)])
+def test_an_image_travels_as_its_file_or_as_png(
+        save: dict[str, Any], kind: str, as_it_is: bool, tmp_path: Path) -> None:
+    """An image that its file says to turn is sent as it is stored, which is what boxes are of."""
+    file = tmp_path / "image.jpg"
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+    if "exif" in save:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        save = save | {"exif": exif}
+    Image.fromarray(pixels).save(file, **save)
+    record = Record("0", file, "the ship", (1.0, 1.0, 9.0, 9.0), "ship", (30, 20))
+    head, content = cot.image_data_url(record).split(",")
+    content = base64.b64decode(content)
+    assert head == f"data:image/{kind};base64" and (content == file.read_bytes()) == as_it_is
+    with Image.open(io.BytesIO(content)) as sent:
+        assert sent.getexif().get(0x0112, 1) == 1
+        assert np.array_equal(np.asarray(sent.convert("RGB")), np.asarray(data.open_image(record)))
+
+
+def test_a_drawn_scene_travels_as_png() -> None:
+    record = data.load("synth", None, "val")[0]
+    head, content = cot.image_data_url(record).split(",")
+    assert head == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as sent:
+        assert np.array_equal(np.asarray(sent), np.asarray(record.image.draw()))
+
+
+FAILURES: list[Callable[[Request], Reply]] = [
+    lambda request: Reply(b"slow down", 429, headers={"Retry-After": "0"}),
+    lambda request: Reply(b"", 429),
+    lambda request: Reply(b"<html>oops", 500),
+    lambda request: Reply(b"busy", 503, headers={"Retry-After": "soon"}),
+    lambda request: replace(right_answer(request), missing=100),
+    lambda request: replace(right_answer(request), drop=True),
+    lambda request: Reply(right_answer(request).body[:-20]),
+    lambda request: Reply(b"\xff\xfe nonsense"),
+    lambda request: Reply(b"[" * 100_000),
+    lambda request: Reply(b'{"choices": []}'),
+    lambda request: Reply(b'{"choices": [{"message": {"content": null}}]}'),
+    lambda request: Reply(chat_completion("<think>it is", "length")),
+    lambda request: replace(right_answer(request), delay=1.5),
+]
+
+
+def test_what_fails_is_asked_again(
+        teach: Teach, server: FakeServer, dior_root: Path) -> None:
+    """Every record meets another failure, some of them two, and then the right answer."""
+    records = data.load("dior", dior_root, "sft")
+    assert len(records) >= len(FAILURES)
+    order: dict[str, int] = {}
+
+    def respond(request: Request) -> Reply:
+        place = order.setdefault(request.key, len(order))
+        if request.attempt <= place % 2:
+            return FAILURES[(place + request.attempt) % len(FAILURES)](request)
+        return right_answer(request)
+    server.respond = respond
+    lines = teach("--timeout", 1, "--parallel", 4)
+    assert {line["id"] for line in lines} == {r.id for r in records}
+    assert all(line["think"] == "by the pier." for line in lines)
+    wanted = sum(2 + place % 2 for place in range(len(records)))
+    assert len(server.requests) == wanted
+    # Each try has its own seed.
+    seeds = {(r.key, r.body["seed"]) for r in server.requests}
+    assert len(seeds) == wanted
+
+
+def test_a_slow_trickle_is_given_up_in_time(
+        teach: Teach, server: FakeServer, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """A byte now and then keeps a socket's time-out from running out."""
+    def trickle(self: FakeHandler, reply: Reply) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        for _ in range(50):
+            self.wfile.write(b" ")
+            self.wfile.flush()
+            time.sleep(0.1)
+    monkeypatch.setattr(FakeHandler, "reply", trickle)
+    began = time.monotonic()
+    with pytest.raises(SystemExit):
+        teach("--timeout", 0.5, "--tries", 1, "--limit", 2)
+    assert time.monotonic() - began < 3
+    assert "no whole answer within 0.5 s" in capsys.readouterr().err
+
+
+def test_a_server_that_asks_to_wait_is_not_asked_before(
+        teach: Teach, server: FakeServer) -> None:
+    later = formatdate(time.time() + 3, usegmt=True)
+
+    def respond(request: Request) -> Reply:
+        if request.attempt == 0:
+            return Reply(b"", 429, headers={"Retry-After": "1"})
+        if request.attempt == 1:
+            return Reply(b"", 503, headers={"Retry-After": later})
+        return right_answer(request)
+    server.respond = respond
+    teach("--limit", 1)
+    first, second, third = (r.moment for r in server.requests)
+    assert second - first >= 1 and third - first >= 1.9
+
+
+def test_what_never_succeeds_is_left_undone_and_asked_again_by_the_next_call(
+        teach: Teach, server: FakeServer, capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = {}
+
+    def respond(request: Request) -> Reply:
+        key = request.key
+        if len(bad) < 3:
+            bad.setdefault(key, FAILURES[2 + 9 * (len(bad) % 2)])
+        return bad[key](request) if key in bad else right_answer(request)
+    server.respond = respond
+    lines = teach("--tries", 3)
+    printed = capsys.readouterr().out
+    assert "left undone: 3, the first is " in printed and "3 are still to come" in printed
+    assert "500: <html>oops" in printed or "cut at --max-new-tokens" in printed
+    assert not any("refused" in line for line in lines)
+    for key in bad:
+        assert [r.key for r in server.requests].count(key) == 3
+    server.respond = right_answer
+    before = len(server.requests)
+    again = teach()
+    assert again[:len(lines)] == lines and len(again) == len(lines) + 3
+    assert len(server.requests) == before + 3
+
+
+def test_a_request_that_the_server_refuses_is_not_repeated(
+        teach: Teach, server: FakeServer, capsys: pytest.CaptureFixture[str],
+) -> None:
+    message = json.dumps({"error": {"message": "the image is\ntoo \x1b[31mlarge"}}).encode()
+    first: list[str] = []
+
+    def respond(request: Request) -> Reply:
+        first.append(request.key)
+        if request.key == first[0]:
+            return Reply(message, 400)
+        return right_answer(request)
+    server.respond = respond
+    teach()
+    assert first.count(first[0]) == 1
+    assert "(400: the image is too [31mlarge)" in capsys.readouterr().out
+
+
+def test_counts_of_what_is_refused_are_shown_by_reason(
+        teach: Teach, server: FakeServer, capsys: pytest.CaptureFixture[str],
+) -> None:
+    order: dict[str, int] = {}
+
+    def respond(request: Request) -> Reply:
+        place = order.setdefault(request.key, len(order))
+        box = requested_box(request.text)
+        texts = {0: "<think>it is", 1: completion_of("it is left.", "[50, 60]"),
+                 2: completion_of("it is left.", "[1, 1, 3, 3]"),
+                 3: completion_of(f"it is in {box}.", box)}
+        return Reply(chat_completion(texts[place])) if place < 4 else right_answer(request)
+    server.respond = respond
+    lines = teach()
+    refused = [line for line in lines if "refused" in line]
+    assert sorted(line["refused"] for line in refused) == [
+        "box given away", "incomplete chain", "inconsistent coordinate format", "wrong box"]
+    assert all(line["text"] and line["frame"] for line in refused)
+    printed = capsys.readouterr().out
+    for reason in ("box given away", "incomplete chain", "inconsistent coordinate format",
+                   "wrong box"):
+        assert f"  refused: 1 {reason}\n" in printed
+
+
+def test_it_stops_when_enough_are_kept(
+        teach: Teach, server: FakeServer) -> None:
+    """Refused ones do not count, and what is in the file counts. No answer is waited for."""
+    def respond(request: Request) -> Reply:
+        with server.lock:
+            place = server.requests.index(request)
+        if place == 1:
+            return Reply(chat_completion("i can't say"))
+        return replace(right_answer(request), delay=30 if place > 6 else 0)
+    server.respond = respond
+    began = time.monotonic()
+    lines = teach("--want", 5, "--parallel", 2)
+    assert time.monotonic() - began < 10
+    assert sum("think" in line for line in lines) == 5 and len(lines) <= 6
+    assert teach("--want", 5) == lines
+    server.respond = lambda request: replace(right_answer(request), delay=0.05)
+    again = teach("--want", 8, "--parallel", 2)
+    assert again[:len(lines)] == lines and sum("think" in line for line in again) == 8
+    # Beside the two requests under way none is sent any more.
+    asked = len(server.requests)
+    time.sleep(0.5)
+    assert len(server.requests) <= asked + 2
+
+
+def test_so_many_are_asked_at_once(teach: Teach, server: FakeServer) -> None:
+    server.respond = lambda request: replace(right_answer(request), delay=0.1)
+    teach("--parallel", 3)
+    assert server.most_at_once == 3
+
+
+def test_a_server_that_is_gone_ends_the_run(
+        teach: Teach, server: FakeServer, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cot, "GIVE_UP_AFTER", 3)
+    lines = teach("--limit", 2)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(SystemExit) as stop:
+        teach("--tries", 2, "--parallel", 1)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "no answer from http://127.0.0.1" in error
+    assert "Connection refused" in error
+    assert read_lines(tmp_path / "explained.jsonl") == lines
+
+
+@pytest.mark.parametrize("status, message", [
+    (401, "it refuses the key in the environment variable OPENAI_API_KEY"),
+    (404, "check --teacher and --model"), (302, "check --teacher and --model")])
+def test_a_server_that_refuses_all_is_asked_no_more(
+        status: int, message: str, teach: Teach, server: FakeServer) -> None:
+    """A redirect is not followed: the key is for this server alone."""
+    headers = {"Location": server.url + "/elsewhere"}
+    server.respond = lambda request: Reply(b"no", status, headers=headers)
+    with pytest.raises(data.DataError, match=message) as error:
+        teach("--parallel", 1)
+    assert "\n" not in str(error.value)
+    assert len(server.requests) == 1 and server.paths == {"/v1/chat/completions"}
+
+
+KEY = "sk-Kept/Secret+0123456789abcdef"
+
+
+def test_the_key_is_never_shown_nor_written(
+        run: Run, server: FakeServer, dior_root: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that echoes it wherever it can, in errors and in answers; then one that refuses
+    it, from another variable."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+    monkeypatch.setenv("OTHER_KEY", KEY[::-1])
+    echoes = [
+        Reply(json.dumps({"error": {"message": f"bad {KEY}"}}).encode(), 400),
+        Reply(json.dumps({"detail": KEY}).replace("/", "\\/").encode(), 400),
+        Reply(f"{'x' * 190} {KEY}".encode(), 400),
+        Reply(b"", 500, reason=KEY),
+        Reply(chat_completion(f"i can't say {KEY}")),
+    ]
+
+    def respond(request: Request) -> Reply:
+        with server.lock:
+            keys = list(dict.fromkeys(r.key for r in server.requests))
+        place = keys.index(request.key)
+        if place < len(echoes):
+            return echoes[place]
+        return right_answer(request, f"with {KEY} by the pier.")
+    server.respond = respond
+    out = tmp_path / "out" / "explained.jsonl"
+    command = ("cot.py", "dior", "--root", dior_root, "--out", out, "--teacher", server.url,
+               "--model", "big", "--coords", "original", "--tries", 2)
+    done = run(*command)
+    assert done.returncode == 0 and "left undone: 4" in done.stdout, done.stderr
+    lines = read_lines(out)
+    assert any("with [key] by the pier." == line.get("think") for line in lines)
+    assert any("i can't say [key]" == line.get("text") for line in lines)
+    assert all(r.headers["Authorization"] == f"Bearer {KEY}" for r in server.requests)
+    server.respond = lambda request: Reply(f"bad key {KEY[::-1]}".encode(), 401)
+    refused = run(*command, "--key-env", "OTHER_KEY")
+    assert server.requests[-1].headers["Authorization"] == f"Bearer {KEY[::-1]}"
+    assert refused.returncode == 2 and "variable OTHER_KEY, or its absence" in refused.stderr
+    output = done.stdout + done.stderr + refused.stdout + refused.stderr
+    for file in tmp_path.rglob("*"):
+        output += file.read_text() if file.is_file() else ""
+    # Not even most of it, as a text that is cut in the middle would show.
+    for key in (KEY, KEY[::-1], KEY.replace("/", "\\/")):
+        assert key[:12] not in output and key[-12:] not in output
+
+
+def test_a_key_that_no_header_can_carry_is_not_shown(
+        run: Run, server: FakeServer, dior_root: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-kept\nsecret")
+    done = run("cot.py", "dior", "--root", dior_root, "--out", tmp_path / "told.jsonl",
+               "--teacher", server.url, "--model", "big", "--coords", "original")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "kept" not in done.stderr
+    assert not server.requests
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--coords", "1000"), "needs --model"), (("--model", "big"), "needs --model"),
+    (("--model", "big", "--coords", "resized"), "--coords resized needs --init"),
+    (("--model", "big", "--coords", "1000", "--teacher", "http://me:secret@there/v1"),
+     "holds a user, a password or a query"),
+    (("--model", "big", "--coords", "1000", "--teacher", "http://there:99999/v1"),
+     "is no address"),
+    (("--model", "big", "--coords", "1000", "--parallel", "0"), "--parallel")])
+def test_a_mistake_about_a_server_is_one_line(
+        flags: tuple[str, ...], message: str, script: Script,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        script("dior", "--teacher", "http://127.0.0.1:9/v1", *flags)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and message in printed
+    assert "secret" not in printed
+
+
+# ---------------------------------------------------------------- the file of explanations
+
+def test_one_process_at_a_time_writes_a_file(
+        teach: Teach, tmp_path: Path) -> None:
+    with cot.open_explanations(tmp_path / "explained.jsonl"):
+        with pytest.raises(data.DataError, match="is being written by another process"):
+            teach()
+    assert teach()
+
+
+@pytest.mark.parametrize("content, kept", [
+    (b'{"id": "0", "think": "a"}\n{"id": "1", "th', ["0"]),
+    # All but its end.
+    (b'{"id": "0", "think": "a"}\n{"id": "1", "think": "b"}', ["0", "1"]),
+    (b'{"i', []), (b"", [])])
+def test_what_a_killed_call_left_is_repaired(
+        content: bytes, kept: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "explained.jsonl"
+    out.write_bytes(content)
+    with cot.open_explanations(out) as file:
+        assert cot.read_progress(file, out).finished == set(kept)
+    assert [line["id"] for line in read_lines(out)] == kept
+
+
+@pytest.mark.parametrize("content", [b"a letter", b"\x89PNG\r\n", b'{"id": "1"}\n[1]\n', b'"1"'])
+def test_another_file_is_not_written_to(content: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "letter.txt"
+    out.write_bytes(content)
+    with cot.open_explanations(out) as file, pytest.raises(data.DataError, match="letter.txt"):
+        cot.read_progress(file, out)
+    assert out.read_bytes() == content
+
+
+def test_a_command_that_is_killed_loses_and_repeats_nothing(
+        server: FakeServer, tmp_path: Path) -> None:
+    """Killed three times (kill -9) while answers come in, then left to finish."""
+    records = data.load("synth", None, "val")
+    id_of = {cot.image_data_url(r): r.id for r in records}
+    out = tmp_path / "explained.jsonl"
+
+    def respond(request: Request) -> Reply:
+        reply = right_answer(request)
+        if int(id_of[request.url].split("-")[1]) % 5 == 0:
+            reply = Reply(chat_completion("i can't say"))
+        return replace(reply, delay=random.uniform(0, 0.05))
+    server.respond = respond
+    command = [sys.executable, "cot.py", "synth", "--split", "val", "--out", str(out),
+               "--teacher", server.url, "--model", "big", "--coords", "1000", "--parallel", "4",
+               "--want", "150"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment,
+               "cwd": Path(cot.__file__).parent}
+    before = b""
+    for lines_to_wait_for in (1, 30, 90):
+        process = subprocess.Popen(command, **started)
+        while not out.exists() or out.read_bytes().count(b"\n") < lines_to_wait_for:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        content = out.read_bytes()
+        # What stood there still stands there.
+        assert content.startswith(before)
+        before = content[:content.rindex(b"\n") + 1]
+        written = {json.loads(line)["id"] for line in before.splitlines()}
+        asked_so_far = len(server.requests)
+        # As if it had been killed in the middle of a line.
+        out.write_bytes(before + b'{"id": "val-')
+    done = subprocess.run(command, timeout=120, **started)
+    assert done.returncode == 0, done.stdout
+    assert out.read_bytes().startswith(before)
+    lines = read_lines(out)
+    assert sum("think" in line for line in lines) == 150
+    # What was written is not asked for again.
+    asked = [id_of[r.url] for r in server.requests]
+    assert not written & set(asked[asked_so_far:])
+    for line in lines:
+        assert ("refused" in line) == (int(line["id"].split("-")[1]) % 5 == 0)

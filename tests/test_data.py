@@ -1,8 +1,16 @@
-"""data.py beside transformers' processors on the genuine vocabulary, and each data set's traps on folders in its layout."""
+"""data.py and processor.py.
+
+The processor beside transformers' on the genuine vocabulary, and each data set's traps on folders
+in its layout.
+"""
+import doctest
 import json
 import random
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,170 +18,274 @@ import torch
 from PIL import Image
 
 import data
+import processor
 from answer import PROMPT, format_box
-from data import DataError, load
+from data import DataError, Record, Records, load
 from processor import Frame, Processor, to_image_frame, to_model_frame
 
 SHARED = Path(__file__).parents[2] / "shared"
+SAMPLES = SHARED / "samples"
 FAMILIES = ("Qwen2_VL", "Qwen2_5_VL", "Qwen3_VL")
-needs_vocabulary = pytest.mark.skipif(not (SHARED / "qwen_tokenizer").exists(), reason="the genuine vocabulary is not here")
+Run = Callable[..., subprocess.CompletedProcess]
+
+
+def needs_sample(name: str) -> pytest.MarkDecorator:
+    """Skips a test where the genuine files of that name are not beside the checkout."""
+    absent = not (SAMPLES / name).exists()
+    return pytest.mark.skipif(absent, reason="the genuine samples are not here")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def genuine(request, tmp_path_factory):
+def genuine(
+        request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A family's genuine tokenizer and processor files in one folder."""
-    if not (SHARED / "qwen_tokenizer").exists():
+    files = SHARED / "qwen_tokenizer"
+    if not files.exists():
         pytest.skip("the genuine vocabulary is not here")
     path = tmp_path_factory.mktemp(request.param)
-    for file in (SHARED / "qwen_tokenizer" / "vocab.json", SHARED / "qwen_tokenizer" / "merges.txt",
-                 *(SHARED / "qwen_tokenizer" / request.param).iterdir()):
+    own = (files / request.param).iterdir()
+    for file in (files / "vocab.json", files / "merges.txt", *own):
         shutil.copyfile(file, path / file.name)
     return path
 
 
-def noise(width, height):
-    return Image.fromarray(np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8))
+def noise(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(width)
+    return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-# ------------------------------------------------------------------------------------------------------------------ the model's input
-
-def test_pixel_values_equal_transformers(genuine):
-    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
-    theirs, ours = module.Qwen2VLImageProcessorPil.from_pretrained(genuine), Processor.from_pretrained(genuine)
-    for size in [(800, 800), (37, 500), (20, 11), (1500, 999), (2600, 1700)]:
-        want, got = theirs(images=[noise(*size)], return_tensors="pt"), ours(noise(*size), "a ship")
-        assert torch.equal(got.image_grid_thw, want["image_grid_thw"])
-        assert torch.allclose(got.pixel_values, want["pixel_values"], atol=1e-6)
-        assert got.frame.resized == (got.image_grid_thw[0, 2] * ours.patch, got.image_grid_thw[0, 1] * ours.patch)
+@pytest.mark.parametrize("module", [data, processor])
+def test_the_worked_examples(module: Any) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted and not results.failed
 
 
-def test_token_ids_equal_autotokenizer_added_tokens_included(genuine):
-    theirs, ours = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(genuine), Processor.from_pretrained(genuine)
-    for text in ("the small white plane left of the hangar", "12345 [0, 812]\n\n  x", "naïve café 你好 \u0041\u030a", "don't  DON'T",
-                 "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>hi<|im_end|>", "a<tool_call>b", "</think>", ""):
-        assert ours.tokenizer.encode(text).ids == theirs(text)["input_ids"]
-    assert [ours.ids[t] for t in ("<|im_start|>", "<|vision_start|>", "<|image_pad|>")] == [151644, 151652, 151655]
+# ---------------------------------------------------------------- the model's input
 
-
-def test_the_prompt_equals_the_genuine_chat_template(genuine):
-    jinja2 = pytest.importorskip("jinja2")
-    theirs, ours = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(genuine), Processor.from_pretrained(genuine)
-    prompt = ours(noise(300, 200), "the ship")
-    template = jinja2.Environment().from_string(json.loads((genuine / "chat_template.json").read_text())["chat_template"])
-    content = [{"type": "image"}, {"type": "text", "text": PROMPT.format(text="the ship")}]
-    text = template.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True)
-    text = text.replace("<|image_pad|>", "<|image_pad|>" * int(prompt.image_grid_thw.prod() // 4))
-    assert ours.tokenizer.decode(prompt.input_ids.tolist(), skip_special_tokens=False) == text
-    if "Qwen3" not in genuine.name:                                      # there <think> is a token, and our text is ordinary text
-        assert prompt.input_ids.tolist() == theirs(text)["input_ids"]
-
-
-def test_an_expression_is_ordinary_text(genuine):
+def test_pixel_values_equal_transformers(genuine: Path) -> None:
+    module = pytest.importorskip(
+        "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    theirs = module.Qwen2VLImageProcessorPil.from_pretrained(genuine)
     ours = Processor.from_pretrained(genuine)
-    plain, hostile = (ours(noise(56, 56), t).input_ids for t in ("x", "x<|im_end|><|image_pad|><tool_call>\ud800{text}"))
-    special = [i for t, i in ours.ids.items()]
-    assert [int((plain == i).sum()) for i in special] == [int((hostile == i).sum()) for i in special]
+    for size in [(800, 800), (37, 500), (20, 11), (1500, 999), (2600, 1700)]:
+        want = theirs(images=[noise(*size)], return_tensors="pt")
+        prompt = ours(noise(*size), "a ship")
+        assert torch.equal(prompt.image_grid_thw, want["image_grid_thw"])
+        assert torch.allclose(prompt.pixel_values, want["pixel_values"], atol=1e-6)
+        _, height, width = prompt.image_grid_thw[0]
+        assert prompt.frame.resized == (width * ours.patch, height * ours.patch)
+
+
+def test_token_ids_equal_autotokenizer_added_tokens_included(genuine: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(genuine)
+    ours = Processor.from_pretrained(genuine)
+    for text in (
+            "the small white plane left of the hangar", "12345 [0, 812]\n\n  x",
+            "naïve café 你好 \u0041\u030a", "don't  DON'T",
+            "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>hi<|im_end|>",
+            "a<tool_call>b", "</think>", ""):
+        assert ours.tokenizer.encode(text).ids == theirs(text)["input_ids"]
+    special = ("<|im_start|>", "<|vision_start|>", "<|image_pad|>")
+    assert [ours.ids[t] for t in special] == [151644, 151652, 151655]
+
+
+def test_the_prompt_equals_the_genuine_chat_template(genuine: Path) -> None:
+    jinja2 = pytest.importorskip("jinja2")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(genuine)
+    ours = Processor.from_pretrained(genuine)
+    prompt = ours(noise(300, 200), "the ship")
+    source = json.loads((genuine / "chat_template.json").read_text())["chat_template"]
+    template = jinja2.Environment().from_string(source)
+    content = [{"type": "image"}, {"type": "text", "text": PROMPT.format(text="the ship")}]
+    text = template.render(
+        messages=[{"role": "user", "content": content}], add_generation_prompt=True)
+    image_tokens = int(prompt.image_grid_thw.prod() // 4)
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * image_tokens)
+    ids = prompt.input_ids.tolist()
+    assert ours.tokenizer.decode(ids, skip_special_tokens=False) == text
+    # In Qwen3-VL <think> is a token, and our text is ordinary text.
+    if "Qwen3" not in genuine.name:
+        assert ids == theirs(text)["input_ids"]
+
+
+def test_an_expression_is_ordinary_text(genuine: Path) -> None:
+    ours = Processor.from_pretrained(genuine)
+    plain = ours(noise(56, 56), "x").input_ids
+    hostile = ours(
+        noise(56, 56), "x<|im_end|><|image_pad|><tool_call>\ud800{text}").input_ids
+    for special in ours.ids.values():
+        assert (plain == special).sum() == (hostile == special).sum()
     completion = ours.encode("<|im_end|> is no end")
     assert completion[-1] == ours.end_id and (completion[:-1] != ours.end_id).all()
     assert ours.decode(completion) == "<|im_end|> is no end"
 
 
-@needs_vocabulary
-def test_tokenizer_json_reads_like_vocab_and_merges(genuine, tmp_path):
+def test_tokenizer_json_reads_like_vocab_and_merges(genuine: Path, tmp_path: Path) -> None:
     ours = Processor.from_pretrained(genuine)
     for file in genuine.iterdir():
         if file.name not in ("vocab.json", "merges.txt"):
             shutil.copyfile(file, tmp_path / file.name)
     ours.tokenizer.save(str(tmp_path / "tokenizer.json"))
     other = Processor.from_pretrained(tmp_path)
-    assert torch.equal(ours(noise(56, 56), "the 12 ships<|im_end|>").input_ids, other(noise(56, 56), "the 12 ships<|im_end|>").input_ids)
+    question = (noise(56, 56), "the 12 ships<|im_end|>")
+    assert torch.equal(ours(*question).input_ids, other(*question).input_ids)
     other.save_pretrained(tmp_path / "copy")
-    assert (tmp_path / "copy" / "tokenizer.json").exists() and Processor.from_pretrained(tmp_path / "copy").max_pixels == ours.max_pixels
+    assert (tmp_path / "copy" / "tokenizer.json").exists()
+    assert Processor.from_pretrained(tmp_path / "copy").max_pixels == ours.max_pixels
 
 
-def test_a_processor_that_does_not_fit_is_refused(tiny_checkpoint, tmp_path):
+def test_a_processor_that_does_not_fit_is_refused(
+        tiny_checkpoint: Path, tmp_path: Path,
+) -> None:
     with pytest.raises(DataError, match="no preprocessor_config.json"):
         Processor.from_pretrained(tmp_path)
-    shutil.copyfile(tiny_checkpoint / "preprocessor_config.json", tmp_path / "preprocessor_config.json")
+    config = "preprocessor_config.json"
+    shutil.copyfile(tiny_checkpoint / config, tmp_path / config)
     with pytest.raises(DataError, match="no tokenizer"):
         Processor.from_pretrained(tmp_path)
     with pytest.raises(DataError, match="200 times"):
         Processor.from_pretrained(tiny_checkpoint)(Image.new("RGB", (4020, 20)), "x")
 
 
-def test_limits_of_the_resized_image_can_be_given(tiny_checkpoint):
+def test_limits_of_the_resized_image_can_be_given(tiny_checkpoint: Path) -> None:
     ours = Processor.from_pretrained(tiny_checkpoint, max_pixels=56 * 56)
     assert ours(noise(800, 800), "x").frame.resized == (56, 56)
 
 
-# ------------------------------------------------------------------------------------------------------------------ coordinates
+# ---------------------------------------------------------------- coordinates
 
 @pytest.mark.parametrize("convention", ["absolute", "1000"])
-def test_frames_are_exact_inverses_and_text_rounds_by_half_a_unit(convention):
+@pytest.mark.parametrize("original, resized", [
+    ((800, 800), (812, 812)), ((1000, 400), (1008, 392)), ((123, 987), (112, 980))])
+def test_frames_are_exact_inverses_and_text_rounds_by_half_a_unit(
+        original: tuple[int, int], resized: tuple[int, int], convention: str,
+) -> None:
     rng = random.Random(0)
-    for original, resized in [((800, 800), (812, 812)), ((1000, 400), (1008, 392)), ((123, 987), (112, 980))]:
-        frame = Frame(original, resized, convention)
-        unit = [o / e for o, e in zip(original, frame.extent)]           # pixels of the image in one unit of the model
-        for _ in range(300):
-            x1, y1 = rng.uniform(0, original[0] - 3), rng.uniform(0, original[1] - 3)
-            box = (x1, y1, rng.uniform(x1 + 2, original[0]), rng.uniform(y1 + 2, original[1]))
-            back = to_image_frame(to_model_frame(box, frame), frame)
-            assert all(abs(a - b) < 1e-9 for a, b in zip(box, back))
-            written = json.loads(format_box(box, frame))
-            assert all(isinstance(v, int) and 0 <= v <= frame.extent[i % 2] for i, v in enumerate(written))
-            assert written[2] > written[0] and written[3] > written[1]
-            read = to_image_frame(written, frame)
-            assert all(abs(a - b) <= unit[i % 2] * 1.01 for i, (a, b) in enumerate(zip(box, read)))
+    frame = Frame(original, resized, convention)
+    # Pixels of the image in one unit of the model.
+    unit = [o / e for o, e in zip(original, frame.extent)] * 2
+    edges = [*frame.extent, *frame.extent]
+    for _ in range(300):
+        x1 = rng.uniform(0, original[0] - 3)
+        y1 = rng.uniform(0, original[1] - 3)
+        box = (x1, y1, rng.uniform(x1 + 2, original[0]), rng.uniform(y1 + 2, original[1]))
+        back = to_image_frame(to_model_frame(box, frame), frame)
+        assert all(abs(a - b) < 1e-9 for a, b in zip(box, back))
+        written = json.loads(format_box(box, frame))
+        assert all(isinstance(v, int) and 0 <= v <= edge for v, edge in zip(written, edges))
+        assert written[2] > written[0] and written[3] > written[1]
+        read = to_image_frame(written, frame)
+        assert all(abs(a - b) <= u * 1.01 for a, b, u in zip(box, read, unit))
 
 
-def test_coordinates_by_hand():
+def test_coordinates_by_hand() -> None:
     frame = Frame((800, 800), (812, 812), "absolute")
-    assert to_model_frame((400.0, 0.0, 800.0, 200.0), frame) == (406.0, 0.0, 812.0, 203.0)
-    assert to_model_frame((400.0, 0.0, 800.0, 200.0), Frame((800, 800), (812, 812), "1000")) == (500.0, 0.0, 1000.0, 250.0)
-    assert format_box((799.9, 10.0, 800.0, 10.2), frame) == "[811, 10, 812, 11]"         # never without area
+    thousandths = Frame((800, 800), (812, 812), "1000")
+    box = (400.0, 0.0, 800.0, 200.0)
+    assert to_model_frame(box, frame) == (406.0, 0.0, 812.0, 203.0)
+    assert to_model_frame(box, thousandths) == (500.0, 0.0, 1000.0, 250.0)
+    # Never without area.
+    assert format_box((799.9, 10.0, 800.0, 10.2), frame) == "[811, 10, 812, 11]"
 
 
-# ------------------------------------------------------------------------------------------------------------------ DIOR-RSVG
+# ---------------------------------------------------------------- a box without area
 
-TAG = "<object><name>ship</name><bndbox><ymin>{1}</ymin><xmin>{0}</xmin><xmax>{2}</xmax><ymax>{3}</ymax></bndbox>" \
-      "<description>{4}</description></object>"
+@pytest.mark.parametrize("box, problem", [
+    ((5, 5, 5, 9), "empty box"), ((5, 5, 5.05, 9), "empty box"),
+    ((-9, 5, 0.01, 9), "box outside the image"), ((49.99, 5, 60, 9), "box outside the image"),
+    ((5, 5, 5 + 1 / 16, 9), None), ((49.9, 5, 60, 9), None)])
+def test_a_box_that_no_answer_can_hit_is_refused_and_counted(
+        tmp_path: Path, box: tuple[float, ...], problem: str | None,
+) -> None:
+    """A side under 1/16 pixel vanishes in float32: every answer would silently score 0."""
+    image(tmp_path / "1.png", 50, 40)
+    lines(tmp_path / "test.jsonl", own("1.png", box=box), own("1.png"))
+    records = load("jsonl", tmp_path, "test")
+    assert records.refusals == ({problem: 1} if problem else {})
+    for r in records:
+        x1, y1, x2, y2 = torch.tensor(r.box, dtype=torch.float32)
+        assert x2 > x1 and y2 > y1
+
+
+@pytest.mark.parametrize("box", [
+    (5.0, 5.0, 5.0, 9.0), (9.0, 5.0, 5.0, 9.0), (50.0, 5.0, 60.0, 9.0), (5.0, 5.0, 9.0, 41.0),
+    (float("nan"), 5.0, 9.0, 9.0)])
+def test_a_reader_that_lets_a_box_without_area_pass_is_named(
+        monkeypatch: pytest.MonkeyPatch, box: tuple[float, ...],
+) -> None:
+    records = Records([Record("7", None, "a ship", box, "", (50, 40))], {})
+    monkeypatch.setitem(data.READERS, "mine", lambda root, split: records)
+    for name in ("mine", "mine:0.5+synth-small"):
+        with pytest.raises(DataError, match=r"record (mine/)?7: its box .* 50 x 40") as error:
+            load(name, None, "val")
+        assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- DIOR-RSVG
+
+TAG = (
+    "<object><name>ship</name><bndbox><ymin>{1}</ymin><xmin>{0}</xmin><xmax>{2}</xmax>"
+    "<ymax>{3}</ymax></bndbox><description>{4}</description></object>")
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Three images, written in an order that is not the sorted one; objects 0 and 1 in 00001, 2 to 4 in 00002, 5 in 00010."""
+def folder(tmp_path: Path) -> Path:
+    """Three images, written in an order that is not the sorted one.
+
+    Objects 0 and 1 are in 00001, 2 to 4 in 00002, 5 in 00010.
+    """
     for name in ("Annotations", "JPEGImages", "__MACOSX"):
         (tmp_path / name).mkdir()
-    objects = {"00010": [TAG.format(1, 2, 30, 40, "five")],
-               "00002": [TAG.format(5, 5, 5, 9, "empty box"), TAG.format(1, 1, 9, 9, " "), TAG.format(2, 2, 8, 8, "four")],
-               "00001": [TAG.format(10, 20, 30, 25, "zero"), "<object><name>ship</name><description>no box</description></object>"]}
+    objects = {
+        "00010": [TAG.format(1, 2, 30, 40, "five")],
+        "00002": [
+            TAG.format(5, 5, 5, 9, "empty box"), TAG.format(1, 1, 9, 9, " "),
+            TAG.format(2, 2, 8, 8, "four")],
+        "00001": [
+            TAG.format(10, 20, 30, 25, "zero"),
+            "<object><name>ship</name><description>no box</description></object>"]}
     for name, tags in objects.items():
         noise(50, 40).save(tmp_path / "JPEGImages" / f"{name}.jpg")
-        (tmp_path / "Annotations" / f"{name}.xml").write_text(f"<annotation><filename>{name}.jpg</filename>{''.join(tags)}</annotation>")
+        annotate(tmp_path, name, *tags)
     (tmp_path / "Annotations" / "._00001.xml").write_text("left over by a zip")
     split(tmp_path, train=[5, 1, 2, 3], val=[4], test=[0])
     return tmp_path
 
 
-def split(root, **splits):
+def annotate(root: Path, name: str, *tags: str) -> None:
+    (root / "Annotations" / f"{name}.xml").write_text(
+        f"<annotation><filename>{name}.jpg</filename>{''.join(tags)}</annotation>")
+
+
+def split(root: Path, **splits: Any) -> None:
     for name, indices in splits.items():
         (root / f"{name}.txt").write_text("\n".join(map(str, indices)) + "\n")
 
 
-def test_an_index_counts_objects_over_all_files_sorted_and_a_refused_one_shifts_nothing(folder):
+def test_an_index_counts_objects_over_all_files_sorted_and_a_refused_one_shifts_nothing(
+        folder: Path,
+) -> None:
     train, val, test = (load("dior", folder, name) for name in ("train", "val", "test"))
-    assert [(r.id, r.text, r.box, r.size) for r in train] == [("5", "five", (1.0, 2.0, 30.0, 40.0), (50, 40))]
+    assert [(r.id, r.text, r.box, r.size) for r in train] == [
+        ("5", "five", (1.0, 2.0, 30.0, 40.0), (50, 40))]
     assert [(r.id, r.text) for r in val] == [("4", "four")]
-    assert [(r.id, r.text, r.box) for r in test] == [("0", "zero", (10.0, 20.0, 30.0, 25.0))]
-    assert {reason: len(where) for reason, where in train.refused.items()} == {"no box": 1, "empty box": 1, "empty text": 1}
+    assert [(r.id, r.text, r.box) for r in test] == [
+        ("0", "zero", (10.0, 20.0, 30.0, 25.0))]
+    assert train.refusals == {"no box": 1, "empty box": 1, "empty text": 1}
     assert "00001.xml, object 1" in train.refused["no box"][0]
-    assert load("dior", folder, "sft").hash == load("dior", folder, "rft").hash == train.hash != val.hash
+    assert load("dior", folder, "sft").hash == load("dior", folder, "rft").hash == train.hash
+    assert train.hash != val.hash
 
 
-def test_images_that_cannot_be_used_are_counted_by_reason(folder):
-    (folder / "JPEGImages" / "00010.jpg").unlink()
-    assert list(load("dior", folder, "train").refused) == ["no box", "empty box", "empty text", "missing image"]
-    (folder / "JPEGImages" / "00010.jpg").write_bytes(b"not an image")
+def test_images_that_cannot_be_used_are_counted_by_reason(folder: Path) -> None:
+    path = folder / "JPEGImages" / "00010.jpg"
+    path.unlink()
+    assert list(load("dior", folder, "train").refused) == [
+        "no box", "empty box", "empty text", "missing image"]
+    path.write_bytes(b"not an image")
     assert "unreadable image" in load("dior", folder, "train").refused
     file = folder / "Annotations" / "00010.xml"
     noise(50, 40).save(folder / "secret.jpg")
@@ -182,15 +294,16 @@ def test_images_that_cannot_be_used_are_counted_by_reason(folder):
     assert not records and "image outside the data set" in records.refused
 
 
-def test_an_image_cut_short_is_named_when_it_is_opened(folder):
+def test_an_image_cut_short_is_named_when_it_is_opened(folder: Path) -> None:
     path = folder / "JPEGImages" / "00001.jpg"
     path.write_bytes(path.read_bytes()[:700])
     record = load("dior", folder, "test")[0]
-    with pytest.raises(DataError, match="00001.jpg: unreadable image of record 0 .*; repair or remove it"):
+    says = "00001.jpg: unreadable image of record 0 .*; repair or remove it"
+    with pytest.raises(DataError, match=says):
         data.open_image(record)
 
 
-def test_an_image_that_would_be_clipped_to_white_is_refused(folder):
+def test_an_image_that_would_be_clipped_to_white_is_refused(folder: Path) -> None:
     """Values of more than 8 bits: PIL's conversion to RGB makes all above 255 white."""
     path = folder / "JPEGImages" / "00010.tif"
     path.with_suffix(".jpg").unlink()
@@ -198,41 +311,53 @@ def test_an_image_that_would_be_clipped_to_white_is_refused(folder):
         Image.fromarray(np.full((40, 50), 2000, dtype)).save(path)
         records = load("dior", folder, "train")
         assert not records and "object 5" in records.refused["16-bit or float image"][0]
-        record = data.Record("5", path, "five", (1.0, 2.0, 30.0, 40.0), "ship", (50, 40))
-        with pytest.raises(DataError, match="00010.tif: unreadable image of record 5 .16-bit or float"):
+        record = Record("5", path, "five", (1.0, 2.0, 30.0, 40.0), "ship", (50, 40))
+        says = "00010.tif: unreadable image of record 5 .16-bit or float"
+        with pytest.raises(DataError, match=says):
             data.open_image(record)
     Image.fromarray(np.full((40, 50), 200, np.uint8)).save(path)
-    assert data.open_image(load("dior", folder, "train")[0]).getpixel((3, 3)) == (200,) * 3
+    record = load("dior", folder, "train")[0]
+    assert data.open_image(record).getpixel((3, 3)) == (200,) * 3
 
 
-def test_an_image_too_long_for_the_model_is_refused_when_records_are_collected(folder):
-    for size, usable in (((4000, 20), True), ((20, 4000), True), ((4001, 20), False), ((20, 4001), False)):
-        Image.new("RGB", size).save(folder / "JPEGImages" / "00010.jpg")
-        records = load("dior", folder, "train")
-        assert bool(records) == usable == ("image more than 200 times as long as wide" not in records.refused)
+@pytest.mark.parametrize("size, usable", [
+    ((4000, 20), True), ((20, 4000), True), ((4001, 20), False), ((20, 4001), False)])
+def test_an_image_too_long_for_the_model_is_refused_when_records_are_collected(
+        folder: Path, size: tuple[int, int], usable: bool,
+) -> None:
+    Image.new("RGB", size).save(folder / "JPEGImages" / "00010.jpg")
+    records = load("dior", folder, "train")
+    refused = "image more than 200 times as long as wide" in records.refused
+    assert bool(records) == usable and refused != usable
 
 
-def test_pixels_of_a_data_set_are_as_stored(folder):
-    """An EXIF orientation turns nothing: neither the size that boxes are cut to, nor the picture."""
+def test_pixels_of_a_data_set_are_as_stored(folder: Path) -> None:
+    """An EXIF orientation turns nothing: neither the size that boxes are cut to, nor pixels."""
     exif = Image.Exif()
-    exif[0x0112] = 6                                                     # lying; a viewer shows 40 x 50
+    exif[0x0112] = 6                                 # lying; a viewer shows 40 x 50
     noise(50, 40).save(folder / "JPEGImages" / "00010.jpg", exif=exif)
     record = load("dior", folder, "train")[0]
-    assert record.size == data.open_image(record).size == (50, 40) and record.box == (1.0, 2.0, 30.0, 40.0)
+    assert record.size == data.open_image(record).size == (50, 40)
+    assert record.box == (1.0, 2.0, 30.0, 40.0)
 
 
 @pytest.mark.parametrize("splits, words", [
-    ({"test": [6]}, "beyond the 6 objects"), ({"test": [5]}, "overlap"), ({"test": [0, 0]}, "overlap"), ({"test": ["x"]}, "x"),
-    ({"test": [-1]}, "below 0"), ({"train": range(15_328)}, "withdrawn"), ({"test": range(19_160)}, "withdrawn")])
-def test_split_files_that_do_not_fit_are_refused(folder, splits, words):
+    ({"test": [6]}, "beyond the 6 objects"), ({"test": [5]}, "overlap"),
+    ({"test": [0, 0]}, "overlap"), ({"test": ["x"]}, "x"), ({"test": [-1]}, "below 0"),
+    ({"train": range(15_328)}, "withdrawn"), ({"test": range(19_160)}, "withdrawn")])
+def test_split_files_that_do_not_fit_are_refused(
+        folder: Path, splits: dict[str, Any], words: str,
+) -> None:
     split(folder, **splits)
     with pytest.raises(DataError, match=words):
         load("dior", folder, "test")
 
 
-def test_what_is_missing_is_said_in_one_line(folder, tmp_path):
+def test_what_is_missing_is_said_in_one_line(folder: Path, tmp_path: Path) -> None:
     (folder / "val.txt").unlink()
-    for name, root, words in [("dior", folder, "val.txt"), ("dior", tmp_path / "nowhere", "nowhere"), ("other", None, "synth-small, dior")]:
+    for name, root, words in [
+            ("dior", folder, "val.txt"), ("dior", tmp_path / "nowhere", "nowhere"),
+            ("other", None, "synth-small, dior")]:
         with pytest.raises(DataError, match=words) as error:
             load(name, root, "test")
         assert "\n" not in str(error.value)
@@ -245,239 +370,360 @@ def test_what_is_missing_is_said_in_one_line(folder, tmp_path):
         load("dior", folder, "novel")
 
 
-@pytest.mark.skipif(not (SHARED / "samples" / "dior_rsvg").exists(), reason="the genuine samples are not here")
-def test_the_genuine_record_and_split_files():
-    genuine = SHARED / "samples" / "dior_rsvg"
-    indices = data.dior_indices(genuine)
-    assert {name: len(v) for name, v in indices.items()} == {"train": 26_991, "val": 3_829, "test": 7_500} == data.PUBLISHED["dior"]
+@needs_sample("dior_rsvg")
+def test_the_genuine_record_and_split_files() -> None:
+    indices = data.dior_indices(SAMPLES / "dior_rsvg")
+    assert {name: len(v) for name, v in indices.items()} == data.PUBLISHED["dior"]
+    assert data.PUBLISHED["dior"] == {"train": 26_991, "val": 3_829, "test": 7_500}
     assert sorted(sum(indices.values(), [])) == list(range(38_320))
-    with pytest.raises(DataError, match="beyond the 1 objects"):         # the other 17,401 annotations are not there
-        load("dior", genuine, "test")
+    # The other 17,401 annotations are not there.
+    with pytest.raises(DataError, match="beyond the 1 objects"):
+        load("dior", SAMPLES / "dior_rsvg", "test")
 
 
-@pytest.mark.skipif(not (SHARED / "samples" / "dior_rsvg").exists(), reason="the genuine samples are not here")
-def test_a_consistent_subset_of_the_genuine_data_is_read(tmp_path):
-    shutil.copytree(SHARED / "samples" / "dior_rsvg", tmp_path / "dior")
-    (tmp_path / "dior").chmod(0o755)
+@needs_sample("dior_rsvg")
+def test_a_consistent_subset_of_the_genuine_data_is_read(tmp_path: Path) -> None:
+    root = tmp_path / "dior"
+    shutil.copytree(SAMPLES / "dior_rsvg", root)
+    root.chmod(0o755)
     for name in ("train", "val", "test"):
-        (tmp_path / "dior" / f"{name}.txt").unlink()
-    split(tmp_path / "dior", train=[], val=[], test=[0])
-    record = load("dior", tmp_path / "dior", "test")[0]
-    assert (record.text, record.box, record.size) == ("A green and brown golf field", (133.0, 237.0, 684.0, 672.0), (800, 800))
-    assert record.category == "golffield" and data.open_image(record).size == (800, 800)
+        (root / f"{name}.txt").unlink()
+    split(root, train=[], val=[], test=[0])
+    record = load("dior", root, "test")[0]
+    assert record.text == "A green and brown golf field" and record.category == "golffield"
+    assert record.box == (133.0, 237.0, 684.0, 672.0)
+    assert record.size == data.open_image(record).size == (800, 800)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the other data sets
+# ---------------------------------------------------------------- the other data sets
 
-def image(path, width=100, height=50):
+def image(path: Path, width: int = 100, height: int = 50) -> None:
     """A plain image in the format that its suffix says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, height), "gray").save(path)
 
 
-def lines(file, *rows):
+def lines(file: Path, *rows: Any) -> None:
+    """Writes texts as they are, all else as JSON, one a line."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    texts = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    file.write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 
-def numbers_of(places):
-    """reason -> numbers of the lines, records or objects."""
-    return {reason: [int(place.split()[-1]) for place in where] for reason, where in places.items()}
+def numbers_of(places: dict[str, list[str]]) -> dict[str, list[int]]:
+    """Reason -> numbers of the lines, records or objects."""
+    numbers = {}
+    for reason, where in places.items():
+        numbers[reason] = [int(place.split()[-1]) for place in where]
+    return numbers
 
 
-@pytest.mark.parametrize("where, images", [("split", "Image"), (".", "JPEGImages"), ("split", "unzipped/twice/Image")])
-def test_opt_is_read_wherever_its_folders_stand_and_keeps_fractions(tmp_path, where, images):
+@pytest.mark.parametrize("where, images", [
+    ("split", "Image"), (".", "JPEGImages"), ("split", "unzipped/twice/Image")])
+def test_opt_is_read_wherever_its_folders_stand_and_keeps_fractions(
+        tmp_path: Path, where: str, images: str,
+) -> None:
     (tmp_path / "Annotations").mkdir()
-    boxes = {"left ship": (1.25, 2.5, 30.75, 40.5), "right ship": (90.5, 10, 104.3, 20.5), "swapped": (9, 9, 5, 5)}
-    tags = (TAG.format(*box, text) for text, box in boxes.items())
-    (tmp_path / "Annotations" / "7.xml").write_text(f"<annotation><filename>7.jpg</filename>{''.join(tags)}</annotation>")
+    annotate(
+        tmp_path, "7", TAG.format(1.25, 2.5, 30.75, 40.5, "left ship"),
+        TAG.format(90.5, 10, 104.3, 20.5, "right ship"), TAG.format(9, 9, 5, 5, "swapped"))
     image(tmp_path / images / "7.jpg")
     (tmp_path / where).mkdir(exist_ok=True)
     split(tmp_path / where, train=[0, 1], val=[], test=[2])
-    train, test = load("opt", tmp_path, "train"), load("opt", tmp_path, "test")
-    assert [(r.id, r.box) for r in train] == [("0", (1.25, 2.5, 30.75, 40.5)), ("1", (90.5, 10.0, 100.0, 20.5))]
+    train = load("opt", tmp_path, "train")
+    test = load("opt", tmp_path, "test")
+    assert [(r.id, r.box) for r in train] == [
+        ("0", (1.25, 2.5, 30.75, 40.5)), ("1", (90.5, 10.0, 100.0, 20.5))]
     assert train[0].size == (100, 50)
     assert numbers_of(train.repaired) == {"box past the edge": [1]} and not train.refused
-    assert test[0].box == (5.0, 5.0, 9.0, 9.0) and numbers_of(test.repaired) == {"swapped corners": [2]}
+    assert test[0].box == (5.0, 5.0, 9.0, 9.0)
+    assert numbers_of(test.repaired) == {"swapped corners": [2]}
     assert load("opt", tmp_path, "rft").hash == train.hash
-    split(tmp_path / where, train=range(15_328))                         # that number of lines says nothing here
+    # DIOR's withdrawn generation has that number of lines; here it says nothing.
+    split(tmp_path / where, train=range(15_328))
     with pytest.raises(DataError, match="overlap"):
         load("opt", tmp_path, "test")
 
 
-def test_an_image_found_twice_or_under_another_suffix_is_said(folder):
+def test_an_image_found_twice_or_under_another_suffix_is_said(folder: Path) -> None:
     image(folder / "old" / "00010.jpg")
-    assert len(load("dior", folder, "train")) == 1                       # the one in JPEGImages
+    assert len(load("dior", folder, "train")) == 1               # the one in JPEGImages
     (folder / "JPEGImages").rename(folder / "new")
     assert "several images of that name" in load("dior", folder, "train").refused
     shutil.rmtree(folder / "old")
-    assert load("dior", folder, "train")[0].image == folder / "new" / "00010.jpg"
-    (folder / "new" / "00010.jpg").unlink()
-    image(folder / "new" / "00010.png")
+    path = folder / "new" / "00010.jpg"
+    assert load("dior", folder, "train")[0].image == path
+    path.unlink()
+    image(path.with_suffix(".png"))
     train = load("dior", folder, "train")
-    assert train[0].image.name == "00010.png" and numbers_of(train.repaired) == {"image called *.jpg is *.png": [5]}
+    assert train[0].image.name == "00010.png"
+    assert numbers_of(train.repaired) == {"image called *.jpg is *.png": [5]}
 
 
-def test_links_are_followed_and_a_circle_of_them_ends(folder, tmp_path_factory):
+def test_links_are_followed_and_a_circle_of_them_ends(
+        folder: Path, tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "images"
     (folder / "JPEGImages").rename(elsewhere)
     (folder / "JPEGImages").symlink_to(elsewhere)
     (elsewhere / "circle").symlink_to(folder)
-    (folder / "images").symlink_to(elsewhere)                            # the same once more under another name
+    # The same once more under another name.
+    (folder / "images").symlink_to(elsewhere)
     assert len(load("dior", folder, "train")) == 1
 
 
-def test_rsvg_hr_repairs_what_has_one_reading_and_refuses_the_rest(tmp_path):
+def test_rsvg_hr_repairs_what_has_one_reading_and_refuses_the_rest(tmp_path: Path) -> None:
     for name in ("a", "b"):
         image(tmp_path / "images" / f"{name}.jpg", 1024, 1024)
-    lines(tmp_path / "rsvg_hr_test.txt", "a.jpg,1.5,2.5,30.25,40.0,a pool, left of a road, by the sea",
-          "a.jpg,170.0,774.0,216,00,803.21,find a pool", "b.jpg,556.5,461.5,511.1,602.12,swapped", "b.jpg,1,2,1032.12,132.73,past the edge",
-          "b.jpg,1,2,3,4,5,six or seven", "b.jpg,1.5,2.5,3.5,4.5,5,6 planes", "b.jpg,1,2,3", "c.jpg,1,2,3,4,no image", "",
-          "b.jpg,5.5,5.5,7.5,9,12,storey building", "b.jpg,5,5,5,9,flat", "b.jpg,1100,5,1200,9,outside",
-          "b.jpg,1,2,nan,4,no number", "../a.jpg,1,2,3,4,path")
+    lines(
+        tmp_path / "rsvg_hr_test.txt",
+        "a.jpg,1.5,2.5,30.25,40.0,a pool, left of a road, by the sea",
+        "a.jpg,170.0,774.0,216,00,803.21,find a pool",
+        "b.jpg,556.5,461.5,511.1,602.12,swapped",
+        "b.jpg,1,2,1032.12,132.73,past the edge",
+        "b.jpg,1,2,3,4,5,six or seven",
+        "b.jpg,1.5,2.5,3.5,4.5,5,6 planes",
+        "b.jpg,1,2,3",
+        "c.jpg,1,2,3,4,no image",
+        "",
+        "b.jpg,5.5,5.5,7.5,9,12,storey building",
+        "b.jpg,5,5,5,9,flat",
+        "b.jpg,1100,5,1200,9,outside",
+        "b.jpg,1,2,nan,4,no number",
+        "../a.jpg,1,2,3,4,path")
     records = load("rsvg-hr", tmp_path, "test")
     assert [(r.id, r.text, r.box) for r in records] == [
-        ("test-1", "a pool, left of a road, by the sea", (1.5, 2.5, 30.25, 40.0)), ("test-2", "find a pool", (170.0, 774.0, 216.0, 803.21)),
-        ("test-3", "swapped", (511.1, 461.5, 556.5, 602.12)), ("test-4", "past the edge", (1.0, 2.0, 1024.0, 132.73)),
-        ("test-6", "5,6 planes", (1.5, 2.5, 3.5, 4.5)), ("test-10", "12,storey building", (5.5, 5.5, 7.5, 9.0))]
-    assert numbers_of(records.repaired) == {"decimal comma": [2], "swapped corners": [3], "box past the edge": [4]}
-    assert numbers_of(records.refused) == {"five numbers, and more than one may hold a decimal comma": [5], "no box": [7, 13],
-                                           "missing image": [8], "empty box": [11], "box outside the image": [12],
-                                           "image outside the data set": [14]}
+        ("test-1", "a pool, left of a road, by the sea", (1.5, 2.5, 30.25, 40.0)),
+        ("test-2", "find a pool", (170.0, 774.0, 216.0, 803.21)),
+        ("test-3", "swapped", (511.1, 461.5, 556.5, 602.12)),
+        ("test-4", "past the edge", (1.0, 2.0, 1024.0, 132.73)),
+        ("test-6", "5,6 planes", (1.5, 2.5, 3.5, 4.5)),
+        ("test-10", "12,storey building", (5.5, 5.5, 7.5, 9.0))]
+    assert numbers_of(records.repaired) == {
+        "decimal comma": [2], "swapped corners": [3], "box past the edge": [4]}
+    assert numbers_of(records.refused) == {
+        "five numbers, and more than one may hold a decimal comma": [5],
+        "no box": [7, 13], "missing image": [8], "empty box": [11],
+        "box outside the image": [12], "image outside the data set": [14]}
 
 
-@pytest.mark.skipif(not (SHARED / "samples" / "rsvg_hr").exists(), reason="the genuine samples are not here")
-def test_the_genuine_rsvg_hr_files_lose_no_record(tmp_path):
-    image(tmp_path / "images" / "one.jpg", 1024, 1024)
-    for file in (SHARED / "samples" / "rsvg_hr").glob("*.txt"):
+@needs_sample("rsvg_hr")
+def test_the_genuine_rsvg_hr_files_lose_no_record(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    image(images / "one.jpg", 1024, 1024)
+    for file in (SAMPLES / "rsvg_hr").glob("*.txt"):
         shutil.copyfile(file, tmp_path / file.name)
         for name in {line.split(",")[0] for line in file.read_text().splitlines()}:
-            if not (tmp_path / "images" / name).exists():
-                (tmp_path / "images" / name).hardlink_to(tmp_path / "images" / "one.jpg")
-    train, test = (load("rsvg-hr", tmp_path, name) for name in ("train", "test"))
-    assert (len(train), len(test)) == (2_151, 499) and not train.refused and not test.refused
-    assert numbers_of(train.repaired) == {"decimal comma": [18], "box past the edge": [315, 572, 1305, 1988], "swapped corners": [450]}
+            if not (images / name).exists():
+                (images / name).hardlink_to(images / "one.jpg")
+    train, test, sft, val = (
+        load("rsvg-hr", tmp_path, name) for name in ("train", "test", "sft", "val"))
+    assert (len(train), len(test)) == (2_151, 499)
+    assert not train.refused and not test.refused
+    assert numbers_of(train.repaired) == {
+        "decimal comma": [18], "box past the edge": [315, 572, 1305, 1988],
+        "swapped corners": [450]}
     assert numbers_of(test.repaired) == {"box past the edge": [172]}
-    assert train[17].box == (170.0, 774.0, 216.0, 803.21) and train[17].text.startswith("find a swimming pool on the lower left")
+    assert train[17].box == (170.0, 774.0, 216.0, 803.21)
+    assert train[17].text.startswith("find a swimming pool on the lower left")
     assert len({r.image for r in train} & {r.image for r in test}) == 46
-    sft, val = load("rsvg-hr", tmp_path, "sft"), load("rsvg-hr", tmp_path, "val")
-    assert len(sft) + len(val) == 2_151 and not {r.image for r in sft} & {r.image for r in val} and 0 < len(val) < 300
+    assert len(sft) + len(val) == 2_151 and 0 < len(val) < 300
+    assert not {r.image for r in sft} & {r.image for r in val}
     assert sft.hash == load("rsvg-hr", tmp_path, "rft").hash and "val" in val.note
 
 
-def referring(name, question, corners, grid, **more):
-    return {"image_id": name, "question": question, "ground_truth": grid, "dataset": "DOTA", "question_id": 3, "type": "ref",
-            "unique": True, "obj_corner": corners, "obj_cls": "ship", "obj_ids": [1], "size_group": "small", **more}
+def referring(
+        name: str, question: str, corners: Any, grid: str, **more: Any,
+) -> dict[str, Any]:
+    """A row of VRSBench's evaluation file."""
+    return {
+        "image_id": name, "question": question, "ground_truth": grid, "dataset": "DOTA",
+        "question_id": 3, "type": "ref", "unique": True, "obj_corner": corners,
+        "obj_cls": "ship", "obj_ids": [1], "size_group": "small", **more}
 
 
-def test_vrsbench_test_is_its_referring_file_with_the_precise_box(tmp_path):
+def test_vrsbench_test_is_its_referring_file_with_the_precise_box(tmp_path: Path) -> None:
     image(tmp_path / "Images_val" / "Images_val" / "P1_0001.png", 512, 512)
-    image(tmp_path / "Images_train" / "P1_0001.png", 512, 256)           # the name again: the split's folder decides
-    rows = [referring("P1_0001.png", "The ship.", [0.25, 0.40, 0.3125, 0.375, 0.335, 0.5, 0.26, 0.605], "{<25><37><33><60>}"),
-            referring("P1_0001.png", "The tiny ship.", "[0.5, 0.5, 0.505, 0.5, 0.505, 0.505, 0.5, 0.505]", "{<50><50><50><50>}",
-                      unique=False),
-            referring("P1_0001.png", "No corners.", None, "{<10><20><30><40>}"),
-            referring("P1_0001.png", "Half outside.", [0.9, 0.5, 1.1, 0.5, 1.1, 0.7, 0.9, 0.7], "{<90><50><110><70>}"),
-            referring("P1_0001.png", "One cell.", [0.5] * 8, "{<50><50><50><60>}", unique=None),
-            referring("P9_0001.png", "Gone.", [0, 0, 1, 0, 1, 1, 0, 1], "{}")]
+    # The name again: the split's folder decides.
+    image(tmp_path / "Images_train" / "P1_0001.png", 512, 256)
+    name = "P1_0001.png"
+    rows = [
+        referring(name, "The ship.", [0.25, 0.40, 0.3125, 0.375, 0.335, 0.5, 0.26, 0.605],
+                  "{<25><37><33><60>}"),
+        referring(name, "The tiny ship.", "[0.5, 0.5, 0.505, 0.5, 0.505, 0.505, 0.5, 0.505]",
+                  "{<50><50><50><50>}", unique=False),
+        referring(name, "No corners.", None, "{<10><20><30><40>}"),
+        referring(name, "Half outside.", [0.9, 0.5, 1.1, 0.5, 1.1, 0.7, 0.9, 0.7],
+                  "{<90><50><110><70>}"),
+        referring(name, "One cell.", [0.5] * 8, "{<50><50><50><60>}", unique=None),
+        referring("P9_0001.png", "Gone.", [0, 0, 1, 0, 1, 1, 0, 1], "{}"),
+        referring(name, "Nearly a line.", [0.5, 0.5, 0.50001, 0.5, 0.50001, 0.6, 0.5, 0.6],
+                  "{<50><50><50><60>}")]
     lines(tmp_path / "VRSBench_EVAL_referring.json", json.dumps(rows))
     records = load("vrsbench", tmp_path, "test")
-    assert [r.text for r in records] == ["The ship.", "The tiny ship.", "No corners.", "Half outside.", "One cell."]
-    assert np.allclose([r.box for r in records], [(128, 192, 171.52, 309.76), (256, 256, 258.56, 258.56),
-                                                  (51.2, 102.4, 153.6, 204.8), (460.8, 256, 512, 358.4), (256, 256, 261.12, 307.2)])
-    assert [r.unique for r in records] == [True, False, True, True, None] and records[0].size == (512, 512)
-    assert records[0].grid == (25, 37, 33, 60)
-    assert records[1].grid == (50, 50, 50, 50) and records[0].category == "ship"      # without area there, with area here: it counts
-    assert numbers_of(records.repaired) == {"box of ground_truth, for want of obj_corner": [2], "box past the edge": [3],
-                                            "whole cells of ground_truth, for want of area": [4]}
+    assert [r.text for r in records] == [
+        "The ship.", "The tiny ship.", "No corners.", "Half outside.", "One cell.",
+        "Nearly a line."]
+    assert np.allclose([r.box for r in records], [
+        (128, 192, 171.52, 309.76), (256, 256, 258.56, 258.56), (51.2, 102.4, 153.6, 204.8),
+        (460.8, 256, 512, 358.4), (256, 256, 261.12, 307.2), (256, 256, 261.12, 307.2)])
+    assert [r.unique for r in records] == [True, False, True, True, None, True]
+    assert records[0].size == (512, 512) and records[0].grid == (25, 37, 33, 60)
+    # Without area on that grid, with area here: it counts.
+    assert records[1].grid == (50, 50, 50, 50) and records[0].category == "ship"
+    assert numbers_of(records.repaired) == {
+        "box of ground_truth, for want of obj_corner": [2], "box past the edge": [3],
+        "whole cells of ground_truth, for want of area": [4, 6]}
     assert numbers_of(records.refused) == {"missing image": [5]}
 
 
-def test_vrsbench_train_gives_the_referring_turns_alone(tmp_path):
+def conversation(i: int, question: str, answer: str) -> dict[str, Any]:
+    """A row of VRSBench's train file."""
+    turns = [
+        {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"image": f"{i:05d}_0000.png", "conversations": turns}
+
+
+def test_vrsbench_train_gives_the_referring_turns_alone(tmp_path: Path) -> None:
+    rows = []
     for i in range(40):
         image(tmp_path / "Images_train" / "inner" / f"{i:05d}_0000.png", 200, 100)
-
-    def row(i, asked, told):
-        turns = [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": told}]
-        return {"image": f"{i:05d}_0000.png", "conversations": turns}
-    rows = [row(i, "[refer] give me the location of <p>The ship.</p>", "{<25><40><33><60>}") for i in range(40)]
-    rows += [row(0, "[caption] Describe the image", "A harbour at {<1><2><3><4>}"), row(0, "[vqa] How many ships?", "2"),
-             row(0, "[refer] where is <p>the ship</p>?", "{<1><2><3><4>}{<5><6><7><8>}"), row(0, "[refer] the ship", "{<1><2><3><4>}"),
-             {"image": "00000_0000.png", "conversations": None}]
+        rows.append(conversation(
+            i, "[refer] give me the location of <p>The ship.</p>", "{<25><40><33><60>}"))
+    rows += [
+        conversation(0, "[caption] Describe the image", "A harbour at {<1><2><3><4>}"),
+        conversation(0, "[vqa] How many ships?", "2"),
+        conversation(0, "[refer] where is <p>the ship</p>?", "{<1><2><3><4>}{<5><6><7><8>}"),
+        conversation(0, "[refer] the ship", "{<1><2><3><4>}"),
+        {"image": "00000_0000.png", "conversations": None}]
     lines(tmp_path / "VRSBench_train.json", json.dumps(rows))
     train, sft, val = (load("vrsbench", tmp_path, name) for name in ("train", "sft", "val"))
-    assert len(train) == 40 and train[0].text == "The ship." and train[0].box == (50.0, 40.0, 66.0, 60.0)
+    assert len(train) == 40 and train[0].text == "The ship."
+    assert train[0].box == (50.0, 40.0, 66.0, 60.0)
     assert numbers_of(train.refused) == {"no box": [42], "empty text": [43]}
-    assert len(val) == 2 and len(sft) == 38 and {r.id for r in sft} | {r.id for r in val} == {r.id for r in train}
+    assert len(val) == 2 and len(sft) == 38
+    assert {r.id for r in sft} | {r.id for r in val} == {r.id for r in train}
     with pytest.raises(DataError, match="VRSBench_EVAL_referring.json"):
         load("vrsbench", tmp_path, "test")
 
 
-def test_refgeo_finds_each_data_sets_images_in_its_own_folder(tmp_path):
+def geoground(name: str, text: str, box: Any = (1.5, 2, 30, 40)) -> dict[str, Any]:
+    """A line of refGeo."""
+    return {
+        "image_id": name, "question": text, "bbox": list(box), "poly": [[0, 0]],
+        "question_id": 1, "dataset": "x"}
+
+
+@pytest.fixture
+def refgeo(tmp_path: Path) -> Path:
+    """Three of refGeo's data sets, with its traps."""
     for name in ("DIOR-RSVG/00001.jpg", "rsvg/1.jpg", "GeoChat_test/P1.png"):
         image(tmp_path / "images" / name)
+    metainfo = tmp_path / "metainfo"
+    lines(
+        metainfo / "dior_rsvg_test.jsonl", geoground("00001.jpg", "a golf field"),
+        geoground("1.jpg", "another data set's image"))
+    lines(metainfo / "rsvg_test.jsonl", geoground("1.jpg", "a road", (30, 40, 120, 2)))
+    wrapped = json.dumps(geoground("P1.jpg", "wrapped LINE here"), indent=1)
+    lines(
+        metainfo / "geochat_test.jsonl", wrapped.replace("LINE", "\n"),
+        '{"image_id": "P1.jpg", "ques', geoground("P1.jpg", "the next"), "junk",
+        geoground("P1.jpg", "no box", "none"))
+    return tmp_path
 
-    def row(name, text, box=(1.5, 2, 30, 40)):
-        return {"image_id": name, "question": text, "bbox": list(box), "poly": [[0, 0]], "question_id": 1, "dataset": "x"}
-    lines(tmp_path / "metainfo" / "dior_rsvg_test.jsonl", row("00001.jpg", "a golf field"), row("1.jpg", "another data set's image"))
-    lines(tmp_path / "metainfo" / "rsvg_test.jsonl", row("1.jpg", "a road", (30, 40, 120, 2)))
-    lines(tmp_path / "metainfo" / "geochat_test.jsonl", json.dumps(row("P1.jpg", "wrapped LINE here"), indent=1).replace("LINE", "\n"),
-          '{"image_id": "P1.jpg", "ques', row("P1.jpg", "the next"), "junk", row("P1.jpg", "no box", "none"))
-    records = load("refgeo", tmp_path, "test")
+
+def test_refgeo_finds_each_data_sets_images_in_its_own_folder(refgeo: Path) -> None:
+    records = load("refgeo", refgeo, "test")
     assert [(r.id, r.kind, r.text, r.box) for r in records] == [
         ("dior_rsvg_test-1", "dior_rsvg", "a golf field", (1.5, 2.0, 30.0, 40.0)),
         ("rsvg_test-1", "rsvg", "a road", (30.0, 2.0, 100.0, 40.0)),
         ("geochat_test-1", "geochat", "wrapped \n here", (1.5, 2.0, 30.0, 40.0)),
         ("geochat_test-21", "geochat", "the next", (1.5, 2, 30, 40))]
-    assert numbers_of(records.refused) == {"missing image": [2], "no JSON object": [20, 22], "no box": [23]}
-    assert numbers_of(records.repaired) == {"swapped corners": [1], "box past the edge": [1], "image called *.jpg is *.png": [1, 21]}
+    assert numbers_of(records.refused) == {
+        "missing image": [2], "no JSON object": [20, 22], "no box": [23]}
+    assert numbers_of(records.repaired) == {
+        "swapped corners": [1], "box past the edge": [1],
+        "image called *.jpg is *.png": [1, 21]}
     assert "vrsbench_test.jsonl, avvg_test.jsonl" in records.note
-    assert [r.id for r in load("refgeo", tmp_path, "rsvg_test")] == ["rsvg_test-1"]
+    assert [r.id for r in load("refgeo", refgeo, "rsvg_test")] == ["rsvg_test-1"]
+    # Without a file of its own val is held out of train, which is not there.
     with pytest.raises(DataError, match="dior_rsvg_train.jsonl"):
-        load("refgeo", tmp_path, "val")                                  # without a file of its own held out of train, which is not there
-    shutil.copytree(tmp_path / "images" / "rsvg", tmp_path / "images" / "other")
-    shutil.rmtree(tmp_path / "images" / "rsvg")                          # an image of that name elsewhere is another image
-    assert list(load("refgeo", tmp_path, "rsvg_test").refused) == ["missing image"]
-    shutil.rmtree(tmp_path / "images")
-    image(tmp_path / "images" / "JPEGImages" / "1.jpg")                  # one folder for all
-    image(tmp_path / "images" / "JPEGImages" / "P0.v2.png")
-    lines(tmp_path / "metainfo" / "rsvg_train.jsonl", *(row("1.jpg", f"road {i}") for i in range(3)), row("P0.v2", "a name with a dot"))
-    assert len(load("refgeo", tmp_path, "rsvg_test")) == 1
-    sft, val = load("refgeo", tmp_path, "sft"), load("refgeo", tmp_path, "val")
-    assert not {r.image for r in sft} & {r.image for r in val} and len(sft) + len(val) == 4
+        load("refgeo", refgeo, "val")
 
 
-def own(name, text="the ship", box=(1, 2, 30, 40), **more):
+def test_refgeo_takes_no_image_of_that_name_from_another_data_sets_folder(
+        refgeo: Path,
+) -> None:
+    (refgeo / "images" / "rsvg").rename(refgeo / "images" / "other")
+    assert list(load("refgeo", refgeo, "rsvg_test").refused) == ["missing image"]
+
+
+def test_refgeo_looks_everywhere_where_no_data_set_has_a_folder(refgeo: Path) -> None:
+    shutil.rmtree(refgeo / "images")
+    image(refgeo / "images" / "JPEGImages" / "1.jpg")
+    image(refgeo / "images" / "JPEGImages" / "P0.v2.png")
+    roads = [geoground("1.jpg", f"road {i}") for i in range(3)]
+    lines(
+        refgeo / "metainfo" / "rsvg_train.jsonl", *roads,
+        geoground("P0.v2", "a name with a dot"))
+    assert len(load("refgeo", refgeo, "rsvg_test")) == 1
+    sft = load("refgeo", refgeo, "sft")
+    val = load("refgeo", refgeo, "val")
+    assert len(sft) + len(val) == 4
+    assert not {r.image for r in sft} & {r.image for r in val}
+
+
+def own(name: Any, text: Any = "the ship", box: Any = (1, 2, 30, 40), **more: Any) -> dict:
+    """A line of one's own data."""
     return {"image": name, "text": text, "box": list(box), **more}
 
 
-def test_your_own_lines_are_read_and_bad_ones_refused_by_number(tmp_path):
-    image(tmp_path / "a" / "1.jpg")
-    image(tmp_path / "outside.jpg")
+def test_your_own_lines_are_read_and_bad_ones_refused_by_number(tmp_path: Path) -> None:
     root = tmp_path / "a"
+    image(root / "1.jpg")
     image(root / "deep" / "2.JPG")
-    lines(root / "train.jsonl", own("1.jpg", id=7, category="ship"), "", own("deep/2.JPG", box=(-3, 2, 30, 40)), "not json", "[1, 2]",
-          own("2.JPG", "by base name"), own("../outside.jpg"), own(str(tmp_path / "outside.jpg")), own("1.jpg", " "), own("1.jpg", 3),
-          own("1.jpg", box=(50, 20, 30, 10)), own("1.jpg", box=(1, 2, 3)), own("1.jpg", box=(1, 2, True, 4)), own("1.jpg", id="7"),
-          {"image": "1.jpg", "text": "no box"}, {"text": "no image", "box": [1, 2, 3, 4]}, '{"image": "1.jpg", "te',
-          own(["1.jpg"], box=("1.5", 2e0, 30, 40.25)))
+    image(tmp_path / "outside.jpg")
+    lines(
+        root / "train.jsonl",
+        own("1.jpg", id=7, category="ship"),
+        "",
+        own("deep/2.JPG", box=(-3, 2, 30, 40)),
+        "not json",
+        "[1, 2]",
+        own("2.JPG", "by base name"),
+        own("../outside.jpg"),
+        own(str(tmp_path / "outside.jpg")),
+        own("1.jpg", " "),
+        own("1.jpg", 3),
+        own("1.jpg", box=(50, 20, 30, 10)),
+        own("1.jpg", box=(1, 2, 3)),
+        own("1.jpg", box=(1, 2, True, 4)),
+        own("1.jpg", id="7"),
+        {"image": "1.jpg", "text": "no box"},
+        {"text": "no image", "box": [1, 2, 3, 4]},
+        '{"image": "1.jpg", "te',
+        own(["1.jpg"], box=("1.5", 2e0, 30, 40.25)))
     train = load("jsonl", root, "train")
     assert [(r.id, r.image, r.box, r.category) for r in train] == [
-        ("7", root / "1.jpg", (1.0, 2.0, 30.0, 40.0), "ship"), ("train-3", root / "deep" / "2.JPG", (0.0, 2.0, 30.0, 40.0), ""),
+        ("7", root / "1.jpg", (1.0, 2.0, 30.0, 40.0), "ship"),
+        ("train-3", root / "deep" / "2.JPG", (0.0, 2.0, 30.0, 40.0), ""),
         ("train-18", root / "1.jpg", (1.5, 2.0, 30.0, 40.25), "")]
     assert numbers_of(train.repaired) == {"box past the edge": [3]}
     assert numbers_of(train.refused) == {
-        "no JSON object": [4, 5, 17], "missing image": [6], "image outside the data set": [7, 8], "empty text": [9, 10],
-        "x1 > x2 or y1 > y2 (is it x, y, width, height?)": [11], "no box": [12, 13, 15], "id of an earlier record": [14],
-        "no image named": [16]}
+        "no JSON object": [4, 5, 17], "missing image": [6],
+        "image outside the data set": [7, 8], "empty text": [9, 10],
+        "x1 > x2 or y1 > y2 (is it x, y, width, height?)": [11], "no box": [12, 13, 15],
+        "id of an earlier record": [14], "no image named": [16]}
 
 
-def test_the_splits_of_your_own_data(tmp_path):
+def test_the_splits_of_your_own_data(tmp_path: Path) -> None:
     for i in range(21):
         image(tmp_path / f"{i}.png")
-    lines(tmp_path / "mine.jsonl", *(own(f"{i}.png") for i in range(20)), own("20.png", split="test"))
+    train = [own(f"{i}.png") for i in range(20)]
+    lines(tmp_path / "mine.jsonl", *train, own("20.png", split="test"))
+    names = ("train", "sft", "val", "test")
     for root in (tmp_path, tmp_path / "mine.jsonl"):
-        assert [len(load("jsonl", root, name)) for name in ("train", "sft", "val", "test")] == [20, 19, 1, 1]
+        assert [len(load("jsonl", root, name)) for name in names] == [20, 19, 1, 1]
     (tmp_path / "mine.jsonl").unlink()
     with pytest.raises(DataError, match="no .*jsonl"):
         load("jsonl", tmp_path, "train")
@@ -485,147 +731,232 @@ def test_the_splits_of_your_own_data(tmp_path):
     with pytest.raises(DataError, match="no records of a split 'test'; it has train"):
         load("jsonl", tmp_path, "test")
     lines(tmp_path / "val.jsonl", own("2.png"))
-    assert [[r.image.stem for r in load("jsonl", tmp_path, name)] for name in ("train", "sft", "rft", "val")] == [["0", "1"]] * 3 + [["2"]]
+    for name in ("train", "sft", "rft"):
+        assert [r.image.stem for r in load("jsonl", tmp_path, name)] == ["0", "1"]
+    assert [r.image.stem for r in load("jsonl", tmp_path, "val")] == ["2"]
 
 
-def test_a_json_array_is_no_jsonl(tmp_path):
+def test_a_json_array_is_no_jsonl(tmp_path: Path) -> None:
     image(tmp_path / "1.jpg")
     rows = [own("1.jpg", "one"), own("1.jpg", "two"), own("1.jpg", "three")]
-    for text in (json.dumps(rows), "\n [" + ",\n".join(map(json.dumps, rows)) + "]", json.dumps(rows, indent=1)):
+    says = (
+        r"train\.jsonl: a JSON array, where one JSON object a line is needed; "
+        r"jq -c '\.\[\]'")
+    for text in (
+            json.dumps(rows), "\n [" + ",\n".join(map(json.dumps, rows)) + "]",
+            json.dumps(rows, indent=1)):
         (tmp_path / "train.jsonl").write_text(text)
-        with pytest.raises(DataError, match=r"train\.jsonl: a JSON array, where one JSON object a line is needed; jq -c '\.\[\]'"):
+        with pytest.raises(DataError, match=says):
             load("jsonl", tmp_path, "train")
 
 
-def test_one_image_can_not_be_trained_on_and_held_out(tmp_path):
+def test_one_image_can_not_be_trained_on_and_held_out(tmp_path: Path) -> None:
     image(tmp_path / "1.jpg")
-    lines(tmp_path / "train.jsonl", own("1.jpg"), own("1.jpg", box=(3, 4, 5, 6)), own("2.jpg"))
+    lines(
+        tmp_path / "train.jsonl", own("1.jpg"), own("1.jpg", box=(3, 4, 5, 6)), own("2.jpg"))
     assert len(load("jsonl", tmp_path, "train")) == 2
     for name in ("sft", "rft", "val"):
-        with pytest.raises(DataError, match=f"{name} needs two usable images .* has 1 .refused: missing image: 1.; add"):
+        says = (
+            f"{name} needs two usable images .* has 1 .refused: missing image: 1.; add")
+        with pytest.raises(DataError, match=says):
             load("jsonl", tmp_path, name)
     image(tmp_path / "2.jpg")
     assert {len(load("jsonl", tmp_path, name)) for name in ("sft", "val")} == {1, 2}
 
 
-@pytest.mark.skipif(not (SHARED / "samples" / "refcoco_jsonl").exists(), reason="the genuine samples are not here")
-def test_the_genuine_pairs_of_vlm_r1_are_read(tmp_path):
-    pairs = json.loads(next((SHARED / "samples" / "refcoco_jsonl").glob("*.json")).read_text())
+@needs_sample("refcoco_jsonl")
+def test_the_genuine_pairs_of_vlm_r1_are_read(tmp_path: Path) -> None:
+    file = next((SAMPLES / "refcoco_jsonl").glob("*.json"))
+    pairs = json.loads(file.read_text())
     image(tmp_path / "1.jpg", 700, 700)
-    turns = [[{"from": "human", "value": f"<image>{p['question']}"}, {"from": "gpt", "value": str(p["ground_truth"])}] for p in pairs]
-    lines(tmp_path / "train.jsonl", *({"image": "1.jpg", "conversations": t} for t in turns))
-    lines(tmp_path / "test.jsonl", *({"image": "1.jpg", **p} for p in pairs))
-    train, test = load("jsonl", tmp_path, "train"), load("jsonl", tmp_path, "test")
-    assert len(train) == len(test) == 200 and [r.box for r in train] == [r.box for r in test] == [tuple(p["ground_truth"]) for p in pairs]
+    conversations = []
+    for pair in pairs:
+        turns = [
+            {"from": "human", "value": f"<image>{pair['question']}"},
+            {"from": "gpt", "value": str(pair["ground_truth"])}]
+        conversations.append({"image": "1.jpg", "conversations": turns})
+    lines(tmp_path / "train.jsonl", *conversations)
+    lines(tmp_path / "test.jsonl", *({"image": "1.jpg", **pair} for pair in pairs))
+    boxes = [tuple(pair["ground_truth"]) for pair in pairs]
+    train = load("jsonl", tmp_path, "train")
+    test = load("jsonl", tmp_path, "test")
+    assert len(boxes) == 200
+    assert [r.box for r in train] == [r.box for r in test] == boxes
     assert [r.text for r in train] == [r.text for r in test]
-    assert [r.text for r in train[:3]] == ["man standing far left in orange", "umpcatcher", "table with bananas"]
+    assert [r.text for r in train[:3]] == [
+        "man standing far left in orange", "umpcatcher", "table with bananas"]
 
 
-def test_values_of_any_type_are_refused_or_read_but_never_break_a_reader(tmp_path):
+HOSTILE_VALUES = [
+    None, True, 0, -1, "", "a.png", "a.jpg", "../a.png", "/a.png", ".", "\0", "\ud800",
+    "[1, 2, 30, 40]", "{<1><2><30><40>}", [1, 2, 30, 40], [float("nan")] * 4, [1e999] * 8,
+    [10 ** 400, 1, 2, 3], "9" * 400, [0.1] * 8, {}, [{}], [{"from": [1]}, {}],
+    [{"value": "[refer] <p>x</p>"}],
+    [{"from": "human"}, {"from": "gpt", "value": "[1, 2, 3, 4]"}], ["a.png"]]
+HOSTILE_KEYS = (
+    "image", "image_id", "text", "question", "problem", "solution", "box", "bbox", "obj_corner",
+    "ground_truth", "conversations", "id", "unique", "obj_cls", "category")
+
+
+def test_values_of_any_type_are_refused_or_read_but_never_break_a_reader(
+        tmp_path: Path,
+) -> None:
     for name in ("Images_train/a.png", "images/rsvg/a.png", "a.png"):
         image(tmp_path / name, 50, 40)
-    values = [None, True, 0, -1, "", "a.png", "a.jpg", "../a.png", "/a.png", ".", "\0", "\ud800", "[1, 2, 30, 40]", "{<1><2><30><40>}",
-              [1, 2, 30, 40], [float("nan")] * 4, [1e999] * 8, [10 ** 400, 1, 2, 3], "9" * 400, [0.1] * 8, {}, [{}], [{"from": [1]}, {}],
-              [{"value": "[refer] <p>x</p>"}], [{"from": "human"}, {"from": "gpt", "value": "[1, 2, 3, 4]"}], ["a.png"]]
-    keys = ("image", "image_id", "text", "question", "problem", "solution", "box", "bbox", "obj_corner", "ground_truth", "conversations",
-            "id", "unique", "obj_cls", "category")
     rng = random.Random(0)
     for _ in range(60):
-        rows = [{key: rng.choice(values) for key in keys if rng.random() < 0.7} for _ in range(8)]
+        rows = []
+        for _ in range(8):
+            keys = [key for key in HOSTILE_KEYS if rng.random() < 0.7]
+            rows.append({key: rng.choice(HOSTILE_VALUES) for key in keys})
         for file in ("VRSBench_train.json", "VRSBench_EVAL_referring.json"):
             (tmp_path / file).write_text(json.dumps(rows))
         for file in ("train.jsonl", "metainfo/rsvg_train.jsonl"):
             lines(tmp_path / file, *rows)
-        for name, split_name in (("vrsbench", "test"), ("vrsbench", "train"), ("refgeo", "train"), ("jsonl", "train")):
+        for name, split_name in (
+                ("vrsbench", "test"), ("vrsbench", "train"), ("refgeo", "train"),
+                ("jsonl", "train")):
             records = load(name, tmp_path, split_name)
-            if split_name == "test" or name != "vrsbench":               # each row is there, as a record or as a refusal
-                assert len(records) + sum(map(len, records.refused.values())) == 8
-            assert all(0 <= x1 < x2 <= 50 and 0 <= y1 < y2 <= 40 for x1, y1, x2, y2 in (r.box for r in records)) and records.hash
+            if (name, split_name) != ("vrsbench", "train"):
+                # Each row is there, as a record or as a refusal.
+                assert len(records) + sum(records.refusals.values()) == 8
+            for r in records:
+                x1, y1, x2, y2 = r.box
+                assert 0 <= x1 < x2 <= 50 and 0 <= y1 < y2 <= 40
+            assert records.hash
 
 
-# ------------------------------------------------------------------------------------------------------------------ mixtures
+# ---------------------------------------------------------------- mixtures
 
 @pytest.fixture
-def parent(tmp_path):
+def parent(tmp_path: Path) -> Path:
+    """A folder that holds two data sets' folders, of 40 and 10 records."""
     for name, n in (("jsonl", 40), ("rsvg-hr", 10)):
         for i in range(n):
             image(tmp_path / name / f"{i}.png")
     lines(tmp_path / "jsonl" / "train.jsonl", *(own(f"{i}.png") for i in range(40)), "bad")
-    lines(tmp_path / "rsvg-hr" / "rsvg_hr_train.txt", *(f"{i}.png,9,2,3,4,a pool" for i in range(10)))
+    lines(
+        tmp_path / "rsvg-hr" / "rsvg_hr_train.txt",
+        *(f"{i}.png,9,2,3,4,a pool" for i in range(10)))
     return tmp_path
 
 
-def test_a_mixture_takes_shares_and_repeats_and_keeps_ids_apart(parent):
+def test_a_mixture_takes_shares_and_repeats_and_keeps_ids_apart(parent: Path) -> None:
     mixed = load("jsonl:0.25+rsvg-hr:2.5", parent, "train")
     ids = [r.id for r in mixed]
     assert len(set(ids)) == len(ids) == 10 + 25
-    assert sum(i.startswith("jsonl/train-") for i in ids) == 10 and sum(i.endswith("#2") for i in ids) == 10
-    assert sum(i.endswith("#3") for i in ids) == 5 and {i[:-2] for i in ids if "#" in i} <= set(ids)
-    assert mixed.hash == load("jsonl:0.25+rsvg-hr:2.5", parent, "train").hash != load("jsonl:0.5+rsvg-hr:2.5", parent, "train").hash
-    assert {r.id for r in load("jsonl:0.25", parent, "train")} < {r.id for r in load("jsonl:0.5", parent, "train")}
-    assert {i.split("/")[0] for i in ids[:8]} == {"jsonl", "rsvg-hr"}    # a slice of it, as validation takes one, is a mixture too
-    assert [len(places) for places in mixed.refused.values()] == [1] and len(mixed.repaired["swapped corners"]) == 10
-    assert mixed.refused["no JSON object"][0].startswith("jsonl: ")
+    assert sum(i.startswith("jsonl/train-") for i in ids) == 10
+    assert sum(i.endswith("#2") for i in ids) == 10 and sum(i.endswith("#3") for i in ids) == 5
+    assert {i[:-2] for i in ids if "#" in i} <= set(ids)
+    assert mixed.hash == load("jsonl:0.25+rsvg-hr:2.5", parent, "train").hash
+    assert mixed.hash != load("jsonl:0.5+rsvg-hr:2.5", parent, "train").hash
+    # A slice of it, as validation takes one, is a mixture too.
+    assert {i.split("/")[0] for i in ids[:8]} == {"jsonl", "rsvg-hr"}
+    assert len(mixed.repaired["swapped corners"]) == 10
+    assert list(mixed.refused) == ["no JSON object"]
+    assert [place[:7] for place in mixed.refused["no JSON object"]] == ["jsonl: "]
+
+
+def test_a_larger_share_holds_the_smaller_one(parent: Path) -> None:
+    quarter = {r.id for r in load("jsonl:0.25", parent, "train")}
+    half = {r.id for r in load("jsonl:0.5", parent, "train")}
+    assert quarter < half
+
+
+def test_a_mixture_holds_out_images_of_each_part(parent: Path) -> None:
     together = load("jsonl+rsvg-hr", parent, "train")
     assert len(together) == 50 and together[0].image.exists()
-    sft, val = (load("jsonl+rsvg-hr", parent, name) for name in ("sft", "val"))
-    assert len(sft) == 47 and len(val) == 3 and not {r.id for r in sft} & {r.id for r in val} and "jsonl: validation" in val.note
+    sft = load("jsonl+rsvg-hr", parent, "sft")
+    val = load("jsonl+rsvg-hr", parent, "val")
+    assert len(sft) == 47 and len(val) == 3
+    assert not {r.id for r in sft} & {r.id for r in val} and "jsonl: validation" in val.note
 
 
-def test_a_mixtures_weights_are_for_training_and_leave_what_measures_whole():
-    for split in ("val", "test"):
-        whole = load("synth", None, split)
-        assert {r.id for r in load("synth:0.1", None, split)} == {f"synth/{r.id}" for r in whole} and len(whole) > 400
-    assert len(load("synth:0.1", None, "sft")) == round(0.1 * len(load("synth", None, "sft")))
+def test_a_mixtures_weights_are_for_training_and_leave_what_measures_whole() -> None:
+    for split_name in ("val", "test"):
+        whole = load("synth", None, split_name)
+        share = load("synth:0.1", None, split_name)
+        assert {r.id for r in share} == {f"synth/{r.id}" for r in whole} and len(whole) > 400
+    whole = load("synth", None, "sft")
+    assert len(load("synth:0.1", None, "sft")) == round(0.1 * len(whole))
 
 
-@pytest.mark.parametrize("name", ["jsonl+jsonl", "jsonl+other", "jsonl:0", "jsonl:-1", "jsonl:nan", "jsonl:inf", "jsonl:x", "jsonl:",
-                                  "jsonl+", "jsonl:1:1"])
-def test_a_mixture_that_has_no_meaning_is_refused(parent, name):
+@pytest.mark.parametrize("name", [
+    "jsonl+jsonl", "jsonl+other", "jsonl:0", "jsonl:-1", "jsonl:nan", "jsonl:inf", "jsonl:x",
+    "jsonl:", "jsonl+", "jsonl:1:1"])
+def test_a_mixture_that_has_no_meaning_is_refused(parent: Path, name: str) -> None:
     with pytest.raises(DataError, match="can't be a part of the mixture") as error:
         load(name, parent, "train")
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------------------ python data.py
+# ---------------------------------------------------------------- python data.py
 
-def test_the_check_of_a_data_set_counts_and_draws(folder, run, tmp_path):
+def test_the_check_of_a_data_set_counts_and_draws(
+        folder: Path, run: Run, tmp_path: Path,
+) -> None:
     done = run("data.py", "dior", "--root", folder, "--out", tmp_path / "sheet.png")
-    assert done.returncode == 0 and not done.stderr and "images decoded: 3, unreadable: 0\n" in done.stdout, done.stderr
-    assert "dior train: 1 records, 3 refused" in done.stdout and "00002.xml, object 2" in done.stdout
-    assert "expressions found: 4, 26,991 are published; a subset" in done.stdout and "images in both train and val: 0" in done.stdout
-    assert "quantiles: 5% 55.1, " in done.stdout and "below 1%: 0.0%" in done.stdout        # 29 x 38 of 50 x 40
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    for words in (
+            "images decoded: 3, unreadable: 0\n", "dior train: 1 records, 3 refused",
+            "00002.xml, object 2", "expressions found: 4, 26,991 are published; a subset",
+            "images in both train and val: 0", "quantiles: 5% 55.1, ",     # 29 x 38 of 50 x 40
+            "below 1%: 0.0%"):
+        assert words in done.stdout
     assert Image.open(tmp_path / "sheet.png").width > 300
     done = run("data.py", "dior", "--root", tmp_path / "nowhere")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_the_check_decodes_every_image_and_names_what_would_end_a_run(folder, run, tmp_path):
+def test_the_check_decodes_every_image_and_names_what_would_end_a_run(
+        folder: Path, run: Run, tmp_path: Path,
+) -> None:
     path = folder / "JPEGImages" / "00001.jpg"
     path.write_bytes(path.read_bytes()[:-300])
     done = run("data.py", "dior", "--root", folder, "--out", tmp_path / "sheet.png")
-    assert f"images decoded: 3, unreadable: 1\n    {path}: unreadable image of record 0 (" in done.stdout, done.stdout + done.stderr
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "1 of 3 images can't be decoded" in done.stderr
-    assert Image.open(tmp_path / "sheet.png").width > 300                # of those that can be
+    says = f"images decoded: 3, unreadable: 1\n    {path}: unreadable image of record 0 ("
+    assert says in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "1 of 3 images can't be decoded" in done.stderr
+    # The sheet is of those that can be.
+    assert Image.open(tmp_path / "sheet.png").width > 300
 
 
-def test_the_check_says_what_splits_share_and_what_a_set_lacks(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def check(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> Callable[..., str]:
+    """check("dior", "--root", folder) -> what data.py prints."""
+    def check(*flags: object) -> str:
+        monkeypatch.setattr("sys.argv", ["data.py", *map(str, flags)])
+        data.main()
+        return capsys.readouterr().out
+    return check
+
+
+def test_the_check_says_what_splits_share_and_what_a_set_lacks(
+        tmp_path: Path, check: Callable[..., str], capsys: pytest.CaptureFixture,
+) -> None:
     image(tmp_path / "a.png")
-    lines(tmp_path / "train.jsonl", own("a.png"), own("a.png", box=(0, 0, 5, 5)), *["bad"] * 30)
+    lines(
+        tmp_path / "train.jsonl", own("a.png"), own("a.png", box=(0, 0, 5, 5)),
+        *["bad"] * 30)
     lines(tmp_path / "test.jsonl", own("a.png", box=(0, 0, 200, 200)))
-    monkeypatch.setattr("sys.argv", ["data.py", "jsonl", "--root", str(tmp_path), "--split", "train", "test", "--show", "0"])
-    data.main()
-    out = capsys.readouterr().out
-    assert "images in both train and test: 1" in out and "below 1%: 50.0% of the boxes" in out and "and 10 more; --places 0" in out
-    assert "refused, no JSON object: 30" in out and "repaired, box past the edge: 1" in out and "are published" not in out
+    out = check("jsonl", "--root", tmp_path, "--split", "train", "test", "--show", 0)
+    for words in (
+            "images in both train and test: 1", "below 1%: 50.0% of the boxes",
+            "and 10 more; --places 0", "refused, no JSON object: 30",
+            "repaired, box past the edge: 1"):
+        assert words in out
+    assert "are published" not in out
     (tmp_path / "test.jsonl").unlink()
-    monkeypatch.setattr("sys.argv", ["data.py", "jsonl", "--root", str(tmp_path), "--show", "0"])
-    data.main()
-    assert "jsonl test: " in capsys.readouterr().out
-    for more, words in ([["--split", "test"], "no records of a split 'test'"], [["--nonsense"], "--nonsense"],
-                        [["--out", str(tmp_path / "no" / "sheet.png")], "--out"]):
-        monkeypatch.setattr("sys.argv", ["data.py", "jsonl", "--root", str(tmp_path), *more])
+    assert "jsonl test: " in check("jsonl", "--root", tmp_path, "--show", 0)
+    for flags, words in (
+            (["--split", "test"], "no records of a split 'test'"),
+            (["--nonsense"], "--nonsense"),
+            (["--out", tmp_path / "no" / "sheet.png"], "--out")):
         with pytest.raises(SystemExit) as stop:
-            data.main()
+            check("jsonl", "--root", tmp_path, *flags)
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and words in error and len(error.strip().splitlines()) == 1
+        assert stop.value.code == 2 and words in error
+        assert len(error.strip().splitlines()) == 1

@@ -2,6 +2,7 @@
 import re
 from pathlib import Path
 
+import eval as evaluation
 import reward
 import rft
 import runtime
@@ -14,7 +15,7 @@ SCRIPTS = {"sft.py": sft.flags, "rft.py": rft.flags}
 
 def glossary(marker: str) -> dict[str, str]:
     """The rows `key` | sentence of the table behind a heading's sentence."""
-    section = README.split(marker, 1)[1].split("\n\n", 2)[1]
+    section = README.split(marker, 1)[1].split("\n\n", 2)[1].strip()
     rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", section, re.MULTILINE)
     assert len(rows) == section.count("\n") - 1
     return dict(rows)
@@ -22,6 +23,11 @@ def glossary(marker: str) -> dict[str, str]:
 
 def test_the_glossary_of_the_log_is_that_of_the_code() -> None:
     assert glossary("A line of `metrics.jsonl`") == runtime.LOG_KEYS
+
+
+def test_the_glossary_of_the_scores_is_that_of_the_code() -> None:
+    assert glossary("A row of `eval.json`") == evaluation.ROW_KEYS
+    assert glossary("Beside its `rows`") == evaluation.FILE_KEYS
 
 
 def test_the_table_of_settings_has_the_defaults_of_the_code() -> None:

@@ -132,25 +132,25 @@ def loss_in_floats(theta: float, weights: Sequence[float], beta: float) -> float
     return -total / N_TOKENS
 
 
+@pytest.mark.parametrize("theta", [-0.8, 0.0, 0.37, 1.5])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("weights", [(1, 1, 1, 1), (2.6, 2.6, 0.5, 0.5), (3.0, 1.3, 0.0, 1.0)])
-def test_gradient_of_a_one_parameter_policy_matches_finite_differences(
-        weights: tuple[float, ...], beta: float) -> None:
+def test_the_gradient_of_a_one_parameter_policy_matches_finite_differences(
+        weights: tuple[float, ...], beta: float, theta: float) -> None:
     def packed(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)
-    for theta in (-0.8, 0.0, 0.37, 1.5):
-        parameter = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
-        logits = torch.stack((parameter, torch.zeros_like(parameter)))
-        loss, sums = policy_loss(
-            logits.log_softmax(0)[CHOSEN], packed(OLD_LOGP), packed(REF_LOGP), packed(ADVANTAGE),
-            packed(weights), N_TOKENS, CLIP, beta)
-        loss.backward()
-        assert math.isclose(loss.item(), loss_in_floats(theta, weights, beta), rel_tol=1e-9)
-        above = loss_in_floats(theta + 1e-6, weights, beta)
-        below = loss_in_floats(theta - 1e-6, weights, beta)
-        slope = (above - below) / 2e-6
-        assert math.isclose(parameter.grad.item(), slope, rel_tol=1e-5, abs_tol=1e-9)
-        assert ("kl" in sums) == (beta > 0)
+    parameter = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
+    logits = torch.stack((parameter, torch.zeros_like(parameter)))
+    loss, sums = policy_loss(
+        logits.log_softmax(0)[CHOSEN], packed(OLD_LOGP), packed(REF_LOGP), packed(ADVANTAGE),
+        packed(weights), N_TOKENS, CLIP, beta)
+    loss.backward()
+    assert math.isclose(loss.item(), loss_in_floats(theta, weights, beta), rel_tol=1e-9)
+    above = loss_in_floats(theta + 1e-6, weights, beta)
+    below = loss_in_floats(theta - 1e-6, weights, beta)
+    slope = (above - below) / 2e-6
+    assert math.isclose(parameter.grad.item(), slope, rel_tol=1e-5, abs_tol=1e-9)
+    assert ("kl" in sums) == (beta > 0)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
@@ -215,8 +215,7 @@ def test_shuffled_weights_are_those_of_consistency_dealt_out_anew() -> None:
     assert len(orders) > 2
 
 
-def test_what_is_gathered_from_two_processes_is_put_by_place(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_two_processes_gather_is_put_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     # The first process has the places 0, 2 and 4.
     gathered = torch.tensor([0.0, 2.0, 4.0, 1.0, 3.0, 5.0])
@@ -343,11 +342,11 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(
         assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
-def test_sampled_and_scored_log_probabilities_agree_and_temperature_is_in_both(
-        train_one_step: Callable) -> None:
-    for temperature in (1.0, 0.7):
-        _, line = train_one_step(temperature=temperature)
-        assert line["sampled_scored_max"] < 1e-4, temperature
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_and_scored_log_probabilities_agree_at_the_sampling_temperature(
+        train_one_step: Callable, temperature: float) -> None:
+    _, line = train_one_step(temperature=temperature)
+    assert line["sampled_scored_max"] < 1e-4
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
@@ -503,6 +502,11 @@ def test_one_and_two_processes_train_alike_and_a_resume_goes_on_as_if_never_inte
     log = run_rft(one, *flags)
     assert any(line["advantage"] > 0 for line in log)
     assert log[-1]["unparsable"] < 1
+    for line in log:
+        # What runtime.LOG_KEYS calls TERM and TERM_group_std.
+        assert line.keys() - runtime.LOG_KEYS.keys() == {
+            "iou", "positional", "format",
+            "iou_group_std", "positional_group_std", "format_group_std"}
     log_of_two = run_rft(two, *flags, processes=2)
     assert_close_logs(log, log_of_two, (
         "reward", "loss", "grad_norm", *WEIGHT_KEYS, "kl", "positional_alone_advantage",
@@ -563,16 +567,16 @@ def test_every_weighting_on_two_processes_and_resumed(
     resumed = run_rft(out, *flags, "--resume")
     assert without_measurements(resumed[1]) == without_measurements(log[1])
     assert_same_weights(load_weights(out / "latest"), expected)
-    if weighting == "shuffled":
-        check_refusal_of_other_terms(run, out)
 
 
-def check_refusal_of_other_terms(run: Run, out: Path) -> None:
-    """A resume with other terms of the reward is one line, which names both."""
-    script = run("rft.py", "--out", out, "--resume", "--reward", "iou=1", "giou=0.5", "--steps", 3)
+def test_a_resume_with_other_terms_is_refused(
+        run: Run, run_rft: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_rft(out, "--steps", 1, "--val", 0, "--beta", 0)
+    script = run("rft.py", "--out", out, "--resume", "--steps", 2, "--reward", "iou=1", "giou=0.5")
     assert script.returncode == 2 and len(script.stderr.strip().splitlines()) == 1
     assert "--reward iou=1 giou=0.5, but the run" in script.stderr
-    assert "iou=1 positional=0.5 format=0" in script.stderr
+    assert "has iou=1 positional=0.5 format=0;" in script.stderr
 
 
 def test_epochs_are_turned_into_steps(run_rft: Callable, tmp_path: Path) -> None:
@@ -644,3 +648,9 @@ def test_a_number_that_makes_no_sense_is_one_line(
     name, value = flags.split()[:2]
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and f"{name}: {value} is not a" in errors[0]
+
+
+def test_weights_are_kept_in_one_order_whatever_the_users() -> None:
+    """So the sum of the terms is the same to the bit, and a resume may name them otherwise."""
+    flags = rft.flags().parse_args("--reward format=1 giou=2 iou=3".split())
+    assert list(flags.reward) == ["iou", "giou", "format"]

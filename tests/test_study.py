@@ -1,8 +1,10 @@
 """study/: the tables against cases worked by hand, and the gradients' signal."""
 import json
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,7 @@ def write_scores(folder: Path, records: list[Record], exact: bool) -> None:
     lines = [json.dumps(p) + "\n" for p in predictions]
     (folder / "predictions_x.jsonl").write_text("".join(lines))
     row = {**evaluation.score(records, predictions),
-           **evaluation.details(records, predictions, "synth-small", (None, records))}
+           **evaluation.details(records, predictions, "synth-small", None, records)}
     (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
 
 
@@ -130,11 +132,39 @@ def test_a_study_leaves_its_differences_and_a_figure(tables: tuple[Path, list[st
         ["small", "test", "positional", "0"], ["small", "test", "positional", "1"]]
 
 
-def test_every_arm_of_the_script_has_a_name_and_the_other_way_round() -> None:
-    script = (ROOT / "study" / "ablate.sh").read_text()
-    listed = script.split("no arm $arm; there are ", 1)[1].split('" >&2', 1)[0]
-    words = listed.replace("\\", " ").replace('"', " ").replace(",", " ").split()
-    assert sorted([*words, "sft"]) == sorted(study.ARMS)
+def test_mistakes_about_a_study_are_one_line(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refusal(folder: Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["study.py", str(folder)])
+        with pytest.raises(SystemExit) as leaving:
+            study.main()
+        message = capsys.readouterr().err
+        assert leaving.value.code == 2 and message.count("\n") == 1, message
+        return message
+
+    assert "run ablate.sh first" in refusal(tmp_path / "nowhere")
+    (tmp_path / "empty" / "little").mkdir(parents=True)
+    assert "no scores in" in refusal(tmp_path / "empty")
+
+    records = list(load("synth-small", None, "test"))[:40]
+    write_scores(tmp_path / "a" / "tiny" / "0" / "iou" / "eval_test", records, exact=True)
+    assert "no regime tiny; there are little, small, wide" in refusal(tmp_path / "a")
+    write_scores(tmp_path / "b" / "small" / "0" / "riou" / "eval_test", records, exact=True)
+    assert "no arm riou; there are base, sft, boxes" in refusal(tmp_path / "b")
+
+    write_scores(tmp_path / "c" / "small" / "0" / "sft" / "eval_test", records, exact=True)
+    scores = tmp_path / "c" / "small" / "0" / "iou" / "eval_test"
+    write_scores(scores, records[:30], exact=True)
+    assert "scores of 30 and 40 scenes can't be compared" in refusal(tmp_path / "c")
+    (scores / "eval.json").write_text((scores.parents[1] / "sft/eval_test/eval.json").read_text())
+    (scores / "predictions_x.jsonl").unlink()
+    assert "0 files predictions_*.jsonl" in refusal(tmp_path / "c")
+    (scores / "eval.json").write_text("{}")
+    assert "has no row of scores" in refusal(tmp_path / "c")
+
+
+def test_contrasts_are_of_arms() -> None:
     assert {name for pair in study.CONTRASTS for name in pair} <= set(study.ARMS)
 
 
@@ -151,6 +181,59 @@ def test_the_papers_table_has_a_row_a_stage_and_columns_a_data_set(tmp_path: Pat
     assert lines[0].startswith("| stage | dior test (7): Pr@0.5 |")
     assert len(lines) == 5 and lines[4].startswith("| rft | 0.200 [0.000, 1.000] |")
     assert lines[4].endswith("| 0.300 [0.000, 1.000] |")
+
+
+# ---------------------------------------------------------------- ablate.sh
+
+def ablate(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """study/ablate.sh with a stand-in for Python: it prints its arguments and trains nothing."""
+    stand_in = folder / "python"
+    stand_in.write_text('#!/bin/bash\necho "$@"\nmkdir -p "${@: -1}"\n')
+    stand_in.chmod(0o755)
+    environment = {**os.environ, "PY": str(stand_in), "STUDY": str(folder / "study"), **settings}
+    return subprocess.run(["bash", "study/ablate.sh"], capture_output=True, text=True, cwd=ROOT,
+                          env=environment)
+
+
+def test_every_arm_is_trained_as_its_name_says_and_has_a_name_in_the_tables(tmp_path: Path) -> None:
+    arms = [arm for arm in study.ARMS if arm != "sft"]
+    done = ablate(tmp_path, ARMS=" ".join(arms), REGIMES="small", SEEDS="3", SFT="7", RFT="5",
+                  TEST="9", OWN="--alpha 10 --lr 1")
+    assert done.returncode == 0, done.stderr
+    commands = {}    # folder of the arm -> the command that trained it
+    for line in done.stdout.splitlines():
+        command, _, out = line.partition(" --out ")
+        if command.startswith(("sft.py", "rft.py")):
+            commands[Path(out).relative_to(tmp_path / "study").as_posix()] = command
+    folders = {f"small/3/{arm}" for arm in arms if arm != "base"}    # the base is scored alone
+    assert set(commands) == folders | {"sft_synth_0.1/3"}
+    assert "--data synth:0.1 --init toy/base --steps 7 " in commands["sft_synth_0.1/3"]
+    assert "rft.py --init toy/base --steps 5 --data synth-small" in commands["small/3/direct"]
+    assert commands["small/3/giou"].endswith("--reward iou=1 format=1 giou=0.1 --weighting off")
+    assert commands["small/3/iou"].endswith("--reward iou=1 format=1 --weighting off")
+    assert commands["small/3/variance"].endswith("--seed 3 --weighting variance")
+    assert commands["small/3/own"].endswith("--weighting off --alpha 10 --lr 1")
+    for arm in ("longer", "consistency-longer"):
+        assert f"--init {tmp_path}/study/sft_synth_0.1/3 --steps 10 " in commands[f"small/3/{arm}"]
+    assert "--split rft --answer-only" in commands["small/3/boxes"]
+    for arm, command in commands.items():
+        assert "--seed 3" in command, arm
+        if command.startswith("rft.py"):    # the stage's own parser takes them
+            rft.flags().parse_args(command.split()[1:])
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"ARMS": "iou riou"}, "no arm riou; there are base, direct, iou, giou"),
+    ({"REGIMES": "tiny"}, "no regime tiny; there are little, small, wide"),
+    ({"ARMS": "own"}, "OWN says what your variant changes, as flags of rft.py"),
+    ({"PY": "no/python"}, "no no/python"),
+])
+def test_a_mistake_is_told_before_anything_is_trained(
+        tmp_path: Path, settings: dict[str, str], message: str,
+) -> None:
+    done = ablate(tmp_path, **settings)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"ablate.sh: {message}") and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------- signal and noise
@@ -236,7 +319,8 @@ def test_a_variants_gradient_is_that_of_its_own_objective(
     assert dealt.norm() > 0.1 * gradients["total"].norm()
 
 
-def test_without_a_reward_there_is_no_gradient_to_measure(run) -> None:
+def test_without_a_reward_there_is_no_gradient_to_measure(
+        run: Callable[..., subprocess.CompletedProcess]) -> None:
     script = run("study/gradient.py", "--init", "toy/base", "--batches", 3, "--prompts", 2,
                  "--group", 2, "--max-new-tokens", 8, "--device", "cpu")
     assert script.returncode == 2

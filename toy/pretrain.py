@@ -1,13 +1,19 @@
-"""The small base: a Qwen2.5-VL shape trained from nothing on the embedded world, because real weights can't ship.
+"""The small base: a Qwen2.5-VL shape trained from nothing on the embedded world.
 
-It ends up knowing what a pretrained model knows here: the things, their colours and where they lie. It has seen neither expressions that
-need reasoning nor the answer format. Two losses in one loop: dense ones (each image token says which object lies there, its colour and its
-box; without them the language model finds nothing to read), and, after a while, language: boxes and points of things by name, by category,
-and the other way round.
+Real weights can't ship, and this base stands in for them. It ends up knowing what a pretrained
+model knows here: the things, their colors and where they lie. It has seen neither expressions
+that need reasoning nor the answer format.
 
-    python toy/pretrain.py                   writes ckpt/base, a model card with its scores beside it; hours on two CPU cores
+Two losses in one loop. The dense ones ask each image token which object lies there, its color
+and its box; without them the language model finds nothing to read. After a while language
+joins: boxes and points of things by name, by category, and the other way round.
+
+    python toy/pretrain.py                   writes ckpt/base, a model card with its scores
+                                             beside it; hours on two CPU cores
     python toy/pretrain.py --resume          goes on where it was stopped
 """
+import argparse
+import functools
 import itertools
 import json
 import math
@@ -16,351 +22,698 @@ import random
 import re
 import shutil
 import sys
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import nn
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cot  # noqa: E402
-import data  # noqa: E402
 import reward  # noqa: E402
 import runtime  # noqa: E402
 from answer import PROMPT  # noqa: E402
 from attention import Plan  # noqa: E402
+from data import Record, Records  # noqa: E402
 from generate import generate  # noqa: E402
 from model import Config, QwenVL, read_token_ids  # noqa: E402
 from processor import WORDS, Frame, Processor, Prompt  # noqa: E402
 from toy import scenes  # noqa: E402
 
-ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>",
-         "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+)
 VOCABULARY = 768
+# The world's images are not resized, so their pixels are the model's frame.
+FRAME = Frame((scenes.SIDE, scenes.SIDE), (scenes.SIDE, scenes.SIDE), "absolute")
+PATCHES = scenes.SIDE // 14    # a side
+IMAGE_TOKENS = PATCHES ** 2 // 4
 
 
-# ------------------------------------------------------------------------------------------------------------------ the shape
+# ---------------------------------------------------------------- shape and tokenizer
 
-def write_shape(out, seed):
-    """Tokenizer, processor and config.json of the base, in hub layout."""
+# Heads are narrow and images small: with these sections rows and columns turn fast enough to be
+# told apart, and half of a head hardly turns at all, so that words can look for things by what
+# they are, however far away.
+TEXT_SHAPE = {
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 13]},
+    "max_position_embeddings": 1024, "hidden_act": "silu",
+}
+VISION_SHAPE = {
+    "depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4,
+    "out_hidden_size": 128, "in_chans": 3, "patch_size": 14, "temporal_patch_size": 2,
+    "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1, 3],
+    "hidden_act": "silu", "tokens_per_second": 2,
+}
+PROCESSOR_CONFIG = {
+    "processor_class": "Qwen2_5_VLProcessor", "image_processor_type": "Qwen2VLImageProcessor",
+    "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 56 * 56,
+    "max_pixels": 448 * 448, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+def write_shape(out: Path, seed: int) -> None:
+    """Writes tokenizer, processor and config.json of the base, in hub layout."""
     out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(seed)
+    tokenizer.save(str(out / "tokenizer.json"))
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    configs = {
+        "config": model_config(tokenizer, ids),
+        "preprocessor_config": PROCESSOR_CONFIG,
+        "tokenizer_config": tokenizer_config(ids),
+    }
+    for name, content in configs.items():
+        text = json.dumps(content, indent=2) + "\n"
+        (out / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def train_tokenizer(seed: int) -> Tokenizer:
+    """Byte-level BPE as Qwen's, with a vocabulary of the world's words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False)
     tokenizer.train_from_iterator(corpus(seed), trainer)
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ADDED])
-    tokenizer.save(str(out / "tokenizer.json"))
-    ids = {t: tokenizer.token_to_id(t) for t in ADDED}
-    # Heads are narrow and images small: with these sections rows and columns turn fast enough to be told apart, and half of a head hardly
-    # turns at all, so that words can look for things by what they are, however far away.
-    text = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 4,
-            "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 13]},
-            "max_position_embeddings": 1024, "hidden_act": "silu", "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64}
-    vision = {"depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 128, "in_chans": 3,
-              "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1, 3],
-              "hidden_act": "silu", "tokens_per_second": 2}
-    config = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "bfloat16", **text,
-              "tie_word_embeddings": True, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
-              "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"], "vision_token_id": ids["<|vision_pad|>"],
-              "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"], "vision_config": vision}
-    processor = {"processor_class": "Qwen2_5_VLProcessor", "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14,
-                 "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 56 * 56, "max_pixels": 448 * 448,
-                 "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-    tokens = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-              "added_tokens_decoder": {str(i): {"content": t, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
-                                                "single_word": False} for t, i in ids.items()}}
-    for name, content in (("config", config), ("preprocessor_config", processor), ("tokenizer_config", tokens)):
-        (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    return tokenizer
 
 
-def corpus(seed):
-    """Texts of the world for the tokenizer to learn its words from: prompts, reasoning, lists."""
-    records = data.Records([data.Record(str(i), s, text, box, category, s.size, kind) for i, s, text, box, category, kind
-                            in scenes.records(replace(scenes.SPLITS["pretrain"], scenes=1500))], {})
-    write = cot.writer(records)
-    for i, r in enumerate(records):
-        yield PROMPT.format(text=r.text)
-        yield write(r, FRAME)
-        yield from (text for question in questions(r.image, random.Random(seed + i)) for text in question)
+def model_config(tokenizer: Tokenizer, ids: dict[str, int]) -> dict[str, Any]:
+    """config.json; the vocabulary is rounded up to a multiple of 64."""
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "torch_dtype": "bfloat16",
+        **TEXT_SHAPE,
+        "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
+        "tie_word_embeddings": True,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_token_id": ids["<|vision_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "vision_config": VISION_SHAPE,
+    }
+
+
+def tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
+    """tokenizer_config.json"""
+    added = {}
+    for token, i in ids.items():
+        added[str(i)] = {"content": token, "special": True, "normalized": False,
+                         "lstrip": False, "rstrip": False, "single_word": False}
+    return {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>", "added_tokens_decoder": added}
+
+
+def corpus(seed: int) -> Iterator[str]:
+    """Yields texts for the tokenizer to learn its words from: prompts, reasoning, lists."""
+    split = replace(scenes.SPLITS["pretrain"], scenes=1500)
+    records = []
+    for r in scenes.records(split):
+        records.append(
+            Record(str(r.number), r.scene, r.text, r.box, r.category, r.scene.size, r.kind))
+    write_completion = cot.writer(Records(records, {}))
+    for i, record in enumerate(records):
+        yield PROMPT.format(text=record.text)
+        yield write_completion(record, FRAME)
+        for pair in question_answer_pairs(record.image, random.Random(seed + i)):
+            yield from pair
         yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
 
 
-def fresh_model(out, seed):
+def fresh_model(out: Path, seed: int) -> QwenVL:
     """Random weights; residual branches begin small beside the words they are added to."""
     torch.manual_seed(seed)
     model = QwenVL(Config.from_json(out / "config.json"))
+    # What these matrices give is added to the residual stream.
+    residual_outputs = ("o_proj.weight", "down_proj.weight", "attn.proj.weight")
     for name, p in model.named_parameters():
         if p.ndim > 1:
-            small = 0.2 if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")) else 1.0
-            nn.init.normal_(p, std=0.05 if "embed_tokens" in name else small * p[0].numel() ** -0.5)
+            scale = 0.2 if name.endswith(residual_outputs) else 1.0
+            std = 0.05 if "embed_tokens" in name else scale * p[0].numel() ** -0.5
+            nn.init.normal_(p, std=std)
         elif "bias" in name:
             nn.init.zeros_(p)
     model.set_vocabulary(read_token_ids(out))
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------------ what is said of a scene
+# ---------------------------------------------------------------- what is said of a scene
 
-def spoken(box):
-    """[x1, y1, x2, y2] in whole pixels; the world's images are not resized, so that is the model's frame."""
+# What stands around a question: mostly nothing, so that the base also follows longer requests.
+REQUESTS = ("{}",) * 12 + (
+    "look at the picture. {}",
+    "{} be brief.",
+    "this was taken from above.\n{}",
+    "{}\nlook at the whole image first, then say what is asked, once and in the form that is "
+    "asked for, like this.",
+)
+BOX_QUESTIONS = ("{}", "where is {}?", "locate {}.", "i look for {}.")
+POINT_QUESTIONS = ("point to {}.", "about where is {}?")
+# Question and answer pairs of a scene at most.
+MAX_LISTS = 3
+MAX_OTHERS = 3
+
+Pair = tuple[str, str]         # question, answer
+
+
+def box_text(box: scenes.Box) -> str:
+    """A box in whole pixels: "[x1, y1, x2, y2]"."""
     return "[" + ", ".join(str(round(v)) for v in box) + "]"
 
 
-def names(scene):
-    """Names that fit one object alone, with it: category, or colour and category."""
-    every = [(name, o) for o in scene.objects for name in (f"the {o.category}", f"the {o.color} {o.category}")]
-    return [(name, o) for name, o in every if [n for n, _ in every].count(name) == 1]
+def near_text(box: scenes.Box) -> str:
+    """A point near the center, as the reasoning writes it: "near (45, 60)"."""
+    return f"near {cot.point_text(box, FRAME)}"
 
 
-FRAME = Frame((scenes.SIDE,) * 2, (scenes.SIDE,) * 2, "absolute")
+def unique_names(scene: scenes.Scene) -> list[tuple[str, scenes.Object]]:
+    """Names that fit one object alone, with it: its category, or color and category."""
+    names = []
+    for phrase, pool in scenes.noun_phrases(scene).items():
+        if len(pool) == 1:
+            names.append((f"the {phrase}", pool[0]))
+    return names
 
 
-def around(box):
-    """A point near the centre, as the reasoning will write it."""
-    return f"near {cot.near(box, FRAME)}"
+def question_answer_pairs(scene: scenes.Scene, rng: random.Random) -> list[Pair]:
+    """Some pairs: things that have a name, by box or point; lists; what lies near a point."""
+    others = [name_pair(name, o, rng) for name, o in unique_names(scene)]
+    lists = list_pairs(scene, rng)
+    from_left = sorted(scene.objects, key=lambda o: o.center[0])
+    for o in rng.sample(from_left, min(2, len(from_left))):
+        answer = f"{cot.noun_phrase(o)} {box_text(o.box)}"
+        others.append((f"what is {near_text(o.box)}?", answer))
+    pairs = rng.sample(lists, min(MAX_LISTS, len(lists)))
+    pairs += rng.sample(others, min(MAX_OTHERS, len(others)))
+    return [(rng.choice(REQUESTS).format(question), answer) for question, answer in pairs]
 
 
-MANNERS = ("{}",) * 12 + ("look at the picture. {}", "{} be brief.", "this was taken from above.\n{}",
-                         "{}\nlook at the whole image first, then say what is asked, once and in the form that is asked for, like this.")
+def name_pair(name: str, o: scenes.Object, rng: random.Random) -> Pair:
+    """Where an object is that has a name."""
+    if rng.random() < 0.6:
+        return rng.choice(BOX_QUESTIONS).format(name), f"{name} {box_text(o.box)}"
+    return rng.choice(POINT_QUESTIONS).format(name), f"{name} {near_text(o.box)}"
 
 
-LISTS, OTHERS = 3, 3              # pairs for a scene at most
+def list_pairs(scene: scenes.Scene, rng: random.Random) -> list[Pair]:
+    """Lists of the things of each category, and of a color where there are several."""
+    from_left = sorted(scene.objects, key=lambda o: o.center[0])
+    pools = {}
+    for o in from_left:
+        pools[o.category] = [p for p in from_left if p.category == o.category]
+    for o in from_left:
+        same_color = [p for p in pools[o.category] if p.color == o.color]
+        if len(same_color) > 1:
+            pools[f"{o.color} {o.category}"] = same_color
+    pairs = []
+    for phrase, pool in pools.items():
+        place_text = rng.choice((box_text, near_text))
+        manner = "" if place_text is box_text else " by a point"
+        answer = ", ".join(f"{cot.noun_phrase(o)} {place_text(o.box)}" for o in pool)
+        pairs.append((f"list every {phrase}{manner}.", answer))
+    return pairs
 
 
-def questions(scene, rng):
-    """Some (question, answer) pairs: each thing that has a name, by box or point; the things of each category; what lies near a point."""
-    pairs, lists = [], []
-    for name, o in names(scene):
-        if rng.random() < 0.6:
-            pairs.append((rng.choice(("{}", "where is {}?", "locate {}.", "i look for {}.")).format(name), f"{name} {spoken(o.box)}"))
-        else:
-            pairs.append((rng.choice(("point to {}.", "about where is {}?")).format(name), f"{name} {around(o.box)}"))
-    ordered = sorted(scene.objects, key=lambda o: o.center[0])
-    listed = {o.category: [p for p in ordered if p.category == o.category] for o in ordered}
-    listed |= {f"{o.color} {o.category}": same for o in ordered if len(same := [p for p in listed[o.category] if p.color == o.color]) > 1}
-    for phrase, things in listed.items():
-        say = rng.choice((spoken, around))
-        lists.append((f"list every {phrase}{'' if say is spoken else ' by a point'}.",
-                      ", ".join(f"{cot.called(o)} {say(o.box)}" for o in things)))
-    for o in rng.sample(ordered, min(2, len(ordered))):
-        pairs.append((f"what is {around(o.box)}?", f"{cot.called(o)} {spoken(o.box)}"))
-    chosen = rng.sample(lists, min(LISTS, len(lists))) + rng.sample(pairs, min(OTHERS, len(pairs)))
-    return [(rng.choice(MANNERS).format(question), answer) for question, answer in chosen]
+class Answer(NamedTuple):
+    """A question and its answer as the model learns them."""
+
+    ids: Tensor                # (L,) that follow the image, end of turn included
+    targets: Tensor            # (A, V) distributions of the answer's tokens, the last A of ids
+
+    @property
+    def inputs(self) -> int:
+        """Tokens that the model reads: all but the last."""
+        return len(self.ids) - 1
 
 
-PATCHES = scenes.SIDE // 14       # a side
+def encode_answers(
+        processor: Processor, pairs: Sequence[Pair], digit_distributions: Tensor, vocab: int,
+) -> Iterator[Answer]:
+    """Yields the pairs as ids; the digits of numbers have soft targets, see `digit_targets`."""
+    digit_ids = processor.encode("0123456789")[:10]
+    for question, answer in pairs:
+        question_ids = processor.turns(question, 0)
+        # What follows the image; that itself is computed once for all pairs of the scene.
+        vision_end = question_ids.index(processor.ids["<|vision_end|>"])
+        question_ids = question_ids[vision_end + 1:]
+        answer_ids = processor.encode(answer)
+        targets = F.one_hot(answer_ids, vocab).float()
+        soft_targets = []
+        for number in re.findall(r"\d+", answer):
+            soft_targets.extend(digit_distributions[int(number)][:len(number)])
+        is_digit = torch.isin(answer_ids, digit_ids)
+        for i, distribution in zip(is_digit.nonzero()[:, 0].tolist(), soft_targets):
+            targets[i, digit_ids] = distribution
+        yield Answer(torch.cat((torch.tensor(question_ids), answer_ids)), targets)
 
 
-def dense_targets(scene):
-    """What each image token should say of its four patches: kind and colour (tokens, 4) long, box (tokens, 4, 4) in pixels. A patch answers
-    for the object that covers its centre, or whose centre it covers; else kind 0."""
+# ---------------------------------------------------------------- what the losses aim at
+
+class DenseTargets(NamedTuple):
+    """What the image tokens should say of their four patches each."""
+
+    kinds: Tensor              # (tokens, 4) long: 1 + the category's index, 0 for no object
+    colors: Tensor             # (tokens, 4) long
+    boxes: Tensor              # (tokens, 4, 4) pixels
+
+
+def dense_targets(scene: scenes.Scene) -> DenseTargets:
+    """A patch answers for the object that covers its center, or whose center it covers."""
     cell = scenes.SIDE / PATCHES
-    kinds, colors = np.zeros((PATCHES, PATCHES), int), np.zeros((PATCHES, PATCHES), int)
+    kinds = np.zeros((PATCHES, PATCHES), int)
+    colors = np.zeros((PATCHES, PATCHES), int)
     boxes = np.zeros((PATCHES, PATCHES, 4), np.float32)
-    middle = (np.arange(PATCHES) + 0.5) * cell
+    centers = (np.arange(PATCHES) + 0.5) * cell
     for o in scene.objects:
         x1, y1, x2, y2 = o.box
-        covered = ((middle >= y1) & (middle <= y2))[:, None] & ((middle >= x1) & (middle <= x2))
+        rows = (centers >= y1) & (centers <= y2)
+        columns = (centers >= x1) & (centers <= x2)
+        covered = rows[:, None] & columns
+        # A small object may lie between the centers of all patches.
         covered[int(o.center[1] // cell), int(o.center[0] // cell)] = True
-        kinds[covered], colors[covered] = 1 + list(scenes.CATEGORIES).index(o.category), list(scenes.COLORS).index(o.color)
+        kinds[covered] = 1 + list(scenes.CATEGORIES).index(o.category)
+        colors[covered] = list(scenes.COLORS).index(o.color)
         boxes[covered] = o.box
-
-    def by_token(a):
-        a = torch.from_numpy(a).unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).transpose(1, 2)           # row, column, row in it, column in it
-        return a.flatten(2, 3).flatten(0, 1)
-    return by_token(kinds), by_token(colors), by_token(boxes)
+    return DenseTargets(by_token(kinds), by_token(colors), by_token(boxes))
 
 
-# ------------------------------------------------------------------------------------------------------------------ training
+def by_token(grid: np.ndarray) -> Tensor:
+    """(rows, columns, ...) of patches -> (tokens, 4, ...): a token has two by two of them."""
+    patches = torch.from_numpy(grid).unflatten(0, (-1, 2)).unflatten(2, (-1, 2))
+    # Row, row in it, column, column in it -> row, column, row in it, column in it.
+    patches = patches.transpose(1, 2)
+    return patches.flatten(2, 3).flatten(0, 1)
 
-def bump(wanted):
-    """Numbers (...) -> what to aim at instead, (..., 113): a bump of one pixel about each, because a near miss is better than a far one."""
-    return (-(torch.arange(scenes.SIDE + 1) - wanted[..., None]) ** 2 / 2).softmax(-1)
+
+def soft_numbers(numbers: Tensor) -> Tensor:
+    """Numbers (...) -> distributions over all numbers, (..., 113).
+
+    Each is a bump of one pixel about the number, because a near miss is better than a far one.
+    """
+    distance = torch.arange(scenes.SIDE + 1) - numbers[..., None]
+    return (-distance ** 2 / 2).softmax(-1)
 
 
-def circles(width):
-    """Numbers as points on circles of many periods, tens and hundreds among them: (113, width), of length 1. Near numbers lie near."""
-    periods = torch.cat((torch.logspace(math.log10(5), math.log10(240), width // 2 - 8), torch.tensor([10.0, 100.0] * 4)))
+@functools.cache
+def digit_targets() -> Tensor:
+    """The bump about a number as its digits see it, (113, 3, 10).
+
+    How likely each digit is at a place of a number, behind those before.
+    """
+    targets = torch.zeros(scenes.SIDE + 1, 3, 10)
+    bumps = soft_numbers(torch.arange(scenes.SIDE + 1))        # (113, 113)
+    for number, place in itertools.product(range(scenes.SIDE + 1), range(3)):
+        digits = str(number)
+        if place >= len(digits):
+            continue
+        # Others further away weigh nothing.
+        for other in range(max(0, number - 9), min(scenes.SIDE, number + 9) + 1):
+            other_digits = str(other)
+            if len(other_digits) > place and other_digits[:place] == digits[:place]:
+                targets[number, place, int(other_digits[place])] += bumps[number, other]
+    return targets / targets.sum(-1, keepdim=True).clamp(min=1e-9)
+
+
+def number_embeddings(width: int) -> Tensor:
+    """Numbers as points on circles of many periods, (113, width), of length 1.
+
+    Near numbers lie near; tens and hundreds are among the periods, for the digits.
+    """
+    periods = torch.logspace(math.log10(5), math.log10(240), width // 2 - 8)
+    periods = torch.cat((periods, torch.tensor([10.0, 100.0] * 4)))
     angle = torch.arange(scenes.SIDE + 1)[:, None] * 2 * math.pi / periods
     return F.normalize(torch.cat((angle.cos(), angle.sin()), 1), dim=1)
 
 
-def digit_aims():
-    """The bump about a number as its digits see it: (113, 3, 10), how likely each digit is at a place of a number, behind those before."""
-    aims, near = torch.zeros(scenes.SIDE + 1, 3, 10), bump(torch.arange(scenes.SIDE + 1))
-    for n, place in itertools.product(range(scenes.SIDE + 1), range(3)):
-        for m in map(str, range(max(0, n - 9), min(scenes.SIDE, n + 9) + 1)):
-            if len(m) > place < len(str(n)) and m[:place] == str(n)[:place]:
-                aims[n, place, int(m[place])] += near[n, int(m)]
-    return aims / aims.sum(-1, keepdim=True).clamp(min=1e-9)
+# ---------------------------------------------------------------- one step
+
+@dataclass
+class SceneBatch:
+    """The scenes of a step."""
+
+    prompts: list[Prompt]              # images
+    answers: list[list[Answer]]        # what is said of each; none while only dense losses run
+    targets: DenseTargets              # of all image tokens
+
+    @property
+    def all_answers(self) -> list[Answer]:
+        return list(itertools.chain.from_iterable(self.answers))
 
 
-def talk(processor, pairs, soft, vocab):
-    """(question, answer) pairs -> ids (L,) that follow the image, and what to aim at in the answer and its end, (A, V)."""
-    digits = processor.encode("0123456789")[:10]
-    for question, answer in pairs:
-        ask = processor.turns(question, 0)
-        ask = ask[ask.index(processor.ids["<|vision_end|>"]) + 1:]
-        say = processor.encode(answer)
-        aims = F.one_hot(say, vocab).float()
-        is_digit = torch.isin(say, digits)
-        numbers, place, n = re.findall(r"\d+", answer), 0, 0
-        for i in is_digit.nonzero()[:, 0].tolist():
-            aims[i, digits], place = soft[int(numbers[n]), place], place + 1
-            if place == len(numbers[n]):
-                n, place = n + 1, 0
-        yield torch.cat((torch.tensor(ask), say)), aims
+def make_batch(
+        step: int, processor: Processor, vocab: int, args: argparse.Namespace) -> SceneBatch:
+    """The scenes of a step; a pure function of it and of --seed."""
+    split = scenes.SPLITS["pretrain"]
+    rng = random.Random(f"{args.seed} {step}")
+    seeds = [split.first_seed + rng.randrange(split.scenes) for _ in range(args.batch)]
+    batch_scenes = [scenes.make_scene(seed, split) for seed in seeds]
+    # All that a scene's questions share: the turn up to the end of the image.
+    ids = processor.turns("", IMAGE_TOKENS)
+    image_ids = torch.tensor(ids[:ids.index(processor.ids["<|vision_end|>"]) + 1])
+    prompts = []
+    answers: list[list[Answer]] = []
+    for scene in batch_scenes:
+        pixels, grid, _ = processor.patches(scene.draw())
+        prompts.append(Prompt(image_ids, pixels, grid, None))
+        pairs = question_answer_pairs(scene, rng) if step >= args.warm else []
+        answers.append(list(encode_answers(processor, pairs, digit_targets(), vocab)))
+    per_scene = [dense_targets(scene) for scene in batch_scenes]
+    targets = DenseTargets(*(torch.cat(parts) for parts in zip(*per_scene)))
+    return SceneBatch(prompts, answers, targets)
 
 
-def train(model, processor, args, out):
-    """The dense losses throughout, language from step --warm on. Images are computed once for all that is said of them.
+class Readout(NamedTuple):
+    """What one pass over a batch gives to read answers from."""
 
-    Category and colour are read off the tower's tokens by linear heads; at step --warm these rows become the embeddings of the words they
-    stand for. The box is read half-way up the language model: the tower's positions are relative, where in the image a token lies is first
-    known to layers that see <|vision_start|>."""
-    split, width = scenes.SPLITS["pretrain"], model.config.hidden
-    soft, points, embedding = digit_aims(), circles(width), model.model.embed_tokens.weight
-    heads = nn.ModuleDict({"kind": nn.Linear(width, 4 * (1 + len(scenes.CATEGORIES))), "color": nn.Linear(width, 4 * len(scenes.COLORS)),
-                           "box": nn.Linear(width, 16 * width)})
-    halfway = []
-    model.model.layers[len(model.model.layers) // 2 - 1].register_forward_hook(lambda layer, given, y: halfway.append(y))
-    params = [*model.parameters(), *heads.parameters()]
+    tower: Tensor              # (tokens, D) image tokens as the vision tower gives them
+    halfway: Tensor            # (tokens, D) image tokens half-way up the language model
+    answers: Tensor            # (inputs, D) last hidden states of all answers' inputs
+
+
+class Pretraining:
+    """The model with the heads that only training needs.
+
+    Category and color are read off the tower's tokens by linear heads. The box is read half-way
+    up the language model: the tower's positions are relative, so where in the image a token lies
+    is first known to layers that see <|vision_start|>.
+    """
+
+    def __init__(self, model: QwenVL, lr: float) -> None:
+        width = model.config.hidden
+        self.model = model
+        self.heads = nn.ModuleDict({
+            "kind": nn.Linear(width, 4 * (1 + len(scenes.CATEGORIES))),
+            "color": nn.Linear(width, 4 * len(scenes.COLORS)),
+            "box": nn.Linear(width, 16 * width),
+        })
+        self.number_points = number_embeddings(width)
+        self.middle_outputs: list[Tensor] = []
+        middle = model.model.layers[len(model.model.layers) // 2 - 1]
+        middle.register_forward_hook(lambda layer, _, out: self.middle_outputs.append(out))
+        self.parameters = [*model.parameters(), *self.heads.parameters()]
+        self.muon, self.adamw = make_optimizers(model, self.parameters, lr)
+
+    def parts(self) -> dict[str, Any]:
+        """All that a state to resume from holds."""
+        return {"model": self.model, "heads": self.heads, "muon": self.muon, "adamw": self.adamw}
+
+    def read_out(self, batch: SceneBatch) -> Readout:
+        """Images are computed once for all that is said of them."""
+        model = self.model
+        x, positions, lengths = model.pack(batch.prompts)          # (N, D), (3, N), Q lengths
+        prompt_tokens = len(x)
+        image_ids = torch.cat([prompt.input_ids for prompt in batch.prompts])
+        is_image = image_ids == model.config.image_id              # (N,)
+        tower = x[is_image]
+        answers = batch.all_answers
+        inputs = [answer.inputs for answer in answers]
+        if answers:
+            # All prompts are of one length, so all answers begin at one position.
+            start = int(positions.max()) + 1
+            answer_positions = torch.cat([start + torch.arange(n) for n in inputs])
+            positions = torch.cat((positions, answer_positions.expand(3, -1)), 1)
+            input_ids = torch.cat([answer.ids[:-1] for answer in answers])
+            x = torch.cat((x, model.model.embed_tokens(input_ids)))
+        # Each answer sees its own scene's prompt, and no other answer.
+        prefix = []
+        for length, group in zip(lengths, batch.answers):
+            prefix.append((length, sum(answer.inputs for answer in group)))
+        # The hook fills it again.
+        self.middle_outputs.clear()
+        hidden = model.model(x, positions, Plan(lengths + inputs, prefix=prefix))
+        halfway = model.model.norm(self.middle_outputs[0][:prompt_tokens][is_image])
+        return Readout(tower, halfway, hidden[prompt_tokens:])
+
+    def dense_loss(
+            self, readout: Readout, targets: DenseTargets) -> tuple[Tensor, dict[str, float]]:
+        """Loss of the heads, and how right they are where an object lies."""
+        kinds, colors, boxes = targets
+        kind = self.heads["kind"](readout.tower).unflatten(1, (4, -1))     # (tokens, 4, kinds)
+        color = self.heads["color"](readout.tower).unflatten(1, (4, -1))
+        box = self.heads["box"](readout.halfway).unflatten(1, (4, -1))
+        covered = kinds > 0                                                # (tokens, 4)
+        width = self.number_points.shape[1]
+        box = box[covered].unflatten(-1, (4, width)) @ self.number_points.T    # (n, 4, numbers)
+        # Most patches show the ground: the second term lets objects weigh as much as it.
+        loss = (F.cross_entropy(kind.flatten(0, 1), kinds.flatten())
+                + F.cross_entropy(kind[covered], kinds[covered])
+                + F.cross_entropy(color[covered], colors[covered])
+                + F.cross_entropy(box.flatten(0, 1), soft_numbers(boxes[covered]).flatten(0, 1)))
+        right = (kind.argmax(-1) == kinds)[covered]
+        return loss, {
+            "kind": right.float().mean().item(),
+            "pixels_off": (box.argmax(-1) - boxes[covered]).abs().mean().item(),
+        }
+
+    def language_loss(self, readout: Readout, answers: Sequence[Answer]) -> Tensor:
+        """Cross-entropy of the answers' tokens; the questions' are only read."""
+        is_answer = torch.cat(
+            [torch.arange(a.inputs) >= a.inputs - len(a.targets) for a in answers])
+        logits = self.model.lm_head(readout.answers[is_answer])            # (A, V)
+        return F.cross_entropy(logits, torch.cat([a.targets for a in answers]))
+
+    def train_step(self, batch: SceneBatch, lr: float) -> dict[str, float]:
+        """One update -> its metrics."""
+        readout = self.read_out(batch)
+        loss, metrics = self.dense_loss(readout, batch.targets)
+        if batch.all_answers:
+            language = self.language_loss(readout, batch.all_answers)
+            loss = loss + 2 * language
+            metrics["language"] = language.item()
+        loss.backward()
+        metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, 1.0).item()
+        for opt in (self.muon, self.adamw):
+            for group in opt.param_groups:
+                group["lr"] = lr
+            opt.step()
+            opt.zero_grad()
+        return metrics
+
+    def name_words(self, processor: Processor) -> None:
+        """Makes the heads' rows the embeddings of the words that they stand for.
+
+        So language begins with words that already point at what the tower shows.
+        """
+        embedding = self.model.model.embed_tokens.weight
+        width = embedding.shape[1]
+        words_of_head = {"kind": [None, *scenes.CATEGORIES], "color": list(scenes.COLORS)}
+        with torch.no_grad():
+            for name, words in words_of_head.items():
+                rows = self.heads[name].weight.unflatten(0, (4, -1)).mean(0)
+                for word, row in zip(words, rows):
+                    ids = processor.words(f" {word}") if word else []
+                    if len(ids) == 1:
+                        embedding[ids[0]] = 0.05 * width ** 0.5 * F.normalize(row, dim=0)
+        # Moments of the rows that stood there before would pull the new ones away.
+        self.adamw.state.pop(embedding, None)
+
+
+def make_optimizers(
+        model: QwenVL, parameters: Sequence[nn.Parameter], lr: float,
+) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+    """Muon for the model's matrices, AdamW for embeddings, vectors and heads."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    rest = [p for p in params if not any(p is m for m in matrices)]
-    optimizers = (torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01))
-    kept, first = {"model": model, "heads": heads, "muon": optimizers[0], "adamw": optimizers[1]}, 0
-    if args.resume:
-        state = torch.load(out / "state.pt")
-        first = state.pop("step")
-        for name, part in state.items():
-            kept[name].load_state_dict(part)
+    matrix_ids = {id(p) for p in matrices}
+    rest = [p for p in parameters if id(p) not in matrix_ids]
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    return muon, adamw
+
+
+# ---------------------------------------------------------------- training
+
+def train(model: QwenVL, processor: Processor, args: argparse.Namespace, out: Path) -> None:
+    """Dense losses throughout, language from step --warm on."""
+    pretraining = Pretraining(model, args.lr)
+    first = load_pretraining(out, pretraining) if args.resume else 0
     runtime.cut_log(out / "metrics.jsonl", first)
-
-    image = processor.turns("", PATCHES ** 2 // 4)
-    image = torch.tensor(image[:image.index(processor.ids["<|vision_end|>"]) + 1])
-    seen = (image == model.config.image_id).repeat(args.batch)
-
-    def inputs(step):
-        rng = random.Random(f"{args.seed} {step}")
-        looked = [scenes.scene(split.first + rng.randrange(split.scenes), split) for _ in range(args.batch)]
-        prompts = [Prompt(image, *processor.patches(s.draw())[:2], None) for s in looked]
-        said = [list(talk(processor, questions(s, rng), soft, model.config.vocab)) if step >= args.warm else [] for s in looked]
-        return prompts, said, [torch.cat(t) for t in zip(*(dense_targets(s) for s in looked))]
-    with tqdm(range(first, args.steps), initial=first, total=args.steps, desc="pretrain") as bar:
+    steps = range(first, args.steps)
+    with tqdm(steps, initial=first, total=args.steps, desc="pretrain") as bar:
         for step in bar:
-            prompts, said, (kinds, colors, boxes) = inputs(step)
-            x, where, lengths = model.pack(prompts)
-            tokens = x[seen]
-            told = [ids for group in said for ids, _ in group]
-            lasting, start = [len(ids) - 1 for ids in told], int(where[:, :len(image)].max()) + 1
-            if told:
-                x = torch.cat((x, model.model.embed_tokens(torch.cat([ids[:-1] for ids in told]))))
-                where = torch.cat((where, torch.cat([start + torch.arange(n) for n in lasting]).expand(3, -1)), 1)
-            groups = zip(lengths, (sum(len(ids) - 1 for ids, _ in group) for group in said))
-            halfway.clear()
-            hidden = model.model(x, where, Plan(lengths + lasting, prefix=groups))
-
-            there = kinds > 0
-            half = model.model.norm(halfway[0][:len(seen)][seen])
-            kind, color, box = (heads[k](y).unflatten(1, (4, -1)) for k, y in (("kind", tokens), ("color", tokens), ("box", half)))
-            box = box[there].unflatten(-1, (4, width)) @ points.T                                     # (n, 4, numbers)
-            loss = (F.cross_entropy(kind.flatten(0, 1), kinds.flatten()) + F.cross_entropy(kind[there], kinds[there])
-                    + F.cross_entropy(color[there], colors[there]) + F.cross_entropy(box.flatten(0, 1), bump(boxes[there]).flatten(0, 1)))
-            line = {"step": step + 1, "kind": (kind.argmax(-1) == kinds)[there].float().mean().item(),
-                    "pixels_off": (box.argmax(-1) - boxes[there]).abs().mean().item()}
-            if told:
-                aims = [aim for group in said for _, aim in group]
-                answer = torch.cat([torch.arange(n) >= n - len(aim) for n, aim in zip(lasting, aims)])
-                language = F.cross_entropy(model.lm_head(hidden[len(seen):][answer]), torch.cat(aims))
-                loss = loss + 2 * language
-                line["language"] = language.item()
-            loss.backward()
-            line["grad_norm"] = nn.utils.clip_grad_norm_(params, 1.0).item()
-            for opt in optimizers:
-                for group in opt.param_groups:
-                    group["lr"] = runtime.lr_at(step, args.steps, args.lr)
-                opt.step()
-                opt.zero_grad()
+            lr = runtime.lr_at(step, args.steps, args.lr)
+            batch = make_batch(step, processor, model.config.vocab, args)
+            line = {"step": step + 1, **pretraining.train_step(batch, lr)}
             if step + 1 == args.warm:
-                with torch.no_grad():
-                    for name, called in (("kind", [None, *scenes.CATEGORIES]), ("color", list(scenes.COLORS))):
-                        for word, row in zip(called, heads[name].weight.unflatten(0, (4, -1)).mean(0)):
-                            ids = word and processor.words(f" {word}")
-                            if ids and len(ids) == 1:
-                                embedding[ids[0]] = 0.05 * width ** 0.5 * F.normalize(row, dim=0)
-                optimizers[1].state.pop(embedding, None)
+                pretraining.name_words(processor)
             runtime.log(out / "metrics.jsonl", line)
             if step % 10 == 0:
-                bar.set_postfix_str(f"kind {line['kind']:.2f} box {line['pixels_off']:.1f} px text {line.get('language', math.nan):.3f}")
+                bar.set_postfix_str(
+                    f"kind {line['kind']:.2f} box {line['pixels_off']:.1f} px "
+                    f"text {line.get('language', math.nan):.3f}")
             if (step + 1) % args.every == 0:
-                torch.save({"step": step + 1, **{name: part.state_dict() for name, part in kept.items()}}, out / "state.tmp")
-                os.replace(out / "state.tmp", out / "state.pt")
+                save_pretraining(out, pretraining, step + 1)
 
 
-def scores(model, processor, n=400):
-    """What the base knows of val scenes: mean IoU and share of IoU above 0.5 of boxes asked for by name; share of objects whose colour and
-    category it names when asked what is near their centre; how many of each were asked for."""
-    asked = []                                                           # (scene, question, box or None, name)
+def save_pretraining(out: Path, pretraining: Pretraining, step: int) -> None:
+    """Writes state.pt, whole or not at all."""
+    states = {name: part.state_dict() for name, part in pretraining.parts().items()}
+    torch.save({"step": step, **states}, out / "state.tmp")
+    os.replace(out / "state.tmp", out / "state.pt")
+
+
+def load_pretraining(out: Path, pretraining: Pretraining) -> int:
+    """Reads state.pt -> the steps that it covers."""
+    state = torch.load(out / "state.pt")
+    for name, part in pretraining.parts().items():
+        part.load_state_dict(state[name])
+    return state["step"]
+
+
+# ---------------------------------------------------------------- scores
+
+@dataclass
+class Question:
+    """One question to the base, and what is right: a box, or the beginning of the answer."""
+
+    scene: scenes.Scene
+    text: str
+    box: scenes.Box | None = None
+    name: str = ""
+
+
+def val_questions(n: int) -> list[Question]:
+    """Of n val scenes: where a thing is that has a name, and what lies near a center."""
+    questions = []
+    split = scenes.SPLITS["val"]
     for i in range(n):
-        s = scenes.scene(scenes.SPLITS["val"].first + i, scenes.SPLITS["val"])
+        scene = scenes.make_scene(split.first_seed + i, split)
         rng = random.Random(i)
-        named, o = names(s), rng.choice(s.objects)
-        asked += [(s, f"where is {name}?", p.box, None) for name, p in named and [rng.choice(named)]]
-        asked.append((s, f"what is {around(o.box)}?", None, f"{cot.called(o)} "))
-    hits, named = [], []
-    for first in tqdm(range(0, len(asked), 100), desc="scores"):
-        part, prompts = asked[first:first + 100], []
-        for s, question, _, _ in part:
-            pixels, grid, _ = processor.patches(s.draw())
-            prompts.append(Prompt(torch.tensor(processor.turns(question, PATCHES ** 2 // 4)), pixels, grid, None))
-        tokens, _, lengths = generate(model, prompts, 1, 32, 0.0, torch.zeros(len(part), dtype=torch.long))
-        for (_, _, box, name), ids, length in zip(part, tokens, lengths):
-            text = processor.decode(ids[0, :length[0]])
-            said = re.findall(r"\d+", text)[-4:]
-            if box is None:
-                named.append(text.startswith(name))
+        names = unique_names(scene)
+        o = rng.choice(scene.objects)
+        if names:
+            name, named_object = rng.choice(names)
+            questions.append(Question(scene, f"where is {name}?", box=named_object.box))
+        questions.append(
+            Question(scene, f"what is {near_text(o.box)}?", name=f"{cot.noun_phrase(o)} "))
+    return questions
+
+
+def answer_questions(
+        model: QwenVL, processor: Processor, questions: Sequence[Question]) -> list[str]:
+    """The model's answers, greedy."""
+    prompts = []
+    for question in questions:
+        pixels, grid, _ = processor.patches(question.scene.draw())
+        ids = torch.tensor(processor.turns(question.text, IMAGE_TOKENS))
+        prompts.append(Prompt(ids, pixels, grid, None))
+    seeds = torch.zeros(len(prompts), dtype=torch.long)
+    tokens, _, lengths = generate(model, prompts, 1, 32, 0.0, seeds)       # (Q, 1, L), (Q, 1)
+    return [processor.decode(ids[0, :n[0]]) for ids, n in zip(tokens, lengths)]
+
+
+def answer_iou(answer: str, box: scenes.Box) -> float:
+    """IoU of an answer's last four numbers, 0 where there are fewer."""
+    numbers = [float(v) for v in re.findall(r"\d+", answer)[-4:]]
+    if len(numbers) < 4:
+        return 0.0
+    return reward.iou(torch.tensor(numbers), torch.tensor(box)).item()
+
+
+def scores(model: QwenVL, processor: Processor, n: int = 400) -> dict[str, float]:
+    """What the base knows of n val scenes.
+
+    pointing_mIoU, pointing_Pr50: of boxes asked for by name. named: the share of objects whose
+    color and category it says when asked what is near their center. pointed, asked_for_name:
+    how many of each were asked for.
+    """
+    questions = val_questions(n)
+    ious = []
+    named = []
+    for first in tqdm(range(0, len(questions), 100), desc="scores"):
+        part = questions[first:first + 100]
+        for question, answer in zip(part, answer_questions(model, processor, part)):
+            if question.box is None:
+                named.append(answer.startswith(question.name))
             else:
-                said = torch.tensor([float(v) for v in said] if len(said) == 4 else [math.nan] * 4)
-                hits.append(reward.iou(said[None, None], torch.tensor(box)[None, None]).item())
-    hits = np.array(hits)
-    return {"pointing_mIoU": hits.mean(), "pointing_Pr50": (hits > 0.5).mean(), "pointed": len(hits),
-            "named": float(np.mean(named)), "asked_for_name": len(named)}
+                ious.append(answer_iou(answer, question.box))
+    iou = np.array(ious)
+    return {"pointing_mIoU": iou.mean(), "pointing_Pr50": (iou > 0.5).mean(),
+            "pointed": len(iou), "named": float(np.mean(named)), "asked_for_name": len(named)}
 
 
 CARD = """# toy/base: a small Qwen2.5-VL shape that knows the embedded world
 
 Trained from nothing by `{command}` at commit {commit},
-on scenes of the `pretrain` split of toy/scenes.py that draw themselves: {steps:,} steps of {batch} scenes. {parameters:,} parameters,
+on scenes of the `pretrain` split of toy/scenes.py that draw themselves: \
+{steps:,} steps of {batch} scenes. {parameters:,} parameters,
 bfloat16, hub layout, its own tokenizer with single-digit numbers.
 
-It names things, lists them, and gives their boxes and points. It has seen neither expressions that need reasoning nor the answer format,
+It names things, lists them, and gives their boxes and points. \
+It has seen neither expressions that need reasoning nor the answer format,
 nor snow, nor the pairs of category and colour that `scenes.unseen` keeps for the novel split.
 
-On scenes of the val split, asked for things by a name that is theirs alone ({pointed}): mean IoU of the box {pointing_mIoU:.3f}, IoU above
-0.5 for {pointing_Pr50:.3f}. Asked what is near an object's centre ({asked_for_name}): colour and category right for {named:.3f}.
+On scenes of the val split, asked for things by a name that is theirs alone ({pointed}): \
+mean IoU of the box {pointing_mIoU:.3f}, IoU above
+0.5 for {pointing_Pr50:.3f}. Asked what is near an object's centre ({asked_for_name}): \
+colour and category right for {named:.3f}.
 """
 
 
-def main():
+def write_card(out: Path, args: argparse.Namespace) -> None:
+    """Scores the base as it is stored, and writes and prints its model card."""
+    model = QwenVL.from_pretrained(out, torch.float32)
+    processor = Processor.from_pretrained(out)
+    card = CARD.format(
+        **scores(model, processor), steps=args.steps, batch=args.batch,
+        parameters=count_parameters(model), commit=runtime.commit(),
+        command=" ".join(["python toy/pretrain.py", *sys.argv[1:]]))
+    (out / "README.md").write_text(card, encoding="utf-8")
+    print(card)
+
+
+def count_parameters(model: QwenVL) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def flags() -> runtime.FlagParser:
     parser = runtime.FlagParser("Trains the small base on the embedded world from nothing")
     add = parser.add_argument
     add("--out", default="ckpt/base", help="folder of the base")
     add("--resume", action="store_true", help="go on where --out was stopped")
     add("--steps", type=runtime.positive, default=14_000, help="steps")
-    add("--warm", type=runtime.positive, default=100, help="the first of them, without language")
+    add("--warm", type=runtime.positive, default=100,
+        help="the first of them, without language")
     add("--batch", type=runtime.positive, default=16, help="scenes a step")
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--seed", type=int, default=0, help="of weights and scenes")
-    add("--every", type=runtime.positive, default=500, help="steps between states to resume from")
-    args = parser.parse_args()
+    add("--every", type=runtime.positive, default=500,
+        help="steps between states to resume from")
+    return parser
+
+
+def main() -> None:
+    args = flags().parse_args()
     out = Path(args.out)
     if (out / "model.safetensors").exists():
         runtime.fail(f"{out} already holds a model; remove it, or name another --out")
@@ -371,14 +724,11 @@ def main():
         write_shape(out, args.seed)
     processor = Processor.from_pretrained(out)
     model = fresh_model(out, args.seed)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer.get_vocab())} tokens")
+    tokens = len(processor.tokenizer.get_vocab())
+    print(f"{count_parameters(model):,} parameters, {tokens} tokens")
     train(model, processor, args, out)
     model.save_pretrained(out)
-    model = QwenVL.from_pretrained(out, torch.float32)                   # as it is stored
-    card = {**scores(model, processor), "steps": args.steps, "batch": args.batch, "parameters": sum(p.numel() for p in model.parameters()),
-            "command": " ".join(["python toy/pretrain.py", *sys.argv[1:]]), "commit": runtime.commit()}
-    (out / "README.md").write_text(CARD.format(**card), encoding="utf-8")
-    print(CARD.format(**card))
+    write_card(out, args)
     (out / "state.pt").unlink(missing_ok=True)
     print(f"written: {out}")
 

@@ -1,75 +1,131 @@
-"""The embedded world: small aerial scenes that draw themselves from a seed, and expressions that have exactly one answer in them.
+"""The embedded world: small aerial scenes that draw themselves, and expressions with one answer.
 
-A scene is textured terrain, a road, a river or a coast, trees, and objects that do not touch: category by shape, a colour, a size; its
-boxes are the extent of what is drawn. Ships and piers lie at a coast, bridges over a river, all else on land. An expression names an object
-by category, attribute, region of the image, extreme, relation to another object, or by two of these. It is kept only where one object fits
-it clearly and all others clearly do not (MARGIN).
+A scene is a pure function of a seed: textured terrain, a road, a river or a coast, trees, and
+objects that do not touch. An object has a category, which is its shape, a color and a size;
+its box is the extent of what is drawn. Ships and piers lie at a coast, bridges over a river,
+all else on land.
 
-The world is fixed: tests/test_toy.py holds a hash of its records, so that scores taken at different times speak of the same scenes.
+An expression names an object by category, attribute, region of the image, extreme, relation to
+another object, or by two of these. It is used only where one object fits it clearly and all
+others clearly do not (MARGIN).
+
+The world is fixed: test_toy.py holds a hash of its records, so that scores taken at different
+times speak of the same scenes.
 """
 import functools
 import math
 import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray
 from PIL import Image, ImageDraw
 
-SIDE = 112                        # pixels
-FINE = 3                          # drawn this much larger, then shrunk
-MARGIN = 5                        # pixels by which an expression must hold for its object and fail for the others
-LARGER = 1.3                      # ratio of sizes from which one object is clearly larger
-COLORS = {"white": (238, 238, 236), "red": (205, 45, 40), "blue": (45, 85, 205), "yellow": (236, 205, 50), "black": (28, 28, 32),
-          "orange": (238, 128, 30)}
-# category: shortest and longest length in pixels, where it lies
-CATEGORIES = {"plane": (9, 34, "land"), "helicopter": (10, 26, "land"), "tank": (6, 24, "land"), "truck": (10, 24, "land"),
-              "car": (6, 12, "land"), "court": (12, 34, "land"), "stadium": (20, 38, "land"), "house": (8, 24, "land"),
-              "windmill": (10, 30, "land"), "pool": (8, 20, "land"), "crane": (12, 36, "land"), "ship": (10, 36, "water"),
-              "pier": (14, 34, "shore"), "bridge": (20, 38, "river")}
-SMALLEST = 5                      # pixels of length
-TERRAINS = {"grass": (112, 138, 82), "sand": (198, 180, 140), "concrete": (150, 150, 150), "field": (150, 140, 90),
-            "scrub": (126, 112, 84), "snow": (206, 210, 218)}
-WATER, ROAD, TREE = (66, 104, 128), (104, 104, 108), (58, 84, 50)
-RIVER = 13                        # pixels wide; a road is 8
-HELD_OUT = "snow"                 # terrain of the novel split alone; so are the pairs of category and colour that `unseen` names
+Point = tuple[float, float]
+Box = tuple[float, float, float, float]          # (x1, y1, x2, y2), pixels
+Color = tuple[int, int, int]
+
+SIDE = 112                     # of an image, pixels
+# A scene is drawn this much larger and then shrunk, so that its edges are smooth.
+OVERSAMPLING = 3
+# Pixels by which an expression must hold for its object and fail for the others.
+MARGIN = 5
+# Ratio of sizes from which one object is clearly larger than another.
+CLEARLY_LARGER = 1.3
+
+COLORS = {
+    "white": (238, 238, 236), "red": (205, 45, 40), "blue": (45, 85, 205),
+    "yellow": (236, 205, 50), "black": (28, 28, 32), "orange": (238, 128, 30),
+}
+
+
+class Category(NamedTuple):
+    """How long objects of a category are, and where they lie."""
+
+    shortest: float            # pixels
+    longest: float
+    ground: str                # "land", "water", "shore" or "river"
+
+
+CATEGORIES = {
+    "plane": Category(9, 34, "land"), "helicopter": Category(10, 26, "land"),
+    "tank": Category(6, 24, "land"), "truck": Category(10, 24, "land"),
+    "car": Category(6, 12, "land"), "court": Category(12, 34, "land"),
+    "stadium": Category(20, 38, "land"), "house": Category(8, 24, "land"),
+    "windmill": Category(10, 30, "land"), "pool": Category(8, 20, "land"),
+    "crane": Category(12, 36, "land"), "ship": Category(10, 36, "water"),
+    "pier": Category(14, 34, "shore"), "bridge": Category(20, 38, "river"),
+}
+MIN_LENGTH = 5                 # pixels, whatever the split's scale
+TERRAINS = {
+    "grass": (112, 138, 82), "sand": (198, 180, 140), "concrete": (150, 150, 150),
+    "field": (150, 140, 90), "scrub": (126, 112, 84), "snow": (206, 210, 218),
+}
+WATER = (66, 104, 128)
+BEACH = (206, 194, 160)
+ROAD = (104, 104, 108)
+ROAD_LINE = (200, 200, 190)
+TREE = (58, 84, 50)
+SHADOW = (60, 60, 56)
+RIVER_WIDTH = 13               # pixels; a road's is 8
+# Terrain of the novel split alone; so are the pairs of category and color that `unseen` names.
+HELD_OUT_TERRAIN = "snow"
 
 
 @dataclass(frozen=True)
 class Split:
-    first: int                    # seed of the first scene; splits share none
+    """Scenes of consecutive seeds; splits share none."""
+
+    first_seed: int
     scenes: int
-    few: int                      # objects at least ...
-    many: int                     # ... and at most
-    scale: float = 1.0            # of all lengths
-    novel: bool = False           # held-out terrain, and targets of held-out category and colour
+    min_objects: int
+    max_objects: int
+    scale: float = 1.0         # of all lengths
+    novel: bool = False        # held-out terrain, and targets of held-out category and color
 
 
-SPLITS = {"pretrain": Split(0, 400_000, 1, 9), "sft": Split(10_000_000, 4_000, 2, 8), "rft": Split(20_000_000, 10_000, 2, 12),
-          "val": Split(30_000_000, 500, 2, 12), "test": Split(40_000_000, 2_020, 2, 12),
-          "novel": Split(50_000_000, 1_000, 6, 12, novel=True)}
-SMALL = {"rft": Split(60_000_000, 10_000, 2, 12, 0.5), "val": Split(70_000_000, 500, 2, 12, 0.5),
-         "test": Split(80_000_000, 2_020, 2, 12, 0.5)}
+SPLITS = {
+    "pretrain": Split(0, 400_000, 1, 9),
+    "sft": Split(10_000_000, 4_000, 2, 8),
+    "rft": Split(20_000_000, 10_000, 2, 12),
+    "val": Split(30_000_000, 500, 2, 12),
+    "test": Split(40_000_000, 2_020, 2, 12),
+    "novel": Split(50_000_000, 1_000, 6, 12, novel=True),
+}
+SMALL = {
+    "rft": Split(60_000_000, 10_000, 2, 12, scale=0.5),
+    "val": Split(70_000_000, 500, 2, 12, scale=0.5),
+    "test": Split(80_000_000, 2_020, 2, 12, scale=0.5),
+}
 
 
-def unseen(category, color):
-    """Is this pair kept for the novel split? One of each category's six colours is."""
-    return (list(COLORS).index(color) - list(CATEGORIES).index(category)) % len(COLORS) == 0
+def unseen(category: str, color: str) -> bool:
+    """Whether this pair is kept for the novel split; one of each category's six colors is."""
+    color_index = list(COLORS).index(color)
+    category_index = list(CATEGORIES).index(category)
+    return (color_index - category_index) % len(COLORS) == 0
 
+
+# ---------------------------------------------------------------- what a scene holds
 
 @dataclass(frozen=True)
 class Object:
+    """A thing that a scene shows."""
+
     category: str
     color: str
-    box: tuple                    # (x1, y1, x2, y2), pixels
-    angle: float                  # degrees
-    length: float                 # pixels
+    box: Box
+    angle: float               # degrees
+    length: float              # pixels
 
     @property
-    def center(self):
+    def center(self) -> Point:
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
     @property
-    def size(self):
+    def size(self) -> float:
         """Size of the box: the square root of its area, in pixels."""
         return math.sqrt((self.box[2] - self.box[0]) * (self.box[3] - self.box[1]))
 
@@ -77,80 +133,122 @@ class Object:
 @dataclass(frozen=True)
 class Strip:
     """A road, river or coast along a straight line through the image, or nothing (kind "")."""
+
     kind: str
-    place: float                  # signed distance of the line from the image's centre, pixels
-    angle: float                  # radians; water of a coast lies on the side of positive distances
+    offset: float              # signed distance of the line from the image's center, pixels
+    angle: float               # radians; a coast's water lies at positive distances
 
-    def point(self, along, across=0.0):
-        """Pixels of a place at these distances along the line and off it."""
-        c, s = math.cos(self.angle), math.sin(self.angle)
-        across += self.place
-        return SIDE / 2 + along * c - across * s, SIDE / 2 + along * s + across * c
+    def point(self, along: float, across: float = 0.0) -> Point:
+        """The pixel at these distances along the line and from it."""
+        cos = math.cos(self.angle)
+        sin = math.sin(self.angle)
+        across += self.offset
+        return SIDE / 2 + along * cos - across * sin, SIDE / 2 + along * sin + across * cos
 
-    def allows(self, where, x, y, radius):
-        """May what belongs on "land" or "water" lie in a disc about this place? A road is land; shore and river have their own places."""
-        away = (y - SIDE / 2) * math.cos(self.angle) - (x - SIDE / 2) * math.sin(self.angle) - self.place
-        if where == "water":
-            return away > radius
-        return where != "land" or (away < -radius - 1 if self.kind == "coast" else self.kind != "river" or abs(away) > RIVER / 2 + radius)
+    def allows(self, ground: str, center: Point, radius: float) -> bool:
+        """Whether an object that belongs on this ground may fill a disc about the center.
+
+        A road is land. What belongs to a shore or a river is put there, and always may.
+        """
+        x, y = center
+        x_distance = (x - SIDE / 2) * math.sin(self.angle)
+        y_distance = (y - SIDE / 2) * math.cos(self.angle)
+        distance = y_distance - x_distance - self.offset
+        if ground == "water":
+            return distance > radius
+        if ground == "land" and self.kind == "coast":
+            return distance < -radius - 1
+        if ground == "land" and self.kind == "river":
+            return abs(distance) > RIVER_WIDTH / 2 + radius
+        return True
 
 
 @dataclass(frozen=True)
 class Scene:
+    """What is in an image; it draws itself."""
+
     seed: int
     terrain: str
     strip: Strip
-    objects: tuple
+    objects: tuple[Object, ...]
 
     @property
-    def size(self):
+    def size(self) -> tuple[int, int]:
         return SIDE, SIDE
 
-    def draw(self):
-        """-> PIL RGB image"""
+    def draw(self) -> Image.Image:
+        """The RGB image; its random numbers are the scene's own."""
         rng = np.random.default_rng(self.seed)
         ground = np.array(TERRAINS[self.terrain]) * rng.uniform(0.85, 1.1)
-        image = Image.fromarray(np.clip(ground + texture(self.terrain, int(rng.integers(16)))[..., None], 0, 255).astype(np.uint8))
-        image = image.resize((SIDE * FINE, SIDE * FINE), Image.Resampling.BILINEAR)
+        gray = texture(self.terrain, int(rng.integers(16)))          # (SIDE, SIDE)
+        pixels = np.clip(ground + gray[..., None], 0, 255)           # (SIDE, SIDE, 3)
+        image = Image.fromarray(pixels.astype(np.uint8))
+        large = (SIDE * OVERSAMPLING, SIDE * OVERSAMPLING)
+        image = image.resize(large, Image.Resampling.BILINEAR)
         pen = ImageDraw.Draw(image)
-        for x, y, r in rng.uniform((0, 0, 1.2), (SIDE, SIDE, 3.2), (int(rng.integers(14)), 3)):        # trees, each behind its shadow
-            for off, dark in ((1.0, 0.55), (0.0, 1.0)):
-                pen.ellipse([(v + off) * FINE for v in (x - r, y - r, x + r, y + r)], fill=tuple(int(v * dark) for v in TREE))
-        self.draw_strip(pen, rng)
+        draw_trees(pen, rng)
+        draw_strip(pen, self.strip, rng)
         for o in self.objects:
-            for shape, color in shadowed(o):
-                pen.polygon([tuple(p) for p in shape * FINE], fill=color)
+            for polygon, color in object_polygons(o):
+                pen.polygon([tuple(p) for p in polygon * OVERSAMPLING], fill=color)
         return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
-    def draw_strip(self, pen, rng):
-        def line(across, waves=0.0):                                     # from edge to edge, and beyond
-            wave = waves * rng.normal(0, 1, 33)
-            return [tuple(v * FINE for v in self.strip.point(t, across + w)) for t, w in zip(np.linspace(-SIDE, SIDE, 33), wave)]
-        if self.strip.kind == "road":
-            pen.polygon(line(-4) + line(4)[::-1], fill=ROAD)
-            pen.line(line(0), fill=(200, 200, 190), width=FINE)
-        elif self.strip.kind == "river":
-            pen.polygon(line(-RIVER / 2, 0.5) + line(RIVER / 2, 0.5)[::-1], fill=WATER)
-        elif self.strip.kind == "coast":
-            pen.polygon(line(-1.5, 0.5) + line(2 * SIDE)[::-1], fill=(206, 194, 160))
-            pen.polygon(line(1, 0.5) + line(2 * SIDE)[::-1], fill=WATER)
+
+# ---------------------------------------------------------------- drawing
+
+def draw_trees(pen: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    """A few discs, each on top of its shadow."""
+    count = int(rng.integers(14))
+    for x, y, radius in rng.uniform((0, 0, 1.2), (SIDE, SIDE, 3.2), (count, 3)):
+        for shift, brightness in ((1.0, 0.55), (0.0, 1.0)):
+            corners = (x - radius, y - radius, x + radius, y + radius)
+            pen.ellipse([(v + shift) * OVERSAMPLING for v in corners],
+                        fill=shaded(TREE, brightness))
+
+
+def draw_strip(pen: ImageDraw.ImageDraw, strip: Strip, rng: np.random.Generator) -> None:
+    """The road, river or coast of a scene."""
+    def edge_to_edge(across: float, waves: float = 0.0) -> list[Point]:
+        """A line from edge to edge and beyond, at this distance from the strip's own."""
+        wave = waves * rng.normal(0, 1, 33)
+        points = []
+        for along, shift in zip(np.linspace(-SIDE, SIDE, 33), wave):
+            x, y = strip.point(along, across + shift)
+            points.append((x * OVERSAMPLING, y * OVERSAMPLING))
+        return points
+
+    if strip.kind == "road":
+        pen.polygon(edge_to_edge(-4) + edge_to_edge(4)[::-1], fill=ROAD)
+        pen.line(edge_to_edge(0), fill=ROAD_LINE, width=OVERSAMPLING)
+    elif strip.kind == "river":
+        banks = edge_to_edge(-RIVER_WIDTH / 2, 0.5) + edge_to_edge(RIVER_WIDTH / 2, 0.5)[::-1]
+        pen.polygon(banks, fill=WATER)
+    elif strip.kind == "coast":
+        pen.polygon(edge_to_edge(-1.5, 0.5) + edge_to_edge(2 * SIDE)[::-1], fill=BEACH)
+        pen.polygon(edge_to_edge(1, 0.5) + edge_to_edge(2 * SIDE)[::-1], fill=WATER)
 
 
 @functools.cache
-def texture(terrain, k):
-    """One of a few fixed grey textures of a terrain, (SIDE, SIDE): noise, furrows in a field, joints in concrete, tufts."""
-    rng = np.random.default_rng(k)
+def texture(terrain: str, variant: int) -> ndarray:
+    """One of a terrain's 16 gray textures, to be added to its color -> (SIDE, SIDE).
 
-    def noise(cells, strength):
+    Noise, furrows in a field, joints in concrete, tufts.
+    """
+    rng = np.random.default_rng(variant)
+
+    def noise(cells: int, strength: float) -> ndarray:
         coarse = Image.fromarray(rng.normal(0, strength, (cells, cells)).astype(np.float32))
         return np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
     y, x = np.mgrid[:SIDE, :SIDE]
     gray = noise(9, 9) + rng.normal(0, 4, (SIDE, SIDE))
     if terrain == "field":
         angle = rng.uniform(0, math.pi)
-        gray = gray + 9 * np.sin((x * math.cos(angle) + y * math.sin(angle)) * 2 * math.pi / rng.uniform(4, 8))
+        across = x * math.cos(angle) + y * math.sin(angle)
+        gray = gray + 9 * np.sin(across * 2 * math.pi / rng.uniform(4, 8))
     elif terrain == "concrete":
-        gray = gray * 0.6 - 14 * ((x % 28 == k) | (y % 28 == (2 * k) % 28))
+        joints = (x % 28 == variant) | (y % 28 == (2 * variant) % 28)
+        gray = gray * 0.6 - 14 * joints
     elif terrain == "scrub":
         gray = gray - 22 * (noise(56, 1.0) > 0.9)
     elif terrain == "sand":
@@ -158,196 +256,400 @@ def texture(terrain, k):
     return gray
 
 
-# ------------------------------------------------------------------------------------------------------------------ shapes
+# ---------------------------------------------------------------- shapes of the categories
 
-def ring(n, rx, ry, x=0.0):
-    t = np.linspace(0, 2 * math.pi, n, endpoint=False)
-    return np.stack((rx * np.cos(t) + x, ry * np.sin(t)), 1)
+def ellipse(corners: int, x_radius: float, y_radius: float, x_center: float = 0.0) -> ndarray:
+    """A polygon of so many corners -> (corners, 2)."""
+    t = np.linspace(0, 2 * math.pi, corners, endpoint=False)
+    return np.stack((x_radius * np.cos(t) + x_center, y_radius * np.sin(t)), 1)
 
 
-def rectangle(x1, y1, x2, y2):
+def rectangle(x1: float, y1: float, x2: float, y2: float) -> ndarray:
     return np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
 
 
-def turn(degrees):
+def polygon(*corners: Point) -> ndarray:
+    return np.array(corners)
+
+
+def turned(shape: ndarray, degrees: float) -> ndarray:
+    """A polygon (n, 2), turned about the origin; y points down, so it turns clockwise."""
     a = math.radians(degrees)
-    return np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])
+    return shape @ np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])
 
 
-# Parts of a category in a unit frame, length 1 along x: (polygon, how much darker than the object's colour).
-PARTS = {
-    "plane": [(np.array([(0.06, -0.06), (-0.18, -0.45), (-0.28, -0.45), (-0.14, -0.06)]), 1),
-              (np.array([(0.06, 0.06), (-0.18, 0.45), (-0.28, 0.45), (-0.14, 0.06)]), 1),
-              (np.array([(-0.36, 0), (-0.5, -0.2), (-0.5, 0.2)]), 1),
-              (np.array([(0.5, 0), (0.4, -0.075), (-0.45, -0.06), (-0.45, 0.06), (0.4, 0.075)]), 1)],
-    "helicopter": [(rectangle(-0.5, -0.035, 0, 0.035), 1), (rectangle(-0.5, -0.12, -0.43, 0.12), 1), (ring(20, 0.26, 0.13, 0.12), 1),
-                   *((rectangle(-0.38, -0.03, 0.38, 0.03) @ turn(a) + (0.12, 0), 0.6) for a in (45, 135))],
-    "tank": [(ring(24, 0.5, 0.5), 1), (ring(20, 0.34, 0.34), 0.8), (ring(12, 0.09, 0.09), 0.45)],
-    "truck": [(rectangle(-0.5, -0.19, 0.2, 0.19), 1), (rectangle(0.26, -0.17, 0.5, 0.17), 0.6)],
-    "car": [(rectangle(-0.5, -0.26, 0.5, 0.26), 1), (rectangle(-0.32, -0.2, -0.18, 0.2), 0.35), (rectangle(0.08, -0.2, 0.24, 0.2), 0.35)],
-    "court": [(rectangle(-0.5, -0.3, 0.5, 0.3), 1), *((rectangle(x, -0.23, x + 0.39, 0.23), 0.65) for x in (-0.42, 0.03))],
-    "stadium": [(ring(28, 0.5, 0.36), 1), (ring(24, 0.4, 0.27), 0.45), (rectangle(-0.22, -0.13, 0.22, 0.13), 0.8)],
-    "house": [(rectangle(-0.5, -0.37, 0.5, 0), 1), (rectangle(-0.5, 0, 0.5, 0.37), 0.6)],
-    "windmill": [*((np.array([(0, 0), (0.47, -0.09), (0.5, 0.03)]) @ turn(a), 1) for a in (0, 120, 240)), (ring(12, 0.1, 0.1), 0.55)],
-    "pool": [(np.array([(-0.5, -0.4), (0.5, -0.4), (0.5, 0.1), (0, 0.1), (0, 0.4), (-0.5, 0.4)]), 1),
-             (np.array([(-0.38, -0.28), (0.38, -0.28), (0.38, -0.02), (-0.12, -0.02), (-0.12, 0.28), (-0.38, 0.28)]), 0.6)],
-    "crane": [(rectangle(-0.5, -0.04, 0.5, 0.04), 1), (rectangle(-0.5, -0.13, -0.34, 0.13), 0.6),
-              (rectangle(-0.22, -0.09, -0.04, 0.09), 0.45)],
-    "ship": [(np.array([(0.5, 0), (0.25, -0.16), (-0.5, -0.13), (-0.5, 0.13), (0.25, 0.16)]), 1),
-             (rectangle(-0.4, -0.07, -0.18, 0.07), 0.55), (rectangle(-0.02, -0.06, 0.2, 0.06), 0.75)],
-    "pier": [(rectangle(-0.5, -0.05, 0.5, 0.05), 1), *((rectangle(x, -0.24, x + 0.07, 0.24), 1) for x in (-0.07, 0.18, 0.43))],
-    "bridge": [(rectangle(-0.5, -0.12, 0.5, 0.12), 1), *((rectangle(-0.5, y, 0.5, y + 0.035), 0.5) for y in (-0.12, 0.085)),
-               *((rectangle(x, -0.18, x + 0.07, 0.18), 0.7) for x in (-0.25, 0.18))],
+# A polygon, and its brightness beside the object's color.
+Part = tuple[ndarray, float]
+
+ROTOR = rectangle(-0.38, -0.03, 0.38, 0.03)
+BLADE = polygon((0, 0), (0.47, -0.09), (0.5, 0.03))
+
+# Parts of each category from bottom to top, in a frame where its length is 1 along x.
+CATEGORY_PARTS: dict[str, list[Part]] = {
+    "plane": [
+        (polygon((0.06, -0.06), (-0.18, -0.45), (-0.28, -0.45), (-0.14, -0.06)), 1),
+        (polygon((0.06, 0.06), (-0.18, 0.45), (-0.28, 0.45), (-0.14, 0.06)), 1),
+        (polygon((-0.36, 0), (-0.5, -0.2), (-0.5, 0.2)), 1),
+        (polygon((0.5, 0), (0.4, -0.075), (-0.45, -0.06), (-0.45, 0.06), (0.4, 0.075)), 1)],
+    "helicopter": [
+        (rectangle(-0.5, -0.035, 0, 0.035), 1), (rectangle(-0.5, -0.12, -0.43, 0.12), 1),
+        (ellipse(20, 0.26, 0.13, 0.12), 1),
+        (turned(ROTOR, 45) + (0.12, 0), 0.6), (turned(ROTOR, 135) + (0.12, 0), 0.6)],
+    "tank": [
+        (ellipse(24, 0.5, 0.5), 1), (ellipse(20, 0.34, 0.34), 0.8),
+        (ellipse(12, 0.09, 0.09), 0.45)],
+    "truck": [
+        (rectangle(-0.5, -0.19, 0.2, 0.19), 1), (rectangle(0.26, -0.17, 0.5, 0.17), 0.6)],
+    "car": [
+        (rectangle(-0.5, -0.26, 0.5, 0.26), 1), (rectangle(-0.32, -0.2, -0.18, 0.2), 0.35),
+        (rectangle(0.08, -0.2, 0.24, 0.2), 0.35)],
+    "court": [
+        (rectangle(-0.5, -0.3, 0.5, 0.3), 1),
+        (rectangle(-0.42, -0.23, -0.42 + 0.39, 0.23), 0.65),
+        (rectangle(0.03, -0.23, 0.03 + 0.39, 0.23), 0.65)],
+    "stadium": [
+        (ellipse(28, 0.5, 0.36), 1), (ellipse(24, 0.4, 0.27), 0.45),
+        (rectangle(-0.22, -0.13, 0.22, 0.13), 0.8)],
+    "house": [
+        (rectangle(-0.5, -0.37, 0.5, 0), 1), (rectangle(-0.5, 0, 0.5, 0.37), 0.6)],
+    "windmill": [
+        (turned(BLADE, 0), 1), (turned(BLADE, 120), 1), (turned(BLADE, 240), 1),
+        (ellipse(12, 0.1, 0.1), 0.55)],
+    "pool": [
+        (polygon((-0.5, -0.4), (0.5, -0.4), (0.5, 0.1), (0, 0.1), (0, 0.4), (-0.5, 0.4)), 1),
+        (polygon((-0.38, -0.28), (0.38, -0.28), (0.38, -0.02), (-0.12, -0.02), (-0.12, 0.28),
+                 (-0.38, 0.28)), 0.6)],
+    "crane": [
+        (rectangle(-0.5, -0.04, 0.5, 0.04), 1), (rectangle(-0.5, -0.13, -0.34, 0.13), 0.6),
+        (rectangle(-0.22, -0.09, -0.04, 0.09), 0.45)],
+    "ship": [
+        (polygon((0.5, 0), (0.25, -0.16), (-0.5, -0.13), (-0.5, 0.13), (0.25, 0.16)), 1),
+        (rectangle(-0.4, -0.07, -0.18, 0.07), 0.55),
+        (rectangle(-0.02, -0.06, 0.2, 0.06), 0.75)],
+    "pier": [
+        (rectangle(-0.5, -0.05, 0.5, 0.05), 1),
+        (rectangle(-0.07, -0.24, -0.07 + 0.07, 0.24), 1),
+        (rectangle(0.18, -0.24, 0.18 + 0.07, 0.24), 1),
+        (rectangle(0.43, -0.24, 0.43 + 0.07, 0.24), 1)],
+    "bridge": [
+        (rectangle(-0.5, -0.12, 0.5, 0.12), 1),
+        (rectangle(-0.5, -0.12, 0.5, -0.12 + 0.035), 0.5),
+        (rectangle(-0.5, 0.085, 0.5, 0.085 + 0.035), 0.5),
+        (rectangle(-0.25, -0.18, -0.25 + 0.07, 0.18), 0.7),
+        (rectangle(0.18, -0.18, 0.18 + 0.07, 0.18), 0.7)],
 }
 
 
-def placed(category, angle, length):
+def shaded(color: Color, brightness: float) -> Color:
+    red, green, blue = color
+    return int(red * brightness), int(green * brightness), int(blue * brightness)
+
+
+def object_parts(category: str, angle: float, length: float) -> list[Part]:
     """The parts of an object about the origin, in pixels."""
-    return [(shape @ turn(angle) * length, shade) for shape, shade in PARTS[category]]
+    return [(turned(shape, angle) * length, shade) for shape, shade in CATEGORY_PARTS[category]]
 
 
-def shadowed(o):
-    """An object's polygons in the image with their colours, its shadow first."""
-    parts = placed(o.category, o.angle, o.length)
-    every = np.concatenate([shape for shape, _ in parts])
-    offset = np.array(o.box[:2]) - every.min(0)
-    yield from ((shape + offset + (1.2, 1.2), (60, 60, 56)) for shape, _ in parts)
+def all_corners(parts: Sequence[Part]) -> ndarray:
+    """The corners of all parts, (n, 2)."""
+    return np.concatenate([shape for shape, _ in parts])
+
+
+def object_polygons(o: Object) -> Iterator[tuple[ndarray, Color]]:
+    """Yields an object's polygons in the image with their colors, its shadow first."""
+    parts = object_parts(o.category, o.angle, o.length)
+    shift = np.array(o.box[:2]) - all_corners(parts).min(0)
+    for shape, _ in parts:
+        yield shape + shift + (1.2, 1.2), SHADOW
     for shape, shade in parts:
-        yield shape + offset, tuple(int(v * shade) for v in COLORS[o.color])
+        yield shape + shift, shaded(COLORS[o.color], shade)
 
 
-# ------------------------------------------------------------------------------------------------------------------ scenes
+# ---------------------------------------------------------------- scenes
 
-def scene(seed, split):
+def make_scene(seed: int, split: Split) -> Scene:
     """The scene of this seed; a pure function of it and of the split's settings."""
     rng = random.Random(seed)
-    strip = Strip(rng.choices(("road", "coast", "river", ""), (30, 25, 20, 25))[0], rng.uniform(-34, 34), rng.uniform(0, 2 * math.pi))
-    terrain = HELD_OUT if split.novel else rng.choice([t for t in TERRAINS if t != HELD_OUT])
-    wet = {"coast": ("ship", "pier"), "river": ("bridge",)}.get(strip.kind, ())
-    dry = [c for c, (_, _, where) in CATEGORIES.items() if where == "land"]
-    kinds = rng.sample(dry, rng.randint(2, 4)) + [c for c in wet if rng.random() < 0.7]               # few of each: distractors are common
+    strip_kind = rng.choices(("road", "coast", "river", ""), (30, 25, 20, 25))[0]
+    strip = Strip(strip_kind, rng.uniform(-34, 34), rng.uniform(0, 2 * math.pi))
+    terrain = HELD_OUT_TERRAIN
+    if not split.novel:
+        terrain = rng.choice([t for t in TERRAINS if t != HELD_OUT_TERRAIN])
+    # Few categories and colors a scene make distractors common.
+    categories = scene_categories(strip, rng)
     colors = rng.sample(list(COLORS), 3)
-    wanted, objects = split.few + int((split.many - split.few + 1) * rng.random() ** 1.7), []
-    for _ in range(100 + 30 * wanted):
-        if len(objects) == wanted:
+    # The exponent makes scenes of few objects more common.
+    span = split.max_objects - split.min_objects + 1
+    count = split.min_objects + int(span * rng.random() ** 1.7)
+    objects: list[Object] = []
+    # Where these attempts do not find room for all, the scene has fewer objects.
+    for _ in range(100 + 30 * count):
+        if len(objects) == count:
             break
-        category, color = rng.choice(kinds), rng.choice(colors)
-        shortest, longest, where = CATEGORIES[category]
-        length = max(SMALLEST, split.scale * (shortest + (longest - shortest) * rng.random() ** 1.2))
-        angle, x, y = rng.choice((0, 90, 180, 270)) + rng.uniform(-20, 20), rng.uniform(0, SIDE), rng.uniform(0, SIDE)
-        if where in ("shore", "river"):
-            angle = math.degrees(strip.angle) + 90
-            x, y = strip.point(rng.uniform(-SIDE / 2, SIDE / 2))
-            length = max(length, RIVER + 5) if where == "river" else length
-        every = np.concatenate([shape for shape, _ in placed(category, angle, length)])
-        (w, h) = (every.max(0) - every.min(0)).tolist()
-        box = tuple(round(v, 2) for v in (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
-        if min(box) < 2 or max(box) > SIDE - 2 or not strip.allows(where, x, y, max(w, h) / 2) or unseen(category, color) > split.novel:
-            continue
-        if all(box[0] > b[2] + 2 or b[0] > box[2] + 2 or box[1] > b[3] + 2 or b[1] > box[3] + 2 for b in (o.box for o in objects)):
-            objects.append(Object(category, color, box, angle, length))
+        o = random_object(rng, strip, categories, colors, split)
+        if o is not None and all(are_apart(o.box, other.box) for other in objects):
+            objects.append(o)
     return Scene(seed, terrain, strip, tuple(objects))
 
 
-# ------------------------------------------------------------------------------------------------------------------ expressions
+def scene_categories(strip: Strip, rng: random.Random) -> list[str]:
+    """Two to four categories of land, and some of those that belong to the strip."""
+    of_strip = {"coast": ("ship", "pier"), "river": ("bridge",)}.get(strip.kind, ())
+    of_land = [name for name, category in CATEGORIES.items() if category.ground == "land"]
+    chosen = rng.sample(of_land, rng.randint(2, 4))
+    return chosen + [name for name in of_strip if rng.random() < 0.7]
 
-REGIONS = {"upper left": (0, 0), "top": (1, 0), "upper right": (2, 0), "left": (0, 1), "center": (1, 1), "right": (2, 1),
-           "lower left": (0, 2), "bottom": (1, 2), "lower right": (2, 2)}
-# word: axis, sign that makes it the least
+
+def random_object(
+        rng: random.Random, strip: Strip, categories: Sequence[str], colors: Sequence[str],
+        split: Split) -> Object | None:
+    """An object somewhere in the image, None where it may not lie there or not be shown."""
+    name = rng.choice(categories)
+    color = rng.choice(colors)
+    category = CATEGORIES[name]
+    length = category.shortest + (category.longest - category.shortest) * rng.random() ** 1.2
+    length = max(MIN_LENGTH, split.scale * length)
+    angle = rng.choice((0, 90, 180, 270)) + rng.uniform(-20, 20)
+    x = rng.uniform(0, SIDE)
+    y = rng.uniform(0, SIDE)
+    # Piers and bridges lie across the strip's line.
+    if category.ground in ("shore", "river"):
+        angle = math.degrees(strip.angle) + 90
+        x, y = strip.point(rng.uniform(-SIDE / 2, SIDE / 2))
+    # A bridge reaches over its river.
+    if category.ground == "river":
+        length = max(length, RIVER_WIDTH + 5)
+    # The box is the extent of what is drawn, so it comes from the turned parts.
+    corners = all_corners(object_parts(name, angle, length))
+    width, height = (corners.max(0) - corners.min(0)).tolist()
+    edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    box = tuple(round(v, 2) for v in edges)
+    if min(box) < 2 or max(box) > SIDE - 2:
+        return None
+    if not strip.allows(category.ground, (x, y), max(width, height) / 2):
+        return None
+    if unseen(name, color) and not split.novel:
+        return None
+    return Object(name, color, box, angle, length)
+
+
+def are_apart(a: Box, b: Box) -> bool:
+    """Whether there are more than two pixels between the boxes, across or down."""
+    return a[0] > b[2] + 2 or b[0] > a[2] + 2 or a[1] > b[3] + 2 or b[1] > a[3] + 2
+
+
+# ---------------------------------------------------------------- expressions
+
+# Column and row of the ninths of the image.
+REGIONS = {
+    "upper left": (0, 0), "top": (1, 0), "upper right": (2, 0),
+    "left": (0, 1), "center": (1, 1), "right": (2, 1),
+    "lower left": (0, 2), "bottom": (1, 2), "lower right": (2, 2),
+}
+# Axis of the center, and the sign that makes the object's coordinate the least.
 EXTREMES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "lowest": (1, -1)}
+# Unit vector from the anchor towards the object.
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-WORDINGS = {"largest": ("the largest {}", "the biggest {}"), "smallest": ("the smallest {}", "the tiniest {}"),
-            "leftmost": ("the leftmost {}", "the {} farthest to the left"),
-            "rightmost": ("the rightmost {}", "the {} farthest to the right"),
-            "topmost": ("the topmost {}", "the {} nearest to the top edge"),
-            "lowest": ("the lowest {}", "the {} nearest to the bottom edge"),
-            "region": ("the {} at the {}", "the {} in the {} part of the image"),
-            "center": ("the {} in the {}", "the {} in the {} of the image"),
-            "left of": ("the {} left of {}", "the {} to the left of {}"), "right of": ("the {} right of {}", "the {} to the right of {}"),
-            "above": ("the {} above {}", "the {} higher up than {}"), "below": ("the {} below {}", "the {} further down than {}"),
-            "nearest": ("the {} nearest to {}", "the {} next to {}")}
+WORDINGS = {
+    "largest": ("the largest {}", "the biggest {}"),
+    "smallest": ("the smallest {}", "the tiniest {}"),
+    "leftmost": ("the leftmost {}", "the {} farthest to the left"),
+    "rightmost": ("the rightmost {}", "the {} farthest to the right"),
+    "topmost": ("the topmost {}", "the {} nearest to the top edge"),
+    "lowest": ("the lowest {}", "the {} nearest to the bottom edge"),
+    "region": ("the {} at the {}", "the {} in the {} part of the image"),
+    "center": ("the {} in the {}", "the {} in the {} of the image"),
+    "left of": ("the {} left of {}", "the {} to the left of {}"),
+    "right of": ("the {} right of {}", "the {} to the right of {}"),
+    "above": ("the {} above {}", "the {} higher up than {}"),
+    "below": ("the {} below {}", "the {} further down than {}"),
+    "nearest": ("the {} nearest to {}", "the {} next to {}"),
+}
 
 
-def in_region(o, name, slack):
-    """Is the centre in this ninth of the image, grown by `slack` pixels?"""
+class Expression(NamedTuple):
+    """A text that one object of a scene fits."""
+
+    kind: str                  # "category", "attribute", "position", "extreme", "relation" ...
+    text: str                  # ... or "two-step"
+    target: Object
+
+
+class SceneRecord(NamedTuple):
+    """One expression of a scene, as data.py reads it."""
+
+    number: int                # of the scene in its split
+    scene: Scene
+    text: str
+    box: Box
+    category: str
+    kind: str
+
+
+class Anchor(NamedTuple):
+    """An object by which others are described."""
+
+    phrase: str                # that fits it alone: "the red ship"
+    target: Object
+
+
+def in_region(o: Object, region: str, slack: float) -> bool:
+    """Whether the center is in this ninth of the image, grown by `slack` pixels."""
     third = SIDE / 3
-    return all(third * i - slack <= c <= third * (i + 1) + slack for c, i in zip(o.center, REGIONS[name]))
+    for coordinate, index in zip(o.center, REGIONS[region]):
+        if not third * index - slack <= coordinate <= third * (index + 1) + slack:
+            return False
+    return True
 
 
-def related(o, anchor, name, slack):
-    """Does o lie on this side of the anchor, more than to either side of it? slack in pixels."""
-    dx, dy = (a - b for a, b in zip(o.center, anchor.center))
-    ux, uy = RELATIONS[name]
-    along, aside = dx * ux + dy * uy, abs(dx * uy) + abs(dy * ux)
+def lies_on_side(o: Object, anchor: Object, relation: str, slack: float) -> bool:
+    """Whether an object lies on this side of the anchor, more than to either side of it."""
+    dx = o.center[0] - anchor.center[0]
+    dy = o.center[1] - anchor.center[1]
+    ux, uy = RELATIONS[relation]
+    along = dx * ux + dy * uy
+    aside = abs(dx * uy) + abs(dy * ux)
     return along + slack > 0 and along + slack >= aside
 
 
-def only(pool, clearly, perhaps):
-    """The one object that fits clearly, while no other fits even perhaps; else None."""
-    fitting = [o for o in pool if perhaps(o)]
-    return fitting[0] if len(fitting) == 1 and clearly(fitting[0]) else None
+def sole_fit(
+        pool: Sequence[Object], fits: Callable[[Object, float], bool], margin: float,
+) -> Object | None:
+    """The one object that fits clearly, while no other fits even nearly; else None.
+
+    fits: takes an object and a slack in pixels.
+    """
+    fitting = [o for o in pool if fits(o, margin)]
+    if len(fitting) == 1 and fits(fitting[0], -margin):
+        return fitting[0]
+    return None
 
 
-def first_by(pool, key, clear):
-    """The object of least key, where `clear` holds of the two least keys; else None."""
-    row = sorted(pool, key=key)
-    return row[0] if len(row) > 1 and clear(key(row[0]), key(row[1])) else None
+def clear_first(
+        pool: Sequence[Object], key: Callable[[Object], float],
+        are_distinct: Callable[[float, float], bool]) -> Object | None:
+    """The object of least key, where the two least keys are distinct; else None."""
+    ranked = sorted(pool, key=key)
+    if len(ranked) > 1 and are_distinct(key(ranked[0]), key(ranked[1])):
+        return ranked[0]
+    return None
 
 
-def options(s, rng):
-    """All expressions of a scene, in wordings of rng's choice: (kind, text, object)."""
-    out, names, anchors = [], {}, []                                     # names: noun phrase -> the objects it fits
-    for o in s.objects:
-        for phrase, fits in ((o.category, lambda p: True), (f"{o.color} {o.category}", lambda p: p.color == o.color)):
-            names.setdefault(phrase, [p for p in s.objects if p.category == o.category and fits(p)])
+def sizes_distinct(a: float, b: float) -> bool:
+    return max(a / b, b / a) > CLEARLY_LARGER
 
-    def say(kind, how, o, *words):
-        out.append((kind, rng.choice(WORDINGS[how]).format(*words), o))
-    for phrase, pool in names.items():
+
+def noun_phrases(scene: Scene) -> dict[str, list[Object]]:
+    """Noun phrase, "ship" or "red ship" -> the objects that it fits."""
+    pools: dict[str, list[Object]] = {}
+    for o in scene.objects:
+        same_category = [p for p in scene.objects if p.category == o.category]
+        same_color = [p for p in same_category if p.color == o.color]
+        pools.setdefault(o.category, same_category)
+        pools.setdefault(f"{o.color} {o.category}", same_color)
+    return pools
+
+
+def worded(
+        rng: random.Random, kind: str, wording: str, target: Object, *words: str) -> Expression:
+    """An expression in one of its wordings; words: those that are put into it."""
+    return Expression(kind, rng.choice(WORDINGS[wording]).format(*words), target)
+
+
+def size_expressions(
+        phrase: str, pool: Sequence[Object], rng: random.Random) -> Iterator[Expression]:
+    for wording, sign in (("largest", -1), ("smallest", 1)):
+        o = clear_first(pool, lambda o: sign * o.size, sizes_distinct)
+        if o:
+            yield worded(rng, "attribute", wording, o, phrase)
+
+
+def extreme_expressions(
+        phrase: str, pool: Sequence[Object], rng: random.Random) -> Iterator[Expression]:
+    kind = "extreme" if is_category(phrase) else "two-step"
+    for wording, (axis, sign) in EXTREMES.items():
+        o = clear_first(pool, lambda o: sign * o.center[axis], lambda a, b: b - a > MARGIN)
+        if o:
+            yield worded(rng, kind, wording, o, phrase)
+
+
+def region_expressions(
+        phrase: str, pool: Sequence[Object], rng: random.Random) -> Iterator[Expression]:
+    kind = "position" if is_category(phrase) else "two-step"
+    for region in REGIONS:
+        o = sole_fit(pool, lambda o, slack: in_region(o, region, slack), MARGIN / 2)
+        if o:
+            wording = "center" if region == "center" else "region"
+            yield worded(rng, kind, wording, o, phrase, region)
+
+
+def relation_expressions(
+        phrase: str, pool: Sequence[Object], anchor: Anchor, rng: random.Random,
+) -> Iterator[Expression]:
+    # An anchor that itself takes an attribute is a second step: "left of the red ship".
+    plain_anchor = len(anchor.phrase.split()) == 2
+    kind = "relation" if is_category(phrase) and plain_anchor else "two-step"
+    for relation in RELATIONS:
+        o = sole_fit(
+            pool, lambda o, slack: lies_on_side(o, anchor.target, relation, slack), MARGIN)
+        if o:
+            yield worded(rng, kind, relation, o, phrase, anchor.phrase)
+    o = clear_first(pool, lambda o: math.dist(o.center, anchor.target.center),
+                    lambda a, b: b - a > 2 * MARGIN)
+    if o:
+        yield worded(rng, kind, "nearest", o, phrase, anchor.phrase)
+
+
+def is_category(phrase: str) -> bool:
+    """Whether a noun phrase is the category alone, without a color."""
+    return " " not in phrase
+
+
+def expressions(scene: Scene, rng: random.Random) -> list[Expression]:
+    """All expressions of a scene, in wordings of rng's choice."""
+    pools = noun_phrases(scene)
+    scene_expressions = []
+    anchors: list[Anchor] = []
+    for phrase, pool in pools.items():
         if len(pool) == 1:
-            anchors.append((f"the {phrase}", pool[0]))
+            anchors.append(Anchor(f"the {phrase}", pool[0]))
             continue
-        for word, key in (("largest", lambda o: -o.size), ("smallest", lambda o: o.size)):
-            o = first_by(pool, key, lambda a, b: max(a / b, b / a) > LARGER)
-            if o:
-                say("attribute", word, o, phrase)
-                anchors.append((out[-1][1], o))
-    for phrase, pool in names.items():
-        plain, alone = " " not in phrase, len(pool) == 1
-        if alone:
-            out.append(("category" if plain else "attribute", f"the {phrase}", pool[0]))
-            continue                                                     # more words would only confirm what is clear already
-        for word, (axis, sign) in EXTREMES.items():
-            o = first_by(pool, lambda o: sign * o.center[axis], lambda a, b: b - a > MARGIN)
-            if o:
-                say("extreme" if plain else "two-step", word, o, phrase)
-        for name in REGIONS:
-            o = only(pool, lambda o: in_region(o, name, -MARGIN / 2), lambda o: in_region(o, name, MARGIN / 2))
-            if o:
-                say("position" if plain else "two-step", "center" if name == "center" else "region", o, phrase, name)
-        for words, anchor in anchors:
-            if anchor in pool:
-                continue
-            kind = "relation" if plain and len(words.split()) == 2 else "two-step"
-            for name in RELATIONS:
-                o = only(pool, lambda o: related(o, anchor, name, -MARGIN), lambda o: related(o, anchor, name, MARGIN))
-                if o:
-                    say(kind, name, o, phrase, words)
-            o = first_by(pool, lambda o: math.dist(o.center, anchor.center), lambda a, b: b - a > 2 * MARGIN)
-            if o:
-                say(kind, "nearest", o, phrase, words)
-    return out
+        for expression in size_expressions(phrase, pool, rng):
+            scene_expressions.append(expression)
+            anchors.append(Anchor(expression.text, expression.target))
+    for phrase, pool in pools.items():
+        # Of a sole object more words would only confirm what is clear already.
+        if len(pool) == 1:
+            kind = "category" if is_category(phrase) else "attribute"
+            scene_expressions.append(Expression(kind, f"the {phrase}", pool[0]))
+            continue
+        scene_expressions.extend(extreme_expressions(phrase, pool, rng))
+        scene_expressions.extend(region_expressions(phrase, pool, rng))
+        for anchor in anchors:
+            if anchor.target not in pool:
+                scene_expressions.extend(relation_expressions(phrase, pool, anchor, rng))
+    return scene_expressions
 
 
-def records(split):
-    """A Split -> (number, Scene, text, box, category, kind) of its scenes, one expression each; kinds in equal shares where the scene
-    allows. A scene with too few objects, without an expression, or without an unseen pair in the novel split, gives none."""
-    out = []
-    for i in range(split.scenes):
-        s, rng = scene(split.first + i, split), random.Random(split.first + i + 5_000_000)
-        choices = [c for c in options(s, rng) if not split.novel or unseen(c[2].category, c[2].color)]
-        if choices and len(s.objects) >= split.few:
-            kind = rng.choice(sorted({kind for kind, _, _ in choices}))
-            _, text, o = rng.choice([c for c in choices if c[0] == kind])
-            out.append((i, s, text, o.box, o.category, kind))
-    return out
+def records(split: Split) -> list[SceneRecord]:
+    """One expression for each scene of a split; kinds in equal shares where the scene allows.
+
+    A scene with too few objects, without an expression, or without an unseen pair in the novel
+    split, gives none.
+    """
+    split_records = []
+    for number in range(split.scenes):
+        scene = make_scene(split.first_seed + number, split)
+        # Apart from the scene's own numbers: other expressions leave the scene as it is.
+        rng = random.Random(split.first_seed + number + 5_000_000)
+        choices = expressions(scene, rng)
+        if split.novel:
+            choices = [e for e in choices if unseen(e.target.category, e.target.color)]
+        if not choices or len(scene.objects) < split.min_objects:
+            continue
+        kind = rng.choice(sorted({e.kind for e in choices}))
+        chosen = rng.choice([e for e in choices if e.kind == kind])
+        target = chosen.target
+        split_records.append(
+            SceneRecord(number, scene, chosen.text, target.box, target.category, kind))
+    return split_records
