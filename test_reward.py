@@ -21,25 +21,48 @@ def box(x1: float, y1: float, x2: float, y2: float) -> Tensor:
     return torch.tensor([x1, y1, x2, y2], dtype=torch.float32)
 
 
-# 40 x 20, so the kernel's deviations are 2.5 * 40 / 2 = 50 across and 25 along.
+# The target of most cases. One deviation of its kernel is 2.5 * 40 / 2 = 50 px across and
+# 2.5 * 20 / 2 = 25 px along.
+#
+#           x 100             140
+#     y 100    +---------------+
+#              |       +       |     20 high, the centre at (120, 110)
+#     y 120    +---------------+
+#                   40 wide
 TARGET = box(100, 100, 140, 120)
 
 
 # ---------------------------------------------------------------- one case each, by hand
 
-def test_iou_by_hand() -> None:
-    # 10 x 10 and 10 x 10, the second 5 to the right: they share 5 x 10 = 50 of
-    # 100 + 100 - 50 = 150.
-    assert iou(box(0, 0, 10, 10), box(5, 0, 15, 10)).item() == pytest.approx(50 / 150)
+#     x 0      5      10     15
+#       +------+------+------+
+#       |  a   |  ab  |  b   |       both 10 high: they share 5 x 10 = 50
+#       +------+------+------+       of 100 + 100 - 50 = 150
+@pytest.mark.parametrize("a, b, expected", [
+    ((0, 0, 10, 10), (5, 0, 15, 10), 50 / 150),      # the drawing
+    ((0, 0, 10, 10), (5, 5, 15, 15), 25 / 175),      # 5 down as well: 5 x 5 of 200 - 25
+    ((0, 0, 10, 10), (2, 2, 7, 7), 25 / 100),        # one within the other: 5 x 5 of 100
+    ((0, 0, 10, 10), (0, 0, 10, 10), 1.0),           # the same box
+    ((0, 0, 10, 10), (10, 0, 20, 10), 0.0),          # side by side: an edge has no area
+])
+def test_iou_by_hand(a: tuple[float, ...], b: tuple[float, ...], expected: float) -> None:
+    assert iou(box(*a), box(*b)).item() == pytest.approx(expected)
 
 
+# The reward is a product of two means, one an axis. Measured in deviations t from the target's
+# centre, an axis of the box is an interval, and its mean is that of exp(-t^2 / 2) over it:
+#
+#     t   -1         0         1         2
+#          +---------+---------+---------+
+#                [===+===]                      the target, -0.4 .. 0.4: mean 0.9740
+#                          [===+===]            one deviation off, 0.6 .. 1.4: mean 0.6063
 @pytest.mark.parametrize("pred, expected", [
-    ((100, 100, 140, 120), 0.9486),              # the target itself
-    ((150, 100, 190, 120), 0.5905),              # 50 px to the right: one deviation
-    ((100, 125, 140, 145), 0.5905),              # 25 px down: one deviation
-    ((110, 105, 130, 115), 0.9868),              # half as long, in the centre
-    ((0, 0, 800, 800), 0.0122),                  # the whole image
-    ((400, 100, 440, 120), 0.0),                 # 300 px away: six deviations
+    ((100, 100, 140, 120), 0.9486),     # the target: 0.9740 * 0.9740
+    ((150, 100, 190, 120), 0.5905),     # 50 px right: 0.6063 over 0.6 .. 1.4, * 0.9740
+    ((100, 125, 140, 145), 0.5905),     # 25 px down: the same along, 0.9740 * 0.6063
+    ((110, 105, 130, 115), 0.9868),     # half as long: 0.9934 over -0.2 .. 0.2, squared
+    ((0, 0, 800, 800), 0.0122),         # huge: 0.1554 (-2.4 .. 13.6) * 0.0783 (-4.4 .. 27.6)
+    ((400, 100, 440, 120), 0.0),        # 300 px right: 3e-8 over 5.6 .. 6.4, * 0.9740
 ])
 def test_positional_by_hand(pred: tuple[float, ...], expected: float) -> None:
     assert positional(box(*pred), TARGET).item() == pytest.approx(expected, abs=5e-5)
@@ -48,57 +71,76 @@ def test_positional_by_hand(pred: tuple[float, ...], expected: float) -> None:
 def test_positional_of_the_target_itself_worked_out() -> None:
     # A side is 2 / 2.5 = 0.8 deviations long, so on either axis the box reaches from -0.4 to
     # 0.4 deviations: u = 0.4 / sqrt(2) = 0.282843 on either side of the centre. The mean of
-    # exp(-u^2) over it is sqrt(pi) / 2 * erf(u) / u = 0.886227 * 0.310843 / 0.282843
-    # = 0.973963 an axis, 0.948604 for both.
-    assert math.erf(0.4 / math.sqrt(2)) == pytest.approx(0.310843, abs=1e-6)
-    assert positional(TARGET, TARGET).item() == pytest.approx(0.973963 ** 2, abs=1e-5)
+    # exp(-u^2) over it is
+    #
+    #     sqrt(pi) / 2 * erf(u) / u = 0.886227 * 0.310843 / 0.282843 = 0.973961 an axis,
+    #
+    # and 0.973961^2 = 0.948601 for both.
+    u = 0.4 / math.sqrt(2)
+    axis = math.sqrt(math.pi) / 2 * math.erf(u) / u
+    assert math.erf(u) == pytest.approx(0.310843, abs=1e-6)
+    assert axis == pytest.approx(0.973961, abs=1e-6)
+    assert positional(TARGET, TARGET).item() == pytest.approx(axis ** 2, abs=1e-6)
 
 
+# Two boxes of 10 x 10, 30 from centre to centre, in a hull of 40 x 10:
+#
+#     x 0     10            30     40
+#       +------+ - - - - - - +------+
+#       |  a   |             |  b   |
+#       +------+ - - - - - - +------+
+#
+# Both scores are mapped from [-1, 1] to [0, 1].
 def test_giou_and_diou_by_hand() -> None:
-    # Two boxes of 10 x 10, one 30 to the right of the other, in a hull of 40 x 10:
-    #
-    #     aaaa............bbbb
-    #
-    # Nothing is shared. The union is 200 of the hull's 400: GIoU = 0 - 200 / 400.
-    # The centres are 30 apart, the hull's diagonal squared is 40^2 + 10^2 = 1700:
-    # DIoU = 0 - 900 / 1700. Both are mapped from [-1, 1] to [0, 1].
     a = box(0, 0, 10, 10)
     b = box(30, 0, 40, 10)
+    # Nothing is shared, and the boxes cover 200 of the hull's 400: GIoU = 0 - 200 / 400.
     assert reward.giou(a, b).item() == pytest.approx((1 - 200 / 400) / 2)
+    # The hull's diagonal squared is 40^2 + 10^2 = 1700: DIoU = 0 - 30^2 / 1700.
     assert reward.diou(a, b).item() == pytest.approx((1 - 900 / 1700) / 2)
 
 
-def test_center_by_hand() -> None:
-    # 30 of 800 pixels apart across, 20 of 400 along.
-    a = box(0, 0, 10, 10)
-    b = box(30, 20, 40, 30)
-    distance = math.hypot(30 / 800, 20 / 400) / math.sqrt(2)
-    assert reward.center(a, b, IMAGE).item() == pytest.approx(1 - distance)
+@pytest.mark.parametrize("pred, distance", [
+    ((30, 0, 40, 10), 30 / 800),                             # 30 right, of 800
+    ((0, 20, 10, 30), 20 / 400),                             # 20 down, of 400
+    ((30, 20, 40, 30), math.hypot(30 / 800, 20 / 400)),      # both
+])
+def test_center_by_hand(pred: tuple[float, ...], distance: float) -> None:
+    # The farthest that two points of an image can lie apart is sqrt(2), corner to corner.
+    score = reward.center(box(*pred), box(0, 0, 10, 10), IMAGE).item()
+    assert score == pytest.approx(1 - distance / math.sqrt(2))
 
 
+# A group's weight is exp(1.2 (1 - m) + v) within 0.5 .. 3, of its IoUs' mean m and variance v.
 @pytest.mark.parametrize("group, expected", [
-    ((0.5, 0.5, 0.0, 0.0), math.exp(1.2 * 0.75 + 0.0625)),     # m 0.25, v 0.0625: 2.618
+    ((0.5, 0.5, 0.0, 0.0), math.exp(1.2 * 0.75 + 0.0625)),     # m 0.25, v 0.25^2: 2.618
     ((1.0, 1.0, 1.0, 1.0), 1.0),                               # m 1, v 0: exp(0)
-    ((0.0, 0.0, 0.0, 0.0), 3.0),                               # exp(1.2) = 3.32, cut
-    ((1.0, 0.0), math.exp(0.6 + 0.25)),                        # a group of two: m 0.5, v 0.25
+    ((0.0, 0.0, 0.0, 0.0), 3.0),                               # m 0, v 0: exp(1.2) = 3.32, cut
+    ((1.0, 0.0), math.exp(0.6 + 0.25)),                        # m 0.5, v 0.5^2: 2.340
 ])
 def test_weight_by_hand(group: tuple[float, ...], expected: float) -> None:
     assert consistency_weight(torch.tensor([group])).item() == pytest.approx(expected)
 
 
 def test_terms_and_bounds_of_the_weight_by_hand() -> None:
-    # m 0.25 and v 0.0625 again, by the mean alone and by the variance alone.
+    # m 0.25 and v 0.0625 again: 1.2 * 0.75 = 0.9 by the mean alone, 0.0625 by the variance.
     group = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
     assert consistency_weight(group, variance=0.0).item() == pytest.approx(math.exp(0.9))
     assert consistency_weight(group, mean=0.0).item() == pytest.approx(math.exp(0.0625))
     # exp(-2 * 0.75 + 0.0625) = 0.24 meets the lower bound.
     assert consistency_weight(group, mean=-2.0).item() == 0.5
+    # 2.618 meets an upper bound of 2.5.
     assert consistency_weight(group, low=2.0, high=2.5).item() == 2.5
 
 
+# Three valid boxes and one that is none, in an image of 800 x 400:
+#
+#     x 100     200     300
+#       [+]     [+]     [+]       y 100
+#
+# In widths of the image the centres lie 1/8 apart: Var x = (1/8^2 + 0 + 1/8^2) / 3 = 1/96.
+# They have one height: Var y = 0.
 def test_dispersion_by_hand() -> None:
-    # Four rollouts, three of them valid, their centres at x = 100, 200, 300 of 800 and y = 100
-    # of 400: Var x = ((-1/8)^2 + 0 + (1/8)^2) / 3 = 1/96, Var y = 0.
     boxes = torch.tensor([
         [90.0, 90, 110, 110], [190, 90, 210, 110], [290, 90, 310, 110], NAN_BOX])
     valid = torch.tensor([[True, True, True, False]])
@@ -109,7 +151,7 @@ def test_dispersion_by_hand() -> None:
 # ---------------------------------------------------------------- every term
 
 def random_boxes(n: int, side: int = 40, seed: int = 0) -> Tensor:
-    """(n, 4) whole-numbered boxes of at least one pixel in a square."""
+    """-> (n, 4) whole-numbered boxes of at least one pixel in a square."""
     random = torch.Generator().manual_seed(seed)
     corners = torch.randint(0, side, (n, 2, 2), generator=random)
     return torch.cat((corners.amin(1), corners.amax(1) + 1), 1).float()
