@@ -1,11 +1,11 @@
 """The answer format, from the question to a box in original pixels; only this file spells it out.
 
-What the model is asked; a box to text; text to a box, strictly and leniently; why there is no box;
-a box into original pixels. A fork with another answer, such as a point, edits this file, and the
-reward and the metrics that take its boxes.
+What the model is asked; a box to text; text to a box, strictly and leniently; why there
+is no box; a box into original pixels. A fork with another answer, such as a point,
+edits this file, and the reward and the metrics that take its boxes.
 
-Boxes are xyxy floats. A frame is a `processor.Frame`: its methods turn the model's coordinates into
-original pixels and back.
+Boxes are xyxy floats. A frame is a `processor.Frame`: its methods turn the model's
+coordinates into original pixels and back.
 """
 import json
 import math
@@ -37,8 +37,8 @@ PROMPT = (
 def format_box(box: Sequence[float], frame: "Frame") -> str:
     """A box in original pixels as the model is taught to write it: "[x1, y1, x2, y2]".
 
-    The numbers are whole, in the model's frame, and the box has an area there. It overlaps the
-    box that it stands for, however thin that is.
+    The numbers are whole, in the model's frame, and the box has an area there. It
+    overlaps the box that it stands for, however thin that is.
     """
     x1, y1, x2, y2 = frame.to_model(box)
     right, bottom = frame.extent
@@ -79,11 +79,12 @@ def write(think: str | None, box_text: str) -> str:
 def parse_box(text: str) -> Box | None:
     """The box of a completion, in the model's frame, or None.
 
-    Strict: exactly one <answer>, in it one JSON object whose "bbox_2d" is four JSON numbers,
-    finite, x2 > x1, y2 > y1. Other keys are ignored, and what stands outside the answer.
+    Strict: exactly one <answer>, in it one JSON object whose "bbox_2d" is four JSON
+    numbers, finite, x2 > x1, y2 > y1. Other keys are ignored, and what stands outside
+    the answer.
 
-    Whatever the text, it takes linear time and never raises: rewards are computed on what a policy
-    under training writes.
+    Whatever the text, it takes linear time and never raises: rewards are computed on
+    what a policy under training writes.
     """
     box, why = read_answer(text)
     return None if why else box
@@ -92,8 +93,8 @@ def parse_box(text: str) -> Box | None:
 def read_answer(text: str) -> tuple[Box | None, str | None]:
     """-> (box, None), or (None, one of FAILURES).
 
-    A line, a point, or a box that stands on its head is (box, "no area"): VRSBench's own metric
-    gives the first two an area.
+    A line, a point, or a box that stands on its head is (box, "no area"): VRSBench's
+    own metric gives the first two an area.
     """
     opening, closing = ANSWER
     if text.count(opening) > 1 or text.count(closing) > 1:
@@ -134,7 +135,6 @@ def checked(value: Any) -> tuple[Box | None, str | None]:
     return (x1, y1, x2, y2), None if x2 > x1 and y2 > y1 else "no area"
 
 
-# Exactly one think block, then exactly one answer, and nothing but white space around them.
 WHOLE = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 
 
@@ -143,7 +143,8 @@ def format_ok(text: str) -> bool:
 
     Nothing but white space may stand around them.
     """
-    # The counts come first: they keep the pattern linear, for then no tag can match in two places.
+    # The counts come first: they keep the pattern linear, for then no tag can match in
+    # two places.
     once = all(text.count(tag) == 1 for tag in TAGS)
     return once and WHOLE.fullmatch(text) is not None and parse_box(text) is not None
 
@@ -158,9 +159,9 @@ FOUR_NUMBERS = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 def parse_box_lenient(text: str) -> Box | None:
     """For reports on models that were not trained to our format; the reward never uses it.
 
-    What `parse_box` finds, else the first list of four numbers behind the last <answer> (without
-    one, behind the last </think>; without that, anywhere): fenced or bare JSON, and
-    [{"bbox_2d": [...], "label": ...}] as Qwen writes it. Linear time as well.
+    What `parse_box` finds, else the first list of four numbers behind the last <answer>
+    (without one, behind the last </think>; without that, anywhere): fenced or bare
+    JSON, and [{"bbox_2d": [...], "label": ...}] as Qwen writes it. Linear time as well.
     """
     box = parse_box(text)
     if box is not None:
@@ -189,8 +190,8 @@ def failure(text: str) -> str | None:
 def clamp_box(box: Sequence[float], size: tuple[float, float]) -> Box | None:
     """A box cut to the image of size (W, H), or None where no area is left.
 
-    In Python floats, so that no overflow comes back as a box: 1e300 is a number here and infinite
-    in float32.
+    In Python floats, so that no overflow comes back as a box: 1e300 is a number here
+    and infinite in float32.
     """
     x1, y1, x2, y2 = box
     W, H = size
