@@ -1,8 +1,8 @@
 """The answer format, from the question to a box in original pixels; only this file spells it out.
 
-What the model is asked; a box to text; text to a box, strictly and leniently; why
-there is no box; a box into original pixels. A fork with another answer, such as a
-point, edits this file, and the reward and the metrics that take its boxes.
+What the model is asked; a box to text; text to a box, strictly and leniently; why there
+is no box; a box into original pixels. A fork with another answer, such as a point,
+edits this file, and the reward and the metrics that take its boxes.
 
 Boxes are xyxy floats. A frame is a `processor.Frame`: its methods turn the model's
 coordinates into original pixels and back.
@@ -135,8 +135,6 @@ def checked(value: Any) -> tuple[Box | None, str | None]:
     return (x1, y1, x2, y2), None if x2 > x1 and y2 > y1 else "no area"
 
 
-# Exactly one think block, then exactly one answer, and nothing but white space around
-# them.
 WHOLE = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 
 
@@ -145,8 +143,8 @@ def format_ok(text: str) -> bool:
 
     Nothing but white space may stand around them.
     """
-    # The counts come first: they keep the pattern linear, for then no tag can match
-    # in two places.
+    # The counts come first: they keep the pattern linear, for then no tag can match in
+    # two places.
     once = all(text.count(tag) == 1 for tag in TAGS)
     return once and WHOLE.fullmatch(text) is not None and parse_box(text) is not None
 
@@ -161,10 +159,9 @@ FOUR_NUMBERS = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 def parse_box_lenient(text: str) -> Box | None:
     """For reports on models that were not trained to our format; the reward never uses it.
 
-    What `parse_box` finds, else the first list of four numbers behind the last
-    <answer> (without one, behind the last </think>; without that, anywhere): fenced
-    or bare JSON, and [{"bbox_2d": [...], "label": ...}] as Qwen writes it. Linear
-    time as well.
+    What `parse_box` finds, else the first list of four numbers behind the last <answer>
+    (without one, behind the last </think>; without that, anywhere): fenced or bare
+    JSON, and [{"bbox_2d": [...], "label": ...}] as Qwen writes it. Linear time as well.
     """
     box = parse_box(text)
     if box is not None:

@@ -3,8 +3,9 @@
 One sample's way: `load` reads the annotations -> `open_image`; what follows is processor.py's.
 Boxes are xyxy, float pixels of the original image.
 
-    python data.py dior         counts beside the published ones, refused and repaired records,
-                                images that don't decode, a contact sheet
+    python data.py dior           counts beside the published ones, refused and repaired records,
+                                  images that don't decode, a contact sheet
+    python data.py dior rrsisd    what is trained on in one and scored in the other
 
 A new data set is one function in READERS: (root, split) -> Records. It hands each annotation to
 a Collector, which finds the image, repairs what has one reading and counts what it refuses:
@@ -22,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import sys
 from collections import Counter
@@ -33,9 +35,11 @@ from typing import Any, NoReturn
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
+import reward
 from answer import Box
 from pictures import contact_sheet, draw_boxes
 
@@ -194,7 +198,7 @@ def mixture(names: str, root: Path, split: str) -> Records:
     part gives every record once. Which records, and their order, depend on their ids alone; an
     id is preceded by its data set's name and followed by its repetition.
     """
-    training = split in ("sft", "rft") or split.endswith("train")
+    training = is_training(split)
     mixed = Records([], {})
     notes = []
     for name, weight in mixture_parts(names):
@@ -205,6 +209,11 @@ def mixture(names: str, root: Path, split: str) -> Records:
             notes.append(f"{name}: {records.note}")
     shuffled = sorted(mixed, key=lambda r: fingerprint(r.id))
     return Records(shuffled, mixed.refused, mixed.repaired, "; ".join(notes))
+
+
+def is_training(split: str) -> bool:
+    """Is this a split to train on? Those of one part of a data set are called "rsvg_train"."""
+    return split in ("sft", "rft") or split.removesuffix("_v2").endswith("train")
 
 
 def mixture_parts(names: str) -> Iterator[tuple[str, float]]:
@@ -335,6 +344,8 @@ class Annotation:
     # None: the box is in pixels; else in parts of the image's sides of which there are so many.
     parts: int | None = None
     repairs: Sequence[str] = ()   # what the reader repaired already
+    # (width, height) that the image must have for the box to be right, where it is told.
+    size: tuple[int, int] | None = None
     # As in Record.
     kind: str = ""
     unique: bool | None = None
@@ -368,14 +379,19 @@ class Collector:
     `preferred_folder`; if neither does, the record is refused. A name in an annotation never
     leads out of the folder.
 
-    exact: the annotation gives the path itself. Then swapped corners have a second reading
-    (x, y, width, height), so that they are refused.
+    exact: the annotation gives the path itself.
+    refuse_swapped: swapped corners have a second reading (x, y, width, height), so that they are
+    refused; else they are repaired.
     """
 
-    def __init__(self, folder: Path, preferred_folder: str = "", exact: bool = False) -> None:
+    def __init__(
+            self, folder: Path, preferred_folder: str = "", exact: bool = False,
+            refuse_swapped: bool = False,
+    ) -> None:
         self.folder = folder
         self.preferred_folder = preferred_folder
         self.exact = exact
+        self.refuse_swapped = refuse_swapped
         self.records = Records([], {})
         self.ids: set[str] = set()
         self.sizes: dict[Path, tuple[tuple[int, int] | None, str | None]] = {}
@@ -387,8 +403,10 @@ class Collector:
         repaired = repair_box(annotation.box, image.size, annotation.parts)
         text = annotation.text.strip() if isinstance(annotation.text, str) else ""
         problem = image.problem or repaired.problem
-        if self.exact and "swapped corners" in repaired.repairs:
+        if self.refuse_swapped and "swapped corners" in repaired.repairs:
             problem = "x1 > x2 or y1 > y2 (is it x, y, width, height?)"
+        if not image.problem and annotation.size not in (None, image.size):
+            problem = "image of another size than its annotation says"
         if not problem and not text:
             problem = "empty text"
         if not problem and annotation.id in self.ids:
@@ -926,19 +944,21 @@ REFGEO = ("dior_rsvg", "rsvg", "geochat", "vrsbench", "avvg")
 def read_refgeo(root: Path, split: str) -> Records:
     """refGeo (GeoGround): every data set's file of the split, or one, as in "dior_rsvg_test".
 
-    Its boxes are xyxy pixels; its ids may have another suffix than the image's file.
+    Its boxes are xyxy pixels; its ids may have another suffix than the image's file. A repack
+    has its train files as metainfo_v2/*_train_v2.jsonl; they are read where metainfo/ has none.
     """
     if split in ("sft", "rft", "val") and not any((root / "metainfo").glob("*_val.jsonl")):
         return hold_out(read_refgeo(root, "train"), split, root)
     split = {"sft": "train", "rft": "train"}.get(split, split)
     names = [f"{part}_{split}" for part in REFGEO] if split in SPLITS else [split]
-    expected = [root / "metainfo" / f"{name}.jsonl" for name in names]
-    files = [path for path in expected if path.exists()]
+    paths = {name: refgeo_file(root, name) for name in names}
+    files = [path for path in paths.values() if path]
     if not files:
+        folder = first_existing(root, "metainfo", "metainfo_v2")
         raise NoSplit(
-            f"no {first_existing(root, 'metainfo') / names[0]}.jsonl or the like; refgeo has "
+            f"no {folder / names[0]}.jsonl or the like; refgeo has "
             "train, val, test, and those of one data set, like rsvg_test")
-    parts = [file.stem.rsplit("_", 1)[0] for file in files]
+    parts = [file.stem.removesuffix("_v2").rsplit("_", 1)[0] for file in files]
     folders = refgeo_folders(root, (*REFGEO, *parts))
     records = Records([], {})
     for file, part in zip(files, parts):
@@ -952,11 +972,27 @@ def read_refgeo(root: Path, split: str) -> Records:
                 continue
             collector.add(Annotation(
                 where, f"{file.stem}-{number}", row.get("image_id"), row.get("question"),
-                bracketed_numbers(row.get("bbox")), kind=part))
+                bracketed_numbers(row.get("bbox")), kind=part,
+                size=told_size(row, "image_width", "image_height")))
         records.absorb(collector.records)
-    absent = [path.name for path in expected if path not in files]
+    absent = [f"{name}.jsonl" for name, path in paths.items() if not path]
     records.note = f"not there: {', '.join(absent)}" if absent else ""
     return records
+
+
+def refgeo_file(root: Path, name: str) -> Path | None:
+    """The file of a data set's split, "rsvg_train", or None where there is none."""
+    for folder, suffix in (("metainfo", ""), ("metainfo_v2", ""), ("metainfo_v2", "_v2")):
+        file = root / folder / f"{name}{suffix}.jsonl"
+        if file.exists():
+            return file
+    return None
+
+
+def told_size(row: dict[str, Any], width: str, height: str) -> tuple[int, int] | None:
+    """The (width, height) that an annotation gives its image under these keys, else None."""
+    size = (row.get(width), row.get(height))
+    return size if all(type(side) is int for side in size) else None
 
 
 def refgeo_folders(root: Path, parts: Iterable[str]) -> dict[str, Path]:
@@ -979,6 +1015,303 @@ def refgeo_folders(root: Path, parts: Iterable[str]) -> dict[str, Path]:
     return folders
 
 
+def read_rrsisd(root: Path, split: str) -> Records:
+    """RRSIS-D, as its authors lay it out or converted to lines, datainfo/rrsisd_SPLIT.jsonl.
+
+    `bbox` is x1, y1, x2, y2 in whole pixels, although its authors' comments say x, y, width,
+    height. Boxes of the masks are other boxes; the masks are not read.
+    """
+    split = {"sft": "train", "rft": "train"}.get(split, split)
+    if split not in SPLITS:
+        raise NoSplit(f"rrsisd has no split {split!r}; it has {', '.join(SPLITS)}")
+    name = f"rrsisd_{split}.jsonl"
+    file = first_existing(
+        root, "rrsisd/refs(unc).p", "refs(unc).p", f"datainfo/{name}", name)
+    is_pickle = file.suffix == ".p"
+    rows = rrsisd_refs(file) if is_pickle else read_objects(file)
+    collector = Collector(root, "JPEGImages", refuse_swapped=True)
+    uses: Counter[str] = Counter()                   # expressions of an annotation
+    for number, row in rows:
+        where = f"{file}, {'ref' if is_pickle else 'line'} {number}"
+        if row is None:
+            collector.refuse("no JSON object", where)
+            continue
+        # As in its authors' code: "testA" is of the test split too.
+        split_of_row = str(row.get("split"))
+        if split_of_row != split and not (split == "test" and "test" in split_of_row):
+            # The pickle holds all splits; a file of lines holds one, or it leaks.
+            if not is_pickle:
+                collector.refuse("of another split than its file", where)
+            continue
+        identity = str(row.get("ann_id"))
+        uses[identity] += 1
+        if uses[identity] > 1:
+            identity = f"{identity}-{uses[identity]}"
+        collector.add(Annotation(
+            where, identity, row.get("file_name"), row.get("sent"), row.get("bbox"),
+            row.get("category_name")))
+    return collector.records
+
+
+def rrsisd_refs(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yields (number, row) as in the converted form: one for each sentence of a ref.
+
+    refs(unc).p has expressions and splits, instances.json beside it has boxes, categories and
+    images; DataError where either does not fit.
+    """
+    refs = read_plain_pickle(file)
+    instances = read_json(file.with_name("instances.json"))
+    if not isinstance(refs, list) or not isinstance(instances, dict):
+        raise DataError(
+            f"{file}: not a list of refs, or no instances.json beside it with its boxes; "
+            "download both again")
+    images = rows_by_id(instances.get("images"))
+    annotations = rows_by_id(instances.get("annotations"))
+    categories = rows_by_id(instances.get("categories"))
+    for number, ref in enumerate(refs):
+        if not isinstance(ref, dict):
+            yield number, None
+            continue
+        image = images.get(str(ref.get("image_id")), {})
+        annotation = annotations.get(str(ref.get("ann_id")), {})
+        category = categories.get(str(ref.get("category_id")), {})
+        sentences = ref.get("sentences")
+        for sentence in sentences if isinstance(sentences, list) and sentences else [None]:
+            if not isinstance(sentence, dict):
+                sentence = {}
+            yield number, {
+                "split": ref.get("split"), "ann_id": ref.get("ann_id"),
+                # `raw` is as its author wrote it, `sent` may be in lower case.
+                "sent": sentence.get("raw") or sentence.get("sent"),
+                "file_name": image.get("file_name") or ref.get("file_name"),
+                "bbox": annotation.get("bbox"), "category_name": category.get("name")}
+
+
+def rows_by_id(rows: Any) -> dict[str, dict[str, Any]]:
+    """A list of objects with an "id" -> by that, as text."""
+    by_id = {}
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict):
+            by_id[str(row.get("id"))] = row
+    return by_id
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dicts, texts and numbers.
+
+    Whatever else a pickle can do, it does through a class or function that it asks for here.
+    """
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(
+            f"it asks for {f'{module}.{name}'!r}, which annotations do not need; nothing of it "
+            "was run; download it again, or use the form with datainfo/*.jsonl")
+
+
+def read_plain_pickle(file: Path) -> Any:
+    """A pickle's value; DataError where it asks for any class, or is unreadable."""
+    try:
+        with open(file, "rb") as stream:
+            return PlainUnpickler(stream, encoding="utf-8").load()
+    except (
+            pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, LookupError,
+            AttributeError, OverflowError, MemoryError, RecursionError) as error:
+        # The library's own messages may go over several lines.
+        raise DataError(
+            f"{file}: unreadable pickle ({' '.join(str(error).split())})") from None
+
+
+# A data set of GeoPixInstruct -> how its splits are called here, "fast_t_test".
+GEOPIX = {"FAST-T": "fast_t", "SOTA-T": "sota_t", "SIOR-T": "sior_t"}
+
+
+def read_geopix(root: Path, split: str) -> Records:
+    """GeoPixInstruct: a record for each instance of its images. Needs pyarrow.
+
+    Its files have "train" or "valid", and "FAST_T" and the like, in their paths; `test` is what
+    it calls valid, for it has no other. A split may be of one data set, as "fast_t_test".
+    """
+    if split in ("sft", "rft", "val"):
+        return hold_out(read_geopix(root, "train"), split, root)
+    collector = Collector(root, refuse_swapped=True)
+    for part, file in geopix_files(root, split):
+        is_xyxy = geopix_order(file)
+        for number, row in parquet_rows(file):
+            image_id = f"{file.stem}-{number}" if row["image_id"] is None else row["image_id"]
+            for k, instance in enumerate(instances_of(row)):
+                box, _ = read_four_numbers(instance.get("bbox"))
+                if box and not is_xyxy:
+                    x, y, width, height = box
+                    box = [x, y, x + width, y + height]
+                collector.add(Annotation(
+                    f"{file}, row {number}, instance {k}", f"{GEOPIX[part]}-{image_id}-{k}",
+                    row["image_path"], instance.get("description"), box,
+                    instance.get("category"), size=mask_size(instance.get("mask")), kind=part))
+    return collector.records
+
+
+def instances_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row's instances; one that is no object is empty, so that it is refused and counted."""
+    instances = row["instances"]
+    if not isinstance(instances, list):
+        return []
+    return [instance if isinstance(instance, dict) else {} for instance in instances]
+
+
+def geopix_files(root: Path, split: str) -> list[tuple[str, Path]]:
+    """The files of a split, each with the data set that it is of."""
+    files = []
+    for file in sorted(root.rglob("*.parquet")):
+        name = file.relative_to(root).as_posix()
+        kind = re.search(r"(?<![a-z])(train|val)", name, re.IGNORECASE)
+        part = re.search(r"(FAST|SOTA|SIOR)[-_]?T(?![a-z])", name, re.IGNORECASE)
+        if kind and part:
+            part_name = f"{part[1].upper()}-T"
+            kind_name = "train" if kind[1].lower() == "train" else "test"
+            if split in (kind_name, f"{GEOPIX[part_name]}_{kind_name}"):
+                files.append((part_name, file))
+    if not files:
+        raise NoSplit(
+            f"no *.parquet of a split {split!r} under {root}; geopix has train and test in files "
+            "called like train.FAST_T.parquet and valid.FAST_T.parquet, those of one data set, "
+            "like fast_t_test, and val held out of train")
+    return files
+
+
+GEOPIX_COLUMNS = ("image_id", "image_path", "instances")
+
+
+def parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (number, row) with GEOPIX_COLUMNS; DataError where pyarrow or a column is missing."""
+    try:
+        # Not among the requirements: this data set alone needs it.
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(
+            f"{file}: Parquet files are read with pyarrow, which is not installed; "
+            "pip install pyarrow") from None
+    number = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        absent = sorted(set(GEOPIX_COLUMNS) - set(table.schema_arrow.names))
+        if absent:
+            raise ValueError(f"no column {', '.join(absent)}")
+        for batch in table.iter_batches(batch_size=256, columns=list(GEOPIX_COLUMNS)):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{file}: unreadable ({' '.join(str(error).split())}); download it again") from None
+
+
+# Share of a file's boxes that must fit their masks in one order of the four numbers.
+FITTING = 0.99
+
+
+def geopix_order(file: Path) -> bool:
+    """Are a file's boxes x1, y1, x2, y2 (True), or x, y, width, height (False)?
+
+    Its authors do not say it. A box fits its mask where it has an IoU of 0.5 or more with the
+    mask's extent. DataError unless 99% fit in one order, and not in the other.
+    """
+    boxes = []
+    extents = []
+    for _, row in parquet_rows(file):
+        for instance in instances_of(row):
+            box, _ = read_four_numbers(instance.get("bbox"))
+            extent = mask_extent(instance.get("mask"))
+            if box and extent:
+                boxes.append(box)
+                extents.append(extent)
+    xyxy = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+    xywh = torch.cat((xyxy[:, :2], xyxy[:, :2] + xyxy[:, 2:]), 1)
+    masks = torch.tensor(extents, dtype=torch.float64).reshape(-1, 4)
+    n = max(len(boxes), 1)
+    corners_fit = (reward.iou(xyxy, masks) >= 0.5).sum().item() / n
+    sides_fit = (reward.iou(xywh, masks) >= 0.5).sum().item() / n
+    if (corners_fit >= FITTING) == (sides_fit >= FITTING):
+        raise DataError(
+            f"{file}: the order of bbox can't be told: of {len(boxes):,} with a mask "
+            f"{corners_fit:.1%} fit it as x1, y1, x2, y2 and {sides_fit:.1%} as x, y, width, "
+            f"height, where {FITTING:.0%} of one order and not of the other are needed; download "
+            "it again")
+    return corners_fit >= FITTING
+
+
+def mask_size(mask: Any) -> tuple[int, int] | None:
+    """(width, height) of COCO's run-length encoding, {"size": [height, width], "counts"}."""
+    size = mask.get("size") if isinstance(mask, dict) else None
+    if not isinstance(size, list) or len(size) != 2:
+        return None
+    return (size[1], size[0]) if all(type(side) is int for side in size) else None
+
+
+def mask_extent(mask: Any) -> Box | None:
+    """The box around a mask, or None where it is empty or does not fit its size.
+
+    Runs go down the columns, from left to right, the first outside of the mask. Of 3 columns and
+    2 rows, 3 pixels outside, 2 inside, 1 outside: the lower one of column 1, the upper of 2.
+
+    >>> mask_extent({"size": [2, 3], "counts": [3, 2, 1]})
+    (1.0, 0.0, 3.0, 2.0)
+    """
+    size = mask_size(mask)
+    try:
+        runs = np.array(mask_runs(mask["counts"]) if size else [])
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return None
+    if not len(runs) or (runs < 0).any() or runs.sum() != size[0] * size[1]:
+        return None
+    height = size[1]
+    ends = runs.cumsum()[1::2]                       # of the runs inside
+    starts = ends - runs[1::2]
+    starts = starts[runs[1::2] > 0]
+    ends = ends[runs[1::2] > 0]
+    if not len(starts):
+        return None
+    first_columns = starts // height
+    last_columns = (ends - 1) // height
+    # A run that goes on in the next column reaches the lower edge in one, the upper in the other.
+    wraps = last_columns > first_columns
+    top = np.where(wraps, 0, starts % height).min()
+    bottom = np.where(wraps, height - 1, (ends - 1) % height).max()
+    return (
+        float(first_columns.min()), float(top), float(last_columns.max() + 1), float(bottom + 1))
+
+
+def mask_runs(counts: Any) -> list[int]:
+    """COCO's runs, as numbers or compressed to a text, as numbers.
+
+    In a text each character holds 5 bits of a number, the lowest first, 32 more where it goes on,
+    and stands 48 behind; from the fourth on, a number is the difference to the one two before.
+
+    >>> mask_runs("321")
+    [3, 2, 1]
+    >>> mask_runs("PQ72001")                   # 0 more than the second, 1 more than the third
+    [7200, 2, 0, 2, 1]
+    """
+    if isinstance(counts, list):
+        return [int(count) for count in counts]
+    codes = counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
+    runs: list[int] = []
+    number = 0
+    shift = 0
+    for code in codes:
+        bits = code - 48
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            # The highest bit is the sign.
+            number -= 1 << shift
+        runs.append(number + runs[-2] if len(runs) > 2 else number)
+        number = 0
+        shift = 0
+    return runs
+
+
 def read_jsonl(root: Path, split: str) -> Records:
     """Your own data: SPLIT.jsonl, one object a line.
 
@@ -994,7 +1327,8 @@ def read_jsonl(root: Path, split: str) -> Records:
         raise NoSplit(
             f"{root} has no records of a split {split!r}; it has {', '.join(rows) or 'none'}: "
             f'name a file {split}.jsonl, or give its lines "split": "{split}"')
-    collector = Collector(root if root.is_dir() else root.parent, exact=True)
+    folder = root if root.is_dir() else root.parent
+    collector = Collector(folder, exact=True, refuse_swapped=True)
     for file, number, row in rows[split]:
         where = f"{file}, line {number}"
         if row is None:
@@ -1061,16 +1395,71 @@ READERS: dict[str, Callable[[Path, str], Records]] = {
     "rsvg-hr": read_rsvg_hr,
     "vrsbench": read_vrsbench,
     "refgeo": read_refgeo,
+    "rrsisd": read_rrsisd,
+    "geopix": read_geopix,
     "jsonl": read_jsonl}
 # Expressions of a split, where they were published.
 PUBLISHED = {
     "dior": {"train": 26_991, "val": 3_829, "test": 7_500},
     "opt": {"train": 19_580, "val": 4_895, "test": 24_477},
     "rsvg-hr": {"train": 2_151, "test": 499},
-    "vrsbench": {"test": 16_159}}
+    "vrsbench": {"test": 16_159},
+    "rrsisd": {"train": 12_181, "val": 1_740, "test": 3_481}}
 
 
-# ---------------------------------------------------------------- the check of a data set
+# ---------------------------------------------------------------- what data sets share
+
+# IoU from which two boxes of one image are taken for one object's.
+SAME_BOX = 0.9
+
+
+def image_name(record: Record) -> Any:
+    """What names a record's image in any data set: its file's name without suffix.
+
+    A drawn scene is its own name.
+    """
+    return record.image.stem if isinstance(record.image, Path) else record.image
+
+
+def find_shared(
+        records: Sequence[Record], training: Iterable[Record],
+        image_key: Callable[[Record], Any] = image_name,
+) -> list[str | None]:
+    """What of each record is in the training data: "record", "image" or None.
+
+    "record": its image, and in it a box with an IoU of 0.9 or more, whatever the expression.
+    image_key: tells whether two records have the same image. Boxes are compared in parts of the
+    image's sides, so that a resized copy of an image is the same.
+    """
+    training_boxes: dict[Any, list[Box]] = {}
+    for r in training:
+        training_boxes.setdefault(image_key(r), []).append(relative_box(r))
+    shared: list[str | None] = [None] * len(records)
+    # One pair for each record and each box that is trained on in its image.
+    pairs = []
+    owners = []
+    for i, r in enumerate(records):
+        boxes = training_boxes.get(image_key(r))
+        if boxes:
+            shared[i] = "image"
+            pairs += [(relative_box(r), box) for box in boxes]
+            owners += [i] * len(boxes)
+    if pairs:
+        a, b = torch.tensor(pairs, dtype=torch.float64).unbind(1)      # (pairs, 4) each
+        for i, iou in zip(owners, reward.iou(a, b).tolist()):
+            if iou >= SAME_BOX:
+                shared[i] = "record"
+    return shared
+
+
+def relative_box(record: Record) -> Box:
+    """A record's box in parts of its image's sides."""
+    x1, y1, x2, y2 = record.box
+    width, height = record.size
+    return x1 / width, y1 / height, x2 / width, y2 / height
+
+
+# ---------------------------------------------------------------- the check of data sets
 
 class DataParser(argparse.ArgumentParser):
     """A wrong flag is one line."""
@@ -1083,17 +1472,19 @@ def flags() -> DataParser:
     parser = DataParser(
         description="Checks a data set: counts beside the published ones, refused and repaired "
         "records by reason, sizes of the boxes, images that splits share, images that can't be "
-        "decoded, a contact sheet")
+        "decoded, a contact sheet. Of several: what is trained on in one and scored in another")
     add = parser.add_argument
-    add("name", help=f"one of {', '.join(READERS)}, or a mixture like dior+vrsbench:0.5")
+    add("names", nargs="+", metavar="name",
+        help=f"one of {', '.join(READERS)}, or a mixture like dior+vrsbench:0.5")
     add("--root",
-        help="its folder; default data/<name>; of a mixture the folder that holds theirs, "
-        "default data")
+        help="its folder; default data/<name>; of a mixture, and of several data sets, the "
+        "folder that holds theirs, default data")
     add("--split", nargs="+",
-        help="splits to check; default those of train, val, test that there are")
+        help="splits to check; default those of train, val, test that there are; of several "
+        "data sets of rft, val, test: rft is train less what is held out of it as val")
     add("--places", type=int, default=20, help="places listed for a reason; 0: all")
     add("--show", type=int, default=12,
-        help="records of the first split on the contact sheet")
+        help="records of the first split on the contact sheet; several data sets have none")
     add("--out", default="data_check.png", help="where the contact sheet goes")
     return parser
 
@@ -1103,7 +1494,10 @@ def main() -> None:
     # A name in a data set may hold what no encoding has.
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        check_data_set(args)
+        if len(args.names) == 1:
+            check_data_set(args)
+        else:
+            check_shared(args)
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1111,58 +1505,135 @@ def main() -> None:
 
 def check_data_set(args: argparse.Namespace) -> None:
     """Prints what is in a data set; DataError where an image can't be decoded."""
-    loaded = load_splits(args)
+    loaded = load_splits(args.names[0], args.root, args)
     for a, b in itertools.combinations(loaded, 2):
         shared = {r.image for r in loaded[a]} & {r.image for r in loaded[b]}
         print(f"images in both {a} and {b}: {len(shared):,}")
-    files = {}                    # image -> a record of it
-    for record in itertools.chain.from_iterable(loaded.values()):
-        if not hasattr(record.image, "draw"):
-            files[record.image] = record
-    broken = undecodable(files)
-    if files:
-        title = f"images decoded: {len(files):,}, unreadable"
-        print_places(title, list(broken.values()), args.places)
+    hashes, broken = decode_images(itertools.chain.from_iterable(loaded.values()), args.places)
     show_records(loaded, broken, args)
-    if broken:
-        raise DataError(
-            f"{len(broken):,} of {len(files):,} images can't be decoded, and a run ends at the "
-            "first that it meets; repair or remove those listed above")
+    refuse_broken(hashes, broken)
 
 
-def load_splits(args: argparse.Namespace) -> dict[str, Records]:
-    """Loads and prints the splits that are asked for, or those that there are.
+def check_shared(args: argparse.Namespace) -> None:
+    """Prints what is in several data sets, and what they share.
+
+    DataError where an image can't be decoded.
+    """
+    if len(set(args.names)) < len(args.names):
+        raise DataError(f"{' '.join(args.names)}: a data set comes twice; name each once")
+    loaded = {}
+    for name in args.names:
+        is_mixture = "+" in name or ":" in name
+        root = args.root if is_mixture else Path(args.root or "data") / name
+        # Trained on is what rft gets: train, less what is held out of it as val.
+        for split, records in load_splits(name, root, args, ("rft", "val", "test")).items():
+            loaded[f"{name} {split}"] = records
+    hashes, broken = decode_images(itertools.chain.from_iterable(loaded.values()), args.places)
+    print_shared(loaded, hashes)
+    refuse_broken(hashes, broken)
+
+
+def print_shared(loaded: dict[str, Records], hashes: dict[Any, str]) -> None:
+    """Prints how much of each split that is scored is in each split that is trained on.
+
+    loaded: by name and split. hashes: of the images' pixels; a drawn scene has none, and is its
+    own.
+    """
+    def image_pixels(record: Record) -> Any:
+        return hashes.get(record.image, record.image)
+
+    training = [title for title in loaded if is_training(title.split()[-1])]
+    scored = [title for title in loaded if title not in training]
+    width = max(len("trained on"), *map(len, loaded)) + 2
+    print(
+        "What is scored and trained on too. An image by its name, or by all its pixels (a copy "
+        "that was compressed\nagain or resized has others); a record by its image and a box of "
+        f"IoU {SAME_BOX} or more:")
+    print(
+        f"{'trained on':{width}}{'scored':{width}}{'images: name':>17}{'pixels':>17}"
+        f"{'records: name':>17}{'pixels':>17}")
+    for title in training:
+        for other in scored:
+            by_name = count_shared(loaded[other], loaded[title], image_name)
+            by_pixels = count_shared(loaded[other], loaded[title], image_pixels)
+            cells = (by_name[0], by_pixels[0], by_name[1], by_pixels[1])
+            row = "".join(f"{cell:>17}" for cell in cells)
+            print(f"{title:{width}}{other:{width}}{row}")
+
+
+def count_shared(
+        records: Records, training: Records, image_key: Callable[[Record], Any],
+) -> tuple[str, str]:
+    """How many images, and how many records, are in the training data: "1,202 (31%)" each."""
+    shared = find_shared(records, training, image_key)
+    images = {r.image for r in records}
+    shared_images = {r.image for r, what in zip(records, shared) if what}
+    n = shared.count("record")
+    return (
+        f"{len(shared_images):,} ({len(shared_images) / max(len(images), 1):.0%})",
+        f"{n:,} ({n / max(len(records), 1):.0%})")
+
+
+def load_splits(
+        name: str, root: str | Path | None, args: argparse.Namespace,
+        splits: Sequence[str] = SPLITS,
+) -> dict[str, Records]:
+    """Loads and prints the splits that are asked for, or those of `splits` that there are.
 
     DataError where one that is asked for is not there, or none is.
     """
     loaded: dict[str, Records] = {}
-    for split in args.split or SPLITS:
+    for split in args.split or splits:
         try:
-            loaded[split] = load(args.name, args.root, split)
+            loaded[split] = load(name, root, split)
         except NoSplit as error:
-            last = split == SPLITS[-1] and not loaded
+            last = split == splits[-1] and not loaded
             if args.split or last:
                 raise
-            print(f"{args.name} {split}: {error}")
+            print(f"{name} {split}: {error}")
             continue
-        print_split(args.name, split, loaded[split], args.places)
+        print_split(name, split, loaded[split], args.places)
     return loaded
 
 
-def undecodable(files: dict[Any, Record]) -> dict[Any, str]:
-    """Images with a record each -> what is wrong with those that can't be decoded to their end."""
-    def problem_of(record: Record) -> str | None:
+def decode_images(
+        records: Iterable[Record], places: int,
+) -> tuple[dict[Any, str], dict[Any, str]]:
+    """Decodes each image to its end -> hashes of their pixels; what is wrong with the others.
+
+    Prints how many there are. A drawn scene needs no decoding, and is in neither.
+    """
+    files = {}                    # image -> a record of it
+    for record in records:
+        if not hasattr(record.image, "draw"):
+            files[record.image] = record
+
+    def pixel_hash(record: Record) -> tuple[str | None, str | None]:
         try:
-            open_image(record)
+            image = open_image(record)
         except DataError as error:
-            return str(error)
-        return None
+            return None, str(error)
+        pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes())
+        return pixels.hexdigest(), None
 
     with ThreadPoolExecutor(8) as pool:
-        problems = list(tqdm(
-            pool.map(problem_of, files.values()), total=len(files), desc="decoding", unit="img",
+        results = list(tqdm(
+            pool.map(pixel_hash, files.values()), total=len(files), desc="decoding", unit="img",
             leave=False, disable=None))
-    return {image: problem for image, problem in zip(files, problems) if problem}
+    hashes = {image: pixels for image, (pixels, _) in zip(files, results) if pixels}
+    broken = {image: problem for image, (_, problem) in zip(files, results) if problem}
+    if files:
+        title = f"images decoded: {len(files):,}, unreadable"
+        print_places(title, list(broken.values()), places)
+    return hashes, broken
+
+
+def refuse_broken(hashes: dict[Any, str], broken: dict[Any, str]) -> None:
+    """DataError where there is an image that can't be decoded."""
+    if broken:
+        raise DataError(
+            f"{len(broken):,} of {len(hashes) + len(broken):,} images can't be decoded, and a run "
+            "ends at the first that it meets; repair or remove those listed above")
 
 
 def show_records(

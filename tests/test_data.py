@@ -5,9 +5,12 @@ in its layout.
 """
 import doctest
 import json
+import os
+import pickle
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -673,6 +676,412 @@ def test_refgeo_looks_everywhere_where_no_data_set_has_a_folder(refgeo: Path) ->
     assert not {r.image for r in sft} & {r.image for r in val}
 
 
+def test_refgeo_reads_the_repacked_train_files_where_the_first_release_has_none(
+        refgeo: Path,
+) -> None:
+    repacked = {"image_width": 100, "image_height": 50, "mask_exists": True}
+    lines(
+        refgeo / "metainfo_v2" / "rsvg_train_v2.jsonl", geoground("1.jpg", "a road") | repacked,
+        geoground("1.jpg", "too small an image") | repacked | {"image_width": 200})
+    train = load("refgeo", refgeo, "train")
+    assert [(r.id, r.kind, r.text) for r in train] == [("rsvg_train_v2-1", "rsvg", "a road")]
+    assert numbers_of(train.refused) == {
+        "image of another size than its annotation says": [2]}
+    assert "dior_rsvg_train.jsonl" in train.note and "not there: rsvg" not in train.note
+    for name in ("rsvg_train", "rsvg_train_v2"):
+        assert load("refgeo", refgeo, name).hash == train.hash
+    lines(refgeo / "metainfo" / "rsvg_train.jsonl", geoground("1.jpg", "a first release"))
+    assert [r.text for r in load("refgeo", refgeo, "train")] == ["a first release"]
+
+
+# ---------------------------------------------------------------- RRSIS-D
+
+def ref(i: int, split_name: str, *texts: str, **more: Any) -> dict[str, Any]:
+    """A ref of RRSIS-D's pickle, of image and annotation i."""
+    sentences = []
+    for k, text in enumerate(texts):
+        sentences.append(
+            {"raw": text, "sent": text.lower(), "tokens": text.split(), "sent_id": k})
+    return {
+        "image_id": i, "split": split_name, "sentences": sentences,
+        "file_name": f"{i:05d}.jpg", "category_id": 3, "ann_id": i, "ref_id": i + 1, **more}
+
+
+def write_official(
+        root: Path, refs: Any, boxes: dict[int, Any], size: tuple[int, int] = (800, 800),
+) -> None:
+    """RRSIS-D as its authors lay it out: boxes by annotation, one image for all of them."""
+    folder = root / "rrsisd"
+    folder.mkdir(parents=True)
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    images = [{"id": i, "file_name": f"{i:05d}.jpg"} for i in boxes]
+    annotations = []
+    for i, box in boxes.items():
+        annotations.append({
+            "id": i, "image_id": i, "bbox": box, "categories_id": 3, "area": 9,
+            "segmentation": [{"size": [800, 800], "counts": "PXg"}]})
+    (folder / "instances.json").write_text(json.dumps({
+        "images": images, "annotations": annotations,
+        "categories": [{"id": 3, "name": "ship"}]}))
+    folder = root / "images" / "rrsisd" / "JPEGImages"
+    image(folder / "one.jpg", *size)
+    for i in boxes:
+        (folder / f"{i:05d}.jpg").hardlink_to(folder / "one.jpg")
+
+
+def test_rrsisd_in_its_authors_layout(tmp_path: Path) -> None:
+    refs = [
+        ref(1, "train", "The Ship on the left"), ref(2, "val", "a plane"),
+        ref(3, "testA", "a pool"), ref(4, "test", "One", "Two"), ref(5, "train"),
+        ref(6, "train", "no annotation"), "junk", ref(7, "train", "corners swapped"),
+        ref(8, "test", "past the edge")]
+    boxes = {
+        1: [10, 20, 300, 40], 2: [5, 5, 9, 9], 3: [5, 5, 9, 9], 4: [1, 2, 3, 4],
+        5: [1, 2, 3, 4], 7: [300, 20, 100, 40], 8: [700, 2, 801, 4]}
+    write_official(tmp_path, refs, boxes)
+    # An annotation of ann_split lists all objects of the image; the ref alone counts.
+    xml = tmp_path / "images" / "rrsisd" / "ann_split" / "00001.xml"
+    xml.parent.mkdir()
+    xml.write_text(f"<annotation>{TAG.format(1, 2, 3, 4, 'another')}</annotation>")
+    train = load("rrsisd", tmp_path, "train")
+    # x1, y1, x2, y2: as x, y, width, height it would reach to 310 and 60.
+    assert [(r.id, r.text, r.box, r.category, r.size) for r in train] == [
+        ("1", "The Ship on the left", (10.0, 20.0, 300.0, 40.0), "ship", (800, 800))]
+    assert numbers_of(train.refused) == {
+        "empty text": [4], "missing image": [5], "no JSON object": [6],
+        "x1 > x2 or y1 > y2 (is it x, y, width, height?)": [7]}
+    assert [r.text for r in load("rrsisd", tmp_path, "val")] == ["a plane"]
+    test = load("rrsisd", tmp_path, "test")
+    assert [(r.id, r.text) for r in test] == [
+        ("3", "a pool"), ("4", "One"), ("4-2", "Two"), ("8", "past the edge")]
+    assert numbers_of(test.repaired) == {"box past the edge": [8]}
+    assert load("rrsisd", tmp_path, "sft").hash == load("rrsisd", tmp_path, "rft").hash
+    with pytest.raises(DataError, match="rrsisd has no split 'novel'"):
+        load("rrsisd", tmp_path, "novel")
+    (tmp_path / "rrsisd" / "instances.json").unlink()
+    with pytest.raises(DataError, match="no instances.json beside it"):
+        load("rrsisd", tmp_path, "train")
+
+
+class Asks:
+    """Its pickle asks for a function and calls it."""
+
+    def __init__(self, function: Callable, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_that_asks_for_a_class_is_refused_by_its_name_and_has_not_run(
+        tmp_path: Path, protocol: int,
+) -> None:
+    write_official(tmp_path, [], {1: [1, 2, 3, 4]})
+    file = tmp_path / "rrsisd" / "refs(unc).p"
+    ran = tmp_path / "ran"
+    # os.system is pickled as posix.system.
+    hostile = {
+        f"{os.system.__module__}.system": Asks(os.system, f"touch {ran}"),
+        "builtins.exec|__builtin__.exec": Asks(exec, f"open({str(ran)!r}, 'w')"),
+        "numpy": np.zeros(3)}
+    for name, asks in hostile.items():
+        refs = [ref(1, "train", "a ship"), {"sentences": [asks]}]
+        file.write_bytes(pickle.dumps(refs, protocol=protocol))
+        with pytest.raises(DataError, match=rf"asks for '({name})") as error:
+            load("rrsisd", tmp_path, "train")
+        assert "\n" not in str(error.value) and not ran.exists()
+    # What the pickle of a class of our own would have run.
+    pickle.loads(pickle.dumps(hostile[f"{os.system.__module__}.system"]))
+    assert ran.exists()
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"cos\nsystem\n(S'touch ran'\ntR.", "asks for 'os.system'"),
+    (b"(S'touch ran'\nios\nsystem\n.", "asks for 'os.system'"),
+    (b"\x80\x02cos\nsystem\nU\ttouch ran\x85R.", "asks for 'os.system'"),
+    (b"cos\nsys\ntem\n.", "asks for"),
+    (b"Prun\n.", "unreadable pickle"), (b"", "unreadable pickle"),
+    (b"not a pickle", "unreadable pickle"), (b"]", "unreadable pickle"),
+    (b"0.", "unreadable pickle"), (b"(a.", "unreadable pickle"),
+    (b"\x80\x04\x8c\x02\xff\xff.", "unreadable pickle"), (b"\x80\x63.", "unreadable pickle"),
+    (b"}.", "not a list of refs"), (b"N.", "not a list of refs"),
+    (b"Vtext\n.", "not a list of refs")])
+def test_a_pickle_that_does_not_fit_is_one_line(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_official(tmp_path, [], {1: [1, 2, 3, 4]})
+    (tmp_path / "rrsisd" / "refs(unc).p").write_bytes(content)
+    with pytest.raises(DataError, match=words) as error:
+        load("rrsisd", tmp_path, "train")
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+
+
+@needs_sample("rrsis_d")
+def test_the_genuine_records_of_rrsis_d_in_its_converted_form(tmp_path: Path) -> None:
+    rows = {}
+    excerpt = SAMPLES / "rrsis_d" / "rrsisd_datainfo_excerpt.jsonl"
+    for line in excerpt.read_text().splitlines():
+        row = json.loads(line)
+        image(tmp_path / "images" / "rrsisd" / "JPEGImages" / row["file_name"], 800, 800)
+        # The masks are genuine, and their extents are not the boxes.
+        mask = row["segmentation"][0]
+        assert sum(data.mask_runs(mask["counts"])) == 800 * 800
+        assert data.mask_extent(mask) != tuple(row["bbox"])
+        rows[row["split"]] = row
+    for name, row in rows.items():
+        lines(tmp_path / "datainfo" / f"rrsisd_{name}.jsonl", row, rows["val"], "junk")
+    val = load("rrsisd", tmp_path, "val")
+    test = load("rrsisd", tmp_path, "test")
+    assert [(r.id, r.text, r.box, r.category) for r in test] == [
+        ("3600", "The gray small windmill", (348.0, 272.0, 389.0, 389.0), "windmill")]
+    assert numbers_of(test.refused) == {
+        "of another split than its file": [2], "no JSON object": [3]}
+    assert [r.id for r in val] == ["14636", "14636-2"]
+    assert val[0].box == (499.0, 34.0, 510.0, 61.0) and val[0].category == "vehicle"
+    with pytest.raises(DataError, match=r"refs\(unc\).p or .*rrsisd_train.jsonl"):
+        load("rrsisd", tmp_path, "train")
+
+
+@needs_sample("rrsis_d")
+def test_the_genuine_train_split_of_rrsis_d_has_the_published_count(
+        tmp_path: Path, capsys: pytest.CaptureFixture,
+) -> None:
+    """Its 12,181 genuine image ids, and of 150 the genuine text and box, in the official layout."""
+    folder = SAMPLES / "rrsis_d"
+    ids = [int(line) for line in (folder / "rrsisd_train_image_ids.txt").read_text().split()]
+    known = {}
+    for row in json.loads((folder / "mllm_rec_json_first150.json").read_text()):
+        question, answer = (message["content"] for message in row["messages"])
+        known[int(Path(row["images"][0]).stem)] = (
+            question.split(": ")[1], data.bracketed_numbers(answer.split("```json")[1]))
+    boxes = dict.fromkeys(ids, [1, 2, 30, 40]) | {i: box for i, (_, box) in known.items()}
+    refs = [ref(i, "train", known[i][0] if i in known else "a ship") for i in ids]
+    write_official(tmp_path, refs, boxes)
+    train = load("rrsisd", tmp_path, "train")
+    assert len(train) == 12_181 == data.PUBLISHED["rrsisd"]["train"] and not train.refused
+    assert not train.repaired
+    genuine = [r for r in train if int(r.id) in known]
+    assert len(genuine) == 150
+    for r in genuine:
+        assert (r.text, list(r.box)) == known[int(r.id)]
+    data.print_split("rrsisd", "train", train, 1)
+    assert "expressions found: 12,181, as published" in capsys.readouterr().out
+    data.print_published(1_739, data.PUBLISHED["rrsisd"]["val"])
+    data.print_published(3_482, data.PUBLISHED["rrsisd"]["test"])
+    out = capsys.readouterr().out
+    assert "1,740 are published; a subset" in out and "3,481 are published; more than" in out
+
+
+# ---------------------------------------------------------------- GeoPixInstruct
+
+def compressed(runs: list[int]) -> str:
+    """COCO's own encoder, as pycocotools has it: mask runs -> text."""
+    text = ""
+    for i, run in enumerate(runs):
+        number = run - runs[i - 2] if i > 2 else run
+        more = True
+        while more:
+            code = number & 31
+            number >>= 5
+            more = number != -1 if code & 16 else number != 0
+            text += chr(code + 32 * more + 48)
+    return text
+
+
+def encode(mask: np.ndarray) -> list[int]:
+    """A mask (H, W) -> COCO's runs, down the columns, the first outside."""
+    runs = [0]
+    inside = False
+    for pixel in mask.T.flatten().tolist():
+        if pixel != inside:
+            runs.append(0)
+            inside = pixel
+        runs[-1] += 1
+    return runs
+
+
+def test_the_extent_of_a_mask_equals_that_of_its_pixels() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        height, width = rng.integers(1, 9, 2)
+        mask = rng.random((height, width)) < rng.choice([0.02, 0.1, 0.5, 1])
+        rows, columns = np.nonzero(mask)
+        want = None
+        if len(rows):
+            want = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        runs = encode(mask)
+        assert data.mask_runs(compressed(runs)) == runs
+        size = [int(height), int(width)]
+        for counts in (runs, [*runs, 0, 0], compressed(runs), compressed(runs).encode()):
+            assert data.mask_extent({"size": size, "counts": counts}) == want
+    large = [640_000 - 3, 3]
+    assert data.mask_runs(compressed(large)) == large
+    for counts in ([1, 2], [-1, 65], "~~", None, ["x"], 3, "é", [], ""):
+        assert data.mask_extent({"size": [8, 8], "counts": counts}) is None
+    for mask in (None, {}, {"size": [8]}, {"size": ["8", 8], "counts": [0, 64]}, [], "x"):
+        assert data.mask_extent(mask) is None
+
+
+Size = tuple[int, int]
+
+
+def instance(
+        box: Any, text: Any = "the ship", extent: tuple | None = None, size: Size = (100, 80),
+        text_counts: bool = True,
+) -> dict[str, Any]:
+    """An instance whose mask fills an extent, by default a little less than xyxy `box`."""
+    x1, y1, x2, y2 = extent or (box[0] + 1, box[1] + 1, box[2], box[3])
+    mask = np.zeros((size[1], size[0]), bool)
+    mask[y1:y2, x1:x2] = True
+    runs = encode(mask)
+    return {
+        "bbox": box, "category": "ship", "category_id": 1, "description": text,
+        "instance_id": 7, "mask": {
+            "counts": compressed(runs) if text_counts else runs, "size": [size[1], size[0]]}}
+
+
+def geopix_row(i: int, *instances: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "image_id": f"P{i}", "image_path": f"images/P{i}.png", "instances": list(instances),
+        **more}
+
+
+def parquet(file: Path, *rows: dict[str, Any]) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+
+
+BOXES = [[40, 30, 60, 70], [50, 20, 90, 40], [30, 50, 70, 60], [60, 10, 80, 50]]
+
+
+def as_sides(box: list[int]) -> list[int]:
+    """x1, y1, x2, y2 -> x, y, width, height."""
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+@pytest.fixture
+def geopix(tmp_path: Path) -> Path:
+    """The images of GeoPixInstruct that its files name."""
+    for i in range(60):
+        image(tmp_path / "images" / f"P{i}.png", 100, 80)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text_counts", [True, False])
+@pytest.mark.parametrize("xyxy", [True, False])
+def test_geopix_takes_the_order_of_its_boxes_from_the_masks(
+        geopix: Path, xyxy: bool, text_counts: bool,
+) -> None:
+    rows = []
+    for i in range(4):
+        instances = []
+        for box in BOXES:
+            told = instance(box, f"ship {box[0]}", text_counts=text_counts)
+            instances.append(told | {"bbox": box if xyxy else as_sides(box)})
+        rows.append(geopix_row(i, *instances))
+    parquet(geopix / "data" / "valid.SOTA_T-00000-of-00001.parquet", *rows)
+    records = load("geopix", geopix, "test")
+    assert not records.refused and not records.repaired
+    assert [r.box for r in records] == [tuple(map(float, box)) for box in BOXES] * 4
+    assert [(r.id, r.text, r.category, r.kind, r.size) for r in records[:2]] == [
+        ("sota_t-P0-0", "ship 40", "ship", "SOTA-T", (100, 80)),
+        ("sota_t-P0-1", "ship 50", "ship", "SOTA-T", (100, 80))]
+
+
+def test_geopix_refuses_a_file_whose_order_can_not_be_told(geopix: Path) -> None:
+    file = geopix / "valid.FAST_T.parquet"
+    told = [instance(box) for box in BOXES]
+    mixed = [instance(box) | {"bbox": as_sides(box)} for box in BOXES]
+    corner = [instance([0, 0, x, 20]) for x in (10, 20, 40)]           # the same in both orders
+    empty = [told[0] | {"mask": {"counts": [8000], "size": [80, 100]}}]
+    elsewhere = [instance(box, extent=(0, 0, 5, 5)) for box in BOXES]
+    for instances, words in (
+            (told + mixed, "50.0% .* 50.0%"), (told * 24 + mixed[:1], "of 97 .* 99.0%"),
+            (corner, "100.0% .* 100.0%"), (empty, "of 0 with a mask"),
+            (elsewhere, "a mask 0.0% fit .* and 0.0% as"), ([], "of 0 with a mask")):
+        parquet(file, geopix_row(0, *instances))
+        with pytest.raises(DataError, match=f"FAST_T.parquet: the order .* {words}") as error:
+            load("geopix", geopix, "fast_t_test")
+        assert "\n" not in str(error.value)
+    # 100 of 101 are 99%; the one that is told otherwise is refused.
+    parquet(file, geopix_row(0, *told * 25, mixed[0]))
+    records = load("geopix", geopix, "fast_t_test")
+    assert len(records) == 100 and [len(v) for v in records.refused.values()] == [1]
+
+
+def test_geopix_decides_for_each_file_and_reads_each_split(geopix: Path) -> None:
+    for i, part in enumerate(("FAST_T", "SOTA_T", "SIOR_T")):
+        rows = []
+        for k in range(20):
+            told = [instance(box) for box in BOXES]
+            if i == 1:
+                told = [one | {"bbox": as_sides(one["bbox"])} for one in told]
+            rows.append(geopix_row(20 * i + k, *told))
+        parquet(geopix / "data" / f"train.{part}.parquet", *rows)
+        parquet(geopix / "data" / f"valid.{part}.parquet", *rows[:2])
+    train, sft, val, test = (
+        load("geopix", geopix, name) for name in ("train", "sft", "val", "test"))
+    assert len(train) == 240 and len(test) == 24
+    assert {r.box for r in train} == {tuple(map(float, box)) for box in BOXES}
+    assert len(sft) + len(val) == 240 and len(val) == 12
+    assert not {r.image for r in sft} & {r.image for r in val}
+    assert {r.kind for r in load("geopix", geopix, "sota_t_train")} == {"SOTA-T"}
+    assert len(load("geopix", geopix, "fast_t_test")) == 8
+    with pytest.raises(DataError, match="no [*].parquet of a split 'novel'"):
+        load("geopix", geopix, "novel")
+
+
+def test_geopix_refuses_and_counts_single_instances(geopix: Path) -> None:
+    good = [instance(box) for box in BOXES] * 30
+    bad = [
+        instance(BOXES[0], " "), instance(BOXES[0]) | {"bbox": [1, 2, 3]},
+        instance(BOXES[0], size=(90, 80)), instance(BOXES[0]) | {"bbox": None}]
+    parquet(
+        geopix / "valid.SIOR_T.parquet", geopix_row(0, *good), geopix_row(1, *bad),
+        geopix_row(99, good[0]), geopix_row(2, image_id=None),
+        geopix_row(3, good[1], image_id=None))
+    records = load("geopix", geopix, "test")
+    assert len(records) == 121 and records[-1].id == "sior_t-valid.SIOR_T-4-0"
+    assert numbers_of(records.refused) == {
+        "empty text": [0], "no box": [1, 3],
+        "image of another size than its annotation says": [2], "missing image": [0]}
+    assert "row 1, instance 1" in records.refused["no box"][0]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no parquet at all" * 99])
+def test_a_file_that_is_no_parquet_is_one_line(geopix: Path, content: bytes) -> None:
+    pytest.importorskip("pyarrow")
+    (geopix / "valid.FAST_T.parquet").write_bytes(content)
+    with pytest.raises(DataError, match="valid.FAST_T.parquet: unreadable") as error:
+        load("geopix", geopix, "test")
+    assert "\n" not in str(error.value)
+
+
+def test_a_parquet_file_of_other_columns_is_refused(geopix: Path) -> None:
+    parquet(geopix / "valid.FAST_T.parquet", {"image": "P1.png", "image_id": "1"})
+    with pytest.raises(DataError, match="no column image_path, instances"):
+        load("geopix", geopix, "test")
+
+
+def test_without_pyarrow_one_line_says_how_to_install_it(
+        geopix: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (geopix / "valid.FAST_T.parquet").write_bytes(b"not read")
+    # None in their place: an import of them fails, as where they are not installed.
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match="not installed; pip install pyarrow") as error:
+        load("geopix", geopix, "test")
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- your own data
+
 def own(name: Any, text: Any = "the ship", box: Any = (1, 2, 30, 40), **more: Any) -> dict:
     """A line of one's own data."""
     return {"image": name, "text": text, "box": list(box), **more}
@@ -960,3 +1369,79 @@ def test_the_check_says_what_splits_share_and_what_a_set_lacks(
         error = capsys.readouterr().err
         assert stop.value.code == 2 and words in error
         assert len(error.strip().splitlines()) == 1
+
+
+# ---------------------------------------------------------------- what data sets share
+
+def record(name: str, box: tuple[float, ...], size: Size = (100, 50)) -> Record:
+    return Record("0", Path(name), "a ship", box, "", size)
+
+
+def test_what_is_shared_by_hand() -> None:
+    training = [record("a/1.jpg", (10, 10, 20, 20)), record("a/2.jpg", (0, 0, 50, 50))]
+    records = [
+        record("b/1.png", (10, 10, 20, 20)),                     # in another folder and format
+        record("b/1.png", (10, 10, 20, 20.9)),                   # IoU 0.92
+        record("b/1.png", (10, 10, 20, 21.2)),                   # IoU 0.89
+        record("b/1.png", (20, 20, 40, 40), (200, 100)),         # twice as large
+        record("b/3.png", (10, 10, 20, 20)),
+        record("b/2.jpg", (50, 0, 60, 50))]
+    assert data.find_shared(records, training) == [
+        "record", "record", "image", "record", None, "image"]
+    assert data.find_shared(records, []) == [None] * 6
+    assert data.find_shared([], training) == []
+    shared = data.find_shared(records, training, lambda r: r.image)
+    assert shared == [None] * 6
+
+
+def test_what_splits_of_the_embedded_world_share() -> None:
+    train = load("synth", None, "val")
+    assert set(data.find_shared(train[:50], train)) == {"record"}
+    assert set(data.find_shared(load("synth", None, "novel")[:50], train)) == {None}
+
+
+def test_the_check_of_several_data_sets_counts_what_is_trained_on_and_scored(
+        tmp_path: Path, check: Callable[..., str], capsys: pytest.CaptureFixture,
+) -> None:
+    """RRSIS-D's test has an image and an object of the other's train, and a renamed copy of it."""
+    rrsisd = tmp_path / "rrsisd"
+    folder = rrsisd / "images" / "rrsisd" / "JPEGImages"
+    folder.mkdir(parents=True)
+    for i, name in enumerate(("00001", "00002", "00003", "00004")):
+        noise(50 + i, 40).save(folder / f"{name}.png")
+    rows = {}
+    for name, i, box in (
+            ("train", 4, [1, 1, 9, 9]), ("val", 3, [5, 5, 20, 20]), ("test", 1, [5, 5, 20, 20])):
+        rows[name] = {
+            "split": name, "sent": "a ship", "file_name": f"{i:05d}.jpg", "ann_id": i,
+            "bbox": box}
+        lines(rrsisd / "datainfo" / f"rrsisd_{name}.jsonl", rows[name])
+    mine = tmp_path / "jsonl"
+    mine.mkdir()
+    noise(50, 40).save(mine / "renamed.png")                     # the pixels of 00001
+    noise(52, 40).save(mine / "00003.png")
+    noise(49, 40).save(mine / "00001.png")                       # the name alone
+    lines(
+        mine / "train.jsonl", own("renamed.png", box=(5, 5, 20, 20)),
+        own("00003.png", box=(30, 30, 40, 40)), own("00001.png", box=(20, 20, 30, 30)))
+    lines(mine / "val.jsonl", own("00001.png"))
+    out = check("jsonl", "rrsisd", "--root", tmp_path)
+    table = [line.split() for line in out.splitlines() if " (" in line and "%)" in line]
+    none = ["0", "(0%)"]
+    one = ["1", "(100%)"]
+    assert table == [
+        ["jsonl", "rft", "jsonl", "val", *one * 2, *none * 2],
+        ["jsonl", "rft", "rrsisd", "val", *one * 2, *none * 2],
+        ["jsonl", "rft", "rrsisd", "test", *one * 2, *none, *one],
+        ["rrsisd", "rft", "jsonl", "val", *none * 4],
+        ["rrsisd", "rft", "rrsisd", "val", *none * 4],
+        ["rrsisd", "rft", "rrsisd", "test", *none * 4]], out
+    assert not list(Path.cwd().glob("data_check.png"))
+    assert "images decoded: 6, unreadable: 0" in out and "jsonl test: " in out
+    for flags, words in (
+            (["jsonl", "jsonl"], "comes twice"), (["jsonl", "other"], "no data set is called"),
+            (["jsonl", "rrsisd", "--split", "test"], "no records of a split 'test'")):
+        with pytest.raises(SystemExit) as stop:
+            check(*flags, "--root", tmp_path)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and words in error and error.count("\n") == 1
