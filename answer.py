@@ -25,11 +25,12 @@ TAGS = (*THINK, *ANSWER)
 
 # ---------------------------------------------------------------- what is asked
 
-# The braces are doubled, for str.format fills in the expression.
+EXAMPLE = '<answer>{"bbox_2d": [x1, y1, x2, y2]}</answer>'
 PROMPT = (
     "Locate the object that is described: {text}\n"
     "First reason about positions in the image in <think> </think> tags, then answer with one box "
-    'in <answer> </answer> tags, like <answer>{{"bbox_2d": [x1, y1, x2, y2]}}</answer>')
+    # Braces are doubled, for str.format fills in the expression.
+    f"in <answer> </answer> tags, like {EXAMPLE.replace('{', '{{').replace('}', '}}')}")
 
 
 # ---------------------------------------------------------------- box to text

@@ -75,7 +75,7 @@ from tqdm import tqdm
 import data
 import reward
 import runtime
-from answer import TAGS, format_box, format_ok, parse_box, write
+from answer import EXAMPLE, TAGS, format_box, format_ok, parse_box, write
 from data import DataError, Record, Records
 from generate import generate
 from pictures import draw_boxes
@@ -578,7 +578,7 @@ def teacher_request(record: Record, frame: Frame) -> str:
         units = f"in pixels of the image, which is {width} wide and {height} high"
     return TEACHER_PROMPT.format(
         text=record.text, box=format_box(record.box, frame), units=units,
-        example=write(None, "[x1, y1, x2, y2]"))
+        example=EXAMPLE)
 
 
 def filter_explanation(text: str, record: Record, frame: Frame) -> tuple[str | None, str | None]:

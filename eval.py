@@ -319,7 +319,7 @@ def evaluate(
                 predictions.append(prediction)
                 if prediction["box"]:
                     box = torch.tensor(prediction["box"])
-                    iou_sum += reward.iou(box, torch.tensor(records[i].box)).item()
+                    iou_sum += reward.agreement(box, torch.tensor(records[i].box)).item()
             bar.update(len(batch))
             bar.set_postfix(mIoU=f"{iou_sum / len(predictions):.3f}")
     return gather_predictions(predictions, len(records))

@@ -34,7 +34,7 @@ class Overlaps(NamedTuple):
     """How N predicted boxes lie to their targets."""
 
     valid: Tensor             # (N,) bool: there is a box with an area in the image
-    iou: Tensor               # (N,) `reward.iou`, 0 where there is no box
+    iou: Tensor               # (N,) `reward.agreement`, 0 where there is no box
     intersection: Tensor      # (N,) square pixels
     union: Tensor             # (N,) square pixels; the target's where there is no box
     distance: Tensor          # (N,) `reward.center_distance`; of no meaning without a box
@@ -91,7 +91,7 @@ def overlaps(pred: Tensor, gt: Tensor, size: Tensor) -> Overlaps:
     pred = torch.where(valid[:, None], pred, point)
     intersection, union = reward.intersection_union(pred, gt)
     distance = reward.center_distance(pred, gt, size)
-    return Overlaps(valid, reward.iou(pred, gt), intersection, union, distance)
+    return Overlaps(valid, reward.agreement(pred, gt), intersection, union, distance)
 
 
 def hits(iou: Tensor, threshold: float, inclusive: bool) -> Tensor:

@@ -145,16 +145,27 @@ def axis_mean(pred: Tensor, gt: Tensor, alpha: float) -> Tensor:
     return torch.where(u1 - u0 < 1e-4, middle, mean)
 
 
+def agreement(pred: Tensor, gt: Tensor) -> Tensor:
+    """How right an answer is: (..., 4), (..., 4) -> (...) in [0, 1], 0 where it is invalid.
+
+    The term "iou", the weight of a group and the scores of an evaluation are made of it.
+    For boxes it is their IoU; a fork with other answers puts its own measure here.
+    """
+    return iou(pred, gt)
+
+
 # Terms of the reward by name: pred (Q, G, 4) NaN where invalid, target (Q, 1, 4),
 # size (Q, 1, 2) -> (Q, G). `rft.py --reward NAME=WEIGHT` chooses among them; --alpha
 # is positional's.
 TERMS = {
-    "iou": lambda pred, target, size: iou(pred, target),
+    "iou": lambda pred, target, size: agreement(pred, target),
     "positional": lambda pred, target, size: positional(pred, target),
     "giou": lambda pred, target, size: giou(pred, target),
     "diou": lambda pred, target, size: diou(pred, target),
     "center": center,
 }
+# The paper's reward (second-hand): what rft.py takes where --reward is not given.
+DEFAULT_REWARD = {"iou": 1.0, "positional": 0.1, "format": 1.0}
 
 
 # ---------------------------------------------------------------- consistency of a group

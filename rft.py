@@ -43,8 +43,7 @@ from processor import Processor, Prompt
 
 # exp() of a larger log-ratio is of no use and may be infinite.
 MAX_LOG_RATIO = 20.0
-# The paper's reward, and how a group's loss may be weighted.
-REWARD = {"iou": 1.0, "positional": 0.1, "format": 1.0}
+# How a group's loss may be weighted.
 WEIGHTINGS = ("consistency", "mean", "variance", "off", "shuffled")
 
 
@@ -99,9 +98,10 @@ def flags() -> runtime.FlagParser:
     add("--no-std", action="store_true",
         help="do not divide advantages by their group's standard deviation")
     add = parser.add_argument_group("reward").add_argument
-    add("--reward", nargs="+", action=NamedWeights, default=dict(REWARD), metavar="NAME=WEIGHT",
+    add("--reward", nargs="+", action=NamedWeights, default=dict(reward.DEFAULT_REWARD),
+        metavar="NAME=WEIGHT",
         help=f"terms of the reward with their weights: {', '.join(reward.TERMS)}, format; at 0 a "
-        f"term is logged alone; default: {runtime.as_typed(REWARD)}")
+        f"term is logged alone; default: {runtime.as_typed(reward.DEFAULT_REWARD)}")
     add("--alpha", type=runtime.above_zero, default=2.5,
         help="scale of the positional term's kernel, in halves of the true box's sides")
     add("--weighting", choices=WEIGHTINGS, default="consistency",
@@ -288,7 +288,7 @@ def grade(rollouts: Rollouts, args: argparse.Namespace) -> Grades:
     rewards = sum(weight * terms[name] for name, weight in args.reward.items())
     # The weights of groups and the log need the IoU, be it rewarded or not; it is 0 where a
     # box is invalid.
-    terms.setdefault("iou", reward.iou(boxes, target))
+    terms.setdefault("iou", reward.agreement(boxes, target))
     return Grades(rewards, terms, boxes)
 
 
