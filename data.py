@@ -7,12 +7,15 @@ Boxes are xyxy, float pixels of the original image.
                                   images that don't decode, a contact sheet
     python data.py dior rrsisd    what is trained on in one and scored in the other
 
-A new data set is one function in READERS: (root, split) -> Records. It hands each annotation to
-a Collector, which finds the image, repairs what has one reading and counts what it refuses:
+A new data set is one function in READERS: (root, split) -> Records, or NoSplit. It knows the
+splits that its files have; `read_split` makes "sft", "rft" and, where there is none, "val" of its
+"train". It hands each annotation to a Collector, which finds the image, repairs what has one
+reading and counts what it refuses:
 
     def read_mine(root: Path, split: str) -> Records:
+        file = first_existing(root, f"{split}.jsonl")
         collector = Collector(root)
-        for number, row in read_objects(root / f"{split}.jsonl"):
+        for number, row in read_objects(file):
             collector.add(Annotation(
                 f"line {number}", f"{split}-{number}", row["file"], row["text"], row["box"]))
         return collector.records
@@ -166,13 +169,39 @@ def load(name: str, root: str | Path | None = None, split: str = "train") -> Rec
     if "+" in name or ":" in name:
         records = mixture(name, Path(root or "data"), split)
     elif name in READERS:
-        records = READERS[name](Path(root) if root else Path("data") / name, split)
+        records = read_split(name, Path(root) if root else Path("data") / name, split)
     else:
         raise DataError(
             f"no data set is called {name!r}; there are {', '.join(READERS)}, and mixtures like "
             "dior+vrsbench:0.5")
     check_boxes(records, name, split)
     return records
+
+
+def read_split(name: str, root: Path, split: str) -> Records:
+    """Records of a split, by the data set's reader.
+
+    Where its files have no "sft" or "rft" these are "train"; and where they have no "val" either,
+    it is held out of "train" (`hold_out`).
+    """
+    reader = READERS[name]
+    try:
+        return reader(root, split)
+    except NoSplit as error:
+        if split not in ("sft", "rft", "val") or not has_split(reader, root, "train"):
+            raise error
+    train = reader(root, "train")
+    if split != "val" and has_split(reader, root, "val"):
+        return train
+    return hold_out(train, split, root)
+
+
+def has_split(reader: Callable[[Path, str], Records], root: Path, split: str) -> bool:
+    try:
+        reader(root, split)
+    except NoSplit:
+        return False
+    return True
 
 
 def check_boxes(records: Records, name: str, split: str) -> None:
@@ -202,7 +231,7 @@ def mixture(names: str, root: Path, split: str) -> Records:
     mixed = Records([], {})
     notes = []
     for name, weight in mixture_parts(names):
-        records = READERS[name](root / name, split)
+        records = read_split(name, root / name, split)
         weighted = weighted_records(name, records, weight if training else 1.0)
         mixed.absorb(Records(weighted, records.refused, records.repaired), f"{name}: ")
         if records.note:

@@ -33,6 +33,7 @@ A predictions file has a line a record, {"id": ..., "text": ...} or {"id": ..., 
 said by the line's "frame" (our own files have it) or by --coords.
 """
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -251,6 +252,98 @@ def train_records(eval_set: EvalSet) -> list[Record] | None:
         return list(data.load(eval_set.name, eval_set.root, split))
     except DataError:
         return None
+
+
+# ---------------------------------------------------------------- what was trained on
+
+class TrainingSet(NamedTuple):
+    """Records that a run was trained on."""
+
+    name: str                     # of the data set
+    root: str | None
+    split: str
+
+
+def training_sets(stage: Stage) -> list[TrainingSet]:
+    """What a checkpoint was trained on: its own run's records, then those of the runs that it
+    started from."""
+    sets: dict[TrainingSet, None] = {}
+    folder = stage.folder
+    seen = set()
+    while folder.resolve() not in seen and (folder / "run.json").exists():
+        seen.add(folder.resolve())
+        run = data.read_json(folder / "run.json")
+        run_flags = run.get("flags") or {}
+        if "data" in run:
+            # rft.py has no --split.
+            split = run_flags.get("split", "rft")
+            sets[TrainingSet(run["data"], run.get("root"), split)] = None
+        folder = newest_step(Path(run_flags.get("init") or ""))
+    return list(sets)
+
+
+@functools.cache
+def load_training_set(training_set: TrainingSet) -> Records | None:
+    """Its records, read once; None where they can't be read any more."""
+    try:
+        return data.load(*training_set)
+    except DataError:
+        return None
+
+
+@dataclass
+class Overlap:
+    """What of the scored records a checkpoint was trained on."""
+
+    shared: list[str | None]      # of each, as `data.find_shared`
+    unread: list[str]             # training sets that can't be read any more
+
+
+def training_overlap(stage: Stage, records: Sequence[Record]) -> Overlap:
+    """Records that are scored and were trained on, by image and box."""
+    training = []
+    unread = []
+    for training_set in training_sets(stage):
+        loaded = load_training_set(training_set)
+        if loaded is None:
+            unread.append(f"{training_set.name} {training_set.split}")
+        training += loaded or []
+    return Overlap(data.find_shared(records, training), unread)
+
+
+def overlap_scores(
+        overlap: Overlap, records: Sequence[Record], predictions: "Predictions",
+        inclusive: bool,
+) -> dict[str, Any]:
+    """How many records were trained on, and the scores of those that were not."""
+    rest = [i for i, what in enumerate(overlap.shared) if what != "record"]
+    found: dict[str, Any] = {
+        "records": len(records) - len(rest),
+        "images": len(records) - overlap.shared.count(None),
+        "unread": overlap.unread,
+    }
+    if 0 < len(rest) < len(records):
+        others = [records[i] for i in rest]
+        boxes = strict_boxes(others, [predictions[i] for i in rest])
+        found["rest"] = metrics.metrics(boxes, *metrics.targets(others), inclusive)
+    return found
+
+
+def print_overlap(row: Mapping[str, Any]) -> None:
+    """Says where a row's records were trained on, and what the others score."""
+    trained_on = row.get("trained_on")
+    if not trained_on:
+        return
+    if trained_on["unread"]:
+        print(f"{row['stage']}: its training data can't be read ({', '.join(trained_on['unread'])})"
+              "; whether scored records are among it is not known")
+    if trained_on["records"]:
+        print(f"{row['stage']}: {trained_on['records']:,} of {row['n']:,} scored records were in "
+              "its training data, by image and box")
+    if "rest" in trained_on:
+        rest = trained_on["rest"]
+        print(f"{row['stage']}: the other {rest['n']:,}: mIoU {rest['mIoU']:.3f}, "
+              f"Pr@0.5 {rest['Pr@0.5']:.3f}")
 
 
 # ---------------------------------------------------------------- a model's answers
@@ -720,6 +813,13 @@ ROW_KEYS = {
         "records.",
     "blind": "True where each record was shown another record's image.",
     "refused/*": "Records of the split that are not usable, and not scored, for this reason.",
+    "trained_on/records":
+        "Scored records whose image and box (IoU 0.9 or more) were in the training data of this "
+        "checkpoint or of one that it started from.",
+    "trained_on/images": "Scored records whose image was.",
+    "trained_on/unread": "Names of training data that could not be read any more.",
+    "trained_on/rest/*":
+        "The same score, mIoU to n, of the records that were not trained on, where some were.",
     "mIoU": "Mean IoU, 0 to 1; a record without a box has IoU 0.",
     **{f"Pr@{t}": f"Share of records whose IoU is above {t} (on opt: at least {t}), 0 to 1."
        for t in THRESHOLDS},
@@ -793,10 +893,19 @@ class Evaluation:
         return source.stage + temperature + ("_blind" if self.blind else "")
 
 
-def add_row(evaluation: Evaluation, source: Source, predictions: Predictions) -> None:
-    """Scores predictions; the first process writes eval.json so far, and a picture."""
+def add_row(
+        evaluation: Evaluation, source: Source, predictions: Predictions,
+        overlap: Overlap | None = None,
+) -> None:
+    """Scores predictions; the first process writes eval.json so far, and a picture.
+
+    overlap: with the training data, where that is known."""
     eval_set = evaluation.eval_set
     records = eval_set.scored
+    trained_on = {}
+    if overlap:
+        trained_on["trained_on"] = overlap_scores(
+            overlap, records, predictions, eval_set.inclusive)
     evaluation.rows.append({
         **source._asdict(),
         "data": eval_set.name,
@@ -804,6 +913,7 @@ def add_row(evaluation: Evaluation, source: Source, predictions: Predictions) ->
         "data_hash": eval_set.records.hash,
         "blind": evaluation.blind,
         "refused": eval_set.records.refusals,
+        **trained_on,
         **score(records, predictions, eval_set.inclusive),
         **details(records, predictions, eval_set.name, evaluation.train, eval_set.records),
     })
@@ -1014,6 +1124,7 @@ def score_stages(
         model, processor = runtime.open_checkpoint(stage.folder, device)
         if runtime.rank() == 0:
             print_if_other_prompt(stage)
+        overlap = training_overlap(stage, records)
         for temperature in args.temperature:
             # Greedy answers are all the same: one is enough.
             samples = args.samples if temperature else 1
@@ -1026,7 +1137,7 @@ def score_stages(
                 lines = "".join(json.dumps(p) + "\n" for p in predictions)
                 file = f"predictions_{evaluation.file_suffix(source)}.jsonl"
                 (evaluation.out / file).write_text(lines, encoding="utf-8")
-            add_row(evaluation, source, predictions)
+            add_row(evaluation, source, predictions, overlap)
         # Its memory is free before the next one is loaded.
         del model
 
@@ -1054,6 +1165,8 @@ def finish(evaluation: Evaluation, stages: Sequence[Stage]) -> None:
         evaluation.out / "report.html", evaluation.rows, evaluation.cases, training,
         known_records, evaluation.summary)
     print_table(evaluation.rows, evaluation.summary["centre_box"])
+    for row in evaluation.rows:
+        print_overlap(row)
     if eval_set.refused:
         print(f"not scored: {eval_set.refused}")
     print_comparison(evaluation.summary.get("comparison", {}))

@@ -23,8 +23,16 @@ from torch import Tensor
 # ---------------------------------------------------------------- rewards of a box
 
 def has_area(boxes: Tensor) -> Tensor:
-    """(..., 4) -> (...) bool; False for NaN rows."""
-    return (boxes[..., 2:] > boxes[..., :2]).all(-1)
+    """(..., 4) -> (...) bool; False for NaN rows, and where a corner is infinite."""
+    return (boxes[..., 2:] > boxes[..., :2]).all(-1) & boxes.isfinite().all(-1)
+
+
+def where_boxes(value: Tensor, pred: Tensor, gt: Tensor) -> Tensor:
+    """A reward computed in double, as float32 or as the boxes' own wider type.
+
+    0 where one of the two is no box."""
+    value = value.to(torch.promote_types(torch.result_type(pred, gt), torch.float32))
+    return torch.where(has_area(pred) & has_area(gt), value, torch.zeros_like(value))
 
 
 def intersection_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,10 +67,12 @@ def giou(pred: Tensor, gt: Tensor) -> Tensor:
     1902.09630). A rival of the positional reward in the paper's ablation
     (second-hand); the mapping to [0, 1] is ours.
     """
-    _, union = intersection_union(pred, gt)
-    hull = hull_sides(pred, gt).prod(-1)
-    value = iou(pred, gt) - (hull - union) / hull
-    return torch.where(has_area(pred), (1 + value) / 2, torch.zeros_like(value))
+    a = pred.double()
+    b = gt.double()
+    _, union = intersection_union(a, b)
+    hull = hull_sides(a, b).prod(-1)
+    value = iou(a, b) - (hull - union) / hull
+    return where_boxes((1 + value) / 2, pred, gt)
 
 
 def diou(pred: Tensor, gt: Tensor) -> Tensor:
@@ -72,10 +82,12 @@ def diou(pred: Tensor, gt: Tensor) -> Tensor:
     the hull (arXiv 1911.08287). A rival in the paper's ablation (second-hand); the
     mapping is ours.
     """
-    distance = (centers(pred) - centers(gt)).square().sum(-1)
-    diagonal = hull_sides(pred, gt).square().sum(-1)
-    value = iou(pred, gt) - distance / diagonal
-    return torch.where(has_area(pred), (1 + value) / 2, torch.zeros_like(value))
+    a = pred.double()
+    b = gt.double()
+    distance = (centers(a) - centers(b)).square().sum(-1)
+    diagonal = hull_sides(a, b).square().sum(-1)
+    value = iou(a, b) - distance / diagonal
+    return where_boxes((1 + value) / 2, pred, gt)
 
 
 def centers(boxes: Tensor) -> Tensor:
@@ -98,8 +110,8 @@ def center(pred: Tensor, gt: Tensor, size: Tensor) -> Tensor:
     A rival of the positional reward in the paper's ablation (second-hand); its scale
     is ours.
     """
-    value = (1 - center_distance(pred, gt, size)).clamp(min=0)
-    return torch.where(has_area(pred), value, torch.zeros_like(value))
+    distance = center_distance(pred.double(), gt.double(), size.double())
+    return where_boxes((1 - distance).clamp(min=0), pred, gt)
 
 
 def positional(pred: Tensor, gt: Tensor, alpha: float = 2.5) -> Tensor:
@@ -120,8 +132,7 @@ def positional(pred: Tensor, gt: Tensor, alpha: float = 2.5) -> Tensor:
     """
     across = axis_mean(pred[..., 0::2].double(), gt[..., 0::2].double(), alpha)
     along = axis_mean(pred[..., 1::2].double(), gt[..., 1::2].double(), alpha)
-    value = (across * along).to(torch.promote_types(torch.result_type(pred, gt), torch.float32))
-    return torch.where(has_area(pred) & has_area(gt), value, torch.zeros_like(value))
+    return where_boxes(across * along, pred, gt)
 
 
 def axis_mean(pred: Tensor, gt: Tensor, alpha: float) -> Tensor:
@@ -145,21 +156,27 @@ def axis_mean(pred: Tensor, gt: Tensor, alpha: float) -> Tensor:
     return torch.where(u1 - u0 < 1e-4, middle, mean)
 
 
+def positional_term(pred: Tensor, gt: Tensor, size: Tensor, alpha: float = 2.5) -> Tensor:
+    """`positional` with the arguments of a term; `rft.py --alpha` sets its scale."""
+    return positional(pred, gt, alpha)
+
+
 def agreement(pred: Tensor, gt: Tensor) -> Tensor:
     """How right an answer is: (..., 4), (..., 4) -> (...) in [0, 1], 0 where it is invalid.
 
-    The term "iou", the weight of a group and the scores of an evaluation are made of it.
-    For boxes it is their IoU; a fork with other answers puts its own measure here.
+    The term "iou", the weight of a group and the scores of an evaluation are made of
+    it. For boxes it is their IoU; a fork with other answers puts its own measure
+    here.
     """
     return iou(pred, gt)
 
 
-# Terms of the reward by name: pred (Q, G, 4) NaN where invalid, target (Q, 1, 4),
-# size (Q, 1, 2) -> (Q, G). `rft.py --reward NAME=WEIGHT` chooses among them; --alpha
-# is positional's.
+# Terms of the reward by name, in [0, 1], best at the target (test_reward.py checks
+# all): pred (Q, G, 4) NaN where invalid, target (Q, 1, 4), size (Q, 1, 2) -> (Q, G).
+# `rft.py --reward NAME=WEIGHT` chooses among them; --alpha is positional's.
 TERMS = {
     "iou": lambda pred, target, size: agreement(pred, target),
-    "positional": lambda pred, target, size: positional(pred, target),
+    "positional": positional_term,
     "giou": lambda pred, target, size: giou(pred, target),
     "diou": lambda pred, target, size: diou(pred, target),
     "center": center,

@@ -8,16 +8,17 @@ are needed, no reasoning.
 Source: RSGround-R1 (arXiv 2601.21634). The reward is R = IoU + 0.1 positional +
 format (section 3.3), and the whole loss of a group is multiplied by its weight
 (section 3.4); both second-hand. That the KL is part of what is multiplied, and that
-weights are not renormalised over the step, is our reading. Where the paper's settings
-are not known, the defaults are VLM-R1's (G 8, lr 1e-6, KL 0.04, clip 0.2, temperature
-1). GRPO is DeepSeekMath's (arXiv 2402.03300); that the loss is a mean over all tokens
-of the step is ours.
+weights are not renormalised over the step, is our reading. Some of the paper's
+settings are not known; there the defaults are VLM-R1's (G 8, lr 1e-6, KL 0.04, clip
+0.2, temperature 1, division by std) or, where marked so, ours. GRPO is DeepSeekMath's
+(arXiv 2402.03300); that the loss is a mean over all tokens of the step is ours.
 
     torchrun rft.py --data dior --epochs 0.4             one GPU; ckpt/sft -> ckpt/rft
     torchrun --nproc_per_node 8 rft.py --data dior       eight GPUs, the same result to rounding
     python rft.py                                        the embedded data on a laptop
 """
 import argparse
+import functools
 import itertools
 import json
 import time
@@ -43,6 +44,8 @@ from processor import Processor, Prompt
 
 # exp() of a larger log-ratio is of no use and may be infinite.
 MAX_LOG_RATIO = 20.0
+# Keys of metrics.jsonl and rollouts.jsonl that no term of the reward may have.
+RESERVED = {*runtime.LOG_KEYS, "id", "expression", "target", "boxes", "texts"}
 # How a group's loss may be weighted.
 WEIGHTINGS = ("consistency", "mean", "variance", "off", "shuffled")
 
@@ -64,7 +67,7 @@ class NamedWeights(argparse.Action):
             if name in weights:
                 raise argparse.ArgumentError(self, f"{text}: {name} comes twice")
             try:
-                weights[name] = runtime.finite(weight)
+                weights[name] = runtime.moderate(weight)
             except argparse.ArgumentTypeError:
                 raise argparse.ArgumentError(
                     self, f"{text} is not NAME=WEIGHT with a finite number") from None
@@ -102,12 +105,12 @@ def flags() -> runtime.FlagParser:
         metavar="NAME=WEIGHT",
         help=f"terms of the reward with their weights: {', '.join(reward.TERMS)}, format; at 0 a "
         f"term is logged alone; default: {runtime.as_typed(reward.DEFAULT_REWARD)}")
-    add("--alpha", type=runtime.above_zero, default=2.5,
+    add("--alpha", type=runtime.scale, default=2.5,
         help="scale of the positional term's kernel, in halves of the true box's sides")
     add("--weighting", choices=WEIGHTINGS, default="consistency",
         help="of a group's loss: by mean and variance of its IoU, by one, not at all, or the "
         "consistency weights dealt at random (control)")
-    add("--lambdas", type=runtime.finite, nargs=2, default=(1.2, 1.0),
+    add("--lambdas", type=runtime.moderate, nargs=2, default=(1.2, 1.0),
         metavar=("MEAN", "VARIANCE"), help="of the consistency weight: "
         "exp(MEAN (1 - mean IoU) + VARIANCE variance), cut to 0.5 .. 3")
     add = parser.add_argument_group("watching").add_argument
@@ -123,6 +126,17 @@ def check_group_flags(args: argparse.Namespace) -> None:
     if args.prompts % runtime.world():
         runtime.fail(f"--prompts {args.prompts} is not a multiple of the "
                      f"{runtime.world()} processes")
+    if "format" in reward.TERMS:
+        runtime.fail("reward.TERMS has a term format, which is rft.py's own; name it otherwise")
+    for name in args.reward:
+        if name not in (*reward.TERMS, "format"):
+            runtime.fail(f"the run's reward has a term {name!r}, which reward.TERMS has not; "
+                         "put it in there again")
+        if name in RESERVED or name.endswith("_group_std") or "=" in name:
+            runtime.fail(f"a term of the reward can't be called {name!r}: the logs have that "
+                         "name for something else")
+    if not any(args.reward.values()):
+        runtime.fail("no term of --reward has a weight; give one another weight than 0")
     if args.group < 2:
         runtime.fail("--group 1 leaves nothing to compare a rollout with; use 2 or more")
 
@@ -132,9 +146,9 @@ def check_group_flags(args: argparse.Namespace) -> None:
 def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     """rewards (Q, G) -> advantages (Q, G): (R - mean) / (std + 1e-4) within a group.
 
-    std is the sample's (over G - 1). Exactly 0 where all rewards of a group are equal.
-    Source: GRPO (arXiv 2402.03300), as VLM-R1 computes it; without the division: Dr. GRPO
-    (arXiv 2503.20783).
+    std is the sample's (over G - 1). Exactly 0 where all rewards of a group are
+    equal. Source: GRPO (arXiv 2402.03300), as VLM-R1 computes it; without the
+    division: Dr. GRPO (arXiv 2503.20783).
     """
     advantage = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std:
@@ -152,10 +166,10 @@ def policy_loss(
     n_tokens counts the whole step, over all micro-batches and processes: losses and
     gradients simply add up.
 
-    A token's gain is the clipped surrogate of PPO (arXiv 1707.06347) minus beta times the
-    k3 estimate of the KL to the reference; its loss is minus that, multiplied by the
-    weight of its group: section 3.4 of RSGround-R1 (second-hand). That the KL is part of
-    what is multiplied is our reading.
+    A token's gain is the clipped surrogate of PPO (arXiv 1707.06347) minus beta times
+    the k3 estimate of the KL to the reference; its loss is minus that, multiplied by
+    the weight of its group: section 3.4 of RSGround-R1 (second-hand). That the KL is
+    part of what is multiplied is our reading.
     """
     log_ratio = (logp - logp_old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
@@ -280,14 +294,18 @@ def grade(rollouts: Rollouts, args: argparse.Namespace) -> Grades:
         if name == "format":
             terms[name] = format_reward(rollouts.texts)
             continue
-        value = term_function(name, args.alpha)(boxes, target, size)
+        value = torch.as_tensor(term_function(name, args.alpha)(boxes, target, size))
         if value.shape != invalid.shape:
             raise ValueError(f"the reward term {name} has the shape {tuple(value.shape)}, "
                              f"not (Q, G) = {tuple(invalid.shape)}")
-        terms[name] = value.masked_fill(invalid, 0.0)
-    rewards = sum(weight * terms[name] for name, weight in args.reward.items())
-    # The weights of groups and the log need the IoU, be it rewarded or not; it is 0 where a
-    # box is invalid.
+        terms[name] = value.float().masked_fill(invalid, 0.0)
+        if not terms[name].isfinite().all():
+            runtime.fail(f"the reward term {name} is not finite for every box; mend it there")
+    rewards = torch.zeros(invalid.shape)
+    for name, weight in args.reward.items():
+        rewards = rewards + weight * terms[name]
+    # The weights of groups and the log need the IoU, be it rewarded or not; it is 0
+    # where a box is invalid.
     terms.setdefault("iou", reward.agreement(boxes, target))
     return Grades(rewards, terms, boxes)
 
@@ -315,9 +333,10 @@ def format_reward(texts: Sequence[Sequence[str]]) -> Tensor:
 
 def term_function(name: str, alpha: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The function of reward.TERMS of this name; the positional term with this alpha."""
-    if name == "positional":
-        return lambda pred, target, size: reward.positional(pred, target, alpha)
-    return reward.TERMS[name]
+    function = reward.TERMS[name]
+    if function is reward.positional_term:
+        return functools.partial(function, alpha=alpha)
+    return function
 
 
 # ---------------------------------------------------------------- one step

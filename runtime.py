@@ -108,6 +108,11 @@ above_zero = number(float, lambda v: 0 < v < math.inf, "a finite number above 0"
 not_negative = number(float, lambda v: 0 <= v < math.inf, "a finite number from 0 up")
 
 
+moderate = number(float, lambda v: abs(v) <= 1e6, "a number between -1e6 and 1e6")
+scale = number(float, lambda v: 1e-3 <= v <= 1e6, "a number from 0.001 to 1e6")
+epochs = number(float, lambda v: 0 < v <= 1e6, "a number above 0, up to 1e6")
+
+
 def add_common_flags(
         parser: argparse.ArgumentParser, stage: str, init: str, length: str) -> None:
     """The flags that mean the same in every stage.
@@ -125,7 +130,7 @@ def add_common_flags(
     add("--out", default=f"ckpt/{stage}", help="folder for checkpoints, log and pictures")
     either = run.add_mutually_exclusive_group()
     either.add_argument("--steps", type=positive, help=f"optimizer steps; default {length}")
-    either.add_argument("--epochs", type=above_zero,
+    either.add_argument("--epochs", type=epochs,
                         help="passes over the records, in place of --steps; parts of one are fine")
     add("--seed", type=seed, default=0, help="of data order and sampling")
     add("--resume", action="store_true",
@@ -179,9 +184,11 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
 def as_typed(value: Any) -> str:
     """A flag's value as one types it."""
     if isinstance(value, dict):
-        return " ".join(f"{name}={weight:g}" for name, weight in value.items())
+        return " ".join(f"{name}={as_typed(weight)}" for name, weight in value.items())
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
     return str(value)
 
 

@@ -182,11 +182,30 @@ def test_an_invalid_box_is_worth_nothing_and_poisons_nothing(name: str) -> None:
         [10.0, 10, 20, 20], NAN_BOX, [12, 12, 22, 22], [10, 10, 20, math.nan]])
     scores = score(name, boxes, target)
     assert scores[1] == scores[3] == 0
-    assert 0 < scores[2] < scores[0] <= 1
+    assert 0 < scores[2] <= scores[0] <= 1
     # (Q, G) boxes with (Q, 1) targets, as rft.py has them.
     of_three = TERMS[name](
         boxes.expand(3, 4, 4), target.expand(3, 1, 4), IMAGE.expand(3, 1, 2))
     assert torch.equal(of_three, scores.expand(3, 4))
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("odd", [
+    (100, 100, math.inf, 120), (-math.inf, -math.inf, math.inf, math.inf), (5, 5, 5, 9),
+    (9, 9, 5, 5), tuple(NAN_BOX)])
+def test_what_is_no_box_is_worth_nothing_on_either_side(
+        name: str, odd: tuple[float, ...]) -> None:
+    target = TARGET[None]
+    assert score(name, box(*odd)[None], TARGET).tolist() == [0.0]
+    if name != "iou":
+        assert score(name, target, box(*odd)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_huge_box_keeps_every_term_finite(name: str) -> None:
+    """Areas of 1e40 are beyond float32."""
+    scores = score(name, box(-1e20, -1e20, 1e20, 1e20)[None], TARGET)
+    assert 0 <= scores.item() <= 1
 
 
 # ---------------------------------------------------------------- IoU

@@ -1445,3 +1445,36 @@ def test_the_check_of_several_data_sets_counts_what_is_trained_on_and_scored(
             check(*flags, "--root", tmp_path)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------- a reader of one's own
+
+def read_mine(root: Path, split: str) -> data.Records:
+    """The reader in the docstring of data.py."""
+    file = data.first_existing(root, f"{split}.jsonl")
+    collector = data.Collector(root)
+    for number, row in data.read_objects(file):
+        collector.add(data.Annotation(
+            f"line {number}", f"{split}-{number}", row["file"], row["text"], row["box"]))
+    return collector.records
+
+
+@pytest.mark.parametrize("with_val", [False, True])
+def test_a_reader_need_know_its_own_splits_alone(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path, with_val: bool) -> None:
+    """Of 40 images in train, two are held out where there is no val."""
+    monkeypatch.setitem(data.READERS, "mine", read_mine)
+    lines = []
+    for i in range(40):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"file": f"{i}.png", "text": "x", "box": [1, 1, 9, 9]}) + "\n")
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    if with_val:
+        (tmp_path / "val.jsonl").write_text(lines[0])
+    sizes = {split: len(load("mine", tmp_path, split)) for split in ("train", "sft", "rft", "val")}
+    if with_val:
+        assert sizes == {"train": 40, "sft": 40, "rft": 40, "val": 1}
+    else:
+        assert sizes == {"train": 40, "sft": 38, "rft": 38, "val": 2}
+    with pytest.raises(data.NoSplit, match="no test.jsonl in"):
+        load("mine", tmp_path, "test")

@@ -366,11 +366,12 @@ SIZES = ((800, 800), (640, 360), (100, 300), (500, 800))
 def tiny(root: Path | str, split: str = "test", n: int = 24) -> Records:
     """n records, two on each image; the images are one colour each and are drawn by `root`.
 
-    An expression says its record's number and box, for the fake model to read."""
-    if split == "train":
-        raise DataError("tiny has no train split")
+    An expression says its record's number and box, for the fake model to read. The split "half"
+    has the first half of them."""
+    if split in ("train", "rft"):
+        raise DataError(f"tiny has no split {split}")
     records = []
-    for i in range({"test": n, "empty": 0}[split]):
+    for i in range({"test": n, "half": n // 2, "empty": 0}[split]):
         W, H = SIZES[i // 2 % 4]
         box = (W * (i % 5) / 10, H * (i % 7) / 10, W * (i % 5 + 4) / 10, H * (i % 7 + 3) / 10)
         text = f"{i}: {','.join(map(str, box))}"
@@ -464,12 +465,13 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Script:
     return script
 
 
-def stage(folder: Path, root: Path, step: int = 10) -> None:
+def stage(folder: Path, root: Path, step: int = 10, **run_flags: str) -> None:
     """A stage's folder as training leaves it, without weights."""
     here = folder / f"step_{step:06d}"
     here.mkdir(parents=True)
     (here / "config.json").write_text("{}")
-    run = {"stage": folder.name, "data": "tiny", "root": str(root), "prompt_hash": prompt_hash()}
+    run = {"stage": folder.name, "data": "tiny", "root": str(root), "prompt_hash": prompt_hash(),
+           "flags": run_flags}
     (here / "run.json").write_text(json.dumps(run))
     (folder / "latest").symlink_to(here.name)
 
@@ -479,8 +481,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_source(row: dict[str, Any]) -> dict[str, Any]:
-    """A row but for where its predictions come from."""
-    return {key: v for key, v in row.items() if key not in evaluation.Source._fields}
+    """A row but for where its predictions come from, and what their model was trained on."""
+    source = (*evaluation.Source._fields, "trained_on")
+    return {key: v for key, v in row.items() if key not in source}
 
 
 # ---------------------------------------------------------------- a model's answers
@@ -653,7 +656,7 @@ def test_every_key_of_eval_json_is_told_and_no_other(
         root: Path, fakes: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:
     monkeypatch.setitem(data.READERS, "vrsbench", tiny_vrsbench)
-    stage(tmp_path / "sft", root)
+    stage(tmp_path / "sft", root, split="half")
     fakes(tmp_path, "--data", "vrsbench", "--root", root, "--temperature", 0, 1, "--samples", 2,
           "--device", "cpu")
     folder = tmp_path / "eval"
@@ -674,6 +677,45 @@ def test_every_key_of_eval_json_is_told_and_no_other(
         assert all(sentence.endswith(".") for sentence in keys.values())
     # What "*" stands for where a sentence says "mIoU to n".
     assert tuple(model_rows[0]["lenient"]) == tuple(content["centre_box"]) == SCORES
+
+
+# ---------------------------------------------------------------- what was trained on
+
+def test_records_that_were_trained_on_are_told_and_the_rest_scored_apart(
+        root: Path, fakes: Script, tmp_path: Path, capfd: pytest.CaptureFixture,
+) -> None:
+    """The first twelve of 24 records were in the SFT that the RFT started from."""
+    stage(tmp_path / "sft", root, split="half")
+    stage(tmp_path / "rft", root, init=str(tmp_path / "sft"))
+    fakes(tmp_path, "--data", "tiny", "--root", root, "--device", "cpu")
+    by_stage = {row["stage"]: row for row in rows(tmp_path / "eval")}
+    for name, unread in (("sft", []), ("rft", ["tiny rft"])):
+        row = by_stage[name]
+        trained_on = row["trained_on"]
+        assert (trained_on["records"], trained_on["images"]) == (12, 12)
+        assert trained_on["unread"] == unread
+        # Scores of the rest are those of the other twelve.
+        assert trained_on["rest"]["n"] == 12
+        others = tiny(root)[12:]
+        lines = (tmp_path / "eval" / f"predictions_{name}.jsonl").read_text().splitlines()
+        boxes = evaluation.strict_boxes(others, [json.loads(line) for line in lines[12:]])
+        expected = metrics.metrics(boxes, *metrics.targets(others))
+        assert trained_on["rest"] == expected
+    printed = capfd.readouterr().out
+    assert "sft: 12 of 24 scored records were in its training data, by image and box" in printed
+    assert f"sft: the other 12: mIoU {by_stage['sft']['trained_on']['rest']['mIoU']:.3f}" in printed
+    assert "rft: its training data can't be read (tiny rft); whether" in printed
+
+
+def test_a_checkpoint_of_nobody_known_says_nothing_of_training(
+        root: Path, fakes: Script, tmp_path: Path, capfd: pytest.CaptureFixture,
+) -> None:
+    stage(tmp_path / "base", root)
+    (tmp_path / "base" / "latest" / "run.json").unlink()
+    fakes(tmp_path, "--data", "tiny", "--root", root, "--device", "cpu")
+    [row] = rows(tmp_path / "eval")
+    assert row["trained_on"] == {"records": 0, "images": 0, "unread": []}
+    assert "training data" not in capfd.readouterr().out
 
 
 # ---------------------------------------------------------------- anyone's answers

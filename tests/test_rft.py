@@ -271,6 +271,62 @@ def test_a_term_of_the_wrong_shape_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         rft.grade(rollouts, step_flags(reward={"flat": 1.0}))
 
 
+def test_a_replaced_term_is_the_one_that_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the positional one, whose plain version takes --alpha."""
+    texts = [[answer_text([1, 1, 9, 9]), "nothing"]]
+    for name in ("iou", "positional"):
+        constant = lambda pred, target, size: torch.full(pred.shape[:2], 7.0)  # noqa: E731
+        monkeypatch.setitem(reward.TERMS, name, constant)
+        grades = rft.grade(rollouts_of(texts, [RECORD], [FRAME]), step_flags(reward={name: 1.0}))
+        assert grades.rewards.tolist() == [[7, 0]]
+    monkeypatch.undo()
+    wide, narrow = (
+        rft.grade(rollouts_of(texts, [RECORD], [FRAME]),
+                  step_flags(reward={"positional": 1.0}, alpha=alpha)).rewards[0, 0]
+        for alpha in (9.0, 0.5))
+    assert wide > narrow > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64])
+def test_a_term_may_be_of_any_type(
+        monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    hit = lambda pred, target, size: (reward.iou(pred, target) > 0.5).to(dtype)  # noqa: E731
+    monkeypatch.setitem(reward.TERMS, "hit", hit)
+    texts = [[answer_text([0, 0, 10, 10]), answer_text([5, 5, 10, 10])]]
+    grades = rft.grade(rollouts_of(texts, [RECORD], [FRAME]), step_flags(reward={"hit": 1.0}))
+    assert grades.rewards.tolist() == [[1, 0]] and grades.rewards.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name, words", [
+    ("step", "can't be called 'step'"), ("reward", "can't be called 'reward'"),
+    ("boxes", "can't be called 'boxes'"), ("x_group_std", "can't be called"),
+    ("format", "rft.py's own")])
+def test_a_term_whose_name_the_logs_use_is_refused(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str, words: str,
+) -> None:
+    monkeypatch.setitem(reward.TERMS, name, lambda pred, target, size: pred[..., 0])
+    with pytest.raises(SystemExit) as leaving:
+        rft.check_group_flags(step_flags(reward={name: 1.0}))
+    assert leaving.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_reward_without_sense_is_refused_in_one_line(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    # A term of a resumed run that was not put into TERMS again, and no term at all.
+    for weights, words in (({"width": 1.0}, "has a term 'width'"), ({"format": 0.0}, "no term")):
+        with pytest.raises(SystemExit) as leaving:
+            rft.check_group_flags(step_flags(reward=weights))
+        said = capsys.readouterr().err
+        assert leaving.value.code == 2 and words in said and len(said.splitlines()) == 1
+    # A term that is not finite, be it only logged.
+    nan = lambda pred, target, size: torch.full(pred.shape[:2], math.nan)  # noqa: E731
+    monkeypatch.setitem(reward.TERMS, "nan", nan)
+    rollouts = rollouts_of([[answer_text([1, 1, 2, 2]), "x"]], [RECORD], [FRAME])
+    with pytest.raises(SystemExit):
+        rft.grade(rollouts, step_flags(reward={"iou": 1.0, "nan": 0.0}))
+    assert "the reward term nan is not finite" in capsys.readouterr().err
+
+
 def test_groups_that_the_positional_term_alone_tells_apart() -> None:
     flat = torch.tensor([0.0, 0.0])
     steep = torch.tensor([0.2, 0.7])
@@ -624,6 +680,7 @@ def test_an_output_that_stands_is_not_overwritten(
     ("--reward iou=much", "iou=much is not NAME=WEIGHT"),
     ("--reward iou", "iou is not NAME=WEIGHT"),
     ("--reward iou=inf", "iou=inf is not NAME=WEIGHT"),
+    ("--reward iou=1e39", "iou=1e39 is not NAME=WEIGHT"),
     ("--steps 2 --epochs 1", "not allowed with argument --steps"),
 ])
 def test_a_mistake_is_one_line_and_exit_status_2(
@@ -638,7 +695,8 @@ def test_a_mistake_is_one_line_and_exit_status_2(
 @pytest.mark.parametrize("flags", [
     "--lr nan", "--lr -1", "--lr inf", "--lr 0", "--temperature nan", "--temperature inf",
     "--temperature 0", "--alpha 0", "--alpha -1", "--epochs 0", "--epochs nan", "--workers -1",
-    "--seed 9999999999999999", "--seed -1", "--val -1", "--lambdas nan 0", "--beta nan",
+    "--seed 9999999999999999",
+    "--epochs 1e308", "--alpha 1e-320", "--lambdas 1e39 1e39", "--seed -1", "--val -1", "--lambdas nan 0", "--beta nan",
     "--beta -1", "--clip -1 2", "--clip nan 2"])
 def test_a_number_that_makes_no_sense_is_one_line(
         capsys: pytest.CaptureFixture, flags: str) -> None:
