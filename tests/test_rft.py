@@ -694,10 +694,11 @@ def test_a_mistake_is_one_line_and_exit_status_2(
 
 @pytest.mark.parametrize("flags", [
     "--lr nan", "--lr -1", "--lr inf", "--lr 0", "--temperature nan", "--temperature inf",
-    "--temperature 0", "--alpha 0", "--alpha -1", "--epochs 0", "--epochs nan", "--workers -1",
-    "--seed 9999999999999999",
-    "--epochs 1e308", "--alpha 1e-320", "--lambdas 1e39 1e39", "--seed -1", "--val -1", "--lambdas nan 0", "--beta nan",
-    "--beta -1", "--clip -1 2", "--clip nan 2"])
+    "--temperature 0", "--alpha 0", "--alpha -1", "--epochs 0", "--epochs nan",
+    "--workers -1", "--seed 9999999999999999", "--epochs 1e308", "--alpha 1e-320",
+    "--lambdas 1e39 1e39", "--seed -1", "--val -1", "--lambdas nan 0", "--beta nan",
+    "--beta -1", "--clip -1 2", "--clip nan 2",
+])
 def test_a_number_that_makes_no_sense_is_one_line(
         capsys: pytest.CaptureFixture, flags: str) -> None:
     with pytest.raises(SystemExit) as leaving:
