@@ -281,10 +281,9 @@ class Cache:
             x = x.reshape(Q, KV, G, shared, -1).transpose(1, 2)
             return x.reshape(R, KV, shared, -1)
 
-        # Scores over the prompt: one matrix product a question, for all of its
-        # rollouts. Scores over a rollout's own tokens: one product a rollout.
+        # Scores over the prompt: one matrix product a question, for all of its rollouts.
+        # Over a rollout's own tokens: one a rollout. Both are (Q, KV, G * shared, keys).
         q = (q * hd ** -0.5).view(R, KV, shared, hd)
-        # Both are (Q, KV, G * shared, keys).
         prompt_scores = by_group(q) @ self.prompt_k[layer].transpose(2, 3)
         own_scores = by_group(q @ completion_k.transpose(2, 3))
 
