@@ -159,12 +159,15 @@ def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
 def policy_loss(
         logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, advantage: Tensor,
         weight: Tensor, n_tokens: int, clip: Sequence[float] = (0.2, 0.2), beta: float = 0.0,
+        lengths: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of some completions, and sums over their tokens for the log.
 
     logp, logp_old, logp_ref (None at beta 0), advantage, weight: packed (tokens,).
     n_tokens counts the whole step, over all micro-batches and processes: losses and
-    gradients simply add up.
+    gradients simply add up. lengths: (completions,) tokens of each, to count those that
+    the clip cuts; what is to be done per completion, such as a sequence's ratio, splits
+    the packed tensors by them.
 
     A token's gain is the clipped surrogate of PPO (arXiv 1707.06347) minus beta times
     the k3 estimate of the KL to the reference; its loss is minus that, multiplied by
@@ -176,7 +179,10 @@ def policy_loss(
     clipped_ratio = ratio.clamp(1 - clip[0], 1 + clip[1])
     gain = torch.minimum(ratio * advantage, clipped_ratio * advantage)
     clipped = ratio * advantage > clipped_ratio * advantage
-    sums = {"clipped": clipped.float().sum().detach()}
+    sums = {"clipped": clipped.float().sum()}
+    if lengths is not None:
+        cut = [of_completion.any() for of_completion in clipped.split(lengths.tolist())]
+        sums["clipped_completions"] = torch.stack(cut).float().sum()
     if beta:
         log_ratio_ref = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         kl = log_ratio_ref.exp() - log_ratio_ref - 1
@@ -396,6 +402,7 @@ class MicroBatch:
 
     prompts: Sequence[Prompt]
     completions: list[list[Tensor]]
+    lengths: Tensor                    # (completions,) tokens of each
     advantage: Tensor                  # of each token: its rollout's
     weight: Tensor                     # of each token: its group's
     sampled_logp: Tensor
@@ -416,7 +423,7 @@ def cut_into_micro_batches(
         of_group = lengths[groups].sum(1)
         sampled_logp = torch.cat([torch.cat(group) for group in rollouts.sampled_logp[groups]])
         batches.append(MicroBatch(
-            rollouts.prompts[groups], rollouts.completions[groups],
+            rollouts.prompts[groups], rollouts.completions[groups], of_rollout,
             advantage[groups].flatten().repeat_interleave(of_rollout),
             weight[groups].repeat_interleave(of_group), sampled_logp))
     return batches
@@ -439,7 +446,7 @@ def accumulate_gradient(
                     batch.prompts, batch.completions, args.temperature)
     loss, sums = policy_loss(
         logp, batch.old_logp, batch.ref_logp, batch.advantage.to(logp.device),
-        batch.weight.to(logp.device), n_tokens, args.clip, args.beta)
+        batch.weight.to(logp.device), n_tokens, args.clip, args.beta, batch.lengths)
     loss.backward()
     sums |= {"loss": loss.detach(), "entropy": entropy.sum()}
     return {name: value.item() for name, value in sums.items()}
@@ -510,6 +517,8 @@ def update_summary(
 ) -> dict[str, float]:
     """What a step logs of its update: means over the tokens of all processes and passes."""
     own = {name: sums[name] / (n_tokens * args.updates) for name in ("entropy", "clipped")}
+    n = args.prompts * args.group
+    own["clipped_completions"] = sums["clipped_completions"] / (n * args.updates)
     # A loss is divided by the step's tokens already.
     own["loss"] = sums["loss"] / args.updates
     if args.beta:

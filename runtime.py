@@ -672,6 +672,7 @@ LOG_KEYS = {
                   "with two boxes or more",
     "entropy": "rft: mean entropy of the next token, nats",
     "clipped": "rft: share of tokens whose gain the clip cuts",
+    "clipped_completions": "rft: share of completions with such a token",
     "kl": "rft: mean k3 estimate of the KL to the reference, nats a token; where --beta is "
           "above 0",
     "sampled_scored_max": "rft: largest difference between a token's log-probability when "

@@ -86,6 +86,15 @@ def test_clipping_by_hand(ratio: float, advantage: float, gain: float, clipped: 
     assert sums["clipped"] == float(clipped)
 
 
+def test_completions_that_the_clip_cuts_are_counted() -> None:
+    """Three completions of 2, 1 and 3 tokens; of the first and the last a token is cut."""
+    logp = torch.tensor([2.0, 1.0, 1.0, 1.0, 3.0, 4.0]).log()
+    ones = torch.ones(6)
+    _, sums = policy_loss(
+        logp, torch.zeros(6), None, ones, ones, 6, lengths=torch.tensor([2, 1, 3]))
+    assert sums["clipped"] == 3 and sums["clipped_completions"] == 2
+
+
 def test_at_ratio_one_the_gradient_is_reinforce() -> None:
     logp = torch.randn(7, requires_grad=True)
     advantage = torch.randn(7)
