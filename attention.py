@@ -167,7 +167,9 @@ class Plan:
         completions = [tokens for _, tokens in self.prefix]
         return Boundaries(
             cumulative(completions, device), cumulative(prompts, device),
-            max(completions, default=0), max(prompts, default=0))
+            # At a longest query of 1 the kernel lays queries out by sequence, where a prompt
+            # without a fed token has none; the number is a bound, so 2 does no harm.
+            max([2, *completions]), max(prompts, default=0))
 
 
 def cumulative(lengths: list[int], device: torch.device | str) -> Tensor:

@@ -420,9 +420,10 @@ class LanguageModel(nn.Module):
         half = c.head_dim // 2
         device = positions.device
         inverse_frequency = c.rope_theta ** -(torch.arange(half, device=device) / half)
-        sections = torch.tensor(c.mrope_section, device=device)
-        axis = torch.arange(3, device=device).repeat_interleave(sections)      # (hd / 2,)
-        angles = positions[axis].T * inverse_frequency                         # (N, hd / 2)
+        # Each axis fills its section of the frequencies. Expanding rows, where an index made
+        # here would do, waits for no device and can be captured in a CUDA graph.
+        rows = [axis.expand(n, -1) for axis, n in zip(positions, c.mrope_section)]
+        angles = torch.cat(rows).T * inverse_frequency                         # (N, hd / 2)
         return angles.cos(), angles.sin()
 
     def forward(
@@ -749,7 +750,10 @@ class QwenVL(nn.Module):
         """(..., V) logits -> log-probabilities in float32 at this temperature, over the
         ids that can be sampled."""
         scaled = logits.float() / temperature
-        return scaled.masked_fill(self.banned.to(logits.device), NEVER).log_softmax(-1)
+        # Moved once: a copy to the device for every token would make the host wait.
+        if self.banned.device != logits.device:
+            self.banned = self.banned.to(logits.device)
+        return scaled.masked_fill(self.banned, NEVER).log_softmax(-1)
 
     def log_probabilities(
             self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
