@@ -757,16 +757,18 @@ class FakeHandler(BaseHTTPRequestHandler):
             self.server.paths.add(self.path)
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        reply = self.server.respond(request)
+        time.sleep(reply.delay)
+        # Before the answer is sent, for the client may ask again as soon as it has it.
+        with self.server.lock:
+            self.server.at_once -= 1
         try:
-            self.reply(self.server.respond(request))
+            self.reply(reply)
         except OSError:
             # The client has gone.
             pass
-        with self.server.lock:
-            self.server.at_once -= 1
 
     def reply(self, reply: Reply) -> None:
-        time.sleep(reply.delay)
         if reply.drop:
             self.close_connection = True
             return
