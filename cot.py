@@ -79,7 +79,7 @@ from answer import EXAMPLE, TAGS, format_box, format_ok, parse_box, write
 from data import DataError, Record, Records
 from generate import generate
 from pictures import draw_boxes
-from processor import Frame, Processor, Prompt, smart_resize
+from processor import Frame, Processor, Prompt, frame_by_coords
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]          # (x1, y1, x2, y2)
@@ -905,14 +905,7 @@ class ChatServer:
 
     def teacher_frame(self, record: Record) -> Frame:
         """The frame that --coords names."""
-        resized = record.size
-        if self.args.coords == "resized":
-            processor = self.processor
-            factor = processor.patch * processor.merge
-            resized = smart_resize(
-                *record.size, factor, processor.min_pixels, processor.max_pixels)
-        convention = "1000" if self.args.coords == "1000" else "absolute"
-        return Frame(record.size, resized, convention)
+        return frame_by_coords(record.size, self.args.coords, self.processor)
 
     def request_of(self, record: Record, frame: Frame) -> dict[str, Any]:
         """The body of a request, but for its seed."""

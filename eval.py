@@ -63,7 +63,7 @@ from data import DataError, Record, Records
 from generate import generate
 from metrics import THRESHOLDS
 from model import CheckpointError, QwenVL, newest_step
-from processor import Frame, Processor, Prompt, prompt_hash, smart_resize
+from processor import Frame, Processor, Prompt, frame_by_coords, prompt_hash
 
 INCLUSIVE = ("opt",)              # data sets whose own evaluation counts IoU >= t
 OUTCOMES = (*answer.FAILURES, "outside image", "no prediction")
@@ -559,7 +559,7 @@ def parse_prediction(
     What is wrong with it is a ValueError."""
     has_text = isinstance(value.get("text"), str)
     if has_text and (value.get("frame") or coords):
-        frame = value.get("frame") or asdict(frame_by_coords(record, coords, processor))
+        frame = value.get("frame") or asdict(frame_by_coords(record.size, coords, processor))
         samples = value.get("samples")
         if samples is not None and not is_texts(samples):
             raise ValueError('"samples" is not a list of texts')
@@ -594,15 +594,6 @@ def is_size(value: Any) -> bool:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return False
     return all(type(x) is int and 0 < x < 10 ** 6 for x in value)
-
-
-def frame_by_coords(record: Record, coords: str, processor: Processor | None) -> Frame:
-    """The frame of a text that carries none, from --coords."""
-    resized = record.size
-    if coords == "resized":
-        factor = processor.patch * processor.merge
-        resized = smart_resize(*record.size, factor, processor.min_pixels, processor.max_pixels)
-    return Frame(record.size, resized, "1000" if coords == "1000" else "absolute")
 
 
 def check_frame(frame: Any, record: Record) -> None:

@@ -633,8 +633,10 @@ class QwenVL(nn.Module):
         """(B, T) ids and mask (padding on either side) -> (B, T, V) logits in the
         compute dtype, 0 at padding.
 
-        Arguments as in transformers; the images of all sequences lie one behind the
-        other in pixel_values (patches, D) and image_grid_thw (images, 3)."""
+        The interface that transformers' users know, with its arguments; training,
+        sampling and evaluation call score, prefill and decode. The images of all
+        sequences lie one behind the other in pixel_values (patches, D) and
+        image_grid_thw (images, 3)."""
         if attention_mask is None:
             mask = torch.ones_like(input_ids, dtype=torch.bool)
         else:

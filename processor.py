@@ -342,6 +342,20 @@ def read_image_config(path: Path) -> tuple[dict[str, Any], str]:
         f"{', '.join(FAMILIES)}")
 
 
+def frame_by_coords(
+        size: tuple[int, int], coords: str, processor: Processor | None) -> Frame:
+    """The frame of numbers about an image of this size, by the name that --coords gives it.
+
+    original: pixels of the image; resized: pixels of the image as the processor resizes it;
+    1000: thousandths of its sides.
+    """
+    resized = size
+    if coords == "resized":
+        factor = processor.patch * processor.merge
+        resized = smart_resize(*size, factor, processor.min_pixels, processor.max_pixels)
+    return Frame(size, resized, "1000" if coords == "1000" else "absolute")
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a checkpoint's folder; DataError where there is none.
 

@@ -416,6 +416,7 @@ def cut_into_micro_batches(
 ) -> list[MicroBatch]:
     """Cuts a step into passes; advantage (Q, G) and weight (Q,) are laid out by token."""
     lengths = rollouts.lengths        # (Q, G)
+    # One too many for each completion, whose last token is not fed: a budget may be that far off.
     packed = [len(p.input_ids) + int(n.sum()) for p, n in zip(rollouts.prompts, lengths)]
     batches = []
     for groups in runtime.micro_batches(packed, micro_tokens):     # slices of neighbours

@@ -200,7 +200,7 @@ def seen_in_groups(prompts: list[int], completions: list[list[int]]) -> Tensor:
     return seen
 
 
-def compare_with_dense(plan: Plan, seen: Tensor) -> None:
+def assert_equals_dense(plan: Plan, seen: Tensor) -> None:
     """Output and gradients of attention by a plan, on random numbers."""
     q, k, v, grad = (torch.randn(len(seen), heads, 8) * 2 for heads in (4, 2, 2, 4))
     results = []
@@ -224,7 +224,7 @@ def test_attention_over_groups_equals_dense_attention(
     lengths = prompts + list(itertools.chain.from_iterable(completions))
     plan = Plan(lengths, prefix=[(n, sum(group)) for n, group in zip(prompts, completions)])
     torch.manual_seed(1)
-    compare_with_dense(plan, seen)
+    assert_equals_dense(plan, seen)
 
 
 def test_attention_within_windows_is_not_causal() -> None:
@@ -278,7 +278,7 @@ def test_pieces_with_index_rows_may_be_merged(monkeypatch: pytest.MonkeyPatch) -
     seen = (owner[:, None] == owner).tril()
     seen[apart, :3] = True
     torch.manual_seed(3)
-    compare_with_dense(plan, seen)
+    assert_equals_dense(plan, seen)
 
 
 def by_sequence(
@@ -331,7 +331,7 @@ def test_two_launches_with_boundaries_equal_dense_attention(
     plan.own = plan.own_boundaries("cpu")
     plan.shared = plan.shared_boundaries("cpu")
     torch.manual_seed(5)
-    compare_with_dense(plan, seen)
+    assert_equals_dense(plan, seen)
 
 
 def test_plain_backward_is_the_derivative_of_plain() -> None:
