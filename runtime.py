@@ -335,11 +335,12 @@ def open_checkpoint(
 
 def prepare(
         model: QwenVL, device: torch.device, freeze_vision: bool = False,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool = False, compute_dtype: torch.dtype | None = None,
 ) -> QwenVL:
     """Makes a loaded model ready for training: float32, on the device, sharded (FSDP2).
 
-    One process on a CPU shards nothing: it has neither peers nor another dtype to
+    compute_dtype: of a sharded model's passes; None is bfloat16 on CUDA and float32 on the
+    CPU. One process on a CPU shards nothing: it has neither peers nor another dtype to
     compute in.
     """
     model.visual.requires_grad_(not freeze_vision)
@@ -347,18 +348,20 @@ def prepare(
     model.model.checkpointing = gradient_checkpointing
     if not dist.is_initialized():
         return model.float().to(device)
-    shard(model, device)
+    if compute_dtype is None:
+        compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shard(model, device, compute_dtype)
     # FSDP2 wraps forward() alone; these methods need unsharded parameters as well.
     for name in ("score", "prefill", "decode"):
         register_fsdp_forward_method(model, name)
     return model
 
 
-def shard(model: QwenVL, device: torch.device) -> None:
+def shard(model: QwenVL, device: torch.device, compute_dtype: torch.dtype) -> None:
     """Spreads the parameters over the processes, layer by layer; gradients will be sums."""
     dtypes = {}
-    if device.type == "cuda":
-        dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    if compute_dtype != torch.float32:
+        dtypes = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32}
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world(),))
     # Each layer becomes float32 just before it is sharded, so that one float32 layer
