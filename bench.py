@@ -37,7 +37,7 @@ from tqdm import tqdm
 import runtime
 from generate import generate
 from model import Config, QwenVL
-from processor import Processor, Prompt
+from processor import Pixels, Processor, Prompt
 
 PARTS = ("load", "prefill", "decode", "update", "step", "sft", "images", "numerics", "profile")
 TEXT = 50                         # tokens of text in a prompt
@@ -172,8 +172,10 @@ def random_prompt(model: QwenVL, side: int, seed: int, text: int = TEXT) -> Prom
     image_ids = torch.tensor(
         [config.marker_ids[-2], *[config.image_id] * n * n, config.marker_ids[-1]])
     ids = torch.cat((text_ids[:4], image_ids, text_ids[4:]))
-    pixels = torch.randn(                            # (patches, channels x time x 14 x 14)
-        (2 * n) ** 2, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(                          # (patches, channels, 14, 14)
+        0, 256, ((2 * n) ** 2, 3, 14, 14), dtype=torch.uint8, generator=generator)
+    pixels = Pixels(values, torch.linspace(-2, 2, 256).expand(3, -1), frames=2)
     return Prompt(ids, pixels, torch.tensor([[1, 2 * n, 2 * n]]), None)
 
 

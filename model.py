@@ -683,7 +683,9 @@ class QwenVL(nn.Module):
             own_grids = as_grids(prompt.image_grid_thw)
             parts.append(mrope_positions(prompt.input_ids, own_grids, c.image_id, c.vision.merge))
             grids += own_grids
-        x = self.embed(ids, torch.cat([prompt.pixel_values for prompt in prompts]), grids)
+        dtype = self.visual.patch_embed.proj.weight.dtype
+        pixels = [pixels_on(prompt, self.device, dtype) for prompt in prompts]
+        x = self.embed(ids, torch.cat(pixels), grids)
         lengths = [len(prompt.input_ids) for prompt in prompts]
         return x, torch.cat(parts, 1).to(self.device), lengths
 
@@ -903,6 +905,15 @@ class QwenVL(nn.Module):
 def as_grids(image_grid_thw: Tensor) -> list[Grid]:
     """(images, 3) -> an image's frames, rows and columns each."""
     return [tuple(grid) for grid in image_grid_thw.tolist()]
+
+
+def pixels_on(prompt: Prompt, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A prompt's patches on the device: (patches, D).
+
+    A Processor's prompt brings bytes, which are normalised there; any other object has
+    `pixel_values`."""
+    pixels = getattr(prompt, "pixels", None)
+    return prompt.pixel_values.to(device) if pixels is None else pixels.normalised(device, dtype)
 
 
 def lengths_of(completions: Sequence[Tensor]) -> list[int]:

@@ -149,15 +149,46 @@ def cut_patches(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
 # ---------------------------------------------------------------- the model's input
 
 @dataclass(frozen=True)
+class Pixels:
+    """The patches of an image as bytes, in the vision tower's order.
+
+    Between processes, and to the device, they travel so: an eighth of what the model's
+    floats take, which hold each pixel of a still image once a frame.
+    """
+
+    values: Tensor                # (patches, channels, patch, patch) uint8
+    table: Tensor                 # (channels, 256) float32: what each byte is normalised to
+    frames: int                   # of the temporal patch; a still image fills all of them
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def normalised(
+            self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """(patches, D) as the model takes them, made on the device; D = channels * frames *
+        patch^2, 1,176 for Qwen2.5-VL."""
+        values = self.values.to(device, non_blocking=True)
+        table = self.table.to(device, dtype)
+        # An index by bytes would be a mask.
+        channels = [row[values[:, c].int()] for c, row in enumerate(table)]
+        one_frame = torch.stack(channels, 1)[:, :, None]           # (patches, channels, 1, p, p)
+        return one_frame.expand(-1, -1, self.frames, -1, -1).flatten(1)
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One record as the model sees it."""
 
     input_ids: Tensor             # (T,) long
-    # (patches, D) float32, in the vision tower's order; D = channels * frames * patch^2,
-    # 1,176 for Qwen2.5-VL.
-    pixel_values: Tensor
+    pixels: Pixels
     image_grid_thw: Tensor        # (1, 3) long: time, height, width in patches
     frame: Frame
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """(patches, D) float32, as transformers' processor gives them."""
+        return self.pixels.normalised()
 
 
 def prompt_hash() -> str:
@@ -235,11 +266,11 @@ class Processor:
 
         Nothing is ever cut off; an expression is ordinary text, whatever it contains.
         """
-        pixel_values, grid, resized = self.patches(image)
+        pixels, grid, resized = self.patches(image)
         image_tokens = int(grid.prod()) // self.merge ** 2
         ids = self.turns(PROMPT.format(text=text), image_tokens)
         frame = Frame(image.size, resized, self.convention)
-        return Prompt(torch.tensor(ids), pixel_values, grid, frame)
+        return Prompt(torch.tensor(ids), pixels, grid, frame)
 
     def turns(self, user: str, image_tokens: int) -> list[int]:
         """The family's chat prompt as ids.
@@ -270,29 +301,23 @@ class Processor:
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """Ids of a completion -> its text, without the stop token at its end."""
-        ids = [int(i) for i in ids]
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if ids and ids[-1] in (self.end_id, self.ids["<|endoftext|>"]):
             ids = ids[:-1]
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def patches(self, image: Image.Image) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """An image -> pixel_values (N, D), image_grid_thw (1, 3), resized (width, height).
-
-        N patches; D is channels * temporal patch * patch * patch.
-        """
+    def patches(self, image: Image.Image) -> tuple[Pixels, Tensor, tuple[int, int]]:
+        """An image -> its patches, image_grid_thw (1, 3), resized (width, height)."""
         width, height = smart_resize(
             *image.size, self.patch * self.merge, self.min_pixels, self.max_pixels)
         resized = rgb(image).resize((width, height), Image.Resampling.BICUBIC)
         patches = cut_patches(np.asarray(resized), self.patch, self.merge)     # (3, N, p, p)
-        channels, n, p, _ = patches.shape
+        values = torch.from_numpy(np.ascontiguousarray(patches.swapaxes(0, 1)))
         # There are 256 values a channel at most: each is normalised once, then looked up.
-        values = (np.arange(256, dtype=np.float32)[:, None] / 255 - self.mean) / self.std
-        pixel_values = np.empty((n, channels, self.temporal_patch, p, p), np.float32)
-        for channel in range(channels):
-            # A still image fills all frames of the temporal patch.
-            pixel_values[:, channel] = values[:, channel][patches[channel]][:, None]
-        grid = torch.tensor([[1, height // p, width // p]])
-        return torch.from_numpy(pixel_values.reshape(n, -1)), grid, (width, height)
+        shades = np.arange(256, dtype=np.float32)[:, None]
+        table = torch.from_numpy(((shades / 255 - self.mean) / self.std).T.copy())
+        grid = torch.tensor([[1, height // self.patch, width // self.patch]])
+        return Pixels(values, table, self.temporal_patch), grid, (width, height)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Copies the tokenizer's and the processor's files, with the pixel limits in force."""
