@@ -70,6 +70,11 @@ CUDA_BUCKET = 64                  # a CUDA graph is captured for each shape
 CPU_BUCKET = 8                    # nothing is captured: less is read in vain
 
 
+# Where the variable-length kernel is: on CUDA, and as shapes alone on the meta device, so that
+# memory.py counts what it takes.
+KERNEL_DEVICES = ("cuda", "meta")
+
+
 # ------------------------------------------------------------------------- what may see what
 
 @dataclass(frozen=True)
@@ -115,8 +120,8 @@ class Plan:
         self.prefix = list(prefix)
         self.kv_cache = kv_cache
         self.prompt_tokens = sum(prompt for prompt, _ in self.prefix)
-        # Only the kernel of CUDA reads boundaries; they are sent there once a pass, not a layer.
-        if torch.device(device).type == "cuda":
+        # Only that kernel reads boundaries; they are sent there once a pass, not a layer.
+        if torch.device(device).type in KERNEL_DEVICES:
             self.own = self.own_boundaries(device)
             self.shared = self.shared_boundaries(device)
 
@@ -345,7 +350,7 @@ class PlannedAttention(torch.autograd.Function):
 
 def has_kernel(q: Tensor) -> bool:
     """Whether CUDA's variable-length kernel takes these: it knows no float32."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    return q.device.type in KERNEL_DEVICES and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def forward_cuda(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

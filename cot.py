@@ -1138,7 +1138,6 @@ def flags() -> runtime.FlagParser:
 
 
 def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
-    cuda = torch.cuda.is_available()
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", metavar="CKPT or URL",
         help="have this checkpoint explain the known boxes, or the server behind this address "
@@ -1152,8 +1151,7 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.7, help="of sampling; 0 is greedy")
     add = parser.add_argument_group("teacher, a checkpoint").add_argument
     add("--batch", type=runtime.positive, default=16, help="records at once")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu",
-        help="where the teacher runs")
+    runtime.add_device_flag(add)
     add = parser.add_argument_group("teacher, a server").add_argument
     add("--model", help="name of the model there")
     add("--coords", choices=("original", "resized", "1000"),
@@ -1229,7 +1227,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
     check_teacher_flags(args)
     runs_here = args.teacher and not is_server(args.teacher)
-    device = runtime.start(args.device) if runs_here else None
+    device = runtime.start(runtime.choose_device(args.device)) if runs_here else None
     records = data.load(args.name, args.root, args.split)
     if not records:
         refused = data.refusal_summary(records, args.name, args.root, args.split)

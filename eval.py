@@ -108,8 +108,7 @@ def flags() -> runtime.FlagParser:
         help="coordinates of texts without a frame: pixels of the original image, pixels of the "
         "image as CKPT's processor resizes it, or thousandths of its sides")
     add("--seed", type=int, default=0, help="of sampling")
-    add("--device", choices=("cuda", "cpu"),
-        default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    runtime.add_device_flag(add)
     return parser
 
 
@@ -1041,7 +1040,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
     check_flags(args)
     files = args.compare or ([args.predictions] if args.predictions else [])
-    device = None if files else runtime.start(args.device)
+    device = None if files else runtime.start(runtime.choose_device(args.device))
     stages = find_stages(args.ckpt) if args.ckpt else []
     if args.image:
         ask(stages[-1], device, args)

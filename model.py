@@ -671,8 +671,10 @@ class QwenVL(nn.Module):
             raise ValueError("there are more images in image_grid_thw than in the tokens")
         return torch.cat(parts, 1)
 
-    def pack(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, list[int]]:
-        """Q prompts -> packed embeddings (N, D), positions (3, N), lengths.
+    def pack(
+            self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, list[int], list[int]]:
+        """Q prompts -> packed embeddings (N, D), positions (3, N), lengths, and the position
+        that follows each prompt.
 
         The vision tower runs once for all of them."""
         c = self.config
@@ -687,7 +689,9 @@ class QwenVL(nn.Module):
         pixels = [pixels_on(prompt, self.device, dtype) for prompt in prompts]
         x = self.embed(ids, torch.cat(pixels), grids)
         lengths = [len(prompt.input_ids) for prompt in prompts]
-        return x, torch.cat(parts, 1).to(self.device), lengths
+        # Positions are made on the host, which so needs not wait for the device to read them.
+        first_positions = [int(part.max()) + 1 for part in parts]
+        return x, torch.cat(parts, 1).to(self.device), lengths, first_positions
 
     # ------------------------------------------------------------------- sampling and scoring
 
@@ -696,13 +700,12 @@ class QwenVL(nn.Module):
             max_new_tokens: int) -> tuple[Tensor, Cache, Tensor]:
         """Q prompts -> logits (Q, V) of the first new token, a Cache for G rollouts of
         each, the position (Q,) of that token."""
-        x, positions, lengths = self.pack(prompts)
+        x, positions, lengths, first_positions = self.pack(prompts)
         plan = Plan(lengths, kv_cache=[], device=self.device)
         last_rows = torch.tensor(lengths, device=self.device).cumsum(0) - 1
         hidden = self.model(x, positions, plan, last_rows)
-        first_positions = torch.stack([part.max() + 1 for part in positions.split(lengths, 1)])
         cache = Cache(plan.kv_cache, lengths, group, max_new_tokens)
-        return self.lm_head(hidden), cache, first_positions
+        return self.lm_head(hidden), cache, torch.tensor(first_positions, device=self.device)
 
     def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
         """One more token of every rollout: tokens (R,), position (R,) -> logits (R, V)
@@ -725,10 +728,9 @@ class QwenVL(nn.Module):
         -> logp (tokens,) and entropy (tokens,), float32, packed by question, rollout,
         token; the entropy carries no gradient."""
         # The prompts with their images come first in the pack: (N, D), (3, N).
-        x, positions, prompt_lengths = self.pack(prompts)
+        x, positions, prompt_lengths, first_positions = self.pack(prompts)
 
         # The completions come behind them, each from the position where its prompt stopped.
-        first_positions = [int(part.max()) + 1 for part in positions.split(prompt_lengths, 1)]
         completion_lengths = [lengths_of(group) for group in completions]
         layout = completion_layout(prompt_lengths, first_positions, completion_lengths)
 

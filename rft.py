@@ -278,10 +278,12 @@ def sample(
     completions = []
     sampled_logp = []
     texts = []
+    ids_on_host = tokens.tolist()
     for q, ends in enumerate(lengths.tolist()):
         completions.append([tokens[q, g, :n] for g, n in enumerate(ends)])
         sampled_logp.append([logprobs[q, g, :n] for g, n in enumerate(ends)])
-        texts.append([policy.processor.decode(ids) for ids in completions[-1]])
+        texts.append(
+            [policy.processor.decode(ids_on_host[q][g][:n]) for g, n in enumerate(ends)])
     return Rollouts(records, prompts, completions, sampled_logp, texts)
 
 
@@ -367,7 +369,11 @@ def train_step(
     # 3. All losses are divided by this one count, over all processes and micro-batches:
     #    so each token weighs the same, however the step is cut.
     n_tokens = runtime.all_sum(rollouts.lengths.sum()).item()
-    batches = cut_into_micro_batches(rollouts, advantage, weight, args.micro_tokens)
+    costs = []
+    for prompt, tokens in zip(prompts, rollouts.lengths.sum(1).tolist()):
+        costs.append(runtime.memory_tokens(policy.model, prompt, tokens))
+    passes = runtime.micro_batches(costs, args.micro_tokens)
+    batches = cut_into_micro_batches(rollouts, advantage, weight, passes)
 
     # 4. Gradients add up over micro-batches, then the optimizer steps. From the second
     #    pass on the policy has left the one that sampled, and the clip begins to act.
@@ -375,7 +381,6 @@ def train_step(
     sums: Counter[str] = Counter()
     for _ in range(args.updates):
         for batch in batches:
-            runtime.sync_gradients(policy.model, batch is batches[-1])
             sums.update(accumulate_gradient(policy, batch, n_tokens, args))
         grad_norm = runtime.update(policy.model, policy.optimizer, lr)
         sums["not_finite"] += not grad_norm < float("inf")
@@ -412,14 +417,13 @@ class MicroBatch:
 
 
 def cut_into_micro_batches(
-        rollouts: Rollouts, advantage: Tensor, weight: Tensor, micro_tokens: int,
+        rollouts: Rollouts, advantage: Tensor, weight: Tensor, passes: Sequence[slice],
 ) -> list[MicroBatch]:
-    """Cuts a step into passes; advantage (Q, G) and weight (Q,) are laid out by token."""
+    """Cuts a step into passes of neighbouring groups; advantage (Q, G) and weight (Q,) are
+    laid out by token."""
     lengths = rollouts.lengths        # (Q, G)
-    # One too many for each completion, whose last token is not fed: a budget may be that far off.
-    packed = [len(p.input_ids) + int(n.sum()) for p, n in zip(rollouts.prompts, lengths)]
     batches = []
-    for groups in runtime.micro_batches(packed, micro_tokens):     # slices of neighbours
+    for groups in passes:
         of_rollout = lengths[groups].flatten()
         of_group = lengths[groups].sum(1)
         sampled_logp = torch.cat([torch.cat(group) for group in rollouts.sampled_logp[groups]])
@@ -450,7 +454,8 @@ def accumulate_gradient(
         batch.weight.to(logp.device), n_tokens, args.clip, args.beta, batch.lengths)
     loss.backward()
     sums |= {"loss": loss.detach(), "entropy": entropy.sum()}
-    return {name: value.item() for name, value in sums.items()}
+    # One wait for the device, not one for each sum.
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist()))
 
 
 # ---------------------------------------------------------------- the log
@@ -638,7 +643,7 @@ def main() -> None:
 def open_policy(init: Path, args: argparse.Namespace) -> Policy:
     """The model to train with its optimizer, and where there is a KL the frozen reference."""
     model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
-    device = runtime.start(args.device)
+    device = runtime.start(args.device, args.deterministic)
     reference = None
     if args.beta:
         # In the compute dtype: it is only read.

@@ -46,7 +46,7 @@ from torch.distributed.tensor import DTensor
 
 from data import DataError, Record, Records, load, read_json, refusal_summary
 from model import CheckpointError, QwenVL
-from processor import Processor, prompt_hash
+from processor import Processor, Prompt, prompt_hash
 
 # Seconds without a step, after which every process prints where it is.
 STUCK_AFTER = 1800
@@ -56,8 +56,14 @@ STOP_AFTER_SKIPPED = 5
 # run's hash.
 FREE_ON_RESUME = (
     "root", "steps", "epochs", "device", "workers", "micro_tokens", "every", "val",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "deterministic",
 )
+# What a patch of the trained vision tower counts in --micro-tokens: at the widths of the 3B
+# model it keeps 2.02 MB for the backward pass, and a token 4.68 MB (counted, not measured).
+PATCH_TOKENS = 0.43
+# Where a Linux system shows its NVIDIA GPUs and their driver.
+GPU_FILES = Path("/dev")
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 T = TypeVar("T")
 
@@ -120,7 +126,6 @@ def add_common_flags(
     init is the stage's default; length says in words how long it trains without
     --steps and --epochs.
     """
-    cuda = torch.cuda.is_available()
     run = parser.add_argument_group("run")
     add = run.add_argument
     add("--data", default="synth", help="data set: a name that data.py knows")
@@ -135,29 +140,51 @@ def add_common_flags(
     add("--seed", type=seed, default=0, help="of data order and sampling")
     add("--resume", action="store_true",
         help="go on from the newest checkpoint in --out; flags not given are as in its run.json")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu",
-        help="where to compute")
-    add("--workers", type=natural, default=2 if cuda else 0,
-        help="processes that prepare images ahead; 0: none")
+    add_device_flag(add)
+    add("--deterministic", action="store_true",
+        help="on CUDA: slower kernels that add up in one order, so that a resumed run equals an "
+        "uninterrupted one to the bit; a CPU always does")
+    add("--workers", type=natural,
+        help="processes that prepare images ahead; default: 2 on CUDA, else 0: none")
     add = parser.add_argument_group("memory").add_argument
     add("--micro-tokens", type=positive, default=8192,
-        help="packed tokens in one forward and backward pass: memory against speed")
-    add("--gradient-checkpointing", action="store_true",
-        help="keep no activations within a layer: a third more compute, far less memory")
+        help="packed tokens in one forward and backward pass, a patch of a trained vision tower "
+        f"counted as {PATCH_TOKENS}: memory against speed")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+        help="keep no activations within a layer: a third more compute, far less memory; "
+        "default: on CUDA")
     add("--freeze-vision", action="store_true", help="train the language model alone")
     add("--max-pixels", type=positive,
         help="area of the resized image at most; default: the checkpoint's own")
 
 
+def add_device_flag(add: Callable[..., Any]) -> None:
+    """--device, as every script has it; `choose_device` reads it."""
+    add("--device", choices=("cuda", "cpu"),
+        help="where to compute; default: cuda where torch can use it")
+
+
 def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
-    """The command line's flags.
+    """The command line's flags, with the defaults that depend on the device.
 
     With --resume, flags that are not given are as the run in --out had them, and one
     that would change the run's course is refused.
     """
     args = parser.parse_args()
-    if not args.resume:
-        return args
+    if args.resume:
+        args = parse_resumed(parser, args, stage)
+    args.device = choose_device(args.device)
+    if args.gradient_checkpointing is None:
+        args.gradient_checkpointing = args.device == "cuda"
+    if args.workers is None:
+        args.workers = 2 if args.device == "cuda" else 0
+    return args
+
+
+def parse_resumed(
+        parser: argparse.ArgumentParser, args: argparse.Namespace, stage: str,
+) -> argparse.Namespace:
+    """The flags of a run that goes on: the command line's, and else the run's own."""
     run = read_run(Path(args.out))
     if run["stage"] != stage:
         fail(f"--resume, but {args.out} holds a run of {run['stage']}.py; "
@@ -259,27 +286,81 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start(device: str) -> torch.device:
+def choose_device(asked: str | None) -> str:
+    """"cuda" or "cpu": what --device asks for, and without it CUDA where torch can use it.
+
+    A GPU that is there and that torch can't use is never left for the CPU unasked: that
+    would be a run a hundred times slower, and nothing would say so.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        fail(f"--device cuda, but torch sees no CUDA device{unusable_gpu()}; use --device cpu")
+    if asked is None and not torch.cuda.is_available() and unusable_gpu():
+        fail(f"torch can't use the GPU{unusable_gpu()}; install a torch that fits the driver "
+             "(pytorch.org lists them), or ask for --device cpu")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def unusable_gpu() -> str:
+    """Of GPUs that torch does not see: " (NVIDIA driver 535.0; torch 2.13.0 for CUDA 13.0)"; ""
+    where there are none."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or not any(GPU_FILES.glob("nvidia[0-9]*")):
+        return ""
+    driver = "of an unknown version"
+    if DRIVER_FILE.exists():
+        words = DRIVER_FILE.read_text(encoding="utf-8", errors="replace").split()
+        driver = next((word for word in words if word[:1].isdigit()), driver)
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return f" (NVIDIA driver {driver}; torch {torch.__version__} {built})"
+
+
+def start(device: str, deterministic: bool = False) -> torch.device:
     """Joins the processes that torchrun started -> this process's device ("cuda" or "cpu" given).
 
     On CUDA a lone process joins a group of its own: only sharded models (FSDP2) have
-    bfloat16 copies of their float32 parameters to compute with.
+    bfloat16 copies of their float32 parameters to compute with. The first process prints
+    where it computes.
     """
     faulthandler.enable()
+    group = {}
     if device == "cuda":
-        if not torch.cuda.is_available():
-            fail("--device cuda, but torch sees no CUDA device; use --device cpu")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        prepare_cuda(deterministic)
         device = f"cuda:{torch.cuda.current_device()}"
-        torch.backends.cuda.matmul.allow_tf32 = True
+        group["device_id"] = torch.device(device)
     if world() > 1 or device != "cpu":
         # Beside NCCL stands gloo, because the sums that are logged lie on the CPU.
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        group = {}
         if "RANK" not in os.environ:
-            group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timedelta(seconds=2 * STUCK_AFTER), **group)
+    if rank() == 0:
+        print(f"computing on {device_words(device, deterministic)}", flush=True)
     return torch.device(device)
+
+
+def prepare_cuda(deterministic: bool) -> None:
+    """Settings of CUDA, before anything lies there."""
+    # Freed blocks of one size serve another: passes differ in length from step to step.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Flash attention's backward pass else adds up by atomics. Warned about, not refused,
+        # is the sum of float64 probabilities that sampling inverts: what rounding changes
+        # there would have to lie within 1e-13 of a draw.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def device_words(device: str, deterministic: bool) -> str:
+    """A device with what a log should know of it: name, memory, versions."""
+    if device == "cpu":
+        return f"the CPU, {torch.get_num_threads()} threads a process; torch {torch.__version__}"
+    gigabytes = torch.cuda.get_device_properties(device).total_memory / 1e9
+    order = "deterministic" if deterministic else "a resume repeats it to rounding"
+    return (f"{torch.cuda.get_device_name(device)} ({gigabytes:.0f} GB), {world()} of them; torch "
+            f"{torch.__version__}, CUDA {torch.version.cuda}; {order}")
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -404,16 +485,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
             # FSDP2's own default: the root alone stays whole between forward and
             # backward.
             module.set_reshard_after_forward(module is not model, recurse=False)
-
-
-def sync_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the coming backward pass reduces gradients over processes.
-
-    Without, they add up in each process. That is right for all but a step's last
-    micro-batch: one reduction a step is enough.
-    """
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
 
 
 def parameter_part(name: str) -> str:
@@ -600,10 +671,22 @@ class PickledSteps(torch.utils.data.Dataset):
             return pickle.dumps(error)
 
 
+def memory_tokens(model: QwenVL, prompt: Prompt, completion_tokens: int) -> int:
+    """What --micro-tokens counts of a prompt with its completions: packed tokens, and the
+    image's patches by the memory that they keep beside a token's (ours).
+
+    A frozen vision tower keeps nothing.
+    """
+    tokens = len(prompt.input_ids) + completion_tokens
+    if model.visual.patch_embed.proj.weight.requires_grad:
+        tokens += round(PATCH_TOKENS * int(prompt.image_grid_thw.prod(-1).sum()))
+    return tokens
+
+
 def micro_batches(tokens: Sequence[int], budget: int) -> list[slice]:
     """Cuts a process's items of a step into micro-batches -> slices of neighbouring items.
 
-    tokens: packed tokens of each item. The slices have equally many items, to one,
+    tokens: of each item, as `memory_tokens` counts. The slices have equally many items, to one,
     and are as few as keep each within the budget; an item alone may exceed it. Every
     process gets equally many slices, because each takes part in the others' forward
     and backward passes (FSDP2): all follow the one that needs most.

@@ -111,12 +111,12 @@ def accumulate_gradient(
 ) -> float:
     """Adds the gradient up over micro-batches -> this process's part of the step's loss."""
     loss_sum = 0.0
-    micro_batches = runtime.micro_batches([e.tokens for e in examples], micro_tokens)
+    costs = [runtime.memory_tokens(model, e.prompt, len(e.completion)) for e in examples]
+    micro_batches = runtime.micro_batches(costs, micro_tokens)
     for micro_batch in micro_batches:
         prompts = [e.prompt for e in examples[micro_batch]]
         # score() takes a list of completions a prompt; here each has one.
         completions = [[e.completion] for e in examples[micro_batch]]
-        runtime.sync_gradients(model, micro_batch is micro_batches[-1])
         logp, _ = model.score(prompts, completions)        # (completion tokens,)
         loss = -logp.sum() / completion_tokens
         loss.backward()
@@ -137,7 +137,7 @@ def main() -> None:
     out = Path(args.out)
     runtime.check_output(out, args.resume)
     model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
-    device = runtime.start(args.device)
+    device = runtime.start(args.device, args.deterministic)
     model = runtime.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
     opt = runtime.optimizer(model, args.lr)
     first = runtime.restore(out, model, opt) if args.resume else 0

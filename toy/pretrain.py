@@ -451,7 +451,7 @@ class Pretraining:
     def read_out(self, batch: SceneBatch) -> Readout:
         """Images are computed once for all that is said of them."""
         model = self.model
-        x, positions, lengths = model.pack(batch.prompts)          # (N, D), (3, N), Q lengths
+        x, positions, lengths, starts = model.pack(batch.prompts)  # (N, D), (3, N), Q lengths
         prompt_tokens = len(x)
         image_ids = torch.cat([prompt.input_ids for prompt in batch.prompts])
         is_image = image_ids == model.config.image_id              # (N,)
@@ -460,8 +460,7 @@ class Pretraining:
         inputs = [answer.inputs for answer in answers]
         if answers:
             # All prompts are of one length, so all answers begin at one position.
-            start = int(positions.max()) + 1
-            answer_positions = torch.cat([start + torch.arange(n) for n in inputs])
+            answer_positions = torch.cat([starts[0] + torch.arange(n) for n in inputs])
             positions = torch.cat((positions, answer_positions.expand(3, -1)), 1)
             input_ids = torch.cat([answer.ids[:-1] for answer in answers])
             x = torch.cat((x, model.model.embed_tokens(input_ids)))
