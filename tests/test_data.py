@@ -1478,3 +1478,15 @@ def test_a_reader_need_know_its_own_splits_alone(
         assert sizes == {"train": 40, "sft": 38, "rft": 38, "val": 2}
     with pytest.raises(data.NoSplit, match="no test.jsonl in"):
         load("mine", tmp_path, "test")
+
+
+def test_pixels_travel_as_an_eighth_and_are_the_same_on_the_other_side(
+        genuine: Path) -> None:
+    processor = Processor.from_pretrained(genuine, max_pixels=10 ** 5)
+    prompt = processor(noise(170, 120), "the ship")
+    sent = pickle.dumps(prompt.pixels)
+    assert len(sent) < 1.1 * prompt.pixel_values.nbytes / 8 + 4096
+    arrived = pickle.loads(sent)
+    assert torch.equal(arrived.normalised(), prompt.pixel_values)
+    half = arrived.normalised(dtype=torch.bfloat16)
+    assert torch.equal(half, prompt.pixel_values.bfloat16())

@@ -64,7 +64,61 @@ def test_learning_rate_by_hand() -> None:
     assert runtime.lr_at(0, 1, 1.0) == 1.0
 
 
+# ---------------------------------------------------------------- the device
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Plays a machine: its GPU files, its driver's file, whether torch can use CUDA."""
+    def play(gpus: int = 0, driver: str = "", usable: bool = False) -> None:
+        for i in range(gpus):
+            (tmp_path / f"nvidia{i}").touch()
+        if driver:
+            (tmp_path / "version").write_text(driver)
+        monkeypatch.setattr(runtime, "GPU_FILES", tmp_path)
+        monkeypatch.setattr(runtime, "DRIVER_FILE", tmp_path / "version")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return play
+
+
+def test_the_device_is_cuda_where_torch_can_use_it(machine: Callable[..., None]) -> None:
+    machine(gpus=1, usable=True)
+    assert runtime.choose_device(None) == runtime.choose_device("cuda") == "cuda"
+    assert runtime.choose_device("cpu") == "cpu"
+
+
+def test_a_machine_without_a_gpu_computes_on_the_cpu(
+        machine: Callable[..., None], capsys: pytest.CaptureFixture) -> None:
+    machine()
+    assert runtime.choose_device(None) == "cpu"
+    assert "sees no CUDA device; use" in mistake(capsys, runtime.choose_device, "cuda")
+
+
+def test_a_gpu_that_torch_cant_use_is_not_left_for_the_cpu_unasked(
+        machine: Callable[..., None], capsys: pytest.CaptureFixture,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(gpus=2, driver="NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat")
+    for asked in (None, "cuda"):
+        line = mistake(capsys, runtime.choose_device, asked)
+        assert "NVIDIA driver 535.104.05" in line and torch.__version__ in line
+        assert "--device cpu" in line
+    assert runtime.choose_device("cpu") == "cpu"
+    # Whoever hides the GPUs has asked for the CPU.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert runtime.choose_device(None) == "cpu"
+
+
 # ---------------------------------------------------------------- data order, micro-batches, log
+
+def test_a_budget_counts_the_patches_that_a_trained_tower_keeps(tiny_checkpoint: Path) -> None:
+    model = QwenVL.from_pretrained(tiny_checkpoint, torch.float32)
+    processor = Processor.from_pretrained(tiny_checkpoint)
+    prompt = processor(Image.new("RGB", (112, 84)), "the ship")     # 8 x 6 patches
+    tokens = len(prompt.input_ids) + 100
+    assert runtime.memory_tokens(model, prompt, 100) == tokens + round(0.43 * 48)
+    model.visual.requires_grad_(False)
+    assert runtime.memory_tokens(model, prompt, 100) == tokens
+
 
 def test_every_epoch_has_each_record_once_in_an_order_of_its_own() -> None:
     records = list(range(10))
