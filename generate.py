@@ -127,8 +127,7 @@ def generate(
     logits, cache, first_positions = model.prefill(prompts, group, max_new_tokens)
     # The first token's distribution is the prompt's; each of its rollouts draws from it.
     logits = logits.repeat_interleave(group, 0)                            # (R, V)
-    first_positions, seeds, stop_ids = sent(
-        (first_positions, seeds, torch.tensor(model.stop_ids)), model.device)
+    seeds, stop_ids = sent((seeds, torch.tensor(model.stop_ids)), model.device)
     batch = start_batch(first_positions, seeds, group, max_new_tokens)
     results = start_results(len(batch.slots), max_new_tokens, model.device)
     decode = decoder(model, cache, cuda_graphs)

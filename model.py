@@ -43,6 +43,9 @@ LOGITS_PER_CHUNK = 2 ** 25
 CUDA_LOGITS_PER_CHUNK = 2 ** 28
 # Patches in a pass of the vision tower without gradient: more do not make it faster, but larger.
 PATCHES_AT_ONCE = 2048
+# On CUDA they do: fewer kernels are launched, and the host waits once a pass (1.3 GB at the
+# widths of 3B).
+CUDA_PATCHES_AT_ONCE = 2 ** 15
 
 # Markers that only prompts hold, by their text in the tokenizer.
 VISION_MARKERS = (
@@ -630,7 +633,9 @@ class QwenVL(nn.Module):
         if ends[-1] != len(pixel_values):
             raise ValueError(
                 f"pixel_values has {len(pixel_values)} patches, image_grid_thw {ends[-1]}")
-        limit = len(pixel_values) if torch.is_grad_enabled() else PATCHES_AT_ONCE
+        limit = PATCHES_AT_ONCE if self.device.type == "cpu" else CUDA_PATCHES_AT_ONCE
+        if torch.is_grad_enabled():
+            limit = len(pixel_values)
         passes = []
         begin = 0                                # first image of the coming pass
         for end in range(1, len(ends)):          # one past its last
