@@ -56,7 +56,7 @@ the shared prefix and its pieces are ours.
 """
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,10 +65,8 @@ from torch import Tensor
 Rows = slice | Tensor             # rows of a packed tensor: a slice, or an index (rows,)
 LayerKV = tuple[Tensor, Tensor]   # keys and values of one layer, each (N, KV, hd)
 
-# Own tokens of the cache are read in buckets of this many: shapes change once a bucket.
-CUDA_BUCKET = 64                  # a CUDA graph is captured for each shape
-CPU_BUCKET = 8                    # nothing is captured: less is read in vain
-
+# On a CPU the cache's own tokens are read in buckets of this many: less is read in vain.
+CPU_BUCKET = 8
 
 # Where the variable-length kernel is: on CUDA, and as shapes alone on the meta device, so that
 # memory.py counts what it takes.
@@ -106,24 +104,24 @@ class Plan:
               the same order. A completion's token sees the whole of its prompt as well.
     kv_cache: a list here receives every layer's keys and values. So prefill fills the
               cache.
+    starts:   cumulative(lengths), where it lies on the device already.
     """
 
     def __init__(
             self, lengths: Iterable[int], causal: bool = True,
             prefix: Iterable[tuple[int, int]] = (),
             kv_cache: list[LayerKV] | None = None,
-            device: torch.device | str = "cpu") -> None:
+            device: torch.device | str = "cpu",
+            starts: Tensor | None = None) -> None:
         # A completion of one token feeds nothing: it is no sequence here, and counts 0 in its
         # prompt's pair.
         self.lengths = [n for n in lengths if n]
         self.causal = causal
         self.prefix = list(prefix)
         self.kv_cache = kv_cache
+        self.device = device
+        self.starts = starts
         self.prompt_tokens = sum(prompt for prompt, _ in self.prefix)
-        # Only that kernel reads boundaries; they are sent there once a pass, not a layer.
-        if torch.device(device).type in KERNEL_DEVICES:
-            self.own = self.own_boundaries(device)
-            self.shared = self.shared_boundaries(device)
 
     @functools.cached_property
     def pieces(self) -> list[Piece]:
@@ -160,27 +158,41 @@ class Plan:
             key += prompt
         return pieces
 
-    def own_boundaries(self, device: torch.device | str) -> Boundaries:
+    # Boundaries are sent to the device once a pass, not once a layer.
+
+    @functools.cached_property
+    def own(self) -> Boundaries:
         """Each sequence over itself."""
-        starts = cumulative(self.lengths, device)
+        starts = self.starts
+        if starts is None:
+            [starts] = sent([cumulative(self.lengths)], self.device)
+        starts = starts.int()
         longest = max(self.lengths)
         return Boundaries(starts, starts, longest, longest)
 
-    def shared_boundaries(self, device: torch.device | str) -> Boundaries:
+    @functools.cached_property
+    def shared(self) -> Boundaries:
         """All completions of a prompt, as one sequence, over the prompt."""
         prompts = [prompt for prompt, _ in self.prefix]
         completions = [tokens for _, tokens in self.prefix]
-        return Boundaries(
-            cumulative(completions, device), cumulative(prompts, device),
-            # At a longest query of 1 the kernel lays queries out by sequence, where a prompt
-            # without a fed token has none; the number is a bound, so 2 does no harm.
-            max([2, *completions]), max(prompts, default=0))
+        starts = sent([cumulative(completions), cumulative(prompts)], self.device)
+        queries, keys = (x.int() for x in starts)
+        # At a longest query of 1 the kernel lays queries out by sequence, where a prompt
+        # without a fed token has none; the number is a bound, so 2 does no harm.
+        return Boundaries(queries, keys, max([2, *completions]), max(prompts))
 
 
-def cumulative(lengths: list[int], device: torch.device | str) -> Tensor:
-    """(sequences,) lengths -> (sequences + 1,) int32 boundaries, 0 first."""
-    boundaries = [0, *itertools.accumulate(lengths)]
-    return torch.tensor(boundaries, dtype=torch.int32, device=device)
+def cumulative(lengths: Sequence[int]) -> Tensor:
+    """(sequences,) lengths -> (sequences + 1,): where each begins in the pack, then the end."""
+    return torch.tensor([0, *itertools.accumulate(lengths)])
+
+
+def sent(numbers: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Long tensors from the host -> the same on the device, by one copy: at each copy the host
+    waits for the device."""
+    flat = torch.cat([x.flatten() for x in numbers]).to(device)
+    parts = flat.split([x.numel() for x in numbers])
+    return [part.view(x.shape) for part, x in zip(parts, numbers)]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: "Plan | Cache", layer: int = 0) -> Tensor:
@@ -201,112 +213,120 @@ class Cache:
     """Keys and values while sampling: a prompt's once for its whole group, and every rollout's.
 
     prompt_k, prompt_v: per layer (Q, KV, P, hd), shorter prompts padded behind.
-    prompt_padding: (Q, 1, 1, P), True on that padding.
-    completion_k, completion_v: per layer (R, KV, room, hd), room the most tokens of a
+    completion_k, completion_v: per layer (Q, KV, G, room, hd), room the most tokens of a
         rollout; a step reads the first T = bucket of them.
+    unseen: (Q, 1, 1, P + room), True where a prompt is padded and where no token is yet.
     filled: tokens of each rollout that are in there, the same number for all.
-    filled_on_device: that number as a tensor (1,).
+    place: (1,) that of the newest of them, filled - 1, on the device.
 
     Attention reads whole buckets of a rollout's tokens and masks what is not filled. So
     shapes stay the same over many steps, and what changes from step to step lies on the
     device: both are what a CUDA graph needs.
+
+    On CUDA the bucket is the whole room, so that one graph serves all steps of a batch. With
+    3B's widths, 64 rollouts and room for 256 tokens each a step reads at most 0.6 GB more
+    than it must, on average half of that, beside 6 GB of weights; capturing once more takes
+    as long as a dozen steps.
     """
 
-    def __init__(
-            self, kv_cache: list[LayerKV], lengths: list[int], group: int,
-            max_tokens: int) -> None:
-        """kv_cache: keys and values of the packed prompts, of these lengths, from each layer."""
-        Q = len(lengths)
-        P = max(lengths)
+    def __init__(self, plan: Plan, group: int, max_tokens: int) -> None:
+        """plan: of the pass over the packed prompts that has filled its kv_cache."""
+        kv_cache = plan.kv_cache
+        Q = len(plan.lengths)
+        P = max(plan.lengths)
         _, KV, hd = kv_cache[0][0].shape
         device = kv_cache[0][0].device
 
         # Prompts of unequal length are padded behind, to one tensor a layer: so one
         # matrix product serves all of them in every step.
-        n = torch.tensor(lengths, device=device)
+        first_rows = plan.own.queries[:-1, None]                                   # (Q, 1)
+        lengths = plan.own.queries.diff()[:, None]
         place = torch.arange(P, device=device)
-        self.prompt_padding = (place >= n[:, None])[:, None, None, :]
+        self.unseen = torch.ones(Q, 1, 1, P + max_tokens, dtype=torch.bool, device=device)
+        self.unseen[..., :P] = (place >= lengths)[:, None, None]
         # The packed row of each place of each prompt. Padding repeats the prompt's last
         # token: any finite row will do, as it is masked.
-        row = (n.cumsum(0) - n)[:, None] + place.clamp(max=n[:, None] - 1)         # (Q, P)
+        row = first_rows + place.clamp(max=lengths - 1)                            # (Q, P)
         self.prompt_k = [k[row].transpose(1, 2).contiguous() for k, _ in kv_cache]
         self.prompt_v = [v[row].transpose(1, 2).contiguous() for _, v in kv_cache]
 
         # All memory for the rollouts' own tokens at once, filled step by step.
-        shape = (Q * group, KV, max_tokens, hd)
+        shape = (Q, KV, group, max_tokens, hd)
         self.completion_k = [k.new_zeros(shape) for k, _ in kv_cache]
         self.completion_v = [v.new_zeros(shape) for _, v in kv_cache]
         self.filled = 0
-        self.filled_on_device = torch.zeros(1, dtype=torch.long, device=device)
-        self.bucket_size = CUDA_BUCKET if device.type == "cuda" else CPU_BUCKET
+        self.place = torch.full((1,), -1, device=device)
+        self.bucket_size = CPU_BUCKET if device.type == "cpu" else max_tokens
 
     @property
     def questions(self) -> int:
         """Q, the prompts that are still in the batch."""
-        return len(self.prompt_padding)
+        return len(self.unseen)
 
     @property
     def bucket(self) -> int:
-        """Tokens of each rollout that the coming step reads: whole buckets, its own included."""
-        buckets = -(-(self.filled + 1) // self.bucket_size)
-        return min(buckets * self.bucket_size, self.completion_k[0].shape[2])
+        """Tokens of each rollout that the present step reads: whole buckets, its own included."""
+        buckets = -(-self.filled // self.bucket_size)
+        return min(buckets * self.bucket_size, self.completion_k[0].shape[3])
+
+    def admit(self) -> None:
+        """Makes the place of one more token of every rollout, before the first layer fills it."""
+        P = self.prompt_k[0].shape[2]
+        self.filled += 1
+        self.place += 1
+        self.unseen.index_fill_(3, self.place + P, False)
 
     def select(self, questions: Tensor, rollouts: Tensor) -> None:
         """Goes on with these questions (Q',) and rollouts (Q' * G',), indices into the
         present ones; the rest is dropped."""
-        self.prompt_padding = self.prompt_padding[questions]
+        _, KV, G, _, _ = self.completion_k[0].shape
+        self.unseen = self.unseen[questions]
+        # Indices of (Q', KV, G').
+        question = questions[:, None, None]
+        head = torch.arange(KV, device=questions.device)[:, None]
+        rollout = (rollouts % G).view(len(questions), 1, -1)
         # Layer by layer in place: no more than one layer is there twice.
         for layer in range(len(self.prompt_k)):
             self.prompt_k[layer] = self.prompt_k[layer][questions]
             self.prompt_v[layer] = self.prompt_v[layer][questions]
-            self.completion_k[layer] = self.completion_k[layer][rollouts]
-            self.completion_v[layer] = self.completion_v[layer][rollouts]
+            self.completion_k[layer] = self.completion_k[layer][question, head, rollout]
+            self.completion_v[layer] = self.completion_v[layer][question, head, rollout]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token a rollout: q (R, H, hd), k and v (R, KV, hd) -> (R, H, hd).
 
         The prompt's keys and values are read once a group, not once a rollout."""
-        Q, KV, P, hd = self.prompt_k[layer].shape
-        R, H, _ = q.shape
-        G = R // Q
-        shared = H // KV                                # query heads that share a key head
+        Q, KV, G, _, hd = self.completion_k[layer].shape
+        P = self.prompt_k[layer].shape[2]
         T = self.bucket
 
-        # The new token sees itself: its keys and values go into the cache first.
-        self.completion_k[layer].index_copy_(2, self.filled_on_device, k[:, :, None])
-        self.completion_v[layer].index_copy_(2, self.filled_on_device, v[:, :, None])
-        completion_k = self.completion_k[layer][:, :, :T]                  # (R, KV, T, hd)
-        completion_v = self.completion_v[layer][:, :, :T]
-
         def by_group(x: Tensor) -> Tensor:
-            """(R, KV, shared, n) -> (Q, KV, G * shared, n): a group's queries in one matrix."""
-            x = x.reshape(Q, G, KV, shared, -1).transpose(1, 2)
-            return x.reshape(Q, KV, G * shared, -1)
+            """(R, heads, hd) -> (Q, KV, G, heads / KV, hd): who shares a key head is together."""
+            return x.view(Q, G, KV, -1, hd).transpose(1, 2)
 
-        def by_rollout(x: Tensor) -> Tensor:
-            """(Q, KV, G * shared, n) -> (R, KV, shared, n): the way back."""
-            x = x.reshape(Q, KV, G, shared, -1).transpose(1, 2)
-            return x.reshape(R, KV, shared, -1)
+        # The new token sees itself: its keys and values go into the cache first.
+        self.completion_k[layer].index_copy_(3, self.place, by_group(k))
+        self.completion_v[layer].index_copy_(3, self.place, by_group(v))
+        completion_k = self.completion_k[layer][:, :, :, :T]               # (Q, KV, G, T, hd)
+        completion_v = self.completion_v[layer][:, :, :, :T]
 
         # Scores over the prompt: one matrix product a question, for all of its rollouts.
-        # Over a rollout's own tokens: one a rollout. Both are (Q, KV, G * shared, keys).
-        q = (q * hd ** -0.5).view(R, KV, shared, hd)
-        prompt_scores = by_group(q) @ self.prompt_k[layer].transpose(2, 3)
-        own_scores = by_group(q @ completion_k.transpose(2, 3))
+        # Over a rollout's own tokens: one a rollout. `shared` query heads share a key head.
+        q = by_group(q * hd ** -0.5).contiguous()                     # (Q, KV, G, shared, hd)
+        prompt_scores = q.flatten(2, 3) @ self.prompt_k[layer].transpose(2, 3)
+        own_scores = (q @ completion_k.transpose(3, 4)).flatten(2, 3)
 
+        # One softmax over both: (Q, KV, G * shared, P + T). Kernels compute it in float32.
         # A token sees neither the padding of a shorter prompt nor the bucket's unfilled rest.
-        unfilled = torch.arange(T, device=q.device) > self.filled_on_device
-        unseen = torch.cat((self.prompt_padding, unfilled.expand(Q, 1, 1, T)), -1)
-
-        # One softmax over both, in float32: (Q, KV, G * shared, P + T).
         scores = torch.cat((prompt_scores, own_scores), -1)
-        scores = scores.masked_fill_(unseen, -torch.inf)
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        scores = scores.masked_fill_(self.unseen[..., :P + T], -torch.inf)
+        weights = scores.softmax(-1)
 
         # The values take the same two ways as the scores, and their sums add up.
         prompt_out = weights[..., :P] @ self.prompt_v[layer]
-        own_out = by_rollout(weights[..., P:]) @ completion_v
-        return (by_rollout(prompt_out) + own_out).reshape(R, H, hd)
+        own_out = weights[..., P:].unflatten(2, (G, -1)) @ completion_v
+        out = prompt_out.view_as(own_out) + own_out                   # (Q, KV, G, shared, hd)
+        return out.transpose(1, 2).reshape(Q * G, -1, hd)
 
 
 # ------------------------------------------------------------------------ attention by pieces

@@ -383,7 +383,7 @@ def evaluate(
 
     Processes take records rank, rank + world, ... An answer depends on its record's
     place and the seed alone, not on its batch. Boxes are strict, clamped, in original
-    pixels. Runs under `runtime.gathered` where parameters are sharded.
+    pixels. A sharded model comes as `runtime.gathered` yields it.
 
     label: of the progress bar."""
     shown = other_images(records) if sampling.blind else records
@@ -489,8 +489,8 @@ def validate(
     if not records:
         return {}
     sampling = Sampling(max_new_tokens=args.max_new_tokens)
-    with runtime.gathered(model):
-        predictions = evaluate(model, processor, records, sampling, "val")
+    with runtime.gathered(model) as whole:
+        predictions = evaluate(whole, processor, records, sampling, "val")
         row = score(records, predictions, args.data in INCLUSIVE)
     return {
         "val_mIoU": row["mIoU"],

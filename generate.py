@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attention import Cache
+from attention import Cache, sent
 
 if TYPE_CHECKING:
     from model import QwenVL
@@ -32,18 +32,20 @@ SHRINK_TO_WITH_GRAPHS = 0.5
 
 
 class Graph:
-    """QwenVL.decode as a CUDA graph: one launch a token instead of hundreds.
+    """QwenVL.decode as a CUDA graph: one launch a token instead of a thousand.
 
-    A graph reads and writes fixed memory at fixed shapes, so it is captured again when
-    the batch or the cache's bucket changes."""
+    A graph reads and writes fixed memory at fixed shapes: the weights, the cache, the tokens
+    that go in. The cache's shapes hold for all steps of a batch, so a graph is captured once
+    for each batch size. One is kept at a time: a batch never grows again, the next call has
+    another cache, and weights that are gathered once more lie elsewhere."""
 
     def __init__(self, model: "QwenVL", cache: Cache) -> None:
         self.model = model
         self.cache = cache
-        self.captured_shape = None
+        self.tokens = torch.empty(0)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        if self.captured_shape != self.shape(tokens):
+        if len(tokens) != len(self.tokens):
             self.capture(tokens, positions)
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
@@ -52,14 +54,9 @@ class Graph:
         self.cache.filled += 1
         return self.logits
 
-    def shape(self, tokens: Tensor) -> tuple[int, int]:
-        return len(tokens), self.cache.bucket
-
     def capture(self, tokens: Tensor, positions: Tensor) -> None:
         """Records one step without taking it: the cache counts on as if nothing had happened."""
         cache = self.cache
-        filled = cache.filled
-        self.captured_shape = self.shape(tokens)
         self.tokens = tokens.clone()
         self.positions = positions.clone()
         # Once outside of the graph, on a stream of its own: libraries allocate what they need.
@@ -68,21 +65,20 @@ class Graph:
         with torch.cuda.stream(side):
             self.model.decode(self.tokens, self.positions, cache)
         torch.cuda.current_stream().wait_stream(side)
-        cache.filled = filled
-        cache.filled_on_device.fill_(filled)
-        # Recording runs nothing on the device, but the host's count goes up again.
+        cache.filled -= 1
+        cache.place -= 1
+        # Recording runs nothing on the device, but the host counts.
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = self.model.decode(self.tokens, self.positions, cache)
-        cache.filled = filled
+        cache.filled -= 1
 
 
 @dataclass
 class Batch:
-    """The rollouts that are being decoded, one a row, (R',) each."""
+    """The rollouts that are being decoded, one a row: (R',), where nothing else is said."""
     slots: Tensor                 # which of all R rollouts it is
-    seeds: Tensor                 # its question's
-    places: Tensor                # its place in the group
+    uniforms: Tensor              # (R', max_new_tokens) double: the number that draws each token
     first_positions: Tensor       # position of its first new token
     done: Tensor                  # bool: it has sampled a stop token
     tokens: Tensor                # the token that it sampled last
@@ -131,39 +127,43 @@ def generate(
     logits, cache, first_positions = model.prefill(prompts, group, max_new_tokens)
     # The first token's distribution is the prompt's; each of its rollouts draws from it.
     logits = logits.repeat_interleave(group, 0)                            # (R, V)
-    batch = start_batch(first_positions, seeds, group)
+    seeds, stop_ids = sent((seeds, torch.tensor(model.stop_ids)), model.device)
+    batch = start_batch(first_positions, seeds, group, max_new_tokens)
     results = start_results(len(batch.slots), max_new_tokens, model.device)
-    stop_ids = torch.tensor(model.stop_ids, device=model.device)
     decode = decoder(model, cache, cuda_graphs)
     shrink_to = SHRINK_TO_WITH_GRAPHS if cuda_graphs else SHRINK_TO
     for k in range(max_new_tokens):
         logp = model.distribution(logits, temperature or 1.0)              # (R', V)
         if temperature:
-            batch.tokens = draw(logp, uniform(batch.seeds, batch.places, k))
+            batch.tokens = draw(logp, batch.uniforms[:, k])
         else:
             batch.tokens = logp.argmax(-1)
         results.record(k, batch, logp)
         batch.done = batch.done | torch.isin(batch.tokens, stop_ids)
+        # The last token is not fed: nothing follows it.
+        if k + 1 == max_new_tokens:
+            break
         if (k + 1) % CHECK_EVERY == 0:
             rows = unfinished(batch.done.view(cache.questions, -1), shrink_to)
             if rows is not None:
                 if not rows.numel():
                     break
                 shrink(batch, cache, rows)
-        # The last token is not fed: nothing follows it.
-        if k + 1 < max_new_tokens:
-            logits = decode(batch.tokens, batch.first_positions + k)
+        logits = decode(batch.tokens, batch.first_positions + k)
     return results.by_group(group)
 
 
-def start_batch(first_positions: Tensor, seeds: Tensor, group: int) -> Batch:
+def start_batch(
+        first_positions: Tensor, seeds: Tensor, group: int, max_new_tokens: int) -> Batch:
     """All R rollouts, before their first token; first_positions and seeds are (Q,)."""
     device = first_positions.device
     slots = torch.arange(len(first_positions) * group, device=device)
+    seeds = seeds.repeat_interleave(group)
+    # Drawn at once: token by token it would be thirty kernels for each.
+    steps = torch.arange(max_new_tokens, device=device)
     return Batch(
         slots=slots,
-        seeds=seeds.to(device).repeat_interleave(group),
-        places=slots % group,
+        uniforms=uniform(seeds[:, None], (slots % group)[:, None], steps),
         first_positions=first_positions.repeat_interleave(group),
         done=torch.zeros(len(slots), dtype=torch.bool, device=device),
         tokens=torch.zeros_like(slots))
@@ -199,11 +199,14 @@ def unfinished(done: Tensor, share: float) -> Tensor | None:
     Questions that are through are dropped. The others keep as many rows as the one with
     most unfinished rollouts needs, as the batch stays a rectangle: finished ones fill
     it up."""
-    questions = (~done).any(1).nonzero()[:, 0]
-    width = int((~done).sum(1).max())
-    if len(questions) * width > share * done.numel():
+    going_on = (~done).sum(1)                                              # (Q',)
+    # The host waits for the device here, and for both numbers at once.
+    counts = torch.stack(((going_on > 0).sum(), going_on.max()))
+    question_count, width = counts.tolist()
+    if question_count * width > share * done.numel():
         return None
-    # False sorts before True, and stable keeps the rollouts in order.
+    # False sorts before True, and stable keeps questions and rollouts in order.
+    questions = (going_on == 0).long().argsort(stable=True)[:question_count]
     unfinished_first = done[questions].long().argsort(dim=1, stable=True)[:, :width]
     return questions[:, None] * done.shape[1] + unfinished_first
 
@@ -219,13 +222,14 @@ def draw(logp: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
 
 
-def uniform(seeds: Tensor, places: Tensor, k: int) -> Tensor:
-    """One number in [0, 1) for each (seed, place in the group, token k): (R,) long -> (R,) double.
+def uniform(seeds: Tensor, places: Tensor, k: Tensor | int) -> Tensor:
+    """One number in [0, 1) for each (seed, place in the group, token k): long tensors that
+    broadcast -> double.
 
     SplitMix64's finaliser (Steele, Lea, Flood 2014) over a counter. The factors are odd
     64-bit constants, written as int64; products are modulo 2^64."""
     x = seeds * -7046029254386353131
-    for part in (places, torch.full_like(places, k)):
+    for part in (places, torch.zeros_like(places) + k):
         x = mix(x + (part + 1) * -4658895280553007687)
     # 52 bits fill a double's mantissa.
     return shifted(x, 12).double() * 2.0 ** -52

@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import Cache, Plan, Rows, attention
+from attention import Cache, Plan, Rows, attention, cumulative, sent
 
 if TYPE_CHECKING:
     from processor import Processor, Prompt
@@ -39,8 +39,13 @@ NEVER = -1e30
 # Logits alive at once in `score` (float32: 0.1 GB). Without a limit memory would grow
 # with tokens x vocabulary.
 LOGITS_PER_CHUNK = 2 ** 25
+# On CUDA more (1 GB): the head's gradient is a bfloat16 sum over the chunks, and rounded in each.
+CUDA_LOGITS_PER_CHUNK = 2 ** 28
 # Patches in a pass of the vision tower without gradient: more do not make it faster, but larger.
 PATCHES_AT_ONCE = 2048
+# On CUDA they do: fewer kernels are launched, and the host waits once a pass (1.3 GB at the
+# widths of 3B).
+CUDA_PATCHES_AT_ONCE = 2 ** 15
 
 # Markers that only prompts hold, by their text in the tokenizer.
 VISION_MARKERS = (
@@ -48,7 +53,7 @@ VISION_MARKERS = (
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 Grid = tuple[int, int, int]               # an image's frames, rows and columns, in patches
-Rotation = tuple[Tensor, Tensor]          # cos and sin of rotary angles, (N, hd / 2) each
+Rotation = tuple[Tensor, Tensor]          # cos and signed sin of rotary angles, (N, 1, hd) each
 ALL_ROWS = slice(None)
 
 
@@ -189,9 +194,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (y * scale).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -205,16 +208,20 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (N, H, hd) turned by angles whose cos and sin are (N, hd / 2) float32.
+def rotation_by(angles: Tensor) -> Rotation:
+    """(N, hd / 2) rotary angles -> what `rotate` takes.
 
-    Dimension i is paired with i + hd / 2."""
-    a, b = x.float().chunk(2, -1)
-    cos = cos[:, None]                                                     # (N, 1, hd / 2)
-    sin = sin[:, None]
-    turned_a = torch.addcmul(a * cos, b, sin, value=-1)
-    turned_b = torch.addcmul(b * cos, a, sin)
-    return torch.cat((turned_a, turned_b), -1).to(x.dtype)
+    Dimension i is paired with i + hd / 2, and (a, b) turns to (a cos - b sin, b cos + a sin)."""
+    cos = angles.cos()
+    sin = angles.sin()
+    return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (N, heads, hd) turned by a `Rotation`, in float32."""
+    y = x.float()
+    partner = y.roll(y.shape[-1] // 2, -1)
+    return (y * cos).addcmul_(partner, sin).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------ vision tower
@@ -238,8 +245,10 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(c.hidden, c.hidden)
 
     def forward(self, x: Tensor, rotation: Rotation, plan: Plan) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)     # (N, H, hd) each
-        out = attention(rotate(q, *rotation), rotate(k, *rotation), v, plan)
+        qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))                  # (N, 3 * H, hd)
+        qk, v = qkv.split((2 * self.heads, self.heads), 1)
+        q, k = rotate(qk, *rotation).split(self.heads, 1)
+        out = attention(q, k, v, plan)
         return self.proj(out.flatten(1))
 
 
@@ -319,7 +328,7 @@ class VisionTower(nn.Module):
         exponent = torch.arange(quarter, device=positions.device) / quarter
         inverse_frequency = 10000.0 ** -exponent
         angles = (positions[:, :, None] * inverse_frequency).flatten(1)    # (patches, hd / 2)
-        return angles.cos(), angles.sin()
+        return rotation_by(angles)
 
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """pixel_values (patches, channels * temporal * patch * patch), grids of all
@@ -344,15 +353,17 @@ class VisionTower(nn.Module):
             window_patches += [n * patches_a_token for n in frame.window_tokens]
             frame_patches.append(tokens * patches_a_token)
             start += tokens
-        order = torch.cat(orders).to(device)
-        within_window = Plan(window_patches, causal=False, device=device)
-        within_frame = Plan(frame_patches, causal=False, device=device)
+        positions = torch.cat([frame.patch_positions for frame in frames])
+        order, positions, window_starts, frame_starts = sent(
+            (torch.cat(orders), positions, cumulative(window_patches),
+             cumulative(frame_patches)), device)
+        within_window = Plan(window_patches, False, device=device, starts=window_starts)
+        within_frame = Plan(frame_patches, False, device=device, starts=frame_starts)
 
         def by_window(x: Tensor) -> Tensor:
             """(patches, ...) from the order of pixel_values to that of windows, by token."""
             return x.unflatten(0, (-1, patches_a_token))[order].flatten(0, 1)
 
-        positions = torch.cat([frame.patch_positions for frame in frames]).to(device)
         rotation = self.rotation(by_window(positions))
         x = by_window(self.patch_embed(pixel_values))
         for i, block in enumerate(self.blocks):
@@ -381,7 +392,10 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))              # (N, H, hd)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))              # (N, KV, hd)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        out = attention(rotate(q, *rotation), rotate(k, *rotation), v, plan, self.index)
+        # Turned together: half as many kernels are launched.
+        qk = rotate(torch.cat((q, k), 1), *rotation)
+        q, k = qk.split((q.shape[1], k.shape[1]), 1)
+        out = attention(q, k, v, plan, self.index)
         return self.o_proj(out.flatten(1))
 
 
@@ -424,7 +438,7 @@ class LanguageModel(nn.Module):
         # here would do, waits for no device and can be captured in a CUDA graph.
         rows = [axis.expand(n, -1) for axis, n in zip(positions, c.mrope_section)]
         angles = torch.cat(rows).T * inverse_frequency                         # (N, hd / 2)
-        return angles.cos(), angles.sin()
+        return rotation_by(angles)
 
     def forward(
             self, x: Tensor, positions: Tensor, plan: Plan | Cache,
@@ -588,7 +602,9 @@ class QwenVL(nn.Module):
         with_text = set(token_ids.values()) if token_ids else set(range(self.config.vocab))
         markers = {token_ids[text] for text in VISION_MARKERS if text in token_ids}
         samplable = with_text - markers - set(self.config.marker_ids)
-        self.banned = torch.tensor([i not in samplable for i in range(self.config.vocab)])
+        banned = torch.tensor([i not in samplable for i in range(self.config.vocab)])
+        # A buffer moves to the device with the weights, and stays there; no file holds it.
+        self.register_buffer("banned", banned.to(self.device), persistent=False)
         stop_ids = tuple(token_ids[text] for text in STOP_TOKENS if text in token_ids)
         self.stop_ids = stop_ids or self.config.stop_ids
 
@@ -617,7 +633,9 @@ class QwenVL(nn.Module):
         if ends[-1] != len(pixel_values):
             raise ValueError(
                 f"pixel_values has {len(pixel_values)} patches, image_grid_thw {ends[-1]}")
-        limit = len(pixel_values) if torch.is_grad_enabled() else PATCHES_AT_ONCE
+        limit = PATCHES_AT_ONCE if self.device.type == "cpu" else CUDA_PATCHES_AT_ONCE
+        if torch.is_grad_enabled():
+            limit = len(pixel_values)
         passes = []
         begin = 0                                # first image of the coming pass
         for end in range(1, len(ends)):          # one past its last
@@ -678,20 +696,20 @@ class QwenVL(nn.Module):
 
         The vision tower runs once for all of them."""
         c = self.config
-        ids = torch.cat([prompt.input_ids for prompt in prompts]).to(self.device)
         grids = []
         parts = []
         for prompt in prompts:
             own_grids = as_grids(prompt.image_grid_thw)
             parts.append(mrope_positions(prompt.input_ids, own_grids, c.image_id, c.vision.merge))
             grids += own_grids
+        ids = torch.cat([prompt.input_ids for prompt in prompts])
+        ids, positions = sent((ids, torch.cat(parts, 1)), self.device)
         dtype = self.visual.patch_embed.proj.weight.dtype
-        pixels = [pixels_on(prompt, self.device, dtype) for prompt in prompts]
-        x = self.embed(ids, torch.cat(pixels), grids)
+        x = self.embed(ids, pixels_on(prompts, self.device, dtype), grids)
         lengths = [len(prompt.input_ids) for prompt in prompts]
         # Positions are made on the host, which so needs not wait for the device to read them.
         first_positions = [int(part.max()) + 1 for part in parts]
-        return x, torch.cat(parts, 1).to(self.device), lengths, first_positions
+        return x, positions, lengths, first_positions
 
     # ------------------------------------------------------------------- sampling and scoring
 
@@ -701,20 +719,20 @@ class QwenVL(nn.Module):
         """Q prompts -> logits (Q, V) of the first new token, a Cache for G rollouts of
         each, the position (Q,) of that token."""
         x, positions, lengths, first_positions = self.pack(prompts)
-        plan = Plan(lengths, kv_cache=[], device=self.device)
-        last_rows = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        starts, first_positions = sent(
+            (cumulative(lengths), torch.tensor(first_positions)), self.device)
+        plan = Plan(lengths, kv_cache=[], device=self.device, starts=starts)
+        last_rows = starts[1:] - 1
         hidden = self.model(x, positions, plan, last_rows)
-        cache = Cache(plan.kv_cache, lengths, group, max_new_tokens)
-        return self.lm_head(hidden), cache, torch.tensor(first_positions, device=self.device)
+        return self.lm_head(hidden), Cache(plan, group, max_new_tokens), first_positions
 
     def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
         """One more token of every rollout: tokens (R,), position (R,) -> logits (R, V)
         of the token behind it."""
+        # All layers put the token at the same place.
+        cache.admit()
         x = self.model.embed_tokens(tokens)
         hidden = self.model(x, position.expand(3, -1), cache)
-        # All layers have put the token at the same place; it counts as filled from here on.
-        cache.filled += 1
-        cache.filled_on_device += 1
         return self.lm_head(hidden)
 
     def score(
@@ -756,9 +774,6 @@ class QwenVL(nn.Module):
         """(..., V) logits -> log-probabilities in float32 at this temperature, over the
         ids that can be sampled."""
         scaled = logits.float() / temperature
-        # Moved once: a copy to the device for every token would make the host wait.
-        if self.banned.device != logits.device:
-            self.banned = self.banned.to(logits.device)
         return scaled.masked_fill(self.banned, NEVER).log_softmax(-1)
 
     def log_probabilities(
@@ -773,7 +788,8 @@ class QwenVL(nn.Module):
                 entropy = -(logp.exp() * logp).sum(-1)
             return logp.gather(-1, targets[:, None])[:, 0], entropy
 
-        size = max(1, LOGITS_PER_CHUNK // self.config.vocab)
+        limit = LOGITS_PER_CHUNK if hidden.device.type == "cpu" else CUDA_LOGITS_PER_CHUNK
+        size = max(1, limit // self.config.vocab)
         logps = []
         entropies = []
         for chunk in zip(hidden.split(size), targets.split(size)):
@@ -909,13 +925,16 @@ def as_grids(image_grid_thw: Tensor) -> list[Grid]:
     return [tuple(grid) for grid in image_grid_thw.tolist()]
 
 
-def pixels_on(prompt: Prompt, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A prompt's patches on the device: (patches, D).
+def pixels_on(prompts: Sequence[Prompt], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The patches of prompts on the device, one behind the other: (patches, D).
 
-    A Processor's prompt brings bytes, which are normalised there; any other object has
+    Prompts of one Processor bring bytes, which are normalised there; any other objects have
     `pixel_values`."""
-    pixels = getattr(prompt, "pixels", None)
-    return prompt.pixel_values.to(device) if pixels is None else pixels.normalised(device, dtype)
+    if not hasattr(prompts[0], "pixels"):
+        return torch.cat([prompt.pixel_values for prompt in prompts]).to(device)
+    # Joined on the host: one copy waits once.
+    values = torch.cat([prompt.pixels.values for prompt in prompts])
+    return replace(prompts[0].pixels, values=values).normalised(device, dtype)
 
 
 def lengths_of(completions: Sequence[Tensor]) -> list[int]:

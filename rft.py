@@ -271,9 +271,9 @@ def sample(
 ) -> Rollouts:
     """Q records, their prompts and seeds (Q,) -> G rollouts of each."""
     # Sharded parameters are gathered once, for all the tokens of all processes.
-    with runtime.gathered(policy.model):
+    with runtime.gathered(policy.model) as model:
         tokens, logprobs, lengths = generate(
-            policy.model, prompts, args.group, args.max_new_tokens, args.temperature, seeds,
+            model, prompts, args.group, args.max_new_tokens, args.temperature, seeds,
             args.cuda_graphs)
     completions = []
     sampled_logp = []

@@ -328,8 +328,6 @@ def test_two_launches_with_boundaries_equal_dense_attention(
     monkeypatch.setattr(kernels, "cuda_flash_backward", plain_flash_backward)
     seen = seen_in_groups([5, 3], [[4, 1], [2]])
     plan = Plan([5, 3, 4, 1, 2], prefix=[(5, 5), (3, 2)])
-    plan.own = plan.own_boundaries("cpu")
-    plan.shared = plan.shared_boundaries("cpu")
     torch.manual_seed(5)
     assert_equals_dense(plan, seen)
 
