@@ -916,8 +916,8 @@ def commit() -> str | None:
     return git.stdout.strip() or None
 
 
-# A step's folder holds the whole weights for users (hub layout) and, in state/, what
-# a resume needs: one file a process, with its rows of every float32 parameter and
+# A step's folder holds the whole weights for users (hub layout; adapters alone, in PEFT's,
+# where these are trained) and, in state/, what a resume needs: one file a process, with its rows of every float32 parameter and
 # moment. Rows are those of dimension 0, along which FSDP2 cuts a tensor. A resume on
 # another number of processes copies into each process's rows what each file has of
 # them.
@@ -944,7 +944,7 @@ def save(
         out: Path, step: int, model: QwenVL, opt: torch.optim.Optimizer, processor: Processor,
         run: dict[str, Any],
 ) -> None:
-    """Writes out/step_000200: weights and tokenizer in hub layout, run.json, and state/.
+    """Writes out/step_000200: weights (or adapters) and tokenizer, run.json, and state/.
 
     The folder appears whole or not at all, and `latest` moves to it at once: a run
     that is killed at any moment leaves its last checkpoint standing.
