@@ -1,8 +1,8 @@
 """LoRA: adapters beside frozen linear layers; made, read and written in PEFT's layout, merged.
 
 A layer answers W x + b + alpha / rank * B (A x). W and b stay what they are, A and B are
-trained: for a 3B model at rank 64 that is 4% of its parameters. B is 0 at first, so the
-model begins as its base.
+trained: of a 3B model at rank 64 3% of its parameters. B is 0 at first, so the model
+begins as its base.
 
 A run that starts from an adapter trains that adapter on. So its checkpoint holds one
 adapter over the base that it names, and PEFT loads it. Where a reference policy is
@@ -73,12 +73,14 @@ class LoRALinear(nn.Linear):
         self.register_buffer("start_B", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in) -> (N, out)"""
         y = super().forward(x)
         A = self.start_A if self.at_start else self.lora_A
         B = self.start_B if self.at_start else self.lora_B
         if A is None:
             return y
-        return y + F.linear(F.linear(x, A) * (self.alpha / self.rank), B)
+        # One kernel scales, multiplies and adds.
+        return torch.addmm(y, F.linear(x, A), B.T, alpha=self.alpha / self.rank)
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:

@@ -917,10 +917,10 @@ def commit() -> str | None:
 
 
 # A step's folder holds the whole weights for users (hub layout; adapters alone, in PEFT's,
-# where these are trained) and, in state/, what a resume needs: one file a process, with its rows of every float32 parameter and
-# moment. Rows are those of dimension 0, along which FSDP2 cuts a tensor. A resume on
-# another number of processes copies into each process's rows what each file has of
-# them.
+# where these are trained) and, in state/, what a resume needs: one file a process, with its
+# rows of every float32 parameter and moment. Rows are those of dimension 0, along which
+# FSDP2 cuts a tensor. A resume on another number of processes copies into each process's
+# rows what each file has of them.
 
 def local_rows(x: Tensor) -> Tensor:
     """This process's rows of a tensor: all of them where it is not sharded."""

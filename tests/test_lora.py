@@ -1,4 +1,4 @@
-"""lora.py beside PEFT, merged beside unmerged, and both stages with adapters as a user runs them."""
+"""lora.py beside PEFT, merged beside unmerged, and both stages with adapters as one runs them."""
 import argparse
 import json
 import math
