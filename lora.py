@@ -178,12 +178,17 @@ def keep_start(model: nn.Module) -> None:
 
 @contextmanager
 def reference(model: nn.Module) -> Iterator[None]:
-    """Inside, adapters are what they were at `keep_start`; a model without any is unchanged."""
+    """Inside, adapters are what they were at `keep_start`; a model without any is unchanged.
+
+    Nothing that is trained takes part, so nothing is kept for a gradient, be it switched
+    on. It is: then images are passed as the policy passes them, in one go. So both answer
+    alike to the bit, and a sharded model makes equally many passes on all processes."""
     layers = adapted(model).values()
     for layer in layers:
         layer.at_start = True
     try:
-        yield
+        with torch.set_grad_enabled(torch.is_grad_enabled() or bool(layers)):
+            yield
     finally:
         for layer in layers:
             layer.at_start = False
