@@ -62,7 +62,7 @@ from answer import locate
 from data import DataError, Record, Records
 from generate import generate
 from metrics import THRESHOLDS
-from model import CheckpointError, QwenVL, newest_step
+from model import CheckpointError, QwenVL, is_checkpoint, newest_step
 from processor import Frame, Processor, Prompt, frame_by_coords, prompt_hash
 
 INCLUSIVE = ("opt",)              # data sets whose own evaluation counts IoU >= t
@@ -183,7 +183,7 @@ class EvalSet:
 def find_stages(path: str | Path) -> list[Stage]:
     """A checkpoint or a stage -> itself; another folder -> every stage in it."""
     path = Path(path)
-    if (path / "config.json").exists():
+    if is_checkpoint(path):
         here = path.resolve()
         name = here.name
         if name.startswith("step_"):
@@ -192,7 +192,7 @@ def find_stages(path: str | Path) -> list[Stage]:
     candidates = [path]
     if path.is_dir():
         candidates += sorted(path.iterdir())
-    folders = [p for p in candidates if (newest_step(p) / "config.json").exists()]
+    folders = [p for p in candidates if is_checkpoint(newest_step(p))]
     if not folders:
         raise CheckpointError(
             f"no checkpoint at {path}: neither config.json, nor latest/config.json, nor a folder "

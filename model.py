@@ -51,6 +51,8 @@ CUDA_PATCHES_AT_ONCE = 2 ** 15
 VISION_MARKERS = (
     "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+# What a folder of an adapter has in place of config.json, as PEFT names it.
+ADAPTER_CONFIG = "adapter_config.json"
 
 Grid = tuple[int, int, int]               # an image's frames, rows and columns, in patches
 Rotation = tuple[Tensor, Tensor]          # cos and signed sin of rotary angles, (N, 1, hd) each
@@ -584,6 +586,8 @@ class QwenVL(nn.Module):
         super().__init__()
         self.config = config
         self.stored_dtype = torch.bfloat16
+        # The folder that the weights come from, where they do.
+        self.base: Path | None = None
         self.visual = VisionTower(config.vision)
         self.model = LanguageModel(config)
         self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
@@ -807,20 +811,27 @@ class QwenVL(nn.Module):
     def from_pretrained(
             cls, path: str | Path, dtype: torch.dtype | None = torch.bfloat16,
             device: torch.device | str = "cpu") -> QwenVL:
-        """A checkpoint folder in hub layout (or a stage's folder: its newest step).
+        """A checkpoint folder in hub layout (or a stage's folder: its newest step), or an
+        adapter's, over the base that it names (lora.py).
 
         dtype None keeps the stored one. Strict: a tensor that is missing, unexpected or
         of another shape is a CheckpointError that names it. Tensors are memory-mapped,
         not read twice."""
+        # lora.py stands on this module.
+        import lora
         path = folder(path)
+        base = base_folder(path)
         # On the meta device no memory is spent on weights that the checkpoint replaces.
         with torch.device("meta"):
-            model = cls(Config.from_json(path / "config.json"))
-        tensors = model.read_weights(path, dtype, device)
+            model = cls(Config.from_json(base / "config.json"))
+        tensors = model.read_weights(base, dtype, device)
         model.load_state_dict(tensors, strict=False, assign=True)
         # Assigning has replaced the embedding, but not the head that is tied to it.
         model.tie()
-        model.set_vocabulary(read_token_ids(path))
+        model.set_vocabulary(read_token_ids(path) or read_token_ids(base))
+        model.base = base
+        if (path / ADAPTER_CONFIG).exists():
+            lora.load(model, path, dtype, device)
         return model
 
     def read_weights(
@@ -881,15 +892,20 @@ class QwenVL(nn.Module):
     def save_pretrained(
             self, path: str | Path, tensors: Iterable[tuple[str, Tensor]] | None = None,
             shard_bytes: int = 5 * 10 ** 9) -> None:
-        """Writes config.json and safetensors in hub layout, in the checkpoint's own dtype.
+        """Writes config.json and safetensors in hub layout, in the checkpoint's own dtype; of
+        a model with adapters these alone, in PEFT's layout.
 
         tensors: (name, tensor) pairs to write instead of the model's own, where those
         are sharded over processes."""
+        import lora
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", self.config.raw)
         if tensors is None:
             tensors = self.state_dict().items()
+        if lora.adapted(self):
+            lora.save(self, path, tensors)
+            return
+        write_json(path / "config.json", self.config.raw)
         shards = self.shards(tensors, shard_bytes)
         if len(shards) == 1:
             names = ["model.safetensors"]
@@ -943,12 +959,44 @@ def lengths_of(completions: Sequence[Tensor]) -> list[int]:
 
 # --------------------------------------------------------------------- a checkpoint's files
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder holds a model's config.json, or an adapter's configuration."""
+    return (path / "config.json").exists() or (path / ADAPTER_CONFIG).exists()
+
+
 def newest_step(path: str | Path) -> Path:
     """A stage's folder -> its newest step; a checkpoint's folder, and any other path -> itself."""
     path = Path(path)
-    if (path / "config.json").exists() or not (path / "latest").exists():
+    if is_checkpoint(path) or not (path / "latest").exists():
         return path
     return path / "latest"
+
+
+def base_folder(path: Path) -> Path:
+    """A checkpoint's folder -> itself; an adapter's -> that of the base which it names.
+
+    CheckpointError where no base is there."""
+    file = path / ADAPTER_CONFIG
+    if not file.exists():
+        return path
+    name = str(read_adapter_config(file).get("base_model_name_or_path") or "")
+    base = newest_step(name)
+    if not name or not (base / "config.json").exists():
+        raise CheckpointError(
+            f"{file}: the base checkpoint {name!r} is not there; name its folder as "
+            "base_model_name_or_path in that file")
+    return base
+
+
+def read_adapter_config(file: Path) -> dict[str, Any]:
+    """adapter_config.json as it stands; CheckpointError where it is not a JSON object."""
+    try:
+        config = read_json(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: not a JSON object; is this an adapter's configuration?")
+    return config
 
 
 def folder(path: str | Path) -> Path:
@@ -957,7 +1005,7 @@ def folder(path: str | Path) -> Path:
     CheckpointError where there is none."""
     path = Path(path)
     newest = newest_step(path)
-    if not (newest / "config.json").exists():
+    if not is_checkpoint(newest):
         raise CheckpointError(
             f"no checkpoint at {path}: neither {path / 'config.json'} nor "
             f"{path / 'latest' / 'config.json'} is there")

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from answer import PROMPT, Box
 from data import ASPECT, DataError, read_json, rgb
-from model import newest_step
+from model import base_folder, newest_step
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 # A family's name, the convention of its coordinates, the system turn of its chat template (None:
@@ -44,6 +44,7 @@ TOKENIZER_FILES = (
     "preprocessor_config.json", "chat_template.json", "chat_template.jinja",
     "special_tokens_map.json", "added_tokens.json", "processor_config.json",
     "generation_config.json")
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 # Qwen's pre-tokenizer: where a text is cut before merges apply.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -238,6 +239,9 @@ class Processor:
         files are missing or do not fit.
         """
         path = newest_step(path)
+        # An adapter from elsewhere lies alone: the files are beside its base.
+        if not any((path / name).exists() for name in IMAGE_FILES):
+            path = base_folder(path)
         image_config, family = read_image_config(path)
         if min_pixels:
             image_config["min_pixels"] = min_pixels
@@ -358,7 +362,7 @@ def read_image_config(path: Path) -> tuple[dict[str, Any], str]:
     name = image_config.get("processor_class") or whole.get("processor_class")
     if name in FAMILIES:
         return dict(image_config), name
-    model_type = (read_json(path / "config.json") or {}).get("model_type")
+    model_type = (read_json(base_folder(path) / "config.json") or {}).get("model_type")
     for name, (family, _, _) in FAMILIES.items():
         if family == model_type:
             return dict(image_config), name

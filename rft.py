@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import answer
 import eval as evaluation
+import lora
 import pictures
 import reward
 import runtime
@@ -231,7 +232,8 @@ class Policy:
     model: QwenVL
     processor: Processor
     optimizer: torch.optim.Optimizer | None
-    reference: QwenVL | None           # the starting policy; None without a KL
+    # The starting policy, None without a KL; under --lora the model itself, see lora.reference.
+    reference: QwenVL | None
 
 
 @dataclass
@@ -446,7 +448,7 @@ def accumulate_gradient(
         batch.old_logp = logp.detach()
         batch.sampled_scored = (batch.old_logp - batch.sampled_logp).abs().max().item()
         if policy.reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), lora.reference(policy.reference):
                 batch.ref_logp, _ = policy.reference.score(
                     batch.prompts, batch.completions, args.temperature)
     loss, sums = policy_loss(
@@ -641,15 +643,27 @@ def main() -> None:
 
 
 def open_policy(init: Path, args: argparse.Namespace) -> Policy:
-    """The model to train with its optimizer, and where there is a KL the frozen reference."""
+    """The model to train with its optimizer, and where there is a KL the reference."""
     model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
+    lora.fit(model, args)
     device = runtime.start(args.device, args.deterministic)
     reference = None
-    if args.beta:
-        # In the compute dtype: it is only read.
-        reference = runtime.open_checkpoint(init, device)[0].requires_grad_(False)
+    if args.beta and args.lora:
+        # No second model: the base is frozen, so the adapters tell the two policies apart.
+        lora.keep_start(model)
+        reference = model
+    elif args.beta:
+        reference = open_reference(init, device)
     model = runtime.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
     return Policy(model, processor, runtime.optimizer(model, args.lr), reference)
+
+
+def open_reference(init: Path, device: torch.device) -> QwenVL:
+    """The starting policy once more, in the compute dtype and frozen: it is only read."""
+    model, _ = runtime.open_checkpoint(init)
+    # In the order of the model under training: merged as stored, rounded behind that.
+    lora.merge(model)
+    return model.to(device, runtime.compute_dtype_of(device)).requires_grad_(False)
 
 
 def progress(line: dict[str, Any]) -> str:

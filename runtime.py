@@ -44,6 +44,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+import lora
 from data import DataError, Record, Records, load, read_json, refusal_summary
 from model import CheckpointError, QwenVL
 from processor import Processor, Prompt, prompt_hash
@@ -156,6 +157,14 @@ def add_common_flags(
     add("--freeze-vision", action="store_true", help="train the language model alone")
     add("--max-pixels", type=positive,
         help="area of the resized image at most; default: the checkpoint's own")
+    add = parser.add_argument_group("adapters").add_argument
+    add("--lora", type=positive, metavar="RANK",
+        help="train adapters of this rank beside the language model's linear layers, and the "
+        "weights not at all; --lr about ten times as large; default: none")
+    add("--lora-alpha", type=above_zero, metavar="ALPHA",
+        help="an adapter counts ALPHA / RANK; default 2 RANK, or as the adapter in --init has it")
+    add("--lora-vision", action="store_true",
+        help="adapters beside the vision tower's linear layers as well")
 
 
 def add_device_flag(add: Callable[..., Any]) -> None:
@@ -173,6 +182,8 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
     args = parser.parse_args()
     if args.resume:
         args = parse_resumed(parser, args, stage)
+    else:
+        check_adapter_flags(args)
     args.device = choose_device(args.device)
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = args.device == "cuda"
@@ -206,6 +217,15 @@ def parse_resumed(
                  f"but the run in {args.out} has {as_typed(run_value)}; leave the flag out, "
                  "or start another run with another --out")
     return args
+
+
+def check_adapter_flags(args: argparse.Namespace) -> None:
+    """Refuses flags about adapters that do not go together."""
+    for name in ("lora_alpha", "lora_vision"):
+        if getattr(args, name) and not args.lora:
+            fail(f"--{name.replace('_', '-')} without --lora; give the adapters' rank as well")
+    if args.lora_vision and args.freeze_vision:
+        fail("--lora-vision trains what --freeze-vision keeps; leave one of them out")
 
 
 def as_typed(value: Any) -> str:
@@ -405,13 +425,16 @@ def open_checkpoint(
     (bfloat16 on CUDA, float32 on the CPU). Without one it is as stored, to be
     prepared for training.
     """
-    dtype = None
-    if device is not None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = None if device is None else compute_dtype_of(device)
     model = QwenVL.from_pretrained(folder, dtype, device or "cpu")
     processor = Processor.from_pretrained(folder, max_pixels=max_pixels)
     model.check_processor(processor)
     return model, processor
+
+
+def compute_dtype_of(device: torch.device) -> torch.dtype:
+    """What passes on this device compute in: bfloat16 on CUDA, float32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def prepare(
@@ -420,17 +443,23 @@ def prepare(
 ) -> QwenVL:
     """Makes a loaded model ready for training: float32, on the device, sharded (FSDP2).
 
+    Of a model with adapters these alone are trained; the base is only read, and where it is
+    sharded it lies in what it computes in.
+
     compute_dtype: of a sharded model's passes; None is bfloat16 on CUDA and float32 on the
     CPU. One process on a CPU shards nothing: it has neither peers nor another dtype to
     compute in.
     """
-    model.visual.requires_grad_(not freeze_vision)
+    if lora.adapted(model):
+        lora.freeze_base(model)
+    else:
+        model.visual.requires_grad_(not freeze_vision)
     model.visual.checkpointing = gradient_checkpointing
     model.model.checkpointing = gradient_checkpointing
     if not dist.is_initialized():
         return model.float().to(device)
     if compute_dtype is None:
-        compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        compute_dtype = compute_dtype_of(device)
     shard(model, device, compute_dtype)
     # FSDP2 wraps forward() alone; this method needs unsharded parameters as well.
     register_fsdp_forward_method(model, "score")
@@ -444,11 +473,18 @@ def shard(model: QwenVL, device: torch.device, compute_dtype: torch.dtype) -> No
         dtypes = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32}
     policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world(),))
+    # Beside adapters the base is only read: it lies in what it computes in. (FSDP2 asks
+    # for one dtype among the trained parameters of a module alone.)
+    frozen_dtype = compute_dtype if lora.adapted(model) else torch.float32
     # Each layer becomes float32 just before it is sharded, so that one float32 layer
     # at a time exists whole. The inner modules come first: an outer one takes the
     # parameters that are left.
     for module in (*model.visual.blocks, *model.model.layers, model.visual, model):
-        fully_shard(module.float(), mesh=mesh, mp_policy=policy)
+        for x in (*module.parameters(), *module.buffers()):
+            dtype = torch.float32 if x.requires_grad else frozen_dtype
+            if x.is_floating_point() and x.dtype != dtype:
+                x.data = x.data.to(dtype)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in sharded_modules(model):
         # FSDP2 averages gradients. A loss is already divided by the token count of
         # all processes, so the average would divide a second time.
@@ -899,11 +935,11 @@ def commit() -> str | None:
     return git.stdout.strip() or None
 
 
-# A step's folder holds the whole weights for users (hub layout) and, in state/, what
-# a resume needs: one file a process, with its rows of every float32 parameter and
-# moment. Rows are those of dimension 0, along which FSDP2 cuts a tensor. A resume on
-# another number of processes copies into each process's rows what each file has of
-# them.
+# A step's folder holds the whole weights for users (hub layout; adapters alone, in PEFT's,
+# where these are trained) and, in state/, what a resume needs: one file a process, with its
+# rows of every float32 parameter and moment. Rows are those of dimension 0, along which
+# FSDP2 cuts a tensor. A resume on another number of processes copies into each process's
+# rows what each file has of them.
 
 def local_rows(x: Tensor) -> Tensor:
     """This process's rows of a tensor: all of them where it is not sharded."""
@@ -927,7 +963,7 @@ def save(
         out: Path, step: int, model: QwenVL, opt: torch.optim.Optimizer, processor: Processor,
         run: dict[str, Any],
 ) -> None:
-    """Writes out/step_000200: weights and tokenizer in hub layout, run.json, and state/.
+    """Writes out/step_000200: weights (or adapters) and tokenizer, run.json, and state/.
 
     The folder appears whole or not at all, and `latest` moves to it at once: a run
     that is killed at any moment leaves its last checkpoint standing.
@@ -964,7 +1000,7 @@ def save_state(
     """
     tensors = {}
     rows = {}
-    for key, p in model.named_parameters():
+    for key, p in lora.saved_parameters(model):
         rows[key] = {"shape": list(p.shape), "first": first_row(p)}
         tensors[f"master/{key}"] = local_rows(p.detach()).contiguous()
         for kind, x in opt.state.get(p, {}).items():
@@ -993,8 +1029,9 @@ def save_weights(folder: Path, model: QwenVL, processor: Processor) -> None:
 
 
 def gather_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors of the state dict; one at a time exists unsharded."""
-    for key, x in model.state_dict().items():
+    """Names and whole tensors of what a checkpoint holds; one at a time exists unsharded."""
+    for key, p in lora.saved_parameters(model):
+        x = p.detach()
         yield key, x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -1065,7 +1102,7 @@ def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
     # A parameter that was frozen has no moments. The first process has rows of every
     # parameter.
     stored_names = set(files[0].tensors.keys())
-    for key, p in model.named_parameters():
+    for key, p in lora.saved_parameters(model):
         stored = files[0].rows.get(key)
         if stored is None or stored["shape"] != list(p.shape):
             raise CheckpointError(f"{out / 'latest' / 'state'}: {key} does not fit this model; "

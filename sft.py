@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import cot
 import eval as evaluation
+import lora
 import runtime
 from data import Record, open_image
 from model import QwenVL, folder
@@ -137,6 +138,7 @@ def main() -> None:
     out = Path(args.out)
     runtime.check_output(out, args.resume)
     model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
+    lora.fit(model, args)
     device = runtime.start(args.device, args.deterministic)
     model = runtime.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
     opt = runtime.optimizer(model, args.lr)
