@@ -1,6 +1,6 @@
 """What several tests share.
 
-A small random checkpoint in hub layout, a folder in DIOR-RSVG's layout, and a way to run a script.
+Small random checkpoints in hub layout, a folder in DIOR-RSVG's layout, and a way to run a script.
 """
 import json
 import os
@@ -16,10 +16,13 @@ from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
-from model import Config, QwenVL
+from model import FAMILIES, Config, QwenVL
 from processor import WORDS
 
 HERE = Path(__file__).parent
+PROCESSORS = {
+    "Qwen2-VL": "Qwen2VLProcessor", "Qwen2.5-VL": "Qwen2_5_VLProcessor",
+    "Qwen3-VL": "Qwen3VLProcessor"}
 ADDED = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -31,14 +34,30 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Ids 264 to 271 have no text.
     """
-    path = tmp_path_factory.mktemp("tiny")
+    return write_tiny(tmp_path_factory.mktemp("tiny"), "Qwen2.5-VL")
+
+
+@pytest.fixture(scope="session", params=FAMILIES.values())
+def tiny_family(
+        request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_checkpoint of each family in turn."""
+    return write_tiny(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def write_tiny(path: Path, family: str) -> Path:
+    """A tiny checkpoint of one of model.FAMILIES -> its folder."""
     tokenizer = byte_tokenizer()
     tokenizer.save(str(path / "tokenizer.json"))
     processor = {
-        "processor_class": "Qwen2_5_VLProcessor", "patch_size": 14, "temporal_patch_size": 2,
+        "processor_class": PROCESSORS[family], "patch_size": 14, "temporal_patch_size": 2,
         "merge_size": 2, "min_pixels": 3136, "max_pixels": 100352,
         "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
-    (path / "config.json").write_text(json.dumps(tiny_config(tokenizer)))
+    if family == "Qwen3-VL":
+        del processor["min_pixels"], processor["max_pixels"]
+        processor |= {
+            "patch_size": 16, "size": {"shortest_edge": 4096, "longest_edge": 131072},
+            "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (path / "config.json").write_text(json.dumps(tiny_config(tokenizer, family)))
     (path / "preprocessor_config.json").write_text(json.dumps(processor))
     torch.manual_seed(0)
     model = QwenVL(Config.from_json(path / "config.json"))
@@ -63,24 +82,39 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def tiny_config(tokenizer: Tokenizer) -> dict:
+def tiny_config(tokenizer: Tokenizer, family: str = "Qwen2.5-VL") -> dict:
+    """config.json as the hub has it: flat, but for Qwen3-VL's."""
     ids = {token: tokenizer.token_to_id(token) for token in ADDED}
-    return {
+    whole = {
         "model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "torch_dtype": "float32", "hidden_size": 64, "intermediate_size": 128,
+        "torch_dtype": "float32", "tie_word_embeddings": True,
+        "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"]}
+    text = {
+        "hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": 272,
-        "tie_word_embeddings": True,
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "eos_token_id": ids["<|im_end|>"], "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "vision_config": {
-            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
-            "out_hidden_size": 64, "in_chans": 3, "patch_size": 14, "temporal_patch_size": 2,
-            "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1]},
-    }
+        "eos_token_id": ids["<|im_end|>"]}
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+        "out_hidden_size": 64, "in_chans": 3, "patch_size": 14, "temporal_patch_size": 2,
+        "spatial_merge_size": 2}
+    if family == "Qwen2.5-VL":
+        vision |= {"window_size": 56, "fullatt_block_indexes": [1]}
+    if family == "Qwen2-VL":
+        whole |= {"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}
+        vision |= {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": 64}
+    if family == "Qwen3-VL":
+        whole |= {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
+        rope = {"mrope_interleaved": True, "mrope_section": [4, 4, 4], "rope_type": "default"}
+        text |= {"head_dim": 24, "attention_bias": False, "rope_scaling": rope}
+        vision |= {
+            "patch_size": 16, "in_channels": 3, "num_position_embeddings": 25,
+            "deepstack_visual_indexes": [0], "hidden_act": "gelu_pytorch_tanh"}
+        return {**whole, "text_config": text, "vision_config": vision}
+    return {**whole, **text, "vision_config": vision}
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,9 @@
-"""Qwen2.5-VL from its safetensors: vision tower, language model, checkpoints in and out.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL from their safetensors: vision tower, language model,
+checkpoints in and out.
+
+The three families are one language model and one vision tower. Where one of them departs
+from the others, its name stands: a search for "Qwen2-VL" and "Qwen3-VL" finds every
+difference.
 
 Tokens are packed, (N, D), everywhere: the sequences of a batch lie one behind the
 other, and no padding is computed. A `Plan` says what may see what (attention.py has a
@@ -9,18 +14,20 @@ log-probabilities agree.
 
 Shapes: N packed tokens, D width, H heads, KV key-value heads, hd head width, Q prompts,
 G rollouts of a prompt, R = Q * G rollouts, V vocabulary.
-Source: the Qwen2.5-VL report (arXiv 2502.13923) and the released checkpoints; module
-names are the checkpoint's names.
+Source: the reports on Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and
+Qwen3-VL (arXiv 2511.21631), and the released checkpoints; module names are the
+checkpoint's names.
 """
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +54,12 @@ PATCHES_AT_ONCE = 2048
 # widths of 3B).
 CUDA_PATCHES_AT_ONCE = 2 ** 15
 
+# The families, by config.json's `model_type`, and relatives that are other models.
+FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+OTHER_MODELS = {
+    "qwen3_vl_moe": "Qwen3-VL-MoE", "qwen3_5": "Qwen3.5", "qwen3_5_moe": "Qwen3.5-MoE",
+    "qwen2_5_omni": "Qwen2.5-Omni", "qwen3_omni_moe": "Qwen3-Omni"}
+
 # Markers that only prompts hold, by their text in the tokenizer.
 VISION_MARKERS = (
     "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -67,6 +80,7 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class VisionConfig:
+    family: str                   # one of FAMILIES
     depth: int
     hidden: int
     heads: int
@@ -78,28 +92,48 @@ class VisionConfig:
     merge: int                    # merge x merge patches become one token of the language model
     window: int                   # pixels; patches attend within windows of this side ...
     full_blocks: tuple[int, ...]  # ... but in these blocks, where they see their whole frame
+    # Qwen3-VL alone: the side of its square table of learned positions, and the blocks whose
+    # output the language model's first layers receive as well.
+    table_side: int = 0
+    deepstack: tuple[int, ...] = ()
 
     @classmethod
-    def from_dict(cls, vision: dict[str, Any]) -> VisionConfig:
+    def from_dict(cls, vision: dict[str, Any], family: str) -> VisionConfig:
         """From config.json's `vision_config`; KeyError where a field is missing."""
+        blocks = range(vision["depth"])
+        if family == "Qwen2-VL":
+            # Its hidden_size is the language model's width. It has no windows.
+            hidden = vision["embed_dim"]
+            own = {"intermediate": int(hidden * vision.get("mlp_ratio", 4)),
+                   "out": vision["hidden_size"], "window": 0, "full_blocks": tuple(blocks)}
+        else:
+            hidden = vision["hidden_size"]
+            own = {"intermediate": vision["intermediate_size"], "out": vision["out_hidden_size"]}
+        if family == "Qwen2.5-VL":
+            own |= {"window": vision["window_size"],
+                    "full_blocks": tuple(vision["fullatt_block_indexes"])}
+        if family == "Qwen3-VL":
+            # It has no windows either.
+            own |= {"window": 0, "full_blocks": tuple(blocks),
+                    "table_side": math.isqrt(vision["num_position_embeddings"]),
+                    "deepstack": tuple(vision["deepstack_visual_indexes"])}
         return cls(
+            family=family,
             depth=vision["depth"],
-            hidden=vision["hidden_size"],
+            hidden=hidden,
             heads=vision["num_heads"],
-            intermediate=vision["intermediate_size"],
-            out=vision["out_hidden_size"],
             channels=vision.get("in_channels", vision.get("in_chans", 3)),
-            patch=vision.get("patch_size", 14),
+            patch=vision.get("patch_size", 16 if family == "Qwen3-VL" else 14),
             temporal_patch=vision.get("temporal_patch_size", 2),
             merge=vision.get("spatial_merge_size", 2),
-            window=vision["window_size"],
-            full_blocks=tuple(vision["fullatt_block_indexes"]))
+            **own)
 
 
 @dataclass(frozen=True)
 class Config:
     """What config.json says, from the hub (flat, `rope_scaling`) or as transformers
     writes it (`text_config`, `rope_parameters`)."""
+    family: str                     # one of FAMILIES
     vocab: int
     hidden: int
     layers: int
@@ -111,8 +145,10 @@ class Config:
     rope_theta: float
     # Frequencies rotated by the time, height and width position; they sum to head_dim / 2.
     mrope_section: tuple[int, ...]
+    attention_bias: bool            # of queries, keys and values
     tied: bool                      # the head is the embedding
     image_id: int
+    video_id: int | None
     marker_ids: tuple[int, ...]     # image, video and vision markers: never sampled
     stop_ids: tuple[int, ...]
     vision: VisionConfig
@@ -124,7 +160,7 @@ class Config:
         raw = read_config(path)
         text = raw.get("text_config") or raw
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        whose = "the config.json of a Qwen2.5-VL checkpoint"
+        whose = f"the config.json of a {FAMILIES[raw['model_type']]} checkpoint"
         try:
             config = cls.from_dicts(raw, text, rope)
         except KeyError as error:
@@ -143,14 +179,16 @@ class Config:
             rope: dict[str, Any]) -> Config:
         """raw: the whole of config.json; text: its part on the language model; rope: of
         that, the part on positions. KeyError where a field is missing."""
+        family = FAMILIES[raw["model_type"]]
         hidden = text["hidden_size"]
         heads = text["num_attention_heads"]
-        vision = VisionConfig.from_dict(raw.get("vision_config") or {})
+        vision = VisionConfig.from_dict(raw.get("vision_config") or {}, family)
         eos = text.get("eos_token_id", raw.get("eos_token_id"))
         stop_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
         kinds = ("image", "video", "vision", "vision_start", "vision_end")
         marker_ids = [raw.get(f"{kind}_token_id") for kind in kinds]
         return cls(
+            family=family,
             vocab=text["vocab_size"],
             hidden=hidden,
             layers=text["num_hidden_layers"],
@@ -161,8 +199,10 @@ class Config:
             eps=text.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta") or text.get("rope_theta") or 1e6,
             mrope_section=tuple(rope["mrope_section"]),
+            attention_bias=text.get("attention_bias", False) if family == "Qwen3-VL" else True,
             tied=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
             image_id=raw["image_token_id"],
+            video_id=raw.get("video_token_id"),
             marker_ids=tuple(i for i in marker_ids if i is not None),
             stop_ids=tuple(stop_ids),
             vision=vision,
@@ -170,18 +210,20 @@ class Config:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json as it stands; CheckpointError where it is not a Qwen2.5-VL's."""
+    """config.json as it stands; CheckpointError where it is not that of one of FAMILIES."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable config.json ({error})") from None
     if not isinstance(raw, dict):
         raise CheckpointError(
-            f"{path}: not a JSON object; is this the config.json of a Qwen2.5-VL checkpoint?")
-    if raw.get("model_type") != "qwen2_5_vl":
+            f"{path}: not a JSON object; is this the config.json of a Qwen-VL checkpoint?")
+    model_type = raw.get("model_type")
+    if model_type not in list(FAMILIES):
+        name = OTHER_MODELS.get(str(model_type))
         raise CheckpointError(
-            f"{path}: model_type is {raw.get('model_type')!r}; this code runs 'qwen2_5_vl' "
-            "checkpoints")
+            f"{path}: model_type is {model_type!r}{f' ({name})' if name else ''}; this code runs "
+            f"dense checkpoints of {', '.join(FAMILIES.values())} ({', '.join(FAMILIES)})")
     return raw
 
 
@@ -232,11 +274,53 @@ class PatchEmbed(nn.Module):
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
         side = (c.temporal_patch, c.patch, c.patch)
-        self.proj = nn.Conv3d(c.channels, c.hidden, kernel_size=side, stride=side, bias=False)
+        self.proj = nn.Conv3d(
+            c.channels, c.hidden, kernel_size=side, stride=side, bias=c.family == "Qwen3-VL")
 
     def forward(self, x: Tensor) -> Tensor:
         # The patches do not overlap, so the checkpoint's convolution is a matrix product.
-        return F.linear(x.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        weight = self.proj.weight
+        return F.linear(x.to(weight.dtype), weight.flatten(1), self.proj.bias)
+
+
+def vision_norm(c: VisionConfig) -> nn.Module:
+    """Qwen2-VL and Qwen3-VL take the mean off as well, and add a bias."""
+    if c.family == "Qwen2.5-VL":
+        return RMSNorm(c.hidden, 1e-6)
+    return nn.LayerNorm(c.hidden, 1e-6)
+
+
+class Qwen2VisionMLP(nn.Module):
+    """Qwen2-VL's, without a gate; GELU is x sigmoid(1.702 x) (arXiv 1606.08415, section 2)."""
+
+    def __init__(self, c: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(c.hidden, c.intermediate)
+        self.fc2 = nn.Linear(c.intermediate, c.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))
+
+
+class Qwen3VisionMLP(nn.Module):
+    """Qwen3-VL's, without a gate; GELU is the one with tanh (arXiv 1606.08415, section 2)."""
+
+    def __init__(self, c: VisionConfig) -> None:
+        super().__init__()
+        self.linear_fc1 = nn.Linear(c.hidden, c.intermediate)
+        self.linear_fc2 = nn.Linear(c.intermediate, c.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
+def vision_mlp(c: VisionConfig) -> nn.Module:
+    if c.family == "Qwen2-VL":
+        return Qwen2VisionMLP(c)
+    if c.family == "Qwen3-VL":
+        return Qwen3VisionMLP(c)
+    return MLP(c.hidden, c.intermediate, bias=True)
 
 
 class VisionAttention(nn.Module):
@@ -257,10 +341,10 @@ class VisionAttention(nn.Module):
 class VisionBlock(nn.Module):
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(c.hidden, 1e-6)
-        self.norm2 = RMSNorm(c.hidden, 1e-6)
+        self.norm1 = vision_norm(c)
+        self.norm2 = vision_norm(c)
         self.attn = VisionAttention(c)
-        self.mlp = MLP(c.hidden, c.intermediate, bias=True)
+        self.mlp = vision_mlp(c)
 
     def forward(self, x: Tensor, rotation: Rotation, plan: Plan) -> Tensor:
         x = x + self.attn(self.norm1(x), rotation, plan)
@@ -273,11 +357,26 @@ class Merger(nn.Module):
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
         wide = c.hidden * c.merge ** 2
-        self.ln_q = RMSNorm(c.hidden, 1e-6)
+        self.ln_q = vision_norm(c)
         self.mlp = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, c.out))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.mlp[0].in_features))
+
+
+class Qwen3Merger(nn.Module):
+    """Qwen3-VL's Merger, by other names; normalised behind the join for deepstack."""
+
+    def __init__(self, c: VisionConfig, deepstack: bool) -> None:
+        super().__init__()
+        self.wide = c.hidden * c.merge ** 2
+        self.norm = nn.LayerNorm(self.wide, 1e-6) if deepstack else vision_norm(c)
+        self.linear_fc1 = nn.Linear(self.wide, self.wide)
+        self.linear_fc2 = nn.Linear(self.wide, c.out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.view(-1, *self.norm.normalized_shape)).view(-1, self.wide)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
 
 
 @dataclass(frozen=True)
@@ -300,8 +399,9 @@ def frame_layout(height: int, width: int, c: VisionConfig) -> FrameLayout:
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     grid = torch.stack((row, column), -1).view(height // m, m, width // m, m, 2)
     patch_positions = grid.transpose(1, 2).reshape(-1, 2)
-    # The number of each token's window; windows count row by row.
-    side = c.window // c.patch // m                                        # in tokens
+    # The number of each token's window; windows count row by row. Qwen2-VL and Qwen3-VL have
+    # none: the frame is one.
+    side = c.window // c.patch // m if c.window else max(height, width)    # in tokens
     windows_a_row = -(-(width // m) // side)
     row, column = torch.meshgrid(
         torch.arange(height // m), torch.arange(width // m), indexing="ij")
@@ -320,8 +420,37 @@ class VisionTower(nn.Module):
         self.config = c
         self.checkpointing = False
         self.patch_embed = PatchEmbed(c)
-        self.merger = Merger(c)
+        if c.family == "Qwen3-VL":
+            zeros = torch.zeros(c.table_side ** 2, c.hidden)
+            self.pos_embed = nn.Embedding.from_pretrained(zeros, freeze=False)
+            self.merger = Qwen3Merger(c, deepstack=False)
+            self.deepstack_merger_list = nn.ModuleList(
+                Qwen3Merger(c, deepstack=True) for _ in c.deepstack)
+        else:
+            self.merger = Merger(c)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
+
+    def learned_positions(self, frames: Sequence[FrameLayout]) -> Tensor:
+        """Qwen3-VL's learned positions -> (patches, hidden), in the order of pixel_values.
+
+        The table has side x side of them. A frame is laid over it, corner on corner, and
+        a patch takes the four around it, bilinearly."""
+        side = self.config.table_side
+        places = []
+        for frame in frames:
+            last = frame.patch_positions.amax(0).clamp(min=1)              # row, column
+            places.append(frame.patch_positions * (side - 1) / last)
+        place = torch.cat(places)                                          # (patches, 2)
+        before = place.long()
+        behind = (before + 1).clamp(max=side - 1)
+        row, column = torch.stack((before, behind), -1).unbind(1)          # (patches, 2) each
+        share = place - before
+        row_share, column_share = torch.stack((1 - share, share), -1).unbind(1)
+        index = (row[:, :, None] * side + column[:, None]).flatten(1)      # (patches, 4)
+        weight = (row_share[:, :, None] * column_share[:, None]).flatten(1)
+        device = self.pos_embed.weight.device
+        around = self.pos_embed(index.to(device))                          # (patches, 4, hidden)
+        return (around * weight.to(device)[:, :, None]).sum(1)
 
     def rotation(self, positions: Tensor) -> Rotation:
         """positions (patches, 2) -> cos and sin: half of the frequencies turn by the
@@ -334,7 +463,8 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """pixel_values (patches, channels * temporal * patch * patch), grids of all
-        images in patches -> (tokens of the language model, out)."""
+        images in patches -> (tokens of the language model, out). Behind that width
+        Qwen3-VL's has its deepstack features, side by side, of `out` each."""
         c = self.config
         device = pixel_values.device
         patches_a_token = c.merge ** 2
@@ -367,15 +497,24 @@ class VisionTower(nn.Module):
             return x.unflatten(0, (-1, patches_a_token))[order].flatten(0, 1)
 
         rotation = self.rotation(by_window(positions))
-        x = by_window(self.patch_embed(pixel_values))
+        x = self.patch_embed(pixel_values)
+        if c.family == "Qwen3-VL":
+            x = x + self.learned_positions(frames).to(x.dtype)
+        x = by_window(x)
+        deepstack = []
         for i, block in enumerate(self.blocks):
             plan = within_frame if i in c.full_blocks else within_window
             if self.checkpointing:
                 x = checkpoint(block, x, rotation, plan, use_reentrant=False)
             else:
                 x = block(x, rotation, plan)
+            if i in c.deepstack:
+                deepstack.append(self.deepstack_merger_list[c.deepstack.index(i)](x))
+        tokens = self.merger(x)
+        if deepstack:
+            tokens = torch.cat((tokens, *deepstack), 1)
         # The inverse of a permutation is what sorts it.
-        return self.merger(x)[order.argsort()]
+        return tokens[order.argsort()]
 
 
 # ---------------------------------------------------------------------------- language model
@@ -383,16 +522,20 @@ class VisionTower(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: Config, index: int) -> None:
         super().__init__()
+        qwen3 = c.family == "Qwen3-VL"
         self.head_dim = c.head_dim
         self.index = index
-        self.q_proj = nn.Linear(c.hidden, c.heads * c.head_dim)
-        self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim)
-        self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim)
-        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
+        self.q_proj = nn.Linear(c.hidden, c.heads * c.head_dim, c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, c.attention_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, c.attention_bias and qwen3)
+        # Qwen3-VL normalises the query and the key of each head.
+        self.q_norm = RMSNorm(c.head_dim, c.eps) if qwen3 else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.eps) if qwen3 else nn.Identity()
 
     def forward(self, x: Tensor, rotation: Rotation, plan: Plan | Cache) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))              # (N, H, hd)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))              # (N, KV, hd)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))     # (N, H, hd)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))     # (N, KV, hd)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         # Turned together: half as many kernels are launched.
         qk = rotate(torch.cat((q, k), 1), *rotation)
@@ -418,6 +561,13 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@dataclass(frozen=True)
+class Deepstack:
+    """What Qwen3-VL adds to its image tokens behind the first layers (arXiv 2406.04334)."""
+    rows: Tensor                  # (image tokens,) of the pack
+    features: tuple[Tensor, ...]  # (image tokens, D) for the first layer, for the second ...
+
+
 class LanguageModel(nn.Module):
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -436,26 +586,38 @@ class LanguageModel(nn.Module):
         half = c.head_dim // 2
         device = positions.device
         inverse_frequency = c.rope_theta ** -(torch.arange(half, device=device) / half)
-        # Each axis fills its section of the frequencies. Expanding rows, where an index made
-        # here would do, waits for no device and can be captured in a CUDA graph.
-        rows = [axis.expand(n, -1) for axis, n in zip(positions, c.mrope_section)]
-        angles = torch.cat(rows).T * inverse_frequency                         # (N, hd / 2)
-        return rotation_by(angles)
+        # Rows, where an index made here would do, wait for no device and can be captured in a
+        # CUDA graph.
+        if c.family == "Qwen3-VL":
+            # The axes take turns, until height and width have filled their sections.
+            turns = [i % 3 if i < 3 * c.mrope_section[i % 3] else 0 for i in range(half)]
+            axes = positions.unbind()
+            rows = torch.stack([axes[turn] for turn in turns])                 # (hd / 2, N)
+        else:
+            # Each axis fills its section of the frequencies.
+            rows = torch.cat(
+                [axis.expand(n, -1) for axis, n in zip(positions, c.mrope_section)])
+        return rotation_by(rows.T * inverse_frequency)                         # (N, hd / 2)
 
     def forward(
             self, x: Tensor, positions: Tensor, plan: Plan | Cache,
-            output_rows: Rows = ALL_ROWS) -> Tensor:
+            output_rows: Rows = ALL_ROWS, deepstack: Deepstack | None = None) -> Tensor:
         """x (N, D) embeddings, positions (3, N) of time, height, width -> hidden states
         (N, D), or of the output rows alone, where given."""
         rotation = self.rotation(positions)
-        for layer in self.layers:
-            # The last layer's other rows are read by no layer behind it, so it skips them.
-            rows = output_rows if layer is self.layers[-1] else ALL_ROWS
+        features = deepstack.features if deepstack else ()
+        # The last layer's other rows are read by no layer behind it, so it skips them; but not
+        # before what deepstack adds behind it.
+        skipping = len(self.layers) > len(features)
+        for i, layer in enumerate(self.layers):
+            rows = output_rows if skipping and layer is self.layers[-1] else ALL_ROWS
             if self.checkpointing:
                 x = checkpoint(layer, x, rotation, plan, rows, use_reentrant=False)
             else:
                 x = layer(x, rotation, plan, rows)
-        return self.norm(x)
+            if i < len(features):
+                x = x.index_add(0, deepstack.rows, features[i])
+        return self.norm(x if skipping else x[output_rows])
 
 
 # -------------------------------------------------------------------- positions and score rows
@@ -575,8 +737,17 @@ def completion_layout(
 
 # --------------------------------------------------------------------------- the whole model
 
+class PackedPrompts(NamedTuple):
+    """Q prompts in one pack."""
+    x: Tensor                     # (N, D) embeddings
+    positions: Tensor             # (3, N)
+    lengths: list[int]            # of each prompt
+    first_positions: list[int]    # the position that follows each prompt
+    deepstack: Deepstack | None   # Qwen3-VL's
+
+
 class QwenVL(nn.Module):
-    """Qwen2.5-VL for grounding.
+    """One of FAMILIES for grounding.
 
     stop_ids: ids that end a completion.
     banned:   (V,) bool, ids that can't be sampled: image, video and vision markers, ids
@@ -618,18 +789,24 @@ class QwenVL(nn.Module):
 
     def embed(
             self, input_ids: Tensor, pixel_values: Tensor | None,
-            grids: Sequence[Grid]) -> Tensor:
+            grids: Sequence[Grid]) -> tuple[Tensor, Deepstack | None]:
         """(N,) packed ids with the images' patches -> (N, D): an image token's
-        embedding is its row of the vision tower."""
+        embedding is its row of the vision tower. Beside it Qwen3-VL's deepstack."""
         x = self.model.embed_tokens(input_ids)
         if pixel_values is None or not len(pixel_values):
-            return x
-        images = self.embed_images(pixel_values, grids)
+            return x, None
+        embedded = self.embed_images(pixel_values, grids).to(x.dtype)
+        images, *features = embedded.split(self.config.hidden, 1)
         is_image = input_ids == self.config.image_id
-        return x.masked_scatter(is_image[:, None], images.to(x.dtype))
+        x = x.masked_scatter(is_image[:, None], images)
+        if not features:
+            return x, None
+        # Their number is known, so the host waits for no count.
+        rows = torch.nonzero_static(is_image, size=len(images))[:, 0]
+        return x, Deepstack(rows, tuple(features))
 
     def embed_images(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """(patches, ...) of all images -> (image tokens, D).
+        """(patches, ...) of all images -> (image tokens, D), as the vision tower has it.
 
         The vision tower runs in one pass where that is kept for the gradient, else in
         small ones, of whole images."""
@@ -667,11 +844,20 @@ class QwenVL(nn.Module):
         sequences = [ids[keep] for ids, keep in zip(input_ids, mask)]
         positions = self.positions_of_batch(sequences, grids)
         plan = Plan(mask.sum(1).tolist(), device=self.device)
-        x = self.embed(input_ids[mask], pixel_values, grids)
-        hidden = self.model(x, positions, plan)
+        x, deepstack = self.embed(input_ids[mask], pixel_values, grids)
+        hidden = self.model(x, positions, plan, deepstack=deepstack)
         logits = hidden.new_zeros(*input_ids.shape, self.config.vocab)
         logits[mask] = self.lm_head(hidden)
         return logits
+
+    def positions(self, ids: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """One sequence's ids (T,) and images -> M-RoPE positions (3, T)."""
+        c = self.config
+        if c.family == "Qwen3-VL":
+            # It tells the frames of a video apart by times written between them.
+            if c.video_id in ids.tolist() or any(frames > 1 for frames, _, _ in grids):
+                raise ValueError("a video; this code reads Qwen3-VL's images alone")
+        return mrope_positions(ids, grids, c.image_id, c.vision.merge)
 
     def positions_of_batch(self, sequences: list[Tensor], grids: Sequence[Grid]) -> Tensor:
         """Unpadded ids of each sequence, the images of all -> packed positions (3, N).
@@ -687,33 +873,30 @@ class QwenVL(nn.Module):
                 frames, height, width = grids[end]
                 image_tokens -= frames * height * width // c.vision.merge ** 2
                 end += 1
-            parts.append(mrope_positions(ids, grids[begin:end], c.image_id, c.vision.merge))
+            parts.append(self.positions(ids, grids[begin:end]))
             begin = end
         if begin < len(grids):
             raise ValueError("there are more images in image_grid_thw than in the tokens")
         return torch.cat(parts, 1)
 
-    def pack(
-            self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, list[int], list[int]]:
-        """Q prompts -> packed embeddings (N, D), positions (3, N), lengths, and the position
-        that follows each prompt.
+    def pack(self, prompts: Sequence[Prompt]) -> PackedPrompts:
+        """Q prompts, one behind the other, as the language model takes them.
 
         The vision tower runs once for all of them."""
-        c = self.config
         grids = []
         parts = []
         for prompt in prompts:
             own_grids = as_grids(prompt.image_grid_thw)
-            parts.append(mrope_positions(prompt.input_ids, own_grids, c.image_id, c.vision.merge))
+            parts.append(self.positions(prompt.input_ids, own_grids))
             grids += own_grids
         ids = torch.cat([prompt.input_ids for prompt in prompts])
         ids, positions = sent((ids, torch.cat(parts, 1)), self.device)
         dtype = self.visual.patch_embed.proj.weight.dtype
-        x = self.embed(ids, pixels_on(prompts, self.device, dtype), grids)
+        x, deepstack = self.embed(ids, pixels_on(prompts, self.device, dtype), grids)
         lengths = [len(prompt.input_ids) for prompt in prompts]
         # Positions are made on the host, which so needs not wait for the device to read them.
         first_positions = [int(part.max()) + 1 for part in parts]
-        return x, positions, lengths, first_positions
+        return PackedPrompts(x, positions, lengths, first_positions, deepstack)
 
     # ------------------------------------------------------------------- sampling and scoring
 
@@ -722,12 +905,12 @@ class QwenVL(nn.Module):
             max_new_tokens: int) -> tuple[Tensor, Cache, Tensor]:
         """Q prompts -> logits (Q, V) of the first new token, a Cache for G rollouts of
         each, the position (Q,) of that token."""
-        x, positions, lengths, first_positions = self.pack(prompts)
+        x, positions, lengths, first_positions, deepstack = self.pack(prompts)
         starts, first_positions = sent(
             (cumulative(lengths), torch.tensor(first_positions)), self.device)
         plan = Plan(lengths, kv_cache=[], device=self.device, starts=starts)
         last_rows = starts[1:] - 1
-        hidden = self.model(x, positions, plan, last_rows)
+        hidden = self.model(x, positions, plan, last_rows, deepstack)
         return self.lm_head(hidden), Cache(plan, group, max_new_tokens), first_positions
 
     def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
@@ -750,7 +933,7 @@ class QwenVL(nn.Module):
         -> logp (tokens,) and entropy (tokens,), float32, packed by question, rollout,
         token; the entropy carries no gradient."""
         # The prompts with their images come first in the pack: (N, D), (3, N).
-        x, positions, prompt_lengths, first_positions = self.pack(prompts)
+        x, positions, prompt_lengths, first_positions, deepstack = self.pack(prompts)
 
         # The completions come behind them, each from the position where its prompt stopped.
         completion_lengths = [lengths_of(group) for group in completions]
@@ -771,7 +954,7 @@ class QwenVL(nn.Module):
 
         # The head reads the rows that predict a token; a prompt's last row serves its group.
         rows = layout.predicting_rows.to(self.device)
-        hidden = self.model(x, positions, plan, rows)                          # (tokens, D)
+        hidden = self.model(x, positions, plan, rows, deepstack)               # (tokens, D)
         return self.log_probabilities(hidden, targets, temperature)
 
     def distribution(self, logits: Tensor, temperature: float) -> Tensor:
@@ -839,6 +1022,7 @@ class QwenVL(nn.Module):
             device: torch.device | str) -> dict[str, Tensor]:
         """Name -> tensor of exactly this model's weights, from a checkpoint folder."""
         shapes = {name: tuple(p.shape) for name, p in self.state_dict().items()}
+        own_names = {self.stored_name(name): name for name in shapes}
         if self.config.tied:
             shapes.pop("lm_head.weight")
         tensors = {}
@@ -846,10 +1030,11 @@ class QwenVL(nn.Module):
         for file in weight_files(path):
             try:
                 with safe_open(file, "pt") as stored:
-                    for name in stored.keys():
-                        tensor = read_tensor(file, stored, name, shapes.get(name), dtype)
+                    for stored_name in stored.keys():
+                        name = own_names.get(stored_name, stored_name)
+                        tensor = read_tensor(file, stored, stored_name, shapes.get(name), dtype)
                         if name == "model.embed_tokens.weight":
-                            self.stored_dtype = stored.get_slice(name)[:0].dtype
+                            self.stored_dtype = stored.get_slice(stored_name)[:0].dtype
                         part = tensors if name in shapes else surplus
                         part[name] = tensor.to(device)
             except (SafetensorError, OSError) as error:
@@ -863,9 +1048,17 @@ class QwenVL(nn.Module):
                 raise CheckpointError(
                     f"{path}: lm_head.weight differs from embed_tokens, but config.json says that "
                     "they are tied")
-        refuse(path, "missing", shapes.keys() - tensors.keys())
+        refuse(path, "missing", map(self.stored_name, shapes.keys() - tensors.keys()))
         refuse(path, "not expected", surplus.keys())
         return tensors
+
+    def stored_name(self, name: str) -> str:
+        """A parameter's name in the checkpoint's files; Qwen3-VL's has both parts in "model."."""
+        if self.config.family != "Qwen3-VL" or name.startswith("lm_head."):
+            return name
+        if name.startswith("visual."):
+            return f"model.{name}"
+        return name.replace("model.", "model.language_model.", 1)
 
     def check_processor(self, processor: Processor) -> None:
         """A Processor that cuts other patches or speaks in other ids than this model's
@@ -931,7 +1124,7 @@ class QwenVL(nn.Module):
             if shards[-1] and size + tensor.nbytes > shard_bytes:
                 shards.append({})
                 size = 0
-            shards[-1][name] = tensor
+            shards[-1][self.stored_name(name)] = tensor
             size += tensor.nbytes
         return shards
 

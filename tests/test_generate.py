@@ -7,14 +7,14 @@ from torch import Tensor
 
 import generate as sampling
 from generate import draw, generate, unfinished, uniform
-from model import QwenVL
+from model import FAMILIES, QwenVL
 from test_model import IMAGE, MARKERS, PROMPTS, Pair, random_checkpoint, relative
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+@pytest.fixture(scope="module", params=FAMILIES.values())
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     path = tmp_path_factory.mktemp("checkpoint")
-    theirs = random_checkpoint(path)
+    theirs = random_checkpoint(path, family=request.param)
     return QwenVL.from_pretrained(path, dtype=torch.float32), theirs
 
 

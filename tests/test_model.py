@@ -1,4 +1,4 @@
-"""model.py and attention.py beside transformers' Qwen2.5-VL (random weights), beside
+"""model.py and attention.py beside transformers' three families (random weights), beside
 dense attention, and by hand."""
 import doctest
 import itertools
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 import attention as kernels
@@ -30,24 +31,23 @@ Pair = tuple[QwenVL, Any]                 # our model and transformers', of one 
 
 def random_checkpoint(
         path: Path, tied: bool = False, dtype: torch.dtype = torch.float32,
-        **text: Any) -> Any:
-    """A small random Qwen2.5-VL as transformers writes it; weights large enough that
-    masks and positions matter."""
-    transformers = pytest.importorskip("transformers")
+        family: str = "Qwen2.5-VL", **text: Any) -> Any:
+    """A small random checkpoint of a family as transformers writes it; weights large
+    enough that masks and positions matter."""
+    pytest.importorskip("transformers")
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     text = {
         "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope,
-        "bos_token_id": None, "eos_token_id": 17, **text}
-    vision = {
-        "depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
-        "out_hidden_size": text["hidden_size"], "fullatt_block_indexes": [1, 3],
-        "window_size": 112}
-    config = transformers.Qwen2_5_VLConfig(
+        "bos_token_id": None, "eos_token_id": 17, **OWN_TEXT[family], **text}
+    vision = {"depth": 4, "num_heads": 2, **OWN_VISION[family]}
+    if family != "Qwen2-VL":
+        vision["out_hidden_size"] = text["hidden_size"]
+    theirs_config = theirs_of(family, "Config")(
         text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=291,
         vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=tied)
     torch.manual_seed(0)
-    theirs = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    theirs = theirs_of(family, "ForConditionalGeneration")(theirs_config).eval()
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             spreads = {"bias": 0.3, "embed_tokens.weight": 1.0}
@@ -59,10 +59,40 @@ def random_checkpoint(
     return theirs
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+# What a family's config.json has of its own. Two of Qwen3-VL's layers take deepstack features,
+# and the third is the last, which skips rows. Its head is wider than hidden / heads.
+OWN_TEXT = {
+    "Qwen2-VL": {}, "Qwen2.5-VL": {},
+    "Qwen3-VL": {
+        "num_hidden_layers": 3, "head_dim": 24, "rope_parameters": {
+            "rope_type": "default", "mrope_section": [4, 5, 3], "rope_theta": 10000.0}}}
+OWN_VISION = {
+    "Qwen2-VL": {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": 64},
+    "Qwen2.5-VL": {
+        "hidden_size": 32, "intermediate_size": 48, "fullatt_block_indexes": [1, 3],
+        "window_size": 112},
+    # The others' patches, so that all take the same prompts.
+    "Qwen3-VL": {
+        "hidden_size": 32, "intermediate_size": 48, "patch_size": 14,
+        "num_position_embeddings": 49, "deepstack_visual_indexes": [2, 0]}}
+
+
+def theirs_of(family: str, what: str) -> Any:
+    """transformers' class of a family: its Config, its ForConditionalGeneration."""
+    import transformers
+    prefixes = {"Qwen2-VL": "Qwen2VL", "Qwen2.5-VL": "Qwen2_5_VL", "Qwen3-VL": "Qwen3VL"}
+    return getattr(transformers, prefixes[family] + what)
+
+
+CASES = [(family, tied) for family in ours.FAMILIES.values() for tied in (False, True)]
+
+
+@pytest.fixture(
+    scope="module", params=CASES, ids=[f"{f}-{'tied' if t else 'untied'}" for f, t in CASES])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     path = tmp_path_factory.mktemp("checkpoint")
-    theirs = random_checkpoint(path, tied=request.param)
+    family, tied = request.param
+    theirs = random_checkpoint(path, tied, family=family)
     return QwenVL.from_pretrained(path, dtype=torch.float32), theirs
 
 
@@ -145,6 +175,9 @@ def test_vision_tower_sees_windows_and_cut_windows(pair: Pair) -> None:
     without full-attention blocks a change stays local."""
     model, _ = pair
     config = model.visual.config
+    if not config.window:
+        assert config.family != "Qwen2.5-VL"
+        return
     tower = ours.VisionTower(type(config)(**{**config.__dict__, "full_blocks": ()}))
     tower.load_state_dict(model.visual.state_dict())
     pixels = PROMPTS[0].pixel_values.clone()
@@ -453,22 +486,32 @@ def test_flat_config_of_the_hub_reads_like_the_nested_one(tmp_path: Path) -> Non
     assert QwenVL.from_pretrained(tmp_path, dtype=None).config == nested
 
 
-@pytest.mark.parametrize("tied", [False, True])
+def stored_names(folder: Path) -> set[str]:
+    """The tensors in a checkpoint's files."""
+    names = []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            names += stored.keys()
+    return set(names)
+
+
+@pytest.mark.parametrize("family, tied", CASES)
 @pytest.mark.parametrize("shard_bytes", [10 ** 9, 100_000])
 def test_what_we_save_loads_in_transformers_with_equal_logits(
-        tmp_path: Path, tied: bool, shard_bytes: int) -> None:
-    transformers = pytest.importorskip("transformers")
-    random_checkpoint(tmp_path / "theirs", tied, torch.bfloat16)
+        tmp_path: Path, family: str, tied: bool, shard_bytes: int) -> None:
+    random_checkpoint(tmp_path / "theirs", tied, torch.bfloat16, family)
     model = QwenVL.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.05 * torch.randn_like(p)
     model.save_pretrained(tmp_path / "ours", shard_bytes=shard_bytes)
-    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    theirs = theirs_of(family, "ForConditionalGeneration").from_pretrained(
         tmp_path / "ours", dtype=torch.bfloat16).float().eval()
     model = QwenVL.from_pretrained(tmp_path / "ours", dtype=None)
     # Saved in the checkpoint's own dtype.
     assert model.lm_head.weight.dtype == torch.bfloat16
+    # By the names that the checkpoint had.
+    assert stored_names(tmp_path / "ours") == stored_names(tmp_path / "theirs")
     files = list((tmp_path / "ours").glob("*.safetensors"))
     assert (len(files) > 1) == (shard_bytes == 100_000)
     ids, mask, pixels, grids = padded(PROMPTS[:1], "left")
@@ -513,7 +556,10 @@ def test_a_config_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
             ("{", "not a readable"),
             ("[]", "not a JSON object"),
             (text.replace('"hidden_size": 64', '"hidden_size": []'), "not the config.json of"),
-            (text.replace("qwen2_5_vl", "llama", 1), "model_type is 'llama'"),
+            (text.replace("qwen2_5_vl", "llama", 1), "model_type is 'llama'; this code runs"),
+            (text.replace("qwen2_5_vl", "qwen3_vl_moe", 1), "'qwen3_vl_moe' .Qwen3-VL-MoE.; "),
+            (text.replace("qwen2_5_vl", "qwen3_5", 1), "is 'qwen3_5' .Qwen3.5.; "),
+            (text.replace('"qwen2_5_vl"', '["qwen2_5_vl"]', 1), "model_type is .'qwen2_5_vl'."),
             (text.replace("hidden_size", "width"), "hidden_size"),
             (text.replace("mrope_section", "m"), "mrope_section")]:
         config.write_text(broken)

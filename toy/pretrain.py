@@ -451,7 +451,8 @@ class Pretraining:
     def read_out(self, batch: SceneBatch) -> Readout:
         """Images are computed once for all that is said of them."""
         model = self.model
-        x, positions, lengths, starts = model.pack(batch.prompts)  # (N, D), (3, N), Q lengths
+        # (N, D), (3, N), Q lengths, Q positions behind them
+        x, positions, lengths, starts, deepstack = model.pack(batch.prompts)
         prompt_tokens = len(x)
         image_ids = torch.cat([prompt.input_ids for prompt in batch.prompts])
         is_image = image_ids == model.config.image_id              # (N,)
@@ -470,7 +471,8 @@ class Pretraining:
             prefix.append((length, sum(answer.inputs for answer in group)))
         # The hook fills it again.
         self.middle_outputs.clear()
-        hidden = model.model(x, positions, Plan(lengths + inputs, prefix=prefix))
+        plan = Plan(lengths + inputs, prefix=prefix)
+        hidden = model.model(x, positions, plan, deepstack=deepstack)
         halfway = model.model.norm(self.middle_outputs[0][:prompt_tokens][is_image])
         return Readout(tower, halfway, hidden[prompt_tokens:])
 
