@@ -212,8 +212,8 @@ class Objective:
     kl: str = "k3"                     # of KLS
     dual_clip: float | None = None     # the most that a negative advantage counts
     # What grpo and dr-grpo divide by; like n_tokens over all micro-batches and processes.
-    completions: int = 1
-    max_new_tokens: int = 1
+    completions: int | None = None
+    max_new_tokens: int | None = None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Objective":
