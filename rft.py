@@ -11,7 +11,8 @@ format (section 3.3), and the whole loss of a group is multiplied by its weight
 weights are not renormalised over the step, is our reading. Some of the paper's
 settings are not known; there the defaults are VLM-R1's (G 8, lr 1e-6, KL 0.04, clip
 0.2, temperature 1, division by std) or, where marked so, ours. GRPO is DeepSeekMath's
-(arXiv 2402.03300); that the loss is a mean over all tokens of the step is ours.
+(arXiv 2402.03300); that the loss is a mean over all tokens of the step is ours. Other
+objectives (DAPO, Dr. GRPO, GSPO) are flags; README's table has their formulas.
 
     torchrun rft.py --data dior --epochs 0.4             one GPU; ckpt/sft -> ckpt/rft
     torchrun --nproc_per_node 8 rft.py --data dior       eight GPUs, the same result to rounding
