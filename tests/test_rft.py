@@ -1,5 +1,6 @@
 """rft.py: its objective by hand and by finite differences, a step, and the whole stage."""
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -809,8 +810,8 @@ def test_where_there_are_too_few_records_they_come_again(n: int) -> None:
 
 def test_seeds_differ_between_places_turns_and_steps() -> None:
     args = step_flags()
-    seeds = torch.cat([
-        rft.step_seeds(args, step, turn) for step in range(3) for turn in range(3)])
+    turns = itertools.product(range(3), range(3))
+    seeds = torch.cat([rft.step_seeds(args, step, turn) for step, turn in turns])
     assert len(seeds.unique()) == 3 * 3 * 4
 
 
