@@ -11,7 +11,8 @@ format (section 3.3), and the whole loss of a group is multiplied by its weight
 weights are not renormalised over the step, is our reading. Some of the paper's
 settings are not known; there the defaults are VLM-R1's (G 8, lr 1e-6, KL 0.04, clip
 0.2, temperature 1, division by std) or, where marked so, ours. GRPO is DeepSeekMath's
-(arXiv 2402.03300); that the loss is a mean over all tokens of the step is ours.
+(arXiv 2402.03300); that the loss is a mean over all tokens of the step is ours. Other
+objectives (DAPO, Dr. GRPO, GSPO) are flags; README's table has their formulas.
 
     torchrun rft.py --data dior --epochs 0.4             one GPU; ckpt/sft -> ckpt/rft
     torchrun --nproc_per_node 8 rft.py --data dior       eight GPUs, the same result to rounding
@@ -21,10 +22,11 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,13 @@ MAX_LOG_RATIO = 20.0
 RESERVED = {*runtime.LOG_KEYS, "id", "expression", "target", "boxes", "texts"}
 # How a group's loss may be weighted.
 WEIGHTINGS = ("consistency", "mean", "variance", "off", "shuffled")
+# How the losses of tokens become one, whose ratio is clipped, how the KL is estimated:
+# policy_loss says what each is.
+LOSSES = ("dapo", "grpo", "dr-grpo")
+RATIOS = ("token", "sequence")
+KLS = ("k3", "k1")
+
+above_one = runtime.number(float, lambda v: 1 < v < math.inf, "a finite number above 1")
 
 
 class NamedWeights(argparse.Action):
@@ -82,7 +91,20 @@ def flags() -> runtime.FlagParser:
     parser = runtime.FlagParser(
         "GRPO with a positional reward and consistency-weighted updates (stage 2)")
     runtime.add_common_flags(parser, "rft", "ckpt/sft", "0.4 epochs")
-    add = parser.add_argument_group("policy gradient").add_argument
+    add_rollout_flags(parser)
+    add_objective_flags(parser)
+    add_update_flags(parser)
+    add_reward_flags(parser)
+    add = parser.add_argument_group("watching").add_argument
+    add("--every", type=runtime.positive, default=50,
+        help="steps between checkpoints, pictures and validation")
+    add("--val", type=runtime.natural, default=64,
+        help="records of the val split in a validation; 0 for none")
+    return parser
+
+
+def add_rollout_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("rollouts").add_argument
     add("--prompts", type=runtime.positive, default=8,
         help="questions Q a step, over all processes")
     add("--group", type=runtime.positive, default=8, help="rollouts G of each question")
@@ -90,17 +112,46 @@ def flags() -> runtime.FlagParser:
         help="tokens; a longer rollout is cut and counted as truncated")
     add("--temperature", type=runtime.above_zero, default=1.0,
         help="of sampling, and so of the scored log-probabilities")
+    add("--resample", type=runtime.natural, default=0, metavar="N",
+        help="groups whose rewards are all equal are replaced by fresh questions, "
+        "up to N times a step")
     add("--cuda-graphs", action="store_true", help="decode by CUDA graphs")
-    add("--lr", type=runtime.above_zero, default=1e-6,
-        help="peak learning rate; 1e-6 for a 3B model, about 1e-4 for the embedded one")
-    add("--updates", type=runtime.positive, default=1,
-        help="passes over a step's rollouts, an optimizer step each")
+
+
+def add_objective_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("objective").add_argument
+    add("--loss", choices=LOSSES, default="dapo",
+        help="mean over the step's tokens (dapo); over each completion's tokens, then over "
+        "completions (grpo); their sum over completions x --max-new-tokens (dr-grpo)")
+    add("--ratio", choices=RATIOS, default="token",
+        help="to the old policy: each token's, or its whole completion's geometric mean (GSPO, "
+        "whose clip is about 3e-4 4e-4)")
     add("--clip", type=runtime.not_negative, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"),
         help="the ratio is clipped to 1 - LOW .. 1 + HIGH")
+    add("--dual-clip", type=above_one, metavar="C",
+        help="a negative advantage counts at most C times, however large the ratio")
     add("--beta", type=runtime.not_negative, default=0.04,
         help="weight of the KL to the starting policy; at 0 no reference model is kept")
+    add("--kl", choices=KLS, default="k3",
+        help="estimate of that KL; the gradient of k1 is noise around 0, k3 pulls back")
+    add("--mask-truncated", action="store_true",
+        help="do not learn from rollouts that were cut at --max-new-tokens")
     add("--no-std", action="store_true",
         help="do not divide advantages by their group's standard deviation")
+
+
+def add_update_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("updates").add_argument
+    add("--lr", type=runtime.above_zero, default=1e-6,
+        help="peak learning rate; 1e-6 for a 3B model, about 1e-4 for the embedded one")
+    add("--updates", type=runtime.positive, default=1, help="passes over a step's rollouts")
+    add("--minibatches", type=runtime.positive, default=1, metavar="M",
+        help="optimizer steps of a pass, each on Q / M of the questions")
+    add("--importance-cap", type=runtime.above_zero, metavar="C",
+        help="weigh each token by its scored over its sampled probability, C at most")
+
+
+def add_reward_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("reward").add_argument
     add("--reward", nargs="+", action=NamedWeights, default=dict(reward.DEFAULT_REWARD),
         metavar="NAME=WEIGHT",
@@ -114,12 +165,6 @@ def flags() -> runtime.FlagParser:
     add("--lambdas", type=runtime.moderate, nargs=2, default=(1.2, 1.0),
         metavar=("MEAN", "VARIANCE"), help="of the consistency weight: "
         "exp(MEAN (1 - mean IoU) + VARIANCE variance), cut to 0.5 .. 3")
-    add = parser.add_argument_group("watching").add_argument
-    add("--every", type=runtime.positive, default=50,
-        help="steps between checkpoints, pictures and validation")
-    add("--val", type=runtime.natural, default=64,
-        help="records of the val split in a validation; 0 for none")
-    return parser
 
 
 def check_group_flags(args: argparse.Namespace) -> None:
@@ -127,6 +172,9 @@ def check_group_flags(args: argparse.Namespace) -> None:
     if args.prompts % runtime.world():
         runtime.fail(f"--prompts {args.prompts} is not a multiple of the "
                      f"{runtime.world()} processes")
+    if args.prompts // runtime.world() % args.minibatches:
+        runtime.fail(f"--prompts {args.prompts} is not a multiple of --minibatches "
+                     f"{args.minibatches} times {runtime.world()} (processes)")
     if "format" in reward.TERMS:
         runtime.fail("reward.TERMS has a term format, which is rft.py's own; name it otherwise")
     for name in args.reward:
@@ -157,39 +205,83 @@ def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     return advantage.masked_fill(~varies(rewards)[:, None], 0.0)
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What policy_loss is to compute; the defaults are those of rft.py."""
+
+    loss: str = "dapo"                 # of LOSSES
+    ratio: str = "token"               # of RATIOS
+    kl: str = "k3"                     # of KLS
+    dual_clip: float | None = None     # the most that a negative advantage counts
+    # What grpo and dr-grpo divide by; like n_tokens over all micro-batches and processes.
+    completions: int | None = None
+    max_new_tokens: int | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Objective":
+        """The one that the flags ask for."""
+        completions = args.prompts // args.minibatches * args.group
+        return cls(
+            args.loss, args.ratio, args.kl, args.dual_clip, completions, args.max_new_tokens)
+
+
 def policy_loss(
         logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, advantage: Tensor,
         weight: Tensor, n_tokens: int, clip: Sequence[float] = (0.2, 0.2), beta: float = 0.0,
-        lengths: Tensor | None = None,
+        lengths: Tensor | None = None, objective: Objective = Objective(),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of some completions, and sums over their tokens for the log.
 
     logp, logp_old, logp_ref (None at beta 0), advantage, weight: packed (tokens,).
-    n_tokens counts the whole step, over all micro-batches and processes: losses and
-    gradients simply add up. lengths: (completions,) tokens of each, to count those that
-    the clip cuts; what is to be done per completion, such as a sequence's ratio, splits
-    the packed tensors by them.
+    lengths: (completions,) tokens of each; for the default objective they only count the
+    completions that the clip cuts. n_tokens counts the optimizer step's, over all micro-batches
+    and processes: losses and gradients simply add up.
 
-    A token's gain is the clipped surrogate of PPO (arXiv 1707.06347) minus beta times
-    the k3 estimate of the KL to the reference; its loss is minus that, multiplied by
-    the weight of its group: section 3.4 of RSGround-R1 (second-hand). That the KL is
-    part of what is multiplied is our reading.
+    A token's gain is the clipped surrogate of PPO (arXiv 1707.06347; dual clip: arXiv
+    1912.09729; the completion's ratio: GSPO, arXiv 2507.18071) minus beta times an estimate of
+    the KL to the reference. Its loss is minus that, times its weight: its group's (section 3.4
+    of RSGround-R1, second-hand; that the KL is multiplied too is our reading), or 0 where it is
+    not to be learned from; then it is not counted. README's table has all the formulas.
     """
-    log_ratio = (logp - logp_old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
-    clipped_ratio = ratio.clamp(1 - clip[0], 1 + clip[1])
-    gain = torch.minimum(ratio * advantage, clipped_ratio * advantage)
-    clipped = ratio * advantage > clipped_ratio * advantage
+    log_ratio = logp - logp_old
+    if objective.ratio == "sequence":
+        log_ratio = completion_means(log_ratio, lengths)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    surrogate = ratio * advantage
+    gain = torch.minimum(surrogate, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage)
+    if objective.dual_clip:
+        least = torch.where(advantage < 0, objective.dual_clip * advantage, -torch.inf)
+        gain = torch.maximum(gain, least)
+    counted = weight > 0
+    clipped = (gain != surrogate) & counted
     sums = {"clipped": clipped.float().sum()}
     if lengths is not None:
         cut = [of_completion.any() for of_completion in clipped.split(lengths.tolist())]
         sums["clipped_completions"] = torch.stack(cut).float().sum()
     if beta:
         log_ratio_ref = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        kl = log_ratio_ref.exp() - log_ratio_ref - 1
+        kl = -log_ratio_ref if objective.kl == "k1" else log_ratio_ref.exp() - log_ratio_ref - 1
         gain = gain - beta * kl
-        sums["kl"] = kl.sum().detach()
-    return -(weight.detach() * gain).sum() / n_tokens, sums
+        sums["kl"] = (kl * counted).sum().detach()
+    losses = -(weight.detach() * gain)        # (tokens,)
+    return together(losses, n_tokens, lengths, objective), sums
+
+
+def together(
+        losses: Tensor, n_tokens: int, lengths: Tensor | None, objective: Objective) -> Tensor:
+    """Losses (tokens,) of some completions -> their share of the optimizer step's loss."""
+    if objective.loss == "grpo":
+        of_completions = losses / lengths.repeat_interleave(lengths).to(losses.device)
+        return of_completions.sum() / objective.completions
+    if objective.loss == "dr-grpo":
+        return losses.sum() / (objective.completions * objective.max_new_tokens)
+    return losses.sum() / n_tokens
+
+
+def completion_means(x: Tensor, lengths: Tensor) -> Tensor:
+    """x (tokens,), lengths (completions,) -> (tokens,): the mean over each one's completion."""
+    means = torch.stack([of_completion.mean() for of_completion in x.split(lengths.tolist())])
+    return means.repeat_interleave(lengths.to(x.device))
 
 
 def group_weights(iou: Tensor, args: argparse.Namespace, step: int) -> Tensor:
@@ -240,11 +332,16 @@ class Policy:
 class Rollouts:
     """G sampled answers to each of Q questions."""
 
-    records: Sequence[Record]          # Q
-    prompts: Sequence[Prompt]          # Q
+    records: list[Record]              # Q
+    prompts: list[Prompt]              # Q
     completions: list[list[Tensor]]    # Q lists of G, each (L,) ids with the end of turn
     sampled_logp: list[list[Tensor]]   # the same: log-probabilities that they were drawn with
     texts: list[list[str]]             # Q lists of G
+    truncated: Tensor | None = None    # (Q, G) bool: cut before its end of turn; sample() sets it
+
+    def __getitem__(self, questions: slice) -> "Rollouts":
+        """Those of some neighbouring questions."""
+        return Rollouts(*(getattr(self, each.name)[questions] for each in fields(self)))
 
     @property
     def lengths(self) -> Tensor:
@@ -271,22 +368,30 @@ def sample(
         policy: Policy, records: Sequence[Record], prompts: Sequence[Prompt], seeds: Tensor,
         args: argparse.Namespace,
 ) -> Rollouts:
-    """Q records, their prompts and seeds (Q,) -> G rollouts of each."""
+    """Q records, their prompts and seeds (Q,) -> G rollouts of each.
+
+    Every process calls it at the same time, be it without a question (Q = 0).
+    """
     # Sharded parameters are gathered once, for all the tokens of all processes.
     with runtime.gathered(policy.model) as model:
+        if not prompts:
+            return Rollouts([], [], [], [], [])
         tokens, logprobs, lengths = generate(
             model, prompts, args.group, args.max_new_tokens, args.temperature, seeds,
             args.cuda_graphs)
     completions = []
     sampled_logp = []
     texts = []
+    truncated = []
     ids_on_host = tokens.tolist()
     for q, ends in enumerate(lengths.tolist()):
         completions.append([tokens[q, g, :n] for g, n in enumerate(ends)])
         sampled_logp.append([logprobs[q, g, :n] for g, n in enumerate(ends)])
-        texts.append(
-            [policy.processor.decode(ids_on_host[q][g][:n]) for g, n in enumerate(ends)])
-    return Rollouts(records, prompts, completions, sampled_logp, texts)
+        ids = [ids_on_host[q][g][:n] for g, n in enumerate(ends)]
+        texts.append([policy.processor.decode(of_rollout) for of_rollout in ids])
+        truncated.append([of_rollout[-1] not in policy.model.stop_ids for of_rollout in ids])
+    return Rollouts(
+        list(records), list(prompts), completions, sampled_logp, texts, torch.tensor(truncated))
 
 
 def grade(rollouts: Rollouts, args: argparse.Namespace) -> Grades:
@@ -349,58 +454,135 @@ def term_function(name: str, alpha: float) -> Callable[[Tensor, Tensor, Tensor],
     return function
 
 
+# ---------------------------------------------------------------- resampling
+
+def resample(
+        policy: Policy, rollouts: Rollouts, grades: Grades, fresh: Callable[[int], list[Record]],
+        args: argparse.Namespace, step: int,
+) -> dict[str, float]:
+    """Puts fresh questions in the place of groups whose rewards are all equal.
+
+    fresh: turn (1, 2, ...) -> this process's Q records of it, one a place. A group that
+    does not vary either is replaced in the next turn; there are --resample turns at most.
+    rollouts and grades are changed in place. -> what a step logs of it. Source: DAPO's
+    dynamic sampling (arXiv 2503.14476); that there is a last turn, and which questions
+    come, is ours.
+    """
+    if not args.resample:
+        return {}
+    started = time.perf_counter()
+    replaced = 0
+    for turn in range(1, args.resample + 1):
+        flat = ~varies(grades.rewards)        # (Q,)
+        # The processes go on, and stop, together: sampling gathers all their parameters.
+        n_flat = int(runtime.all_sum(flat.sum()))
+        if not n_flat:
+            break
+        places = flat.nonzero().flatten().tolist()
+        questions = fresh(turn)
+        records = [questions[place] for place in places]
+        prompts = [policy.processor(open_image(r), r.text) for r in records]
+        again = sample(policy, records, prompts, step_seeds(args, step, turn)[flat], args)
+        if places:
+            put_groups(rollouts, grades, again, grade(again, args), places)
+        replaced += n_flat
+    return {"resampled": replaced, "seconds_resample": time.perf_counter() - started}
+
+
+def put_groups(
+        rollouts: Rollouts, grades: Grades, again: Rollouts, graded: Grades,
+        places: Sequence[int],
+) -> None:
+    """Overwrites the groups at these places with those of other rollouts, in their order."""
+    for old, new in ((rollouts, again), (grades, graded)):
+        for each in fields(old):
+            overwrite(getattr(old, each.name), getattr(new, each.name), places)
+
+
+def overwrite(old: list | Tensor | dict[str, Tensor], new: Any, places: Sequence[int]) -> None:
+    """old[place] = new[0], new[1], ... in a list or a tensor, or in all tensors of a dict."""
+    if isinstance(old, dict):
+        for name, value in old.items():
+            overwrite(value, new[name], places)
+        return
+    for i, place in enumerate(places):
+        old[place] = new[i]
+
+
+def fresh_records(
+        records: Sequence[Record], args: argparse.Namespace, step: int, turn: int) -> list[Record]:
+    """This process's records of a turn (1, 2, ...) of a step's resampling, one for each place.
+
+    All records but those of the step's batch, in an order of the step's own, Q a turn;
+    where there are too few they come again. So they are a function of seed, step, turn
+    and place alone: whoever resumes, or runs on more processes, meets the same.
+    """
+    batch = runtime.batch(records, step, args.prompts, args.seed)
+    taken = {record.id for record in batch}
+    # Epochs before the first: the run itself meets none of these orders.
+    order = runtime.epoch_order(len(records), args.seed, -1 - step)
+    others = [i for i in order if records[i].id not in taken] or order
+    first = (turn - 1) * args.prompts
+    places = range(first + runtime.rank(), first + args.prompts, runtime.world())
+    return [records[others[place % len(others)]] for place in places]
+
+
 # ---------------------------------------------------------------- one step
 
 def train_step(
         policy: Policy, records: Sequence[Record], prompts: Sequence[Prompt],
-        args: argparse.Namespace, step: int,
+        args: argparse.Namespace, step: int, fresh: Callable[[int], list[Record]] | None = None,
 ) -> tuple[dict[str, Any], Rollouts, Grades]:
-    """This process's records and prompts of a step -> the log line, and what was sampled."""
+    """This process's part of a step -> its log line, and what was learned from.
+
+    fresh: see resample()."""
     started = time.perf_counter()
     # 1. Each question is answered G times, at the sampling temperature.
     rollouts = sample(policy, records, prompts, step_seeds(args, step), args)
     sampled = time.perf_counter()
 
     # 2. Answers are rewarded; a group's rewards become advantages over its own mean, and
-    #    its IoU the weight of its loss.
+    #    its IoU the weight of its loss. Groups of equal rewards may be replaced before.
     grades = grade(rollouts, args)
+    graded = time.perf_counter()
+    resampled = resample(policy, rollouts, grades, fresh, args, step)
+    refilled = time.perf_counter()
     weight = group_weights(grades.terms["iou"], args, step)        # (Q,)
     advantage = advantages(grades.rewards, not args.no_std)        # (Q, G)
-    graded = time.perf_counter()
 
-    # 3. All losses are divided by this one count, over all processes and micro-batches:
-    #    so each token weighs the same, however the step is cut.
-    n_tokens = runtime.all_sum(rollouts.lengths.sum()).item()
-    costs = []
-    for prompt, tokens in zip(prompts, rollouts.lengths.sum(1).tolist()):
-        costs.append(runtime.memory_tokens(policy.model, prompt, tokens))
-    passes = runtime.micro_batches(costs, args.micro_tokens)
-    batches = cut_into_micro_batches(rollouts, advantage, weight, passes)
+    # 3. All losses of an optimizer step are divided by one count, over all processes and
+    #    micro-batches: so each token weighs the same, however the step is cut.
+    minibatches = cut_into_minibatches(policy.model, rollouts, advantage, weight, args)
+    score_before_updates(policy, minibatches, args)
 
-    # 4. Gradients add up over micro-batches, then the optimizer steps. From the second
-    #    pass on the policy has left the one that sampled, and the clip begins to act.
+    # 4. Gradients add up over micro-batches, then the optimizer steps. From its second
+    #    step on the policy has left the one that sampled, and the clip begins to act.
     lr = runtime.lr_at(step, args.steps, args.lr)
     sums: Counter[str] = Counter()
-    for _ in range(args.updates):
-        for batch in batches:
-            sums.update(accumulate_gradient(policy, batch, n_tokens, args))
+    for minibatch in minibatches * args.updates:
+        for batch in minibatch.batches:
+            sums.update(accumulate_gradient(policy, batch, minibatch.n_tokens, args))
         grad_norm = runtime.update(policy.model, policy.optimizer, lr)
         sums["not_finite"] += not grad_norm < float("inf")
     updated = time.perf_counter()
 
     # 5. The log line.
     line = {"step": step + 1, **summary(rollouts, grades, advantage, weight, args)}
-    line |= update_summary(sums, batches, n_tokens, args)
-    line |= {"lr": lr, "grad_norm": grad_norm, "finite": not sums["not_finite"]}
+    line |= update_summary(sums, minibatches, args)
+    line |= {"lr": lr, "grad_norm": grad_norm, "finite": not sums["not_finite"], **resampled}
     line |= {"seconds_rollout": sampled - started, "seconds_reward": graded - sampled}
-    line |= {"seconds_update": updated - graded, "peak_GiB": runtime.peak_memory(policy.model)}
+    line |= {"seconds_update": updated - refilled, "peak_GiB": runtime.peak_memory(policy.model)}
     return line, rollouts, grades
 
 
-def step_seeds(args: argparse.Namespace, step: int) -> Tensor:
-    """Seeds of this process's questions: each depends on its place in the step alone."""
+def step_seeds(args: argparse.Namespace, step: int, turn: int = 0) -> Tensor:
+    """Seeds of this process's questions in a turn of resampling (0: none yet).
+
+    Each depends on its place in the step alone.
+    """
     places = range(runtime.rank(), args.prompts, runtime.world())
-    return torch.tensor([(args.seed * 1_000_003 + step) * args.prompts + i for i in places])
+    first = ((args.seed + turn) * 1_000_003 + step) * args.prompts
+    return torch.tensor([first + i for i in places])
 
 
 @dataclass
@@ -411,29 +593,107 @@ class MicroBatch:
     completions: list[list[Tensor]]
     lengths: Tensor                    # (completions,) tokens of each
     advantage: Tensor                  # of each token: its rollout's
-    weight: Tensor                     # of each token: its group's
+    weight: Tensor                     # of each token: its group's, 0 where it is masked
     sampled_logp: Tensor
-    old_logp: Tensor | None = None     # of the policy that sampled: the first pass stores it
+    old_logp: Tensor | None = None     # what the ratio is to: set_old_policy stores it
     ref_logp: Tensor | None = None     # of the reference: likewise
     sampled_scored: float = 0.0        # largest difference of sampled and scored log-probabilities
+    importance: float = 0.0            # sum of the importance weights
+
+
+@dataclass
+class Minibatch:
+    """What one optimizer step learns from."""
+
+    batches: list[MicroBatch]          # this process's
+    n_tokens: int                      # that are learned from, over all processes; 1 for none
+
+
+def cut_into_minibatches(
+        model: QwenVL, rollouts: Rollouts, advantage: Tensor, weight: Tensor,
+        args: argparse.Namespace,
+) -> list[Minibatch]:
+    """Cuts a step into optimizer steps of equally many questions, neighbours in the step.
+
+    advantage (Q, G), weight (Q,). So each holds the same questions whatever the number of
+    processes.
+    """
+    weight = weight[:, None].expand_as(advantage)        # (Q, G)
+    if args.mask_truncated:
+        weight = weight.masked_fill(rollouts.truncated, 0.0)
+    lengths = rollouts.lengths.masked_fill(weight == 0, 0)
+    costs = []
+    for prompt, tokens in zip(rollouts.prompts, rollouts.lengths.sum(1).tolist()):
+        costs.append(runtime.memory_tokens(model, prompt, tokens))
+    parts = runtime.equal_slices(len(weight), args.minibatches)
+    counts = runtime.all_sum(torch.stack([lengths[part].sum() for part in parts])).tolist()
+    minibatches = []
+    for part, n_tokens in zip(parts, counts):
+        passes = runtime.micro_batches(costs[part], args.micro_tokens)
+        batches = cut_into_micro_batches(rollouts[part], advantage[part], weight[part], passes)
+        minibatches.append(Minibatch(batches, max(1, n_tokens)))
+    return minibatches
 
 
 def cut_into_micro_batches(
         rollouts: Rollouts, advantage: Tensor, weight: Tensor, passes: Sequence[slice],
 ) -> list[MicroBatch]:
-    """Cuts a step into passes of neighbouring groups; advantage (Q, G) and weight (Q,) are
-    laid out by token."""
+    """Cuts groups into passes of neighbours; advantage and weight, both (Q, G), are laid out
+    by token."""
     lengths = rollouts.lengths        # (Q, G)
     batches = []
     for groups in passes:
         of_rollout = lengths[groups].flatten()
-        of_group = lengths[groups].sum(1)
         sampled_logp = torch.cat([torch.cat(group) for group in rollouts.sampled_logp[groups]])
         batches.append(MicroBatch(
             rollouts.prompts[groups], rollouts.completions[groups], of_rollout,
             advantage[groups].flatten().repeat_interleave(of_rollout),
-            weight[groups].repeat_interleave(of_group), sampled_logp))
+            weight[groups].flatten().repeat_interleave(of_rollout), sampled_logp))
     return batches
+
+
+def score_before_updates(
+        policy: Policy, minibatches: Sequence[Minibatch], args: argparse.Namespace) -> None:
+    """Scores all rollouts by the policy that sampled, where importance weights will need it.
+
+    In a step with minibatches most are scored first when the policy has moved.
+    """
+    if not args.importance_cap or args.minibatches == 1:
+        return
+    for minibatch in minibatches:
+        for batch in minibatch.batches:
+            with torch.no_grad():
+                scored, _ = policy.model.score(batch.prompts, batch.completions, args.temperature)
+            set_old_policy(policy, batch, scored, args)
+
+
+def set_old_policy(
+        policy: Policy, batch: MicroBatch, scored: Tensor, args: argparse.Namespace) -> None:
+    """Stores what a micro-batch's loss compares the policy with; once, at the first scoring.
+
+    scored: (tokens,) log-probabilities without gradient. In the only optimizer step of a
+    batch they are the old ones: it is on policy by definition, and how far the sampler's
+    lie from them is rounding, which is watched. With more steps the sampler's are, so
+    that the clip bounds the whole way from the policy that sampled. With importance
+    weights the scored ones are again, and a weight, scored over sampled probability,
+    makes up for the rest of the way (truncated importance sampling, as in TRL's
+    vllm_importance_sampling_correction "token_truncate"): it multiplies the advantage,
+    so the surrogate alone.
+    """
+    batch.sampled_scored = (scored - batch.sampled_logp).abs().max().item()
+    several = args.updates * args.minibatches > 1
+    batch.old_logp = scored
+    if args.importance_cap:
+        log_ratio = (scored - batch.sampled_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        importance = log_ratio.exp().clamp(max=args.importance_cap)
+        batch.advantage = batch.advantage.to(scored.device) * importance
+        batch.importance = importance[batch.weight.to(scored.device) > 0].sum().item()
+    elif several:
+        batch.old_logp = batch.sampled_logp
+    if policy.reference is not None:
+        with torch.no_grad(), lora.reference(policy.reference):
+            batch.ref_logp, _ = policy.reference.score(
+                batch.prompts, batch.completions, args.temperature)
 
 
 def accumulate_gradient(
@@ -442,20 +702,13 @@ def accumulate_gradient(
     """Adds a micro-batch's gradient to the step's -> its loss, and sums over its tokens."""
     logp, entropy = policy.model.score(batch.prompts, batch.completions, args.temperature)
     if batch.old_logp is None:
-        # The first pass is on policy by definition: its own log-probabilities are the
-        # old ones, and how far the sampler's lie from them is rounding, which is
-        # watched.
-        batch.old_logp = logp.detach()
-        batch.sampled_scored = (batch.old_logp - batch.sampled_logp).abs().max().item()
-        if policy.reference is not None:
-            with torch.no_grad(), lora.reference(policy.reference):
-                batch.ref_logp, _ = policy.reference.score(
-                    batch.prompts, batch.completions, args.temperature)
+        set_old_policy(policy, batch, logp.detach(), args)
+    weight = batch.weight.to(logp.device)
     loss, sums = policy_loss(
-        logp, batch.old_logp, batch.ref_logp, batch.advantage.to(logp.device),
-        batch.weight.to(logp.device), n_tokens, args.clip, args.beta, batch.lengths)
+        logp, batch.old_logp, batch.ref_logp, batch.advantage.to(logp.device), weight, n_tokens,
+        args.clip, args.beta, batch.lengths, Objective.of(args))
     loss.backward()
-    sums |= {"loss": loss.detach(), "entropy": entropy.sum()}
+    sums |= {"loss": loss.detach(), "entropy": (entropy * (weight > 0)).sum()}
     # One wait for the device, not one for each sum.
     return dict(zip(sums, torch.stack(list(sums.values())).tolist()))
 
@@ -494,7 +747,7 @@ def summary(
         **{name: value.sum() / n for name, value in logged.items()},
         **{f"{name}_group_std": value.std(1).sum() / n_groups for name, value in logged.items()},
         "length": lengths.sum() / n,
-        "truncated": (lengths == args.max_new_tokens).sum() / n,
+        "truncated": rollouts.truncated.sum() / n,
         "unparsable": (~valid).sum() / n,
         "no_overlap_groups": no_overlap.sum() / n_groups,
         "no_overlap_advantage": advantage[no_overlap].abs().sum() / n,
@@ -520,19 +773,23 @@ def summary(
 
 
 def update_summary(
-        sums: Counter[str], batches: Sequence[MicroBatch], n_tokens: int,
-        args: argparse.Namespace,
+        sums: Counter[str], minibatches: Sequence[Minibatch], args: argparse.Namespace,
 ) -> dict[str, float]:
     """What a step logs of its update: means over the tokens of all processes and passes."""
+    n_tokens = sum(minibatch.n_tokens for minibatch in minibatches)
     own = {name: sums[name] / (n_tokens * args.updates) for name in ("entropy", "clipped")}
     n = args.prompts * args.group
     own["clipped_completions"] = sums["clipped_completions"] / (n * args.updates)
-    # A loss is divided by the step's tokens already.
-    own["loss"] = sums["loss"] / args.updates
+    # A loss is divided by its optimizer step's count already.
+    own["loss"] = sums["loss"] / (args.updates * args.minibatches)
     if args.beta:
         own["kl"] = sums["kl"] / (n_tokens * args.updates)
+    batches = list(itertools.chain.from_iterable(m.batches for m in minibatches))
+    if args.importance_cap:
+        own["importance"] = sum(batch.importance for batch in batches) / n_tokens
     line = sum_over_processes(own)
-    largest = torch.tensor(max(batch.sampled_scored for batch in batches))
+    # Later minibatches may have been scored by a policy that has left the sampler.
+    largest = torch.tensor(max(batch.sampled_scored for batch in minibatches[0].batches))
     line["sampled_scored_max"] = runtime.all_max(largest).item()
     return line
 
@@ -627,7 +884,9 @@ def main() -> None:
         steps, initial=first, total=args.steps, desc="rft", disable=runtime.rank() > 0)
     with bar:
         for step, prompts in zip(bar, runtime.prefetch(prompts_of, steps, args.workers)):
-            line, rollouts, grades = train_step(policy, records_of(step), prompts, args, step)
+            fresh = functools.partial(fresh_records, records, args, step)
+            line, rollouts, grades = train_step(
+                policy, records_of(step), prompts, args, step, fresh)
             skipped = 0 if line["finite"] else skipped + 1
             log_rollouts(out / "rollouts.jsonl", step, rollouts, grades)
             due = (step + 1) % args.every == 0 or step + 1 == args.steps

@@ -779,12 +779,13 @@ def begin(
 # What the keys of metrics.jsonl mean, with their units; README's glossary is this
 # table. "TERM" stands for each term of the reward by its name.
 LOG_KEYS = {
-    "step": "steps so far: one batch each; with rft's --updates U that many optimizer steps",
+    "step": "steps so far: one batch each; with rft's --updates U and --minibatches M that is "
+            "U x M optimizer steps",
     "loss": "sum over the step's completion tokens of each one's weight times loss, over their "
-            "number; rft: mean over --updates passes",
+            "number (rft: or as --loss says); rft: mean over optimizer steps",
     "lr": "learning rate of the step",
     "grad_norm": "length of the gradient before it is cut to 1, over all parameters; rft: of the "
-                 "last pass",
+                 "last optimizer step",
     "finite": "false where a gradient was not finite, so that the step was skipped",
     "peak_GiB": "memory that the first process held at most so far",
     "val_mIoU": "mean IoU of greedy answers to --val records, where a validation was due",
@@ -797,29 +798,35 @@ LOG_KEYS = {
     "reward_group_std": "rft: standard deviation of the reward within a group, mean",
     "TERM_group_std": "rft: the same of a term",
     "length": "rft: mean tokens of a completion, end of turn included",
-    "truncated": "rft: share of rollouts that met --max-new-tokens",
+    "truncated": "rft: share of rollouts that were cut at --max-new-tokens",
     "unparsable": "rft: share of rollouts without a box in the image",
     "unique": "rft: share of rollouts that are different texts in their group",
     "no_overlap_groups": "rft: share of groups in which no box touches the target",
     "no_overlap_advantage": "rft: share of the step's sum of |A| that they carry",
     "positional_alone_advantage": "rft: share of the step's sum of |A| in groups that the "
                                   "positional term alone tells apart; with that term",
-    "zero_variance_groups": "rft: share of groups with equal rewards, which teach nothing",
+    "zero_variance_groups": "rft: share of groups with equal rewards, which teach nothing; with "
+                            "--resample those that are left",
+    "resampled": "rft: groups that fresh questions replaced, over all turns; with --resample",
     "advantage": "rft: mean |A|",
     "consistency_weight": "rft: mean weight of a group's loss",
     "consistency_weight_min": "rft: the least of the step",
     "consistency_weight_max": "rft: the most of the step",
     "dispersion": "rft: scatter of a group's box centres in image sides, mean over groups "
                   "with two boxes or more",
-    "entropy": "rft: mean entropy of the next token, nats",
-    "clipped": "rft: share of tokens whose gain the clip cuts",
+    "entropy": "rft: mean entropy of the next token, nats; like clipped, kl and importance over "
+               "the tokens that are learned from",
+    "clipped": "rft: share of tokens whose gain --clip or --dual-clip cuts",
     "clipped_completions": "rft: share of completions with such a token",
-    "kl": "rft: mean k3 estimate of the KL to the reference, nats a token; where --beta is "
+    "kl": "rft: mean estimate (--kl) of the KL to the reference, nats a token; where --beta is "
           "above 0",
+    "importance": "rft: mean of a token's scored over its sampled probability, cut at "
+                  "--importance-cap; with that flag",
     "sampled_scored_max": "rft: largest difference between a token's log-probability when "
                           "sampled and when scored",
     "seconds_rollout": "rft: seconds of sampling",
     "seconds_reward": "rft: seconds of grading",
+    "seconds_resample": "rft: seconds of sampling and grading again; with --resample",
     "seconds_update": "rft: seconds of scoring, gradients and optimizer",
 }
 

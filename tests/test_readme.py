@@ -1,4 +1,6 @@
 """README.md: its glossary is the code's, its commands and files exist."""
+import argparse
+import itertools
 import re
 from pathlib import Path
 
@@ -11,6 +13,11 @@ import sft
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"sft.py": sft.flags, "rft.py": rft.flags}
+
+
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    """All flags of a script."""
+    return set(itertools.chain.from_iterable(a.option_strings for a in parser._actions))
 
 
 def glossary(marker: str) -> dict[str, str]:
@@ -43,11 +50,26 @@ def test_the_table_of_settings_has_the_defaults_of_the_code() -> None:
     assert args.temperature == 1 and "T=1" in table and not args.no_std
 
 
+def test_the_table_of_objectives_has_the_choices_and_defaults_of_the_code() -> None:
+    args = rft.flags().parse_args([])
+    table = README.split("### Objectives", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    for flag, choices in (("loss", rft.LOSSES), ("ratio", rft.RATIOS), ("kl", rft.KLS)):
+        for choice in choices:
+            row, = (line for line in rows if f"`--{flag} {choice}`" in line)
+            assert ("*default*" in row) == (choice == getattr(args, flag)), row
+    assert f"clip, *default* {args.clip[0]:g} {args.clip[1]:g} |" in table
+    assert set(re.findall(r"--[a-z][a-z-]*", table)) <= options(rft.flags())
+    for name in ("dual_clip", "mask_truncated", "importance_cap", "resample", "no_std"):
+        assert not getattr(args, name) and f"--{name.replace('_', '-')}" in table
+    assert args.updates == args.minibatches == 1
+
+
 def test_files_and_flags_that_the_readme_names_exist() -> None:
     for name in re.findall(r"`((?:study/|toy/|tests/)?\w+\.(?:py|sh))`", README):
         assert (ROOT / name).exists(), name
     for script, flags in SCRIPTS.items():
-        known = {option for action in flags()._actions for option in action.option_strings}
+        known = options(flags())
         for command in re.findall(rf"{re.escape(script)} ([^\n`#]*)", README):
             for flag in re.findall(r"--[a-z][a-z-]*", command):
                 assert flag in known | {"--nproc_per_node"}, (script, flag)

@@ -1,10 +1,12 @@
 """rft.py: its objective by hand and by finite differences, a step, and the whole stage."""
 import argparse
+import itertools
 import json
 import math
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ import runtime
 from data import load, open_image
 from model import QwenVL
 from processor import Frame, Processor
-from rft import advantages, policy_loss
+from rft import Objective, advantages, policy_loss
 
 Run = Callable[..., subprocess.CompletedProcess]
 LogLine = dict[str, Any]
@@ -118,6 +120,87 @@ def test_kl_by_hand_pulls_towards_the_reference() -> None:
     assert logp.grad[0] < 0 < logp.grad[1]
 
 
+def test_how_losses_are_put_together_by_hand() -> None:
+    """Two completions of 2 and 3 tokens, in an optimizer step of 10 tokens and 4 completions."""
+    lengths = torch.tensor([2, 3])
+    losses = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    by_hand = {
+        "dapo": (15 / 10, losses / 10),
+        "grpo": ((1.5 + 4) / 4, losses / torch.tensor([2, 2, 3, 3, 3]) / 4),
+        "dr-grpo": (15 / (4 * 6), losses / 24),
+    }
+    assert by_hand.keys() == set(rft.LOSSES)
+    for name, (expected, gradient) in by_hand.items():
+        objective = Objective(loss=name, completions=4, max_new_tokens=6)
+        logp = torch.randn(5, requires_grad=True)
+        # At ratio 1 the loss of a token is minus its advantage, and so is the gradient.
+        loss, _ = policy_loss(
+            logp, logp.detach(), None, -losses, torch.ones(5), 10, lengths=lengths,
+            objective=objective)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected)
+        assert torch.allclose(logp.grad, gradient)
+
+
+def test_a_completions_ratio_is_its_geometric_mean_and_all_its_tokens_share_the_gradient(
+) -> None:
+    ratios = torch.tensor([1.2, 0.8, 2.0, 1.0, 1.0])
+    logp = ratios.log().requires_grad_()
+    advantage = torch.tensor([1.0, 1.0, 0.5, 0.5, 0.5])
+    loss, sums = policy_loss(
+        logp, torch.zeros(5), None, advantage, torch.ones(5), 5, (0.2, 0.2),
+        lengths=torch.tensor([2, 3]), objective=Objective(ratio="sequence"))
+    loss.backward()
+    first = (1.2 * 0.8) ** (1 / 2)
+    second = 2.0 ** (1 / 3)
+    # The second, 1.26, is cut at 1.2.
+    assert loss.item() == pytest.approx(-(2 * first + 3 * 0.5 * 1.2) / 5)
+    # 2 tokens have the ratio, and each moves its logarithm by 1 / 2.
+    assert logp.grad.tolist() == pytest.approx([-2 * first / 2 / 5] * 2 + [0] * 3)
+    assert second > 1.2 and sums["clipped"] == 3 and sums["clipped_completions"] == 1
+
+
+@pytest.mark.parametrize("ratio, advantage, gain", [
+    (5.0, -1.0, -3.0),        # max(min(5.0 * -1, 1.2 * -1), 3 * -1)
+    (2.0, -1.0, -2.0),        # before C
+    (5.0, 1.0, 1.2),          # a positive advantage does not meet C
+])
+def test_dual_clipping_by_hand(ratio: float, advantage: float, gain: float) -> None:
+    logp = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss, sums = policy_loss(
+        logp, torch.zeros(1), None, torch.tensor([advantage]), torch.ones(1), 1,
+        objective=Objective(dual_clip=3.0))
+    loss.backward()
+    assert loss.item() == pytest.approx(-gain)
+    cut = ratio == 5.0
+    assert (logp.grad == 0) == cut and sums["clipped"] == float(cut)
+
+
+def test_k1_by_hand_is_the_log_ratio_and_its_gradient_is_the_same_everywhere() -> None:
+    logp = torch.tensor([-2.0, -1.0], requires_grad=True)
+    loss, sums = policy_loss(
+        logp, logp.detach(), torch.tensor([-1.0, -3.0]), torch.zeros(2), torch.ones(2), 2,
+        beta=0.5, objective=Objective(kl="k1"))
+    loss.backward()
+    assert sums["kl"].item() == pytest.approx(-1 + 2)
+    assert loss.item() == pytest.approx(0.5 * (-1 + 2) / 2)
+    assert logp.grad.tolist() == pytest.approx([0.25, 0.25])
+
+
+def test_a_token_of_weight_0_is_neither_learned_from_nor_counted() -> None:
+    logp = torch.tensor([2.0, 2.0, 2.0]).log().requires_grad_()
+    weight = torch.tensor([1.0, 0.0, 0.0])
+    loss, sums = policy_loss(
+        logp, torch.zeros(3), torch.zeros(3), -torch.ones(3), weight, 1, beta=0.1,
+        lengths=torch.tensor([1, 2]))
+    loss.backward()
+    assert logp.grad[0] != 0 and logp.grad[1:].tolist() == [0, 0]
+    assert sums["kl"].item() == pytest.approx(0.5 + math.log(2) - 1)
+    _, sums = policy_loss(
+        logp, torch.zeros(3), None, torch.ones(3), weight, 1, lengths=torch.tensor([1, 2]))
+    assert sums["clipped"] == sums["clipped_completions"] == 1
+
+
 # Four tokens of a policy that says word 0 or word 1, with the logits (theta, 0).
 CHOSEN = [0, 1, 1, 0]
 OLD_LOGP = [-0.9, -0.4, -1.2, -0.6]
@@ -125,20 +208,55 @@ REF_LOGP = [-0.7, -0.7, -0.6, -0.8]
 ADVANTAGE = [0.7, -1.1, 0.4, -0.2]
 CLIP = (0.2, 0.25)
 N_TOKENS = 9
+LENGTHS = [1, 3]
+PLAIN = Objective(completions=5, max_new_tokens=7)
 
 
-def loss_in_floats(theta: float, weights: Sequence[float], beta: float) -> float:
+def loss_in_floats(
+        theta: float, weights: Sequence[float], beta: float, objective: Objective = PLAIN,
+) -> float:
     """The whole objective once more, without torch and token by token."""
     total = 0.0
-    for i, weight in enumerate(weights):
-        logp = -math.log(1 + math.exp(-theta if CHOSEN[i] == 0 else theta))
-        ratio = math.exp(logp - OLD_LOGP[i])
-        clipped_ratio = min(max(ratio, 1 - CLIP[0]), 1 + CLIP[1])
-        surrogate = min(ratio * ADVANTAGE[i], clipped_ratio * ADVANTAGE[i])
-        log_ratio_ref = REF_LOGP[i] - logp
-        kl = math.exp(log_ratio_ref) - log_ratio_ref - 1
-        total += weight * (surrogate - beta * kl)
-    return -total / N_TOKENS
+    first = 0
+    for length in LENGTHS:
+        tokens = range(first, first + length)
+        first += length
+        logp = {i: -math.log(1 + math.exp(-theta if CHOSEN[i] == 0 else theta)) for i in tokens}
+        of_completion = math.exp(sum(logp[i] - OLD_LOGP[i] for i in tokens) / length)
+        for i in tokens:
+            sequence = objective.ratio == "sequence"
+            ratio = of_completion if sequence else math.exp(logp[i] - OLD_LOGP[i])
+            clipped_ratio = min(max(ratio, 1 - CLIP[0]), 1 + CLIP[1])
+            gain = min(ratio * ADVANTAGE[i], clipped_ratio * ADVANTAGE[i])
+            if objective.dual_clip and ADVANTAGE[i] < 0:
+                gain = max(gain, objective.dual_clip * ADVANTAGE[i])
+            log_ratio_ref = REF_LOGP[i] - logp[i]
+            k3 = math.exp(log_ratio_ref) - log_ratio_ref - 1
+            gain -= beta * (-log_ratio_ref if objective.kl == "k1" else k3)
+            share = {"dapo": N_TOKENS, "grpo": 5 * length, "dr-grpo": 5 * 7}[objective.loss]
+            total += weights[i] * gain / share
+    return -total
+
+
+def check_finite_differences(
+        theta: float, weights: Sequence[float], beta: float, objective: Objective,
+) -> dict[str, Tensor]:
+    """Loss and gradient of the one-parameter policy; -> the sums for the log."""
+    def packed(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+    parameter = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
+    logits = torch.stack((parameter, torch.zeros_like(parameter)))
+    loss, sums = policy_loss(
+        logits.log_softmax(0)[CHOSEN], packed(OLD_LOGP), packed(REF_LOGP), packed(ADVANTAGE),
+        packed(weights), N_TOKENS, CLIP, beta, torch.tensor(LENGTHS), objective)
+    loss.backward()
+    expected = loss_in_floats(theta, weights, beta, objective)
+    assert math.isclose(loss.item(), expected, rel_tol=1e-9)
+    above = loss_in_floats(theta + 1e-6, weights, beta, objective)
+    below = loss_in_floats(theta - 1e-6, weights, beta, objective)
+    slope = (above - below) / 2e-6
+    assert math.isclose(parameter.grad.item(), slope, rel_tol=1e-5, abs_tol=1e-9)
+    return sums
 
 
 @pytest.mark.parametrize("theta", [-0.8, 0.0, 0.37, 1.5])
@@ -146,20 +264,128 @@ def loss_in_floats(theta: float, weights: Sequence[float], beta: float) -> float
 @pytest.mark.parametrize("weights", [(1, 1, 1, 1), (2.6, 2.6, 0.5, 0.5), (3.0, 1.3, 0.0, 1.0)])
 def test_the_gradient_of_a_one_parameter_policy_matches_finite_differences(
         weights: tuple[float, ...], beta: float, theta: float) -> None:
-    def packed(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64)
-    parameter = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
-    logits = torch.stack((parameter, torch.zeros_like(parameter)))
-    loss, sums = policy_loss(
-        logits.log_softmax(0)[CHOSEN], packed(OLD_LOGP), packed(REF_LOGP), packed(ADVANTAGE),
-        packed(weights), N_TOKENS, CLIP, beta)
-    loss.backward()
-    assert math.isclose(loss.item(), loss_in_floats(theta, weights, beta), rel_tol=1e-9)
-    above = loss_in_floats(theta + 1e-6, weights, beta)
-    below = loss_in_floats(theta - 1e-6, weights, beta)
-    slope = (above - below) / 2e-6
-    assert math.isclose(parameter.grad.item(), slope, rel_tol=1e-5, abs_tol=1e-9)
+    sums = check_finite_differences(theta, weights, beta, PLAIN)
     assert ("kl" in sums) == (beta > 0)
+
+
+@pytest.mark.parametrize("theta", [-0.8, 0.0, 0.37, 1.5])
+@pytest.mark.parametrize("dual_clip", [None, 1.3])
+@pytest.mark.parametrize("kl", rft.KLS)
+@pytest.mark.parametrize("ratio", rft.RATIOS)
+@pytest.mark.parametrize("loss", rft.LOSSES)
+def test_every_objective_matches_finite_differences(
+        loss: str, ratio: str, kl: str, dual_clip: float | None, theta: float) -> None:
+    objective = Objective(loss, ratio, kl, dual_clip, 5, 7)
+    check_finite_differences(theta, (2.6, 0.5, 0.5, 0.5), 0.1, objective)
+
+
+def packed_completions(lengths: Tensor, seed: int = 0) -> list[Tensor]:
+    """logp, old, reference, advantage (one a completion), weight: packed, float64."""
+    random = torch.Generator().manual_seed(seed)
+    n = int(lengths.sum())
+    logp, old, reference = torch.randn(3, n, generator=random, dtype=torch.float64) / 2 - 2
+    advantage = torch.randn(len(lengths), generator=random, dtype=torch.float64)
+    weight = torch.rand(n, generator=random, dtype=torch.float64) + 0.5
+    return [logp, old, reference, advantage.repeat_interleave(lengths), weight]
+
+
+@pytest.mark.parametrize("ratio", rft.RATIOS)
+@pytest.mark.parametrize("loss", rft.LOSSES)
+def test_losses_and_gradients_add_up_over_micro_batches(loss: str, ratio: str) -> None:
+    lengths = torch.tensor([3, 1, 4, 2, 6])
+    objective = Objective(loss, ratio, "k3", 2.0, 5, 8)
+    tensors = packed_completions(lengths)
+    whole = tensors[0].clone().requires_grad_()
+    expected, _ = policy_loss(
+        whole, *tensors[1:], 16, (0.2, 0.3), 0.1, lengths, objective)
+    expected.backward()
+    parts = tensors[0].clone().requires_grad_()
+    total = 0.0
+    for completions, tokens in ((slice(2), slice(4)), (slice(2, 5), slice(4, 16))):
+        loss_of_part, _ = policy_loss(
+            parts[tokens], *(x[tokens] for x in tensors[1:]), 16, (0.2, 0.3), 0.1,
+            lengths[completions], objective)
+        loss_of_part.backward()
+        total += loss_of_part.item()
+    assert total == pytest.approx(expected.item(), rel=1e-12)
+    assert torch.allclose(parts.grad, whole.grad, rtol=1e-12)
+
+
+# ---------------------------------------------------------------- the loss beside TRL's
+
+def trl_trainer(objective: Objective, beta: float, logp: Tensor) -> Any:
+    """TRL's GRPOTrainer with all that its loss reads; its policy says logp (B, T)."""
+    trl = pytest.importorskip("trl.trainer.grpo_trainer")
+    trainer = object.__new__(trl.GRPOTrainer)
+    trainer.args = SimpleNamespace(
+        delta=objective.dual_clip, use_bias_correction_kl=False, steps_per_generation=1)
+    trainer.accelerator = SimpleNamespace(
+        num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+    trainer.model = SimpleNamespace(training=True)
+    trainer.loss_type = objective.loss.replace("-", "_")
+    trainer.importance_sampling_level = objective.ratio
+    trainer.epsilon_low, trainer.epsilon_high = CLIP
+    trainer.beta = beta
+    trainer.max_completion_length = objective.max_new_tokens
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    trainer.aux_loss_enabled = trainer._entropy_bonus_enabled = False
+    trainer.top_entropy_quantile = 1.0
+    trainer.off_policy_mask_threshold = None
+    trainer._metrics = {"train": defaultdict(list)}
+    trainer._get_per_token_logps_and_entropies = (
+        lambda *_, **__: (logp, torch.zeros_like(logp), None))
+    return trainer
+
+
+def trl_loss(
+        trainer: Any, mask: Tensor, n_tokens: int, importance: Tensor, *tensors: Tensor) -> Tensor:
+    """Its loss; mask (B, T) of the tokens that count; tensors: old, reference, advantage (B, T)."""
+    old, reference, advantage = tensors
+    ids = torch.zeros_like(mask)
+    inputs = {
+        "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids,
+        "completion_mask": mask, "advantages": advantage[:, 0], "old_per_token_logps": old,
+        "ref_per_token_logps": reference, "importance_sampling_ratio": importance,
+        "num_items_in_batch": torch.tensor(float(n_tokens))}
+    return trainer._compute_loss(trainer.model, inputs)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+@pytest.mark.parametrize("ratio", rft.RATIOS)
+@pytest.mark.parametrize("loss", rft.LOSSES)
+def test_loss_and_gradient_are_those_of_trl(
+        loss: str, ratio: str, dual_clip: float | None, masked: bool, beta: float) -> None:
+    """Clip-higher, importance weights, and where masked without the third completion."""
+    lengths = torch.tensor([3, 1, 6, 4, 2])
+    objective = Objective(loss, ratio, "k3", dual_clip, 5, 6)
+    logp, old, reference, advantage, importance = packed_completions(lengths)
+    importance = importance.clamp(max=1.2)
+    weight = torch.ones(16, dtype=torch.float64)
+    weight[4:10] = float(not masked)
+    n_tokens = int(weight.sum())
+
+    ours = logp.clone().requires_grad_()
+    computed, sums = policy_loss(
+        ours, old, reference, advantage * importance, weight, n_tokens, CLIP, beta, lengths,
+        objective)
+    computed.backward()
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(x.split(lengths.tolist()), batch_first=True)
+    theirs = logp.clone().requires_grad_()
+    trainer = trl_trainer(objective, beta, padded(theirs))
+    expected = trl_loss(
+        trainer, padded(weight).long(), n_tokens, padded(importance), padded(old),
+        padded(reference), padded(advantage))
+    expected.backward()
+    torch.testing.assert_close(computed, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert (ours.grad[4:10] == 0).all() == masked
+    if beta:
+        assert sums["kl"].item() / n_tokens == pytest.approx(trainer._metrics["train"]["kl"][0])
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
@@ -373,7 +599,10 @@ def grade_by_letters(rollouts: rft.Rollouts, args: argparse.Namespace) -> rft.Gr
 def train_one_step(
         monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, dior_root: Path,
 ) -> Callable[..., tuple[dict[str, Tensor], LogLine]]:
-    """train_one_step(flag=value) -> a step's gradient by parameter name, and its log line."""
+    """train_one_step(flag=value) -> gradients by parameter name, and the log line.
+
+    The weights stay as they are; gradients are summed over optimizer steps.
+    """
     def train(**changes: Any) -> tuple[dict[str, Tensor], LogLine]:
         model = QwenVL.from_pretrained(tiny_checkpoint, dtype=None)
         policy = rft.Policy(model, Processor.from_pretrained(tiny_checkpoint), None, None)
@@ -381,7 +610,7 @@ def train_one_step(
 
         def keep_gradients(model: QwenVL, opt: None, lr: float) -> float:
             for name, parameter in model.named_parameters():
-                gradients[name] = parameter.grad.clone()
+                gradients[name] = gradients.get(name, 0) + parameter.grad
             model.zero_grad()
             return 1.0
         monkeypatch.setattr(rft, "grade", grade_by_letters)
@@ -395,16 +624,248 @@ def train_one_step(
     return train
 
 
+def assert_close_gradients(
+        gradients: dict[str, Tensor], expected: dict[str, Tensor], factor: float = 1.0) -> None:
+    """gradients = factor * expected, to rounding."""
+    for name, gradient in expected.items():
+        difference = (gradients[name] - factor * gradient).norm()
+        assert difference <= 1e-4 * factor * gradient.norm(), name
+
+
 # All in one pass, and in several.
 @pytest.mark.parametrize("micro_tokens", [10 ** 6, 400])
+@pytest.mark.parametrize("loss", rft.LOSSES)
 def test_the_gradient_does_not_depend_on_the_micro_batch(
-        train_one_step: Callable, micro_tokens: int) -> None:
-    expected, line_of_single = train_one_step(micro_tokens=1)
-    gradients, line = train_one_step(micro_tokens=micro_tokens)
+        train_one_step: Callable, loss: str, micro_tokens: int) -> None:
+    expected, line_of_single = train_one_step(micro_tokens=1, loss=loss)
+    gradients, line = train_one_step(micro_tokens=micro_tokens, loss=loss)
     assert line_of_single["advantage"] > 0
     assert math.isclose(line_of_single["loss"], line["loss"], abs_tol=1e-6)
-    for name, gradient in expected.items():
-        assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+    assert_close_gradients(gradients, expected)
+
+
+def test_minibatches_share_a_steps_questions_out(train_one_step: Callable) -> None:
+    """dr-grpo divides by a constant, of half as many completions in each of two minibatches."""
+    expected, line = train_one_step(loss="dr-grpo")
+    gradients, line_of_two = train_one_step(loss="dr-grpo", minibatches=2)
+    assert_close_gradients(gradients, expected, 2.0)
+    for name in ("loss", "entropy", "length", "reward"):
+        assert line_of_two[name] == pytest.approx(line[name], abs=1e-6), name
+
+
+def with_rollouts(
+        monkeypatch: pytest.MonkeyPatch, change: Callable[[rft.Rollouts], None]) -> None:
+    """rft.sample with rollouts that were changed in place."""
+    sample = rft.sample
+
+    def sample_and_change(*args: Any) -> rft.Rollouts:
+        rollouts = sample(*args)
+        change(rollouts)
+        return rollouts
+    monkeypatch.setattr(rft, "sample", sample_and_change)
+
+
+def test_what_is_truncated_can_be_left_out(
+        monkeypatch: pytest.MonkeyPatch, train_one_step: Callable) -> None:
+    """The mean is over the tokens that are left; all left out, nothing is learned."""
+    cut = torch.tensor([[True, False, False]] * 3 + [[True, True, True]])
+    n_tokens = {}
+
+    def cut_some(rollouts: rft.Rollouts) -> None:
+        rollouts.truncated = cut
+        lengths = rollouts.lengths
+        n_tokens["all"] = lengths.sum().item()
+        n_tokens["left"] = lengths[~cut].sum().item()
+    with monkeypatch.context() as patch:
+        with_rollouts(patch, cut_some)
+        _, line = train_one_step()
+        gradients, line_of_left = train_one_step(mask_truncated=True)
+        assert line["truncated"] == line_of_left["truncated"] == 0.5
+        assert 0 < n_tokens["left"] < n_tokens["all"]
+
+    # As if the truncated ones had no advantage, and only the others were counted.
+    advantages = rft.advantages
+    monkeypatch.setattr(
+        rft, "advantages", lambda *args: advantages(*args).masked_fill(cut, 0.0))
+    expected, _ = train_one_step()
+    assert_close_gradients(gradients, expected, n_tokens["all"] / n_tokens["left"])
+
+    def cut_all(rollouts: rft.Rollouts) -> None:
+        rollouts.truncated = torch.ones_like(cut)
+    with_rollouts(monkeypatch, cut_all)
+    gradients, line = train_one_step(mask_truncated=True)
+    assert line["loss"] == line["entropy"] == 0
+    for gradient in gradients.values():
+        assert (gradient == 0).all()
+
+
+def test_a_rollout_that_ends_at_the_limit_is_not_truncated(
+        monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> None:
+    model = QwenVL.from_pretrained(tiny_checkpoint, dtype=None)
+    policy = rft.Policy(model, Processor.from_pretrained(tiny_checkpoint), None, None)
+    end = model.stop_ids[0]
+    tokens = torch.tensor([[[65, 66, end], [65, 66, 67], [end, 0, 0]]])
+    lengths = torch.tensor([[3, 3, 1]])
+    monkeypatch.setattr(rft, "generate", lambda *_: (tokens, torch.zeros(1, 3, 3), lengths))
+    rollouts = rft.sample(policy, [RECORD], [None], torch.zeros(1), step_flags(max_new_tokens=3))
+    assert rollouts.truncated.tolist() == [[False, True, False]]
+
+
+# ---------------------------------------------------------------- old policies
+
+# exp of it is 1.5.
+SAMPLED_LOWER = math.log(1.5)
+
+
+@pytest.fixture
+def old_and_scored(
+        monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(old, scored, advantage) of each call of policy_loss, where the sampler says less than
+    the scores by SAMPLED_LOWER."""
+    def lower(rollouts: rft.Rollouts) -> None:
+        for group in rollouts.sampled_logp:
+            for logp in group:
+                logp -= SAMPLED_LOWER
+    with_rollouts(monkeypatch, lower)
+    calls = []
+    policy_loss = rft.policy_loss
+
+    def keep(logp: Tensor, old: Tensor, *rest: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        calls.append((old, logp.detach(), rest[1]))
+        return policy_loss(logp, old, *rest)
+    monkeypatch.setattr(rft, "policy_loss", keep)
+    return calls
+
+
+@pytest.mark.parametrize("flags, sampler", [
+    ({}, False), ({"updates": 2}, True), ({"minibatches": 2}, True),
+    ({"importance_cap": 2.0}, False), ({"importance_cap": 2.0, "updates": 2}, False),
+    ({"importance_cap": 2.0, "minibatches": 2}, False),
+])
+def test_the_ratio_is_to_the_sampler_as_soon_as_a_step_has_several_updates(
+        train_one_step: Callable, old_and_scored: list, flags: dict[str, Any], sampler: bool,
+) -> None:
+    """With importance weights to the scores instead: the weights have the rest."""
+    train_one_step(**flags)
+    for old, scored, _ in old_and_scored:
+        expected = scored - SAMPLED_LOWER if sampler else scored
+        torch.testing.assert_close(old, expected, atol=1e-4, rtol=0)
+    assert len(old_and_scored) == flags.get("updates", 1) * flags.get("minibatches", 1)
+
+
+def test_importance_weights_are_scored_over_sampled_probabilities_cut_at_the_cap(
+        train_one_step: Callable, old_and_scored: list) -> None:
+    plain, line = train_one_step()
+    assert "importance" not in line
+    for cap, weight in ((1.2, 1.2), (2.0, 1.5)):
+        gradients, line = train_one_step(importance_cap=cap)
+        assert_close_gradients(gradients, plain, weight)
+        assert line["importance"] == pytest.approx(weight, rel=1e-4)
+    # Each pass and minibatch has the weights once.
+    for flags in ({"updates": 3}, {"minibatches": 2}):
+        _, line = train_one_step(importance_cap=2.0, **flags)
+        assert line["importance"] == pytest.approx(1.5, rel=1e-4)
+    assert torch.equal(old_and_scored[3][2], old_and_scored[5][2])
+
+
+# ---------------------------------------------------------------- resampling
+
+def numbered_records(n: int) -> list[SimpleNamespace]:
+    return [SimpleNamespace(id=str(i)) for i in range(n)]
+
+
+def fresh_ids(records: Sequence, step: int, turn: int, **flags: Any) -> list[str]:
+    args = step_flags(**flags)
+    return [r.id for r in rft.fresh_records(records, args, step, turn)]
+
+
+def test_fresh_questions_are_new_to_the_step_and_the_same_for_any_number_of_processes(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    records = numbered_records(40)
+    orders = set()
+    for step in (0, 7, 23):
+        batch = {r.id for r in runtime.batch(records, step, 4, 0)}
+        turns = [fresh_ids(records, step, turn) for turn in (1, 2, 3)]
+        assert len({*batch, *turns[0], *turns[1], *turns[2]}) == 16
+        assert turns == [fresh_ids(records, step, turn) for turn in (1, 2, 3)]
+        assert turns[0] != fresh_ids(records, step, 1, seed=1)
+        orders.add(tuple(turns[0]))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for rank in (0, 1):
+            monkeypatch.setenv("RANK", str(rank))
+            assert fresh_ids(records, step, 2) == turns[1][rank::2]
+        monkeypatch.delenv("WORLD_SIZE")
+        monkeypatch.delenv("RANK")
+    assert len(orders) == 3
+
+
+@pytest.mark.parametrize("n", [1, 4, 6])
+def test_where_there_are_too_few_records_they_come_again(n: int) -> None:
+    records = numbered_records(n)
+    batch = {r.id for r in runtime.batch(records, 0, 4, 0)}
+    for turn in (1, 2):
+        ids = fresh_ids(records, 0, turn)
+        assert len(ids) == 4 and (n <= 4 or not batch & set(ids))
+
+
+def test_seeds_differ_between_places_turns_and_steps() -> None:
+    args = step_flags()
+    turns = itertools.product(range(3), range(3))
+    seeds = torch.cat([rft.step_seeds(args, step, turn) for step, turn in turns])
+    assert len(seeds.unique()) == 3 * 3 * 4
+
+
+@pytest.mark.parametrize("turns, ids, flat", [
+    (0, ["a", "b", "c", "d"], 2),
+    (1, ["a", "fresh 1 of 1", "c", "fresh 1 of 3"], 1),
+    (2, ["a", "fresh 1 of 1", "c", "fresh 2 of 3"], 1),
+    (9, ["a", "fresh 1 of 1", "c", "fresh 3 of 3"], 0),
+])
+def test_groups_that_do_not_vary_are_replaced_until_they_do(
+        monkeypatch: pytest.MonkeyPatch, turns: int, ids: list[str], flat: int) -> None:
+    """b and d do not vary, nor do the first two fresh questions in the place of d."""
+    steady = ("b", "d", "fresh 1 of 3", "fresh 2 of 3")
+
+    def record(name: str) -> SimpleNamespace:
+        return SimpleNamespace(id=name, text=f"text of {name}")
+
+    def sample(
+            policy: None, records: list, prompts: list, seeds: Tensor, args: argparse.Namespace,
+    ) -> rft.Rollouts:
+        assert len(records) == len(prompts) == len(seeds)
+        names = [[r.id] * 2 for r in records]
+        cut = torch.tensor([[r.id.startswith("fresh")] * 2 for r in records])
+        return rft.Rollouts(records, prompts, names, names, names, cut)
+
+    def grade(rollouts: rft.Rollouts, args: argparse.Namespace) -> rft.Grades:
+        top = [0.5 if r.id in steady else 1.0 for r in rollouts.records]
+        rewards = torch.tensor([[0.5, high] for high in top])
+        return rft.Grades(rewards, {"iou": rewards / 2}, rewards[..., None].expand(-1, -1, 4) + 0)
+    monkeypatch.setattr(rft, "sample", sample)
+    monkeypatch.setattr(rft, "grade", grade)
+    monkeypatch.setattr(rft, "open_image", lambda record: f"image of {record.id}")
+    policy = SimpleNamespace(processor=lambda image, text: (image, text))
+    args = step_flags(resample=turns, group=2)
+    records = [record(name) for name in "abcd"]
+    prompts = [policy.processor(f"image of {r.id}", r.text) for r in records]
+    rollouts = sample(None, records, prompts, torch.zeros(4), args)
+    grades = grade(rollouts, args)
+    fresh = lambda turn: [record(f"fresh {turn} of {i}") for i in range(4)]  # noqa: E731
+    line = rft.resample(policy, rollouts, grades, fresh, args, step=0)
+
+    assert [r.id for r in rollouts.records] == ids
+    # All that belongs to a question has moved with it.
+    assert rollouts.prompts == [(f"image of {name}", f"text of {name}") for name in ids]
+    assert rollouts.texts == rollouts.completions == rollouts.sampled_logp == [
+        [name] * 2 for name in ids]
+    assert rollouts.truncated[:, 0].tolist() == [name.startswith("fresh") for name in ids]
+    expected = grade(rollouts, args)
+    assert torch.equal(grades.rewards, expected.rewards)
+    assert torch.equal(grades.terms["iou"], expected.terms["iou"])
+    assert torch.equal(grades.boxes, expected.boxes)
+    assert (~rft.varies(grades.rewards)).sum() == flat
+    assert line.get("resampled", 0) == (0, 2, 3, 4)[min(turns, 3)]
+    assert ("resampled" in line) == (turns > 0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -610,6 +1071,44 @@ def check_evaluation(run: Run, stage: Path) -> None:
     assert row["data"] == "dior" and row["n"] == 4
 
 
+OBJECTIVE = (
+    "--loss", "grpo", "--ratio", "sequence", "--kl", "k1", "--clip", 0.01, 0.02, "--dual-clip", 1.1,
+    "--mask-truncated", "--updates", 2, "--minibatches", 2, "--importance-cap", 1.5)
+
+
+def test_resampling_with_another_objective_on_two_processes_and_resumed(
+        run_rft: Callable, tmp_path: Path) -> None:
+    flags = ("--steps", 3, "--every", 2, "--val", 0, "--resample", 3, *OBJECTIVE)
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    log = run_rft(one, *flags)
+    assert sum(line["resampled"] for line in log) > 0
+    assert any(line["clipped"] > 0 for line in log)
+    log_of_two = run_rft(two, *flags, processes=2)
+    assert_close_logs(log, log_of_two, (
+        "resampled", "zero_variance_groups", "reward", "loss", "grad_norm", "kl", "importance",
+        "clipped_completions", "truncated", "consistency_weight"))
+    expected = load_weights(one / "latest")
+    assert_close_weights(load_weights(two / "latest"), expected)
+    # The first of two processes has the places 0 and 2 of each step.
+    rollouts = read_log(one, "rollouts.jsonl")
+    for row, row_of_two in zip(rollouts[::2], read_log(two, "rollouts.jsonl"), strict=True):
+        assert row["id"] == row_of_two["id"] and row["texts"] == row_of_two["texts"]
+    # They are what was learned from.
+    for line in log:
+        rewards = [row["reward"] for row in rollouts if row["step"] == line["step"]]
+        flat = sum(len(set(group)) == 1 for group in rewards)
+        assert flat == round(line["zero_variance_groups"] * 4)
+
+    # As after a crash behind step 2.
+    shutil.rmtree(one / "step_000003")
+    point_latest_at(one, 2)
+    resumed = run_rft(one, *flags, "--resume")
+    assert without_measurements(resumed[2]) == without_measurements(log[2])
+    assert read_log(one, "rollouts.jsonl") == rollouts
+    assert_same_weights(load_weights(one / "latest"), expected)
+
+
 @pytest.mark.parametrize("weighting", ["mean", "variance", "off", "shuffled"])
 def test_every_weighting_on_two_processes_and_resumed(
         run: Run, run_rft: Callable, tmp_path: Path, weighting: str) -> None:
@@ -691,6 +1190,8 @@ def test_an_output_that_stands_is_not_overwritten(
     ("--reward iou=inf", "iou=inf is not NAME=WEIGHT"),
     ("--reward iou=1e39", "iou=1e39 is not NAME=WEIGHT"),
     ("--steps 2 --epochs 1", "not allowed with argument --steps"),
+    ("--loss mean", "--loss"),
+    ("--minibatches 3", "--prompts 8 is not a multiple of --minibatches 3"),
 ])
 def test_a_mistake_is_one_line_and_exit_status_2(
         run: Run, tiny_checkpoint: Path, tmp_path: Path, flags: str, words: str) -> None:
@@ -706,7 +1207,8 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     "--temperature 0", "--alpha 0", "--alpha -1", "--epochs 0", "--epochs nan",
     "--workers -1", "--seed 9999999999999999", "--epochs 1e308", "--alpha 1e-320",
     "--lambdas 1e39 1e39", "--seed -1", "--val -1", "--lambdas nan 0", "--beta nan",
-    "--beta -1", "--clip -1 2", "--clip nan 2",
+    "--beta -1", "--clip -1 2", "--clip nan 2", "--dual-clip 1", "--dual-clip inf",
+    "--importance-cap 0", "--importance-cap nan", "--resample -1", "--minibatches 0",
 ])
 def test_a_number_that_makes_no_sense_is_one_line(
         capsys: pytest.CaptureFixture, flags: str) -> None:
