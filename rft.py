@@ -37,6 +37,7 @@ from tqdm import tqdm
 import answer
 import eval as evaluation
 import lora
+import memory
 import pictures
 import reward
 import runtime
@@ -858,12 +859,15 @@ def canary(
 def main() -> None:
     args = runtime.parse(flags(), "rft")
     check_group_flags(args)
+    if args.plan:
+        memory.show(args, step_size(args), "rft")
+        return
     records, val = runtime.load_records(args, "rft")
     runtime.set_steps(args, len(records), args.prompts, epochs=0.4)
     out = Path(args.out)
     init = folder(args.init)
     runtime.check_output(out, args.resume)
-    policy = open_policy(init, args)
+    policy = open_policy(init, args, records)
     first = runtime.restore(out, policy.model, policy.optimizer) if args.resume else 0
     run = runtime.run_description(args, "rft", records)
     runtime.begin(out, first, policy.model, ("metrics.jsonl", "rollouts.jsonl"))
@@ -876,6 +880,9 @@ def main() -> None:
     def prompts_of(step: int) -> list[Prompt]:
         return [policy.processor(open_image(r), r.text) for r in records_of(step)]
 
+    memory.dry_step(
+        policy.model, policy.optimizer, policy.reference,
+        memory.workload(policy.model, policy.processor, records, step_size(args), args))
     if not first:
         canary(policy, records_of(0), prompts_of(0), args)
     steps = range(first, args.steps)
@@ -901,11 +908,18 @@ def main() -> None:
             runtime.stop_if_not_finite(skipped, step, args.steps, out)
 
 
-def open_policy(init: Path, args: argparse.Namespace) -> Policy:
+def step_size(args: argparse.Namespace) -> memory.Step:
+    """What a step is, for the plan of memory."""
+    return memory.Step(args.prompts, args.group, samples=True)
+
+
+def open_policy(
+        init: Path, args: argparse.Namespace, records: Sequence[Record]) -> Policy:
     """The model to train with its optimizer, and where there is a KL the reference."""
     model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
     device = runtime.start(args.device, args.deterministic)
+    memory.check_gpu(args, step_size(args), processor, records, device)
     reference = None
     if args.beta and args.lora:
         # No second model: the base is frozen, so the adapters tell the two policies apart.

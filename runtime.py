@@ -57,7 +57,7 @@ STOP_AFTER_SKIPPED = 5
 # run's hash.
 FREE_ON_RESUME = (
     "root", "steps", "epochs", "device", "workers", "micro_tokens", "every", "val",
-    "gradient_checkpointing", "deterministic",
+    "gradient_checkpointing", "deterministic", "plan", "gpus", "memory", "image",
 )
 # What a patch of the trained vision tower counts in --micro-tokens: at the widths of the 3B
 # model it keeps 2.02 MB for the backward pass, and a token 4.68 MB (counted, not measured).
@@ -165,6 +165,14 @@ def add_common_flags(
         help="an adapter counts ALPHA / RANK; default 2 RANK, or as the adapter in --init has it")
     add("--lora-vision", action="store_true",
         help="adapters beside the vision tower's linear layers as well")
+    add = parser.add_argument_group("plan").add_argument
+    add("--plan", action="store_true",
+        help="print what the run would need of each GPU's memory, on any machine, and end; "
+        "exit status 2 where it does not fit")
+    add("--gpus", type=positive, default=1, help="--plan: processes, a GPU each")
+    add("--memory", type=above_zero, default=80.0, help="--plan: GiB of a GPU: 24, 80")
+    add("--image", type=positive, nargs=2, metavar=("WIDTH", "HEIGHT"),
+        help="--plan: for images of this size, without looking at the data")
 
 
 def add_device_flag(add: Callable[..., Any]) -> None:
@@ -184,7 +192,8 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
         args = parse_resumed(parser, args, stage)
     else:
         check_adapter_flags(args)
-    args.device = choose_device(args.device)
+    # A plan is for GPUs, wherever it is made.
+    args.device = "cuda" if args.plan else choose_device(args.device)
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = args.device == "cuda"
     if args.workers is None:
@@ -450,12 +459,7 @@ def prepare(
     CPU. One process on a CPU shards nothing: it has neither peers nor another dtype to
     compute in.
     """
-    if lora.adapted(model):
-        lora.freeze_base(model)
-    else:
-        model.visual.requires_grad_(not freeze_vision)
-    model.visual.checkpointing = gradient_checkpointing
-    model.model.checkpointing = gradient_checkpointing
+    choose_trained(model, freeze_vision, gradient_checkpointing)
     if not dist.is_initialized():
         return model.float().to(device)
     if compute_dtype is None:
@@ -464,6 +468,17 @@ def prepare(
     # FSDP2 wraps forward() alone; this method needs unsharded parameters as well.
     register_fsdp_forward_method(model, "score")
     return model
+
+
+def choose_trained(
+        model: QwenVL, freeze_vision: bool, gradient_checkpointing: bool) -> None:
+    """Says which parameters are trained, and whether layers keep their activations."""
+    if lora.adapted(model):
+        lora.freeze_base(model)
+    else:
+        model.visual.requires_grad_(not freeze_vision)
+    model.visual.checkpointing = gradient_checkpointing
+    model.model.checkpointing = gradient_checkpointing
 
 
 def shard(model: QwenVL, device: torch.device, compute_dtype: torch.dtype) -> None:
@@ -1123,6 +1138,13 @@ def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
             for file in files:
                 file.read_into(local_rows(target), first_row(p), kind, key)
     return files[0].step
+
+
+def fill_moments(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    """Puts AdamW's state in place before its first step, which would make the same."""
+    for p in model.parameters():
+        if p.requires_grad and p not in opt.state:
+            opt.state[p] = empty_moments(p, 0.0)
 
 
 def empty_moments(p: Tensor, optimizer_steps: float) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import cot
 import eval as evaluation
 import lora
+import memory
 import runtime
 from data import Record, open_image
 from model import QwenVL, folder
@@ -131,6 +132,10 @@ def main() -> None:
     args = runtime.parse(flags(), "sft")
     if args.batch % runtime.world():
         runtime.fail(f"--batch {args.batch} is not a multiple of the {runtime.world()} processes")
+    step_size = memory.Step(args.batch, 1, samples=False)
+    if args.plan:
+        memory.show(args, step_size, args.split)
+        return
     records, val = runtime.load_records(args, args.split)
     runtime.set_steps(args, len(records), args.batch, steps=1000)
     write_completion = cot.writer(records, args.cot, args.answer_only)
@@ -140,11 +145,14 @@ def main() -> None:
     model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
     device = runtime.start(args.device, args.deterministic)
+    memory.check_gpu(args, step_size, processor, records, device)
     model = runtime.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
     opt = runtime.optimizer(model, args.lr)
     first = runtime.restore(out, model, opt) if args.resume else 0
     run = runtime.run_description(args, "sft", records)
     runtime.begin(out, first, model)
+    memory.dry_step(
+        model, opt, None, memory.workload(model, processor, records, step_size, args))
 
     def examples_of(step: int) -> list[Example]:
         """This process's examples of a step: every world()th record of the batch."""

@@ -162,7 +162,7 @@ def main() -> None:
     records = load(args.data, args.root, "rft")
     # No reference: what is measured is the gradient of the reward.
     args.beta = 0.0
-    policy = rft.open_policy(Path(args.init), args)
+    policy = rft.open_policy(Path(args.init), args, records)
     flat: dict[str, list[Tensor]] = {}
     means = []
     with tqdm(range(args.batches), desc="gradients") as bar:

@@ -513,7 +513,7 @@ def test_a_second_model_is_opened_for_a_reference_without_adapters_alone(
         opened.clear()
         args = rft.flags().parse_args(["--device", "cpu"])
         args.lora = rank
-        policy = rft.open_policy(adapter, args)
+        policy = rft.open_policy(adapter, args, [])
         assert len(opened) == models
         assert (policy.reference is policy.model) == (rank is not None)
 
