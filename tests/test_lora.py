@@ -312,8 +312,8 @@ if runtime.rank() == 0:
     torch.save(gradients, out)
 opt = runtime.optimizer(model, 1e-2)
 runtime.update(model, opt, 1e-2)
-with runtime.gathered(model), torch.no_grad():
-    logits, _, _ = model.prefill([prompt], 1, 4)
+with runtime.gathered(model) as sampler, torch.no_grad():
+    logits, _, _ = (sampler or model).prefill([prompt], 1, 4)
 assert logits.dtype == torch.bfloat16
 with torch.no_grad(), lora.reference(model):
     assert torch.equal(score(model, *prompts), before)
@@ -591,6 +591,10 @@ def test_an_adapter_without_its_weights_or_with_no_json_is_named(
             file.write_bytes(content)
         with pytest.raises(CheckpointError, match="no whole safetensors file"):
             QwenVL.from_pretrained(tmp_path)
+    shutil.copy(tiny_checkpoint / "model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match="adapter_config.json lies beside whole weights"):
+        QwenVL.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     for text, words in (("{", "not readable"), ("[]", "not a JSON object")):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=words):
