@@ -66,6 +66,8 @@ VISION_MARKERS = (
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 # What a folder of an adapter has in place of config.json, as PEFT names it.
 ADAPTER_CONFIG = "adapter_config.json"
+# Where weights lie in several files, this one names them.
+WEIGHT_INDEX = "model.safetensors.index.json"
 
 Grid = tuple[int, int, int]               # an image's frames, rows and columns, in patches
 Rotation = tuple[Tensor, Tensor]          # cos and signed sin of rotary angles, (N, 1, hd) each
@@ -1108,7 +1110,7 @@ class QwenVL(nn.Module):
         for name, shard in zip(names, shards):
             save_file(shard, path / name, metadata={"format": "pt"})
         if len(shards) > 1:
-            write_json(path / "model.safetensors.index.json", shard_index(names, shards))
+            write_json(path / WEIGHT_INDEX, shard_index(names, shards))
 
     def shards(
             self, tensors: Iterable[tuple[str, Tensor]],
@@ -1168,10 +1170,14 @@ def newest_step(path: str | Path) -> Path:
 def base_folder(path: Path) -> Path:
     """A checkpoint's folder -> itself; an adapter's -> that of the base which it names.
 
-    CheckpointError where no base is there."""
+    CheckpointError where no base is there, or whole weights lie beside the adapter."""
     file = path / ADAPTER_CONFIG
     if not file.exists():
         return path
+    if any((path / name).exists() for name in ("model.safetensors", WEIGHT_INDEX)):
+        raise CheckpointError(
+            f"{path}: {ADAPTER_CONFIG} lies beside whole weights; merge the adapter into them, "
+            "or move it to a folder of its own")
     name = str(read_adapter_config(file).get("base_model_name_or_path") or "")
     base = newest_step(name)
     if not name or not (base / "config.json").exists():
@@ -1249,7 +1255,7 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder: one, or the shards that its index names."""
-    index = path / "model.safetensors.index.json"
+    index = path / WEIGHT_INDEX
     names = ["model.safetensors"]
     if not (path / names[0]).exists() and index.exists():
         try:

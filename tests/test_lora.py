@@ -81,7 +81,7 @@ def peer_logits(theirs: Any, prompt: Prompt, image_id: int) -> Tensor:
 def open_peer(path: Path) -> Any:
     """A checkpoint in transformers, float32."""
     transformers = pytest.importorskip("transformers")
-    return transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    return transformers.AutoModelForImageTextToText.from_pretrained(
         path, dtype=torch.float32).eval()
 
 
@@ -125,6 +125,19 @@ def test_an_adapter_loads_in_peft_with_equal_logits_on_the_same_layers(
     assert len(names) == 14 + 2 * 5 * vision + 2 * vision
     # And the way back.
     assert torch.equal(logits(QwenVL.from_pretrained(tmp_path, torch.float32), prompt), got)
+
+
+def test_an_adapter_of_any_family_loads_in_peft_with_equal_logits(
+        tiny_family: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = with_adapters(tiny_family, vision=True)
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(open_peer(tiny_family), tmp_path)
+    prompt = make_prompt(tiny_family)
+    got = logits(model, prompt)
+    assert relative(got, peer_logits(theirs, prompt, model.config.image_id)) < 1e-5
+    lora.merge(model)
+    assert relative(logits(model, prompt), got) < 1e-5
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -312,8 +325,8 @@ if runtime.rank() == 0:
     torch.save(gradients, out)
 opt = runtime.optimizer(model, 1e-2)
 runtime.update(model, opt, 1e-2)
-with runtime.gathered(model), torch.no_grad():
-    logits, _, _ = model.prefill([prompt], 1, 4)
+with runtime.gathered(model) as sampler, torch.no_grad():
+    logits, _, _ = sampler.prefill([prompt], 1, 4)
 assert logits.dtype == torch.bfloat16
 with torch.no_grad(), lora.reference(model):
     assert torch.equal(score(model, *prompts), before)
@@ -591,6 +604,10 @@ def test_an_adapter_without_its_weights_or_with_no_json_is_named(
             file.write_bytes(content)
         with pytest.raises(CheckpointError, match="no whole safetensors file"):
             QwenVL.from_pretrained(tmp_path)
+    shutil.copy(tiny_checkpoint / "model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match="adapter_config.json lies beside whole weights"):
+        QwenVL.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     for text, words in (("{", "not readable"), ("[]", "not a JSON object")):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=words):
