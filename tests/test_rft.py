@@ -601,9 +601,10 @@ def train_one_step(
 ) -> Callable[..., tuple[dict[str, Tensor], LogLine]]:
     """train_one_step(flag=value) -> gradients by parameter name, and the log line.
 
-    The weights stay as they are; gradients are summed over optimizer steps.
+    Gradients are summed over optimizer steps, each of which moves the weights by `move` times
+    its gradient.
     """
-    def train(**changes: Any) -> tuple[dict[str, Tensor], LogLine]:
+    def train(move: float = 0.0, **changes: Any) -> tuple[dict[str, Tensor], LogLine]:
         model = QwenVL.from_pretrained(tiny_checkpoint, dtype=None)
         policy = rft.Policy(model, Processor.from_pretrained(tiny_checkpoint), None, None)
         gradients = {}
@@ -611,6 +612,7 @@ def train_one_step(
         def keep_gradients(model: QwenVL, opt: None, lr: float) -> float:
             for name, parameter in model.named_parameters():
                 gradients[name] = gradients.get(name, 0) + parameter.grad
+                parameter.data.add_(parameter.grad, alpha=-move)
             model.zero_grad()
             return 1.0
         monkeypatch.setattr(rft, "grade", grade_by_letters)
@@ -751,6 +753,15 @@ def test_the_ratio_is_to_the_sampler_as_soon_as_a_step_has_several_updates(
         expected = scored - SAMPLED_LOWER if sampler else scored
         torch.testing.assert_close(old, expected, atol=1e-4, rtol=0)
     assert len(old_and_scored) == flags.get("updates", 1) * flags.get("minibatches", 1)
+
+
+def test_importance_weights_are_of_the_policy_that_sampled_also_in_later_minibatches(
+        train_one_step: Callable, old_and_scored: list) -> None:
+    _, line = train_one_step(move=1.0, importance_cap=2.0, minibatches=2)
+    assert line["importance"] == pytest.approx(1.5, rel=1e-4)
+    (old, scored, _), (later_old, later_scored, _) = old_and_scored
+    assert torch.equal(old, scored)
+    assert (later_old - later_scored).abs().max() > 1e-2
 
 
 def test_importance_weights_are_scored_over_sampled_probabilities_cut_at_the_cap(
