@@ -192,13 +192,18 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
         args = parse_resumed(parser, args, stage)
     else:
         check_adapter_flags(args)
+    choose_device_flags(args)
+    return args
+
+
+def choose_device_flags(args: argparse.Namespace) -> None:
+    """Fills in --device and the flags whose defaults depend on it."""
     # A plan is for GPUs, wherever it is made.
     args.device = "cuda" if args.plan else choose_device(args.device)
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = args.device == "cuda"
     if args.workers is None:
         args.workers = 2 if args.device == "cuda" else 0
-    return args
 
 
 def parse_resumed(

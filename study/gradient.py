@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--batches", type=runtime.positive, default=12,
                         help="of --prompts questions each; three at least")
     args = parser.parse_args()
+    runtime.choose_device_flags(args)
     rft.check_group_flags(args)
     if args.batches < 3:
         runtime.fail(f"--batches {args.batches} has no pairs left once one is left out; "
