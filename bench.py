@@ -46,7 +46,7 @@ GROUP = 8                         # rollouts of a prompt
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen2.5-VL, and the side in pixels of the image that it is measured with."""
+    """Sizes of a model, and the side in pixels of the image that it is measured with."""
 
     depth: int                    # of the vision tower, in blocks
     vision_width: int
@@ -61,6 +61,9 @@ class Shape:
     vocab: int
     tied: bool                    # the head is the embedding
     image_side: int
+    family: str = "Qwen2.5-VL"
+    head_dim: int | None = None   # of the language model; default: width / heads
+    deepstack: tuple[int, ...] = ()      # Qwen3-VL's blocks whose output the first layers receive
 
 
 SHAPES = {
@@ -80,7 +83,38 @@ SHAPES = {
         depth=32, vision_width=1280, vision_heads=16, vision_inner=3420,
         full_blocks=(7, 15, 23, 31), layers=28, width=3584, heads=28, kv_heads=4, inner=18944,
         vocab=152_064, tied=False, image_side=800),
+    "qwen2-tiny": Shape(
+        depth=2, vision_width=64, vision_heads=2, vision_inner=128, full_blocks=(),
+        layers=2, width=128, heads=4, kv_heads=2, inner=256,
+        vocab=1024, tied=True, image_side=112, family="Qwen2-VL"),
+    "qwen2-2b": Shape(
+        depth=32, vision_width=1280, vision_heads=16, vision_inner=5120, full_blocks=(),
+        layers=28, width=1536, heads=12, kv_heads=2, inner=8960,
+        vocab=151_936, tied=True, image_side=800, family="Qwen2-VL"),
+    "qwen3-tiny": Shape(
+        depth=2, vision_width=64, vision_heads=2, vision_inner=128, full_blocks=(),
+        layers=2, width=128, heads=4, kv_heads=2, inner=256,
+        vocab=1024, tied=True, image_side=128, family="Qwen3-VL", head_dim=48, deepstack=(0,)),
+    "qwen3-2b": Shape(
+        depth=24, vision_width=1024, vision_heads=16, vision_inner=4096, full_blocks=(),
+        layers=28, width=2048, heads=16, kv_heads=8, inner=6144,
+        vocab=151_936, tied=True, image_side=800, family="Qwen3-VL", deepstack=(5, 11, 17)),
+    "qwen3-4b": Shape(
+        depth=24, vision_width=1024, vision_heads=16, vision_inner=4096, full_blocks=(),
+        layers=36, width=2560, heads=32, kv_heads=8, inner=9728, vocab=151_936, tied=True,
+        image_side=800, family="Qwen3-VL", head_dim=128, deepstack=(5, 11, 17)),
+    "qwen3-8b": Shape(
+        depth=27, vision_width=1152, vision_heads=16, vision_inner=4304, full_blocks=(),
+        layers=36, width=4096, heads=32, kv_heads=8, inner=12288, vocab=151_936, tied=False,
+        image_side=800, family="Qwen3-VL", deepstack=(8, 16, 24)),
 }
+
+
+# A family's `model_type` in config.json, and transformers' class.
+MODELS = {
+    "Qwen2-VL": ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+    "Qwen2.5-VL": ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+    "Qwen3-VL": ("qwen3_vl", "Qwen3VLForConditionalGeneration")}
 
 
 def flags() -> runtime.FlagParser:
@@ -113,15 +147,17 @@ def write_checkpoint(
     config_file.write_text(json.dumps(hub_config(shape, dtype, vocab or shape.vocab)))
     torch.manual_seed(0)
     with torch.device("meta"):
-        parameters = QwenVL(Config.from_json(config_file)).state_dict()
+        model = QwenVL(Config.from_json(config_file))
+    parameters = model.state_dict()
+    stored = {name: model.stored_name(name) for name in parameters}
     tensors = {}
     for name, p in parameters.items():
         if shape.tied and name == "lm_head.weight":
             continue
-        if "norm" in name or "ln_q" in name:
-            tensors[name] = torch.ones(p.shape, dtype=dtype)
+        if name.endswith("weight") and ("norm" in name or "ln_q" in name):
+            tensors[stored[name]] = torch.ones(p.shape, dtype=dtype)
         else:
-            tensors[name] = torch.empty(p.shape, dtype=dtype).normal_(0, 0.02)
+            tensors[stored[name]] = torch.empty(p.shape, dtype=dtype).normal_(0, 0.02)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -129,29 +165,49 @@ def write_checkpoint(
 def hub_config(shape: Shape, dtype: torch.dtype, vocab: int) -> dict[str, Any]:
     """config.json as transformers reads it; the vocabulary's last ids are the special ones."""
     # Rotary frequencies are shared out over time, height and width.
-    frequencies = shape.width // shape.heads // 2
+    head_dim = shape.head_dim or shape.width // shape.heads
+    frequencies = head_dim // 2
     time_share = frequencies // 4
     height_share = (frequencies - time_share) // 2
     sections = [time_share, height_share, frequencies - time_share - height_share]
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+    model_type, architecture = MODELS[shape.family]
+    text = {
         "hidden_size": shape.width, "intermediate_size": shape.inner,
         "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
         "rope_scaling": {"type": "mrope", "mrope_section": sections}, "vocab_size": vocab,
         "max_position_embeddings": 32768, "hidden_act": "silu",
+        "bos_token_id": vocab - 6, "eos_token_id": vocab - 5}
+    whole = {
+        "architectures": [architecture], "model_type": model_type,
         "tie_word_embeddings": shape.tied, "torch_dtype": dtype_name(dtype),
-        "bos_token_id": vocab - 6, "eos_token_id": vocab - 5,
         "vision_start_token_id": vocab - 4, "vision_end_token_id": vocab - 3,
         "image_token_id": vocab - 2, "video_token_id": vocab - 1,
-        "vision_config": {
-            "depth": shape.depth, "hidden_size": shape.vision_width,
-            "intermediate_size": shape.vision_inner, "num_heads": shape.vision_heads,
-            "in_chans": 3, "out_hidden_size": shape.width, "patch_size": 14,
-            "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112,
-            "fullatt_block_indexes": list(shape.full_blocks), "hidden_act": "silu",
-            "tokens_per_second": 2},
-    }
+        "vision_config": vision_config(shape)}
+    if shape.family != "Qwen3-VL":
+        return {**whole, **text}
+    rope = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": sections}
+    text |= {"head_dim": head_dim, "attention_bias": False, "rope_scaling": rope}
+    return {**whole, "text_config": text}
+
+
+def vision_config(shape: Shape) -> dict[str, Any]:
+    """config.json's part on the vision tower."""
+    vision = {
+        "depth": shape.depth, "hidden_size": shape.vision_width, "num_heads": shape.vision_heads,
+        "intermediate_size": shape.vision_inner, "out_hidden_size": shape.width, "in_chans": 3,
+        "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+    if shape.family == "Qwen2-VL":
+        return vision | {
+            "embed_dim": shape.vision_width, "hidden_size": shape.width,
+            "mlp_ratio": shape.vision_inner // shape.vision_width}
+    if shape.family == "Qwen3-VL":
+        return vision | {
+            "patch_size": 16, "num_position_embeddings": 48 ** 2,
+            "hidden_act": "gelu_pytorch_tanh", "deepstack_visual_indexes": list(shape.deepstack)}
+    return vision | {
+        "window_size": 112, "fullatt_block_indexes": list(shape.full_blocks),
+        "hidden_act": "silu", "tokens_per_second": 2}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -167,14 +223,15 @@ def random_ids(model: QwenVL, n: int, seed: int) -> Tensor:
 def random_prompt(model: QwenVL, side: int, seed: int, text: int = TEXT) -> Prompt:
     """Random ids and pixels: an image of about side x side pixels within `text` tokens."""
     config = model.config
-    n = round(side / 28)                             # tokens along a side, 28 pixels each
+    patch = config.vision.patch
+    n = round(side / patch / 2)                      # tokens along a side, of 2 x 2 patches
     text_ids = random_ids(model, text, seed)
     image_ids = torch.tensor(
         [config.marker_ids[-2], *[config.image_id] * n * n, config.marker_ids[-1]])
     ids = torch.cat((text_ids[:4], image_ids, text_ids[4:]))
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(                          # (patches, channels, 14, 14)
-        0, 256, ((2 * n) ** 2, 3, 14, 14), dtype=torch.uint8, generator=generator)
+    values = torch.randint(                          # (patches, channels, patch, patch)
+        0, 256, ((2 * n) ** 2, 3, patch, patch), dtype=torch.uint8, generator=generator)
     pixels = Pixels(values, torch.linspace(-2, 2, 256).expand(3, -1), frames=2)
     return Prompt(ids, pixels, torch.tensor([[1, 2 * n, 2 * n]]), None)
 
@@ -182,11 +239,12 @@ def random_prompt(model: QwenVL, side: int, seed: int, text: int = TEXT) -> Prom
 # ---------------------------------------------------------------- both sides of a comparison
 
 class Peer:
-    """transformers' Qwen2.5-VL with the same weights."""
+    """transformers' model with the same weights."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers import Qwen2_5_VLForConditionalGeneration
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        import transformers
+        config = json.loads((folder / "config.json").read_text())
+        self.model = getattr(transformers, config["architectures"][0]).from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa").to(device)
         self.device = device
 
@@ -373,13 +431,14 @@ class Table:
 # ---------------------------------------------------------------- the rows
 
 LOADER = """
-import sys, time, torch
+import json, sys, time, torch
 ours, folder, dtype = sys.argv[1] == "ours", sys.argv[2], getattr(torch, sys.argv[3])
 if ours:
     from model import QwenVL as Model
 else:
-    from transformers import Qwen2_5_VLForConditionalGeneration as Model
-    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+    import transformers
+    [name] = json.load(open(folder + "/config.json"))["architectures"]
+    Model = getattr(transformers, name)
 
 def status(key):
     for line in open("/proc/self/status"):
@@ -725,12 +784,14 @@ def share_of_compute(
     """
     config = model.config
     patches = len(prompt.pixel_values)
+    tower = model.visual
+    mergers = nn.ModuleList([tower.merger, *getattr(tower, "deepstack_merger_list", [])])
     packed_tokens = len(prompt.input_ids) + GROUP * (tokens - 1)
     products = (
         linear_weights(model.visual.blocks) * patches
         + linear_weights(model.model.layers) * packed_tokens
         + config.vocab * config.hidden * GROUP * tokens
-        + linear_weights(model.visual.merger) * patches // config.vision.merge ** 2)
+        + linear_weights(mergers) * patches // config.vision.merge ** 2)
     forward = 2 * products + attention_flops(config, patches, len(prompt.input_ids), tokens)
     return {
         "TFLOP_per_group": 3 * forward / 1e12,

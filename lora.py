@@ -30,7 +30,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import ADAPTER_CONFIG, CheckpointError, folder, read_adapter_config, write_json
+from model import (
+    ADAPTER_CONFIG,
+    PARTS,
+    CheckpointError,
+    folder,
+    nested_name,
+    read_adapter_config,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from model import QwenVL
@@ -38,8 +46,6 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 # A tensor's name in the file, around the path of its layer.
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-# The parts of the model as the checkpoint names them, and as transformers' modules are named.
-PARTS = {"model.": "model.language_model.", "visual.": "model.visual."}
 # Fields of adapter_config.json that change nothing in what a trained adapter computes.
 # Any other one that is set stands for a kind of adapter that is not implemented.
 PLAIN_FIELDS = {
@@ -219,7 +225,7 @@ def save(model: QwenVL, path: Path, tensors: Iterable[tuple[str, Tensor]]) -> No
     for name, tensor in tensors:
         if is_adapter(name):
             tensor = tensor.detach().to("cpu", model.stored_dtype).contiguous()
-            stored[f"base_model.model.{peft_name(name)}.weight"] = tensor
+            stored[f"base_model.model.{nested_name(name)}.weight"] = tensor
     layer = next(iter(layers.values()))
     path.mkdir(parents=True, exist_ok=True)
     save_file(stored, path / WEIGHTS, metadata={"format": "pt"})
@@ -233,19 +239,11 @@ def save(model: QwenVL, path: Path, tensors: Iterable[tuple[str, Tensor]]) -> No
         "lora_dropout": 0.0,
         "bias": "none",
         # Whole names: by its last word, gate_proj would be the vision tower's as well.
-        "target_modules": [peft_name(name) for name in layers]})
-
-
-def peft_name(name: str) -> str:
-    """A name in the checkpoint -> in transformers' modules, which PEFT goes by."""
-    for ours, theirs in PARTS.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
+        "target_modules": [nested_name(name) for name in layers]})
 
 
 def own_name(peft_name: str) -> str:
-    """The inverse of `peft_name`; a name of the checkpoint, as older ones are, stays."""
+    """The inverse of `nested_name`; a name of the checkpoint, as older ones are, stays."""
     for ours, theirs in PARTS.items():
         if peft_name.startswith(theirs):
             return ours + peft_name.removeprefix(theirs)

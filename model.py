@@ -60,6 +60,10 @@ OTHER_MODELS = {
     "qwen3_vl_moe": "Qwen3-VL-MoE", "qwen3_5": "Qwen3.5", "qwen3_5_moe": "Qwen3.5-MoE",
     "qwen2_5_omni": "Qwen2.5-Omni", "qwen3_omni_moe": "Qwen3-Omni"}
 
+# The parts of the model as they are named here and in most checkpoints, and as transformers'
+# modules and Qwen3-VL's checkpoints name them.
+PARTS = {"model.": "model.language_model.", "visual.": "model.visual."}
+
 # Markers that only prompts hold, by their text in the tokenizer.
 VISION_MARKERS = (
     "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -1056,11 +1060,7 @@ class QwenVL(nn.Module):
 
     def stored_name(self, name: str) -> str:
         """A parameter's name in the checkpoint's files; Qwen3-VL's has both parts in "model."."""
-        if self.config.family != "Qwen3-VL" or name.startswith("lm_head."):
-            return name
-        if name.startswith("visual."):
-            return f"model.{name}"
-        return name.replace("model.", "model.language_model.", 1)
+        return nested_name(name) if self.config.family == "Qwen3-VL" else name
 
     def check_processor(self, processor: Processor) -> None:
         """A Processor that cuts other patches or speaks in other ids than this model's
@@ -1209,6 +1209,14 @@ def folder(path: str | Path) -> Path:
             f"no checkpoint at {path}: neither {path / 'config.json'} nor "
             f"{path / 'latest' / 'config.json'} is there")
     return newest
+
+
+def nested_name(name: str) -> str:
+    """A parameter's or module's name here -> as transformers' modules have it."""
+    for ours, theirs in PARTS.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
 
 
 def refuse(path: Path, what: str, names: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ original image, and coordinates are converted nowhere but here.
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from tokenizers import (
 )
 from torch import Tensor
 
-from answer import PROMPT, Box
+from answer import PROMPT, TAGS, Box
 from data import ASPECT, DataError, read_json, rgb
 from model import base_folder, newest_step
 
@@ -220,6 +221,9 @@ class Processor:
         self.ordinary = Tokenizer.from_str(json.dumps(plain))
         self.family, self.convention, self.system = FAMILIES[family]
         self.ids = {t: tokenizer.token_to_id(t) for t in (*SPECIAL, "<|endoftext|>")}
+        # Tags of our answer format that are tokens: Qwen3-VL has <think> and </think>.
+        added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+        self.tags = {tag: added[tag] for tag in TAGS if tag in added}
         self.min_pixels = pixel_limit(image_config, "min_pixels", "shortest_edge") or 56 * 56
         self.max_pixels = (
             pixel_limit(image_config, "max_pixels", "longest_edge") or 28 * 28 * 1280)
@@ -272,22 +276,24 @@ class Processor:
         """
         pixels, grid, resized = self.patches(image)
         image_tokens = int(grid.prod()) // self.merge ** 2
-        ids = self.turns(PROMPT.format(text=text), image_tokens)
+        ids = self.turns(PROMPT, image_tokens, text)
         frame = Frame(image.size, resized, self.convention)
         return Prompt(torch.tensor(ids), pixels, grid, frame)
 
-    def turns(self, user: str, image_tokens: int) -> list[int]:
+    def turns(self, user: str, image_tokens: int, text: str | None = None) -> list[int]:
         """The family's chat prompt as ids.
 
-        System turn, the user's image and text, the beginning of the answer.
+        System turn, the user's image and text, the beginning of the answer. With a text,
+        `user` is a template of ours that it fills in.
         """
+        asked = self.words(user) if text is None else self.tagged(user, text=text)
         start, end, vision_start, vision_end, image = (self.ids[t] for t in SPECIAL)
         ids = []
         if self.system is not None:
             ids += [start, *self.words(f"system\n{self.system}"), end, *self.words("\n")]
         ids += [start, *self.words("user\n")]
         ids += [vision_start, *[image] * image_tokens, vision_end]
-        ids += [*self.words(user), end, *self.words("\n")]
+        ids += [*asked, end, *self.words("\n")]
         ids += [start, *self.words("assistant\n")]
         return ids
 
@@ -299,9 +305,23 @@ class Processor:
         text = text.encode("utf-8", "replace").decode()
         return self.ordinary.encode(text, add_special_tokens=False).ids
 
+    def tagged(self, ours: str, **blanks: str) -> list[int]:
+        """A text of ours -> ids: as `words`, but for the tags that are tokens.
+
+        blanks: what fills it in, where it is a template; that is ordinary text.
+        """
+        parts = re.split(f"({'|'.join(self.tags)})", ours) if self.tags else [ours]
+        ids = []
+        for part in parts:
+            if part in self.tags:
+                ids.append(self.tags[part])
+            else:
+                ids += self.words(part.format(**blanks) if blanks else part)
+        return ids
+
     def encode(self, completion: str) -> Tensor:
         """A completion's text -> (L,) long, the end of the turn included."""
-        return torch.tensor([*self.words(completion), self.end_id])
+        return torch.tensor([*self.tagged(completion), self.end_id])
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """Ids of a completion -> its text, without the stop token at its end."""

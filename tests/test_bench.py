@@ -1,4 +1,5 @@
 """bench.py runs and writes what it says; memory does not grow with tokens times vocabulary."""
+import argparse
 import json
 import subprocess
 import sys
@@ -6,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+import bench
+from model import Config, QwenVL
 
 SCORE = """
 import resource, sys, torch
@@ -38,6 +43,37 @@ def test_memory_of_an_update_does_not_grow_with_tokens_times_vocabulary(tmp_path
     assert script.returncode == 0, script.stderr
     peak_of_4, peak_of_16 = map(float, script.stdout.split())
     assert peak_of_16 - peak_of_4 < 200, (peak_of_4, peak_of_16)
+
+
+@pytest.mark.parametrize("shape", bench.SHAPES)
+def test_a_shape_is_one_that_transformers_knows(shape: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = bench.SHAPES[shape]
+    raw = bench.hub_config(sizes, torch.bfloat16, sizes.vocab)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    theirs_config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        ours = QwenVL(Config.from_json(tmp_path / "config.json"))
+        theirs = getattr(transformers, raw["architectures"][0])(theirs_config)
+    assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+
+
+@pytest.mark.parametrize("shape", ["qwen2-tiny", "qwen3-tiny"])
+def test_both_sides_of_a_comparison_run_every_family(shape: str, tmp_path: Path) -> None:
+    """One update and one sampling of each, and they compute the same."""
+    pytest.importorskip("transformers")
+    args = argparse.Namespace(shape=shape, prompts=2, tokens=5)
+    w = bench.open_workload(
+        bench.write_checkpoint(tmp_path, shape, torch.float32), args, torch.float32,
+        torch.device("cpu"))
+    w.sample_ours(3)
+    w.sample_theirs(3)
+    # transformers' model leaves no id out.
+    w.ours.banned[:] = False
+    with torch.no_grad():
+        logp, _ = w.ours.score([w.prompts[0]], [w.completions[0]])
+        theirs = w.peer.score([w.prompts[0]] * bench.GROUP, w.completions[0])
+    assert torch.allclose(logp, theirs.flatten(), atol=1e-4)
 
 
 def test_the_table_has_a_row_for_every_part_beside_transformers(

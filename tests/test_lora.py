@@ -21,6 +21,7 @@ import lora
 import rft
 import runtime
 import sft
+from conftest import write_tiny
 from eval import find_stages
 from model import CheckpointError, Config, QwenVL
 from processor import Processor, Prompt
@@ -30,14 +31,16 @@ Run = Callable[..., subprocess.CompletedProcess]
 
 # ---------------------------------------------------------------- models, prompts, commands
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", "untied", "Qwen2-VL", "Qwen3-VL"])
 def base(
         request: pytest.FixtureRequest, tiny_checkpoint: Path,
         tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint, and the same with a head of its own."""
+    """The tiny checkpoint, the same with a head of its own, and those of the other families."""
     if request.param == "tied":
         return tiny_checkpoint
-    path = tmp_path_factory.mktemp("untied")
+    path = tmp_path_factory.mktemp(request.param)
+    if request.param != "untied":
+        return write_tiny(path, request.param)
     shutil.copytree(tiny_checkpoint, path, dirs_exist_ok=True)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
@@ -122,7 +125,10 @@ def test_an_adapter_loads_in_peft_with_equal_logits_on_the_same_layers(
         if isinstance(module, peft.tuners.lora.LoraLayer):
             names.append(lora.own_name(name))
     assert sorted(names) == sorted(lora.adapted(model))
-    assert len(names) == 14 + 2 * 5 * vision + 2 * vision
+    # In a layer of the language model, in a block, in a merger.
+    in_block = {"Qwen2-VL": 4, "Qwen2.5-VL": 5, "Qwen3-VL": 4}[model.config.family]
+    mergers = 1 + len(model.config.vision.deepstack)
+    assert len(names) == 2 * 7 + (2 * in_block + mergers * 2) * vision
     # And the way back.
     assert torch.equal(logits(QwenVL.from_pretrained(tmp_path, torch.float32), prompt), got)
 
@@ -186,7 +192,7 @@ def test_a_merged_checkpoint_answers_as_the_adapter_does(base: Path, tmp_path: P
     assert relative(logits(whole, prompt), expected) < 1e-5
     transformers = pytest.importorskip("transformers")
     # As it is: config.json says in which dtype.
-    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "whole")
     got = peer_logits(theirs, prompt, whole.config.image_id)
     assert got.dtype == torch.float32 and relative(got, expected) < 1e-5
 
