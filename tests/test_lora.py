@@ -312,8 +312,8 @@ if runtime.rank() == 0:
     torch.save(gradients, out)
 opt = runtime.optimizer(model, 1e-2)
 runtime.update(model, opt, 1e-2)
-with runtime.gathered(model), torch.no_grad():
-    logits, _, _ = model.prefill([prompt], 1, 4)
+with runtime.gathered(model) as whole, torch.no_grad():
+    logits, _, _ = whole.prefill([prompt], 1, 4)
 assert logits.dtype == torch.bfloat16
 with torch.no_grad(), lora.reference(model):
     assert torch.equal(score(model, *prompts), before)
