@@ -446,7 +446,8 @@ class VisionTower(nn.Module):
         for frame in frames:
             last = frame.patch_positions.amax(0).clamp(min=1)              # row, column
             places.append(frame.patch_positions * (side - 1) / last)
-        place = torch.cat(places)                                          # (patches, 2)
+        # One copy to the device: (patches, 2).
+        place = torch.cat(places).to(self.pos_embed.weight.device)
         before = place.long()
         behind = (before + 1).clamp(max=side - 1)
         row, column = torch.stack((before, behind), -1).unbind(1)          # (patches, 2) each
@@ -454,9 +455,8 @@ class VisionTower(nn.Module):
         row_share, column_share = torch.stack((1 - share, share), -1).unbind(1)
         index = (row[:, :, None] * side + column[:, None]).flatten(1)      # (patches, 4)
         weight = (row_share[:, :, None] * column_share[:, None]).flatten(1)
-        device = self.pos_embed.weight.device
-        around = self.pos_embed(index.to(device))                          # (patches, 4, hidden)
-        return (around * weight.to(device)[:, :, None]).sum(1)
+        around = self.pos_embed(index)                                     # (patches, 4, hidden)
+        return (around * weight[:, :, None]).sum(1)
 
     def rotation(self, positions: Tensor) -> Rotation:
         """positions (patches, 2) -> cos and sin: half of the frequencies turn by the

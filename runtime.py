@@ -555,8 +555,8 @@ def unhooked(module: nn.Module) -> nn.Module:
         # attributes is one that FSDP2 has wrapped.
         if name not in vars(twin) and not callable(getattr(kind, name, None)):
             setattr(twin, name, value)
-    twin._parameters.update(module._parameters)
-    twin._buffers.update(module._buffers)
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        vars(twin)[name].update(vars(module)[name])
     for name, child in module.named_children():
         twin._modules[name] = unhooked(child)
     return twin.train(module.training)

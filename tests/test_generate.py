@@ -1,4 +1,6 @@
 """generate.py beside transformers' generate, beside scoring, and by its own statistics."""
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +148,43 @@ def test_unfinished_keeps_the_rollouts_that_go_on() -> None:
     assert unfinished(done, 0.75).tolist() == [[1, 3], [10, 8]]
     assert unfinished(torch.zeros(2, 4, dtype=torch.bool), 0.75) is None
     assert unfinished(torch.ones(2, 4, dtype=torch.bool), 0.75).numel() == 0
+
+
+# ------------------------------------------------------------------- counted on a played GPU
+
+def on_gpu(path: Path, tokens: int, cuda_graphs: bool = False) -> Any:
+    """What a played GPU counts while 64 rollouts of 8 prompts are sampled in bfloat16."""
+    played_device = pytest.importorskip("played_device")
+    with played_device.PlayedDevice() as gpu:
+        model = QwenVL.from_pretrained(path, torch.bfloat16, "cuda")
+        # Every rollout stops now and then, none at the first token of its id.
+        model.stop_ids = tuple(range(10))
+        gpu.syncs.clear()
+        gpu.launches_by_name.clear()
+        seeds = torch.arange(8)
+        prompts = [*PROMPTS[1:], *PROMPTS[1:], *PROMPTS[1:], *PROMPTS[1:]]
+        generate(model, prompts, 8, tokens, 1.0, seeds, cuda_graphs)
+    return gpu
+
+
+def launches_a_step(path: Path, layers: int, family: str) -> Counter:
+    """Kernels of one more token."""
+    random_checkpoint(path, family=family, num_hidden_layers=layers)
+    return on_gpu(path, 4).launches_by_name - on_gpu(path, 3).launches_by_name
+
+
+@pytest.mark.parametrize("family", FAMILIES.values())
+def test_a_layer_decodes_in_forty_launches(tmp_path: Path, family: str) -> None:
+    layer = launches_a_step(tmp_path / "4", 4, family) - launches_a_step(
+        tmp_path / "3", 3, family)
+    assert 20 < layer.total() <= 40, layer
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("family", FAMILIES.values())
+def test_sampling_waits_for_the_host_forty_times(
+        tmp_path: Path, family: str, cuda_graphs: bool) -> None:
+    """256 tokens for 64 rollouts, over a batch that shrinks."""
+    random_checkpoint(tmp_path, family=family)
+    gpu = on_gpu(tmp_path, 256, cuda_graphs)
+    assert 10 < gpu.syncs.total() <= 40, gpu.syncs

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import runtime
@@ -420,3 +420,73 @@ def test_a_resume_goes_on_with_no_other_stage_data_or_folder(
     assert f"&& ln -s step_000002 {latest}" in mistake(capsys, resume)
     shutil.rmtree(latest)
     assert "there is no checkpoint in" in mistake(capsys, resume)
+
+
+# ---------------------------------------------------------------- the model to sample with
+
+# A process samples 8 tokens or 24 from the gathered model, then all take a step.
+GATHERED = """
+import functools, sys, torch
+sys.path[:0] = [{root!r}]
+import runtime
+from generate import generate
+from model import QwenVL
+from processor import Prompt, Pixels
+
+path, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+device = runtime.start("cpu")
+plain = QwenVL.from_pretrained(path, dtype)
+model = runtime.prepare(
+    QwenVL.from_pretrained(path, torch.float32), device, gradient_checkpointing=True,
+    compute_dtype=dtype)
+pixels = Pixels(torch.zeros(16, 3, 14, 14, dtype=torch.uint8), torch.rand(3, 256), 2)
+ids = torch.tensor([5, 6, *[model.config.image_id] * 4, 7])
+prompts = [Prompt(ids, pixels, torch.tensor([[1, 4, 4]]), None)]
+plain.stop_ids = model.stop_ids = (270,)
+sample = functools.partial(
+    generate, prompts=prompts, group=2, max_new_tokens=8 + 16 * runtime.rank(), temperature=1.0,
+    seeds=torch.tensor([runtime.rank()]))
+with runtime.gathered(model) as whole:
+    assert type(whole) is QwenVL and whole is not model
+    for module in whole.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
+    # No weight is there twice, and all have the dtype that is computed in.
+    assert [*map(id, whole.parameters())] == [*map(id, model.parameters())]
+    assert {{p.dtype for p in whole.parameters()}} == {{dtype}}
+    assert (whole.lm_head.weight is whole.model.embed_tokens.weight) == model.config.tied
+    assert whole.stop_ids == (270,) and whole.banned is model.banned
+    assert whole.visual.checkpointing and whole.model.checkpointing
+    assert whole.state_dict().keys() == plain.state_dict().keys()
+    got = sample(whole)
+want = sample(plain)
+assert all(torch.equal(a, b) for a, b in zip(got, want))
+assert got[2].min() == 8 + 16 * runtime.rank()
+assert model.lm_head.weight.shape == plain.lm_head.weight.shape
+logp, _ = model.score(prompts, [[*got[0][0, :, :8]]])
+logp.sum().backward()
+assert all(p.grad.to_local().dtype == torch.float32 for p in model.parameters())
+runtime.main(lambda: None)
+"""
+
+
+@pytest.mark.parametrize("tied, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_a_gathered_model_samples_without_hooks_and_without_the_other_process(
+        run: Callable, tiny_checkpoint: Path, tmp_path: Path, tied: bool, dtype: str) -> None:
+    path = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, path)
+    if not tied:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+        weights = load_file(path / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].roll(1, 0)
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    script = tmp_path / "script.py"
+    script.write_text(GATHERED.format(root=str(Path(runtime.__file__).parent)))
+    done = run(script, path, dtype, processes=2)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_model_that_is_not_sharded_is_gathered_as_it_is(tiny_checkpoint: Path) -> None:
+    model = runtime.prepare(QwenVL.from_pretrained(tiny_checkpoint), torch.device("cpu"))
+    with runtime.gathered(model) as whole:
+        assert whole is model
