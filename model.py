@@ -76,6 +76,12 @@ class CheckpointError(Exception):
     """Weights that are missing or do not fit; one line: what is wrong, where, what to do."""
 
 
+# What reading a file of another form may raise. (ArithmeticError and RecursionError: numbers
+# of any size, and lists in lists.)
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
 # ----------------------------------------------------------------------------- configuration
 
 @dataclass(frozen=True)
@@ -1065,15 +1071,14 @@ class QwenVL(nn.Module):
         is a CheckpointError that names the files."""
         vision = self.config.vision
         source = processor.source
-        file = source / "preprocessor_config.json"
         for name, theirs, ours in (
                 ("patch_size", processor.patch, vision.patch),
                 ("merge_size", processor.merge, vision.merge),
                 ("temporal_patch_size", processor.temporal_patch, vision.temporal_patch)):
             if theirs != ours:
                 raise CheckpointError(
-                    f"{file}: {name} is {theirs}, but config.json asks for {ours}; take both files "
-                    "from one checkpoint")
+                    f"{processor.image_file}: {name} is {theirs}, but config.json asks for "
+                    f"{ours}; take both files from one checkpoint")
         image_id = processor.ids["<|image_pad|>"]
         last_id = max(processor.tokenizer.get_vocab().values())
         if image_id != self.config.image_id or last_id >= self.config.vocab:
@@ -1267,25 +1272,56 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def read_token_ids(path: Path) -> dict[str, int]:
-    """Token text -> id, from tokenizer.json or from vocab.json and
-    tokenizer_config.json in a checkpoint folder; {} without them."""
+    """Token text -> id, from tokenizer.json, or from vocab.json and the tokens added to
+    it, in a checkpoint folder; {} without them."""
+    file = path / "tokenizer.json"
     try:
-        tokenizer = read_json(path / "tokenizer.json")
+        tokenizer = read_json(file)
         if tokenizer:
             added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-            return {**tokenizer["model"]["vocab"], **added}
-        decoder = read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
-        added = {token["content"]: int(i) for i, token in decoder.items()}
-        vocab = read_json(path / "vocab.json")
-        return {**vocab, **added} if (path / "vocab.json").exists() else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if (path / "tokenizer.json").exists():
-            files = "tokenizer.json is"
-        else:
-            files = "vocab.json or tokenizer_config.json is"
-        raise CheckpointError(
-            f"{path}: {files} not a tokenizer's ({error}); copy it again from where the weights "
-            "came from") from None
+            return token_ids({**tokenizer["model"]["vocab"], **added})
+        file = path / "vocab.json"
+        if not file.exists():
+            return {}
+        vocab = token_ids(read_json(file))
+        added = {token["content"]: i for i, token in read_added_tokens(path).items()}
+        return {**vocab, **added}
+    except UNREADABLE as error:
+        raise not_a_tokenizer(file, error) from None
+
+
+def read_added_tokens(path: Path) -> dict[int, dict[str, Any]]:
+    """Id -> the token, its text under "content", of tokens added to vocab.json.
+
+    tokenizer_config.json lists them as "added_tokens_decoder"; older checkpoints have
+    text and id alone in added_tokens.json. Where both have a token, they must agree."""
+    file = path / "tokenizer_config.json"
+    try:
+        decoder = read_json(file).get("added_tokens_decoder", {})
+        added = {int(i): dict(token) for i, token in decoder.items()}
+        known = {token["content"]: i for i, token in added.items()}
+        file = path / "added_tokens.json"
+        for text, i in token_ids(read_json(file)).items():
+            if known.get(text, i) != i or added.get(i, {"content": text})["content"] != text:
+                raise ValueError(f"{text} is {i} here, but not in tokenizer_config.json")
+            added.setdefault(i, {"content": text})
+    except UNREADABLE as error:
+        raise not_a_tokenizer(file, error) from None
+    return added
+
+
+def token_ids(vocab: dict[str, int]) -> dict[str, int]:
+    """A vocabulary as it is; ValueError where an id is no whole number from 0 up."""
+    for text, i in vocab.items():
+        if type(i) is not int or i < 0:
+            raise ValueError(f"the id of {text!r} is {i!r}")
+    return vocab
+
+
+def not_a_tokenizer(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{file.parent}: {file.name} is not a tokenizer's ({error}); copy it again from where the "
+        "weights came from")
 
 
 def read_json(file: Path) -> Any:

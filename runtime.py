@@ -984,7 +984,8 @@ def save(
     save_state(temporary / "state", step, model, opt)
     save_weights(temporary, model, processor)
     if rank() == 0:
-        description = json.dumps({**run, "step": step}, indent=2) + "\n"
+        limits = [processor.min_pixels, processor.max_pixels]
+        description = json.dumps({**run, "step": step, "pixels": limits}, indent=2) + "\n"
         (temporary / "run.json").write_text(description, encoding="utf-8")
     barrier()
     if rank() == 0:
