@@ -24,8 +24,9 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -83,6 +84,39 @@ UNREADABLE = (
 
 
 # ----------------------------------------------------------------------------- configuration
+
+# The fields of config.json by the object that they stand in: the values that this code computes
+# (null and absent always are). transformers computes otherwise for others, so these are refused
+# by name; an empty tuple is a field that is refused whatever it holds.
+ROPE = {
+    "rope_type": ("default", "mrope"), "type": ("default", "mrope"),
+    "partial_rotary_factor": (1,), "mrope_interleaved": (False,)}
+COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "": {"quantization_config": (), "compression_config": ()},
+    "text_config": {
+        "quantization_config": (), "hidden_act": ("silu", "swish"), "attention_bias": (True,),
+        "mlp_bias": (False,), "attention_dropout": (0,), "use_sliding_window": (False,),
+        "partial_rotary_factor": (1,)},
+    "rope_scaling": ROPE,
+    "rope_parameters": ROPE,
+    "vision_config": {"quantization_config": (), "hidden_act": ("silu", "swish")},
+    "vision_config.rope_parameters": {
+        "rope_type": ("axial", "default"), "type": ("axial", "default"), "rope_theta": (10000,),
+        "partial_rotary_factor": (1,)}}
+# Fields that change nothing here: they speak of a random start, of positions and ids that text
+# generation elsewhere asks for, of windows that are refused above, of a video's frames in time,
+# of what transformers returns. All others are read by `Config.from_dicts`, or unknown to
+# transformers as well.
+HARMLESS = frozenset((
+    "initializer_range", "max_position_embeddings", "max_window_layers", "sliding_window",
+    "use_cache", "bos_token_id", "pad_token_id", "tokens_per_second", "_name_or_path",
+    "architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder",
+    "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+    "transformers_version"))
+# More layers, or wider ones, than any checkpoint has: such numbers are a damaged file's.
+MOST_LAYERS = 1000
+MOST = 2 ** 24
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -164,14 +198,17 @@ class Config:
     def from_json(cls, path: str | Path) -> Config:
         """From a config.json; CheckpointError where it is another model's or not whole."""
         raw = read_config(path)
-        text = raw.get("text_config") or raw
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         whose = f"the config.json of a {FAMILIES[raw['model_type']]} checkpoint"
         try:
+            text = object_in(raw, "text_config") or raw
+            # transformers prefers the older name, too.
+            rope = object_in(text, "rope_scaling") or object_in(text, "rope_parameters")
+            refuse_other_values(path, raw, text)
             config = cls.from_dicts(raw, text, rope)
+            check_numbers(config)
         except KeyError as error:
             raise CheckpointError(f"{path}: {error} is missing; is this {whose}?") from None
-        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        except UNREADABLE as error:
             raise CheckpointError(f"{path}: not {whose} ({error})") from None
         if sum(config.mrope_section) * 2 != config.head_dim:
             raise CheckpointError(
@@ -188,7 +225,7 @@ class Config:
         family = FAMILIES[raw["model_type"]]
         hidden = text["hidden_size"]
         heads = text["num_attention_heads"]
-        vision = VisionConfig.from_dict(raw.get("vision_config") or {}, family)
+        vision = VisionConfig.from_dict(object_in(raw, "vision_config"), family)
         eos = text.get("eos_token_id", raw.get("eos_token_id"))
         stop_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
         kinds = ("image", "video", "vision", "vision_start", "vision_end")
@@ -202,11 +239,11 @@ class Config:
             kv_heads=text["num_key_value_heads"],
             head_dim=text.get("head_dim") or hidden // heads,
             intermediate=text["intermediate_size"],
-            eps=text.get("rms_norm_eps", 1e-6),
+            eps=text.get("rms_norm_eps", 1e-5),
             rope_theta=rope.get("rope_theta") or text.get("rope_theta") or 1e6,
             mrope_section=tuple(rope["mrope_section"]),
             attention_bias=text.get("attention_bias", False) if family == "Qwen3-VL" else True,
-            tied=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+            tied=raw.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False,
             image_id=raw["image_token_id"],
             video_id=raw.get("video_token_id"),
             marker_ids=tuple(i for i in marker_ids if i is not None),
@@ -219,7 +256,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """config.json as it stands; CheckpointError where it is not that of one of FAMILIES."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path}: not a readable config.json ({error})") from None
     if not isinstance(raw, dict):
         raise CheckpointError(
@@ -231,6 +268,75 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{path}: model_type is {model_type!r}{f' ({name})' if name else ''}; this code runs "
             f"dense checkpoints of {', '.join(FAMILIES.values())} ({', '.join(FAMILIES)})")
     return raw
+
+
+def object_in(whole: dict[str, Any], name: str) -> dict[str, Any]:
+    """The object under this name, {} where there is none; ValueError where it is something else."""
+    part = whole.get(name) or {}
+    if not isinstance(part, dict):
+        raise ValueError(f"{name} is {short(part)}, not an object")
+    return part
+
+
+def short(value: Any) -> str:
+    """A value of config.json as it stands there, cut to 60 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def refuse_other_values(path: str | Path, raw: dict[str, Any], text: dict[str, Any]) -> None:
+    """CheckpointError for a field of config.json whose value is not among COMPUTED.
+
+    raw: the whole of config.json; text: its part on the language model, or the whole."""
+    vision = object_in(raw, "vision_config")
+    parts = {
+        "": raw, "text_config": text, "vision_config": vision,
+        "rope_scaling": object_in(text, "rope_scaling"),
+        "rope_parameters": object_in(text, "rope_parameters"),
+        "vision_config.rope_parameters": object_in(vision, "rope_parameters")}
+    refused = []
+    for part, computed in COMPUTED.items():
+        prefix = "" if parts[part] is raw else f"{part}."
+        for name, values in computed.items():
+            value = parts[part].get(name)
+            if value is not None and value not in values:
+                only = f"{json.dumps(values[0])} alone" if values else "nothing of the kind"
+                refused.append((prefix + name, value, only))
+    for kind in text.get("layer_types") or ():
+        if kind != "full_attention":
+            refused.append(("layer_types", kind, '"full_attention" alone'))
+    if refused:
+        name, value, only = refused[0]
+        raise CheckpointError(
+            f"{path}: {name} is {short(value)}, but this code computes {only}; take a checkpoint "
+            "that does without it")
+
+
+def check_numbers(config: Config | VisionConfig) -> None:
+    """ValueError where a field is of another type, or numbers do not go together."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        most = MOST_LAYERS if one.name in ("layers", "depth") else MOST
+        ids = one.name.endswith(("id", "ids", "blocks"))         # counted from 0
+        least = 0 if ids else 1
+        whole = value if isinstance(value, tuple) else (value,)
+        if "int" in one.type:
+            fits = all(type(i) is int and least <= i <= most for i in whole)
+        elif one.type == "float":
+            fits = type(value) in (int, float) and 0 < value < 1e30
+        else:
+            fits = type(value) is bool or one.type != "bool"
+        if not fits:
+            raise ValueError(f"{one.name} is {value!r}")
+    if isinstance(config, VisionConfig):
+        fits = (config.hidden % (4 * config.heads) == 0
+                and config.window >= config.patch * config.merge)
+    else:
+        check_numbers(config.vision)
+        fits = (config.heads % config.kv_heads == 0 and len(config.mrope_section) == 3
+                and config.image_id < config.vocab and config.vision.out == config.hidden)
+    if not fits:
+        raise ValueError("its numbers do not go together")
 
 
 # ----------------------------------------------------------------------- layers of both parts
@@ -1028,16 +1134,21 @@ class QwenVL(nn.Module):
             device: torch.device | str) -> dict[str, Tensor]:
         """Name -> tensor of exactly this model's weights, from a checkpoint folder."""
         shapes = {name: tuple(p.shape) for name, p in self.state_dict().items()}
-        own_names = {self.stored_name(name): name for name in shapes}
         if self.config.tied:
             shapes.pop("lm_head.weight")
         tensors = {}
         surplus = {}
+        stored_names = {}         # by the name of the parameter here
         for file in weight_files(path):
             try:
                 with safe_open(file, "pt") as stored:
                     for stored_name in stored.keys():
-                        name = own_names.get(stored_name, stored_name)
+                        name = own_name(stored_name)
+                        if name in stored_names:
+                            raise CheckpointError(
+                                f"{path}: {stored_names[name]} and {stored_name} are one tensor "
+                                "under two names; remove one of them")
+                        stored_names[name] = stored_name
                         tensor = read_tensor(file, stored, stored_name, shapes.get(name), dtype)
                         if name == "model.embed_tokens.weight":
                             self.stored_dtype = stored.get_slice(stored_name)[:0].dtype
@@ -1054,8 +1165,10 @@ class QwenVL(nn.Module):
                 raise CheckpointError(
                     f"{path}: lm_head.weight differs from embed_tokens, but config.json says that "
                     "they are tied")
+        stored_surplus = [stored_names[name] for name in surplus]
+        refuse_other_names(path, shapes.keys() - tensors.keys(), stored_surplus)
         refuse(path, "missing", map(self.stored_name, shapes.keys() - tensors.keys()))
-        refuse(path, "not expected", surplus.keys())
+        refuse(path, "not expected", stored_surplus)
         return tensors
 
     def stored_name(self, name: str) -> str:
@@ -1163,11 +1276,22 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def newest_step(path: str | Path) -> Path:
-    """A stage's folder -> its newest step; a checkpoint's folder, and any other path -> itself."""
+    """A stage's folder -> its newest step; a checkpoint's folder, and any other path -> itself.
+
+    Other programs' stages hold checkpoint-500, checkpoint-1500, and name none the latest."""
     path = Path(path)
-    if is_checkpoint(path) or not (path / "latest").exists():
+    if is_checkpoint(path):
         return path
-    return path / "latest"
+    if (path / "latest").exists():
+        return path / "latest"
+    steps = [p for p in path.glob("checkpoint-*") if re.fullmatch("[0-9]+", p.name[11:])]
+    return max(filter(is_checkpoint, steps), key=by_number, default=path)
+
+
+def by_number(path: str | Path) -> list[str | int]:
+    """The key that sorts names by the numbers in them: checkpoint-500 before checkpoint-1500."""
+    parts = re.split("([0-9]+)", Path(path).name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def base_folder(path: Path) -> Path:
@@ -1206,8 +1330,44 @@ def folder(path: str | Path) -> Path:
     if not is_checkpoint(newest):
         raise CheckpointError(
             f"no checkpoint at {path}: neither {path / 'config.json'} nor "
-            f"{path / 'latest' / 'config.json'} is there")
+            f"{path / 'latest' / 'config.json'} nor a folder checkpoint-N with one is there")
     return newest
+
+
+# What programs put into a parameter's name that wrap modules: DDP, torch.compile, FSDP,
+# gradient checkpointing, Lightning; and PEFT, before a whole model's names.
+WRAPPERS = re.compile(
+    r"^base_model\.model\.|(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module"
+    r"|_checkpoint_wrapped_module|_forward_module)\.")
+# A model that holds the whole one in a field of its own calls it "model".
+HOLDERS = re.compile(r"^(?:model\.)+(?=(?:model|language_model|visual|lm_head)\.)")
+
+
+def own_name(stored_name: str) -> str:
+    """A tensor's name in a checkpoint of any layout -> the hub's, which are ours.
+
+    >>> own_name("model.language_model.norm.weight")        # as transformers 5 writes it
+    'model.norm.weight'
+    >>> own_name("module._orig_mod.model.visual.merger.ln_q.weight")
+    'visual.merger.ln_q.weight'
+    """
+    name = HOLDERS.sub("", WRAPPERS.sub("", stored_name))
+    if name.startswith("language_model."):
+        name = name.removeprefix("language_model.").removeprefix("model.")
+        return name if name.startswith("lm_head.") else f"model.{name}"
+    return name
+
+
+def refuse_other_names(path: Path, missing: Iterable[str], surplus: Sequence[str]) -> None:
+    """CheckpointError where a missing tensor is there under a name that `own_name` doesn't know."""
+    for name in sorted(missing):
+        # A block's tensor is known by what follows its part of the model.
+        tail = name.split(".", 1)[1] if name.count(".") > 2 else name
+        found = [other for other in surplus if other.endswith(f".{tail}")]
+        if found:
+            raise CheckpointError(
+                f"{path}: the tensors are named like {found[0]}, where {name} is expected; rename "
+                "them")
 
 
 def refuse(path: Path, what: str, names: Iterable[str]) -> None:
@@ -1226,6 +1386,10 @@ def read_tensor(
     CheckpointError where its shape is not the expected one (None: any)."""
     part = stored.get_slice(name)
     shape = tuple(part.get_shape())
+    if expected is not None and part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        raise CheckpointError(
+            f"{file}: {name} is stored as {part.get_dtype()}; this code reads no quantized "
+            "weights, take the checkpoint they were made from")
     if expected is not None and shape != expected:
         raise CheckpointError(f"{file}: {name} is {shape}, but config.json asks for {expected}")
     if not shape or dtype in (None, part[:0].dtype):
@@ -1253,14 +1417,20 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: one, or the shards that its index names."""
+    """The safetensors files of a checkpoint folder: one, or the shards that its index names.
+
+    CheckpointError where they are not there, or an adapter beside them would change them."""
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path}: adapter_config.json lies beside whole weights; merge the adapter into them, "
+            "or move it to a folder of its own")
     index = path / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (path / names[0]).exists() and index.exists():
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
             names = sorted(set(content["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except UNREADABLE as error:
             raise CheckpointError(f"{index}: not a readable index ({error})") from None
     for name in names:
         # An index names files beside it, and no others of this machine.
