@@ -113,9 +113,10 @@ HARMLESS = frozenset((
     "architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder",
     "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
     "transformers_version"))
-# More layers, or wider ones, than any checkpoint has: such numbers are a damaged file's.
-MOST_LAYERS = 1000
-MOST = 2 ** 24
+# Beyond every checkpoint's numbers: such are a damaged file's, and no tensor has their size.
+MOST = {
+    "layers": 1000, "depth": 1000, "channels": 64, "patch": 64, "temporal_patch": 64, "merge": 64}
+MOST_OF_OTHERS = 2 ** 18
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,7 @@ def check_numbers(config: Config | VisionConfig) -> None:
     """ValueError where a field is of another type, or numbers do not go together."""
     for one in fields(config):
         value = getattr(config, one.name)
-        most = MOST_LAYERS if one.name in ("layers", "depth") else MOST
+        most = MOST.get(one.name, MOST_OF_OTHERS)
         ids = one.name.endswith(("id", "ids", "blocks"))         # counted from 0
         least = 0 if ids else 1
         whole = value if isinstance(value, tuple) else (value,)
@@ -1429,7 +1430,7 @@ def weight_files(path: Path) -> list[Path]:
     if not (path / names[0]).exists() and index.exists():
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
-            names = sorted(set(content["weight_map"].values()))
+            names = sorted({str(name) for name in content["weight_map"].values()})
         except UNREADABLE as error:
             raise CheckpointError(f"{index}: not a readable index ({error})") from None
     for name in names:

@@ -30,7 +30,13 @@ from torch import Tensor
 
 from answer import PROMPT, Box
 from data import ASPECT, DataError, read_json, rgb
-from model import CheckpointError, base_folder, newest_step, read_added_tokens
+from model import (
+    CheckpointError,
+    base_folder,
+    newest_step,
+    read_added_tokens,
+    token_ids,
+)
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 # A family's name, the convention of its coordinates, the system turn of its chat template (None:
@@ -499,13 +505,14 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except (DataError, CheckpointError):
         raise
     except Exception as error:                       # the library raises nothing narrower
-        raise DataError(f"{path}: the tokenizer is unreadable ({error})") from None
+        told = " ".join(str(error).split())          # some of its messages have several lines
+        raise DataError(f"{path}: the tokenizer is unreadable ({told})") from None
 
 
 def build_tokenizer(path: Path) -> Tokenizer:
     """Qwen's tokenizer from vocab.json, merges.txt and the tokens added to them."""
-    vocab = read_json(path / "vocab.json")
-    if vocab is None or not (path / "merges.txt").exists():
+    vocab = token_ids(read_object(path / "vocab.json"))
+    if not vocab or not (path / "merges.txt").exists():
         raise DataError(
             f"no tokenizer at {path}: neither tokenizer.json nor vocab.json and merges.txt are "
             "there")
