@@ -466,7 +466,7 @@ def per_channel(image_config: dict[str, Any], name: str) -> np.ndarray:
     numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
     if not numbers or len(values) != 3 or not all(abs(v) < 1e6 for v in values):
         raise ValueError(f"{name} is {values!r}, not three numbers")
-    if name == "image_std" and min(values) <= 0:
+    if name == "image_std" and min(values) < 1e-6:
         raise ValueError(f"{name} is {values!r}, not three numbers above 0")
     return np.array(values, dtype=np.float32)
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+import runtime
 from conftest import ADDED, byte_tokenizer
 from data import DataError
-from model import CheckpointError, read_token_ids
+from model import CheckpointError, QwenVL, read_token_ids
 from processor import Processor
 
 TOP = "preprocessor_config.json"
@@ -198,6 +199,23 @@ def test_another_limit_than_that_of_training_is_refused(folder: Path) -> None:
         Processor.from_pretrained(folder)
     # The next stage may train at another size.
     assert Processor.from_pretrained(folder, max_pixels=40_000).max_pixels == 40_000
+
+
+def test_a_step_is_read_back_with_the_limit_that_it_was_trained_with(
+        tiny_checkpoint: Path, folder: Path,
+) -> None:
+    write_settings(folder, None, A)
+    model = QwenVL.from_pretrained(tiny_checkpoint, dtype=None)
+    out = folder / "out"
+    out.mkdir()
+    trained = Processor.from_pretrained(folder, max_pixels=20_000)
+    runtime.save(out, 1, model, runtime.optimizer(model, 1e-3), trained, {})
+    assert json.loads((out / "latest" / "run.json").read_text())["pixels"] == [3136, 20_000]
+    assert Processor.from_pretrained(out).max_pixels == 20_000
+    # The hub's file put back, which has another limit.
+    shutil.copyfile(folder / NESTED, out / "latest" / NESTED)
+    with pytest.raises(DataError, match=f"{NESTED} resizes images to 3136 to 50000 pixels, but"):
+        Processor.from_pretrained(out)
 
 
 @pytest.mark.parametrize("name, value, words", [
