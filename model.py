@@ -67,6 +67,7 @@ VISION_MARKERS = (
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 # What a folder of an adapter has in place of config.json, as PEFT names it.
 ADAPTER_CONFIG = "adapter_config.json"
+WEIGHT_INDEX = "model.safetensors.index.json"
 
 Grid = tuple[int, int, int]               # an image's frames, rows and columns, in patches
 Rotation = tuple[Tensor, Tensor]          # cos and signed sin of rotary angles, (N, 1, hd) each
@@ -85,24 +86,36 @@ UNREADABLE = (
 
 # ----------------------------------------------------------------------------- configuration
 
-# The fields of config.json by the object that they stand in: the values that this code computes
-# (null and absent always are). transformers computes otherwise for others, so these are refused
-# by name; an empty tuple is a field that is refused whatever it holds.
-ROPE = {
-    "rope_type": ("default", "mrope"), "type": ("default", "mrope"),
-    "partial_rotary_factor": (1,), "mrope_interleaved": (False,)}
-COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "": {"quantization_config": (), "compression_config": ()},
-    "text_config": {
-        "quantization_config": (), "hidden_act": ("silu", "swish"), "attention_bias": (True,),
-        "mlp_bias": (False,), "attention_dropout": (0,), "use_sliding_window": (False,),
-        "partial_rotary_factor": (1,)},
-    "rope_scaling": ROPE,
-    "rope_parameters": ROPE,
-    "vision_config": {"quantization_config": (), "hidden_act": ("silu", "swish")},
-    "vision_config.rope_parameters": {
-        "rope_type": ("axial", "default"), "type": ("axial", "default"), "rope_theta": (10000,),
-        "partial_rotary_factor": (1,)}}
+# The fields of config.json, each behind the object that it stands in, and the values that this
+# code computes (null and absent always are). transformers computes otherwise for others, so these
+# are refused by name; an empty tuple is a field that is refused whatever it holds.
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (),
+    "compression_config": (),
+    "text_config.quantization_config": (),
+    "text_config.hidden_act": ("silu", "swish"),
+    "text_config.attention_bias": (True,),
+    "text_config.attention_dropout": (0,),
+    "text_config.mlp_bias": (False,),
+    "text_config.use_sliding_window": (False,),
+    "text_config.partial_rotary_factor": (1,),
+    "rope_scaling.rope_type": ("default", "mrope"),
+    "rope_scaling.type": ("default", "mrope"),
+    "rope_scaling.partial_rotary_factor": (1,),
+    "rope_scaling.mrope_interleaved": (False,),
+    "vision_config.quantization_config": (),
+    "vision_config.hidden_act": ("silu", "swish"),
+    "vision_config.rope_parameters.rope_type": ("axial", "default"),
+    "vision_config.rope_parameters.type": ("axial", "default"),
+    "vision_config.rope_parameters.rope_theta": (10000,),
+    "vision_config.rope_parameters.partial_rotary_factor": (1,)}
+# Where Qwen2-VL and Qwen3-VL differ from that.
+COMPUTED_BY = {
+    "Qwen2-VL": {"vision_config.hidden_act": ("quick_gelu",)},
+    "Qwen3-VL": {
+        "text_config.attention_bias": (False, True),
+        "rope_scaling.mrope_interleaved": (True,),
+        "vision_config.hidden_act": ("gelu_pytorch_tanh", "gelu_new")}}
 # Fields that change nothing here: they speak of a random start, of positions and ids that text
 # generation elsewhere asks for, of windows that are refused above, of a video's frames in time,
 # of what transformers returns. All others are read by `Config.from_dicts`, or unknown to
@@ -117,6 +130,10 @@ HARMLESS = frozenset((
 MOST = {
     "layers": 1000, "depth": 1000, "channels": 64, "patch": 64, "temporal_patch": 64, "merge": 64}
 MOST_OF_OTHERS = 2 ** 18
+# Fields that count from 0, or are 0 in the families that have nothing of the kind.
+FROM_ZERO = (
+    "image_id", "video_id", "marker_ids", "stop_ids", "full_blocks", "deepstack", "window",
+    "table_side")
 
 
 @dataclass(frozen=True)
@@ -240,8 +257,9 @@ class Config:
             kv_heads=text["num_key_value_heads"],
             head_dim=text.get("head_dim") or hidden // heads,
             intermediate=text["intermediate_size"],
-            eps=text.get("rms_norm_eps", 1e-5),
-            rope_theta=rope.get("rope_theta") or text.get("rope_theta") or 1e6,
+            eps=text.get("rms_norm_eps", 1e-6 if family == "Qwen3-VL" else 1e-5),
+            rope_theta=rope.get("rope_theta") or text.get("rope_theta") or (
+                5e5 if family == "Qwen3-VL" else 1e6),
             mrope_section=tuple(rope["mrope_section"]),
             attention_bias=text.get("attention_bias", False) if family == "Qwen3-VL" else True,
             tied=raw.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False,
@@ -290,16 +308,21 @@ def refuse_other_values(path: str | Path, raw: dict[str, Any], text: dict[str, A
 
     raw: the whole of config.json; text: its part on the language model, or the whole."""
     vision = object_in(raw, "vision_config")
-    parts = {
-        "": raw, "text_config": text, "vision_config": vision,
-        "rope_scaling": object_in(text, "rope_scaling"),
-        "rope_parameters": object_in(text, "rope_parameters"),
-        "vision_config.rope_parameters": object_in(vision, "rope_parameters")}
+    parts = [
+        ("", "", raw),
+        ("text_config", "" if text is raw else "text_config.", text),
+        # Two names for one object.
+        ("rope_scaling", "rope_scaling.", object_in(text, "rope_scaling")),
+        ("rope_scaling", "rope_parameters.", object_in(text, "rope_parameters")),
+        ("vision_config", "vision_config.", vision),
+        ("vision_config.rope_parameters", "vision_config.rope_parameters.",
+         object_in(vision, "rope_parameters"))]
+    computed = COMPUTED | COMPUTED_BY.get(FAMILIES[raw["model_type"]], {})
     refused = []
-    for part, computed in COMPUTED.items():
-        prefix = "" if parts[part] is raw else f"{part}."
-        for name, values in computed.items():
-            value = parts[part].get(name)
+    for field_name, values in computed.items():
+        where, _, name = field_name.rpartition(".")
+        for part, prefix, content in parts:
+            value = content.get(name) if part == where else None
             if value is not None and value not in values:
                 only = f"{json.dumps(values[0])} alone" if values else "nothing of the kind"
                 refused.append((prefix + name, value, only))
@@ -317,10 +340,11 @@ def check_numbers(config: Config | VisionConfig) -> None:
     """ValueError where a field is of another type, or numbers do not go together."""
     for one in fields(config):
         value = getattr(config, one.name)
-        most = MOST.get(one.name, MOST_OF_OTHERS)
-        ids = one.name.endswith(("id", "ids", "blocks"))         # counted from 0
-        least = 0 if ids else 1
+        if value is None and "None" in one.type:
+            continue
         whole = value if isinstance(value, tuple) else (value,)
+        most = MOST.get(one.name, MOST_OF_OTHERS)
+        least = 0 if one.name in FROM_ZERO else 1
         if "int" in one.type:
             fits = all(type(i) is int and least <= i <= most for i in whole)
         elif one.type == "float":
@@ -330,8 +354,10 @@ def check_numbers(config: Config | VisionConfig) -> None:
         if not fits:
             raise ValueError(f"{one.name} is {value!r}")
     if isinstance(config, VisionConfig):
+        windows = any(block not in config.full_blocks for block in range(config.depth))
         fits = (config.hidden % (4 * config.heads) == 0
-                and config.window >= config.patch * config.merge)
+                and all(block < config.depth for block in config.deepstack)
+                and (config.window >= config.patch * config.merge or not windows))
     else:
         check_numbers(config.vision)
         fits = (config.heads % config.kv_heads == 0 and len(config.mrope_section) == 3
@@ -1227,7 +1253,7 @@ class QwenVL(nn.Module):
         for name, shard in zip(names, shards):
             save_file(shard, path / name, metadata={"format": "pt"})
         if len(shards) > 1:
-            write_json(path / "model.safetensors.index.json", shard_index(names, shards))
+            write_json(path / WEIGHT_INDEX, shard_index(names, shards))
 
     def shards(
             self, tensors: Iterable[tuple[str, Tensor]],
@@ -1298,10 +1324,15 @@ def by_number(path: str | Path) -> list[str | int]:
 def base_folder(path: Path) -> Path:
     """A checkpoint's folder -> itself; an adapter's -> that of the base which it names.
 
-    CheckpointError where no base is there."""
+    CheckpointError where no base is there, or whole weights lie beside the adapter: which of
+    them were meant is not known."""
     file = path / ADAPTER_CONFIG
     if not file.exists():
         return path
+    if any((path / name).exists() for name in ("model.safetensors", WEIGHT_INDEX)):
+        raise CheckpointError(
+            f"{file} lies beside whole weights; merge the adapter into them, or move it to a "
+            "folder of its own")
     name = str(read_adapter_config(file).get("base_model_name_or_path") or "")
     base = newest_step(name)
     if not name or not (base / "config.json").exists():
@@ -1315,7 +1346,7 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
     """adapter_config.json as it stands; CheckpointError where it is not a JSON object."""
     try:
         config = read_json(file)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{file}: not readable ({error})") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: not a JSON object; is this an adapter's configuration?")
@@ -1418,14 +1449,8 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: one, or the shards that its index names.
-
-    CheckpointError where they are not there, or an adapter beside them would change them."""
-    if (path / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{path}: adapter_config.json lies beside whole weights; merge the adapter into them, "
-            "or move it to a folder of its own")
-    index = path / "model.safetensors.index.json"
+    """The safetensors files of a checkpoint folder: one, or the shards that its index names."""
+    index = path / WEIGHT_INDEX
     names = ["model.safetensors"]
     if not (path / names[0]).exists() and index.exists():
         try:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 import model as ours
 from model import CheckpointError, Config, QwenVL, by_number, folder, newest_step
-from test_model import random_checkpoint
+from test_model import random_checkpoint, theirs_of
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +43,19 @@ class Watched(dict):
         return super().get(name, default)
 
 
+@pytest.mark.parametrize("family", ours.FAMILIES.values())
 def test_every_field_of_transformers_config_is_decided(
-        checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read, refused for other values, or listed as one that changes nothing."""
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.Qwen2_5_VLConfig().to_dict()
-    whole = Watched(json.loads((checkpoint / "config.json").read_text()))
+    random_checkpoint(tmp_path, family=family)
+    theirs = theirs_of(family, "Config")().to_dict()
+    whole = Watched(json.loads((tmp_path / "config.json").read_text()))
     monkeypatch.setattr(ours, "read_config", lambda path: whole)
     Config.from_json("config.json")
     for part, read in (
             (theirs, whole), (theirs["text_config"], whole["text_config"]),
             (theirs["vision_config"], whole["vision_config"])):
-        assert part.keys() - read.read - ours.HARMLESS == {"model_type"} - read.read
+        assert part.keys() - read.read - ours.HARMLESS <= {"model_type"}
         assert not ours.HARMLESS & read.read
 
 
@@ -64,6 +65,40 @@ def at(config: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
     for part in parts:
         config = config.setdefault(part, {})
     return config, name
+
+
+@pytest.mark.parametrize("family, field, value", [
+    ("Qwen2-VL", "vision_config.hidden_act", "silu"),
+    ("Qwen2-VL", "text_config.attention_bias", False),
+    ("Qwen2-VL", "text_config.use_sliding_window", True),
+    ("Qwen3-VL", "vision_config.hidden_act", "quick_gelu"),
+    ("Qwen3-VL", "text_config.rope_parameters.mrope_interleaved", False),
+    ("Qwen3-VL", "text_config.rope_parameters.rope_type", "yarn"),
+    ("Qwen3-VL", "quantization_config", {"quant_method": "fp8"})])
+def test_each_family_has_its_own_values(
+        tmp_path: Path, family: str, field: str, value: Any) -> None:
+    random_checkpoint(tmp_path, family=family)
+    file = tmp_path / "config.json"
+    Config.from_json(file)
+    config = json.loads(file.read_text())
+    part, name = at(config, field)
+    part[name] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"{name} is .*but this code computes"):
+        Config.from_json(file)
+
+
+@pytest.mark.parametrize("family", ours.FAMILIES.values())
+def test_defaults_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    random_checkpoint(tmp_path, family=family)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config["text_config"]["rms_norm_eps"]
+    del config["text_config"]["rope_parameters"]["rope_theta"]
+    file.write_text(json.dumps(config))
+    got = Config.from_json(file)
+    want = theirs_of(family, "Config").from_pretrained(tmp_path).text_config
+    assert (got.eps, got.rope_theta) == (want.rms_norm_eps, want.rope_parameters["rope_theta"])
 
 
 YARN = {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}
