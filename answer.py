@@ -154,24 +154,29 @@ def format_ok(text: str) -> bool:
 
 # Lengths are bounded, so that hostile text takes linear time.
 NUMBER = r"\s*(-?[0-9]{1,15}(?:\.[0-9]{1,15})?(?:[eE][+-]?[0-9]{1,3})?)\s*"
-FOUR_NUMBERS = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
+POINT = rf"\({NUMBER},{NUMBER}\)"
+# A list of four numbers, or two corners; what follows a second corner makes it a polygon.
+FOUR_NUMBERS = re.compile(
+    rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]|{POINT}\s*,\s*{POINT}(?P<polygon>\s*,\s*\()?")
 
 
 def parse_box_lenient(text: str) -> Box | None:
     """For reports on models that were not trained to our format; the reward never uses it.
 
-    What `parse_box` finds, else the first list of four numbers behind the last <answer>
-    (without one, behind the last </think>; without that, anywhere): fenced or bare
-    JSON, and [{"bbox_2d": [...], "label": ...}] as Qwen writes it. Linear time as well.
+    What `parse_box` finds, else the first four numbers behind the last <answer> (without
+    one, behind the last </think>; without that, anywhere): fenced or bare JSON,
+    [{"bbox_2d": [...], "label": ...}] as Qwen2.5-VL writes it, and Qwen2-VL's
+    <|box_start|>(x1,y1),(x2,y2)<|box_end|>, also without its markers, which decoding may
+    have dropped. The numbers are in the model's frame. Linear time as well.
     """
     box = parse_box(text)
     if box is not None:
         return box
     tag = ANSWER[0] if ANSWER[0] in text else THINK[1]
     match = FOUR_NUMBERS.search(text, max(text.rfind(tag), 0))
-    if match is None:
+    if match is None or match["polygon"]:
         return None
-    box, why = checked([float(x) for x in match.groups()])
+    box, why = checked([float(x) for x in match.groups() if x is not None])
     return None if why else box
 
 

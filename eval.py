@@ -62,7 +62,7 @@ from answer import locate
 from data import DataError, Record, Records
 from generate import generate
 from metrics import THRESHOLDS
-from model import CheckpointError, QwenVL, is_checkpoint, newest_step
+from model import CheckpointError, QwenVL, by_number, is_checkpoint, newest_step
 from processor import Frame, Processor, Prompt, frame_by_coords, prompt_hash
 
 INCLUSIVE = ("opt",)              # data sets whose own evaluation counts IoU >= t
@@ -189,19 +189,17 @@ def find_stages(path: str | Path) -> list[Stage]:
         if name.startswith("step_"):
             name = f"{here.parent.name}_{name}"
         return [Stage(name, path)]
-    candidates = [path]
-    if path.is_dir():
-        candidates += sorted(path.iterdir())
+    if is_checkpoint(path / "latest"):
+        return [newest_stage(path)]
+    candidates = path.iterdir() if path.is_dir() else ()
     folders = [p for p in candidates if is_checkpoint(newest_step(p))]
     if not folders:
         raise CheckpointError(
             f"no checkpoint at {path}: neither config.json, nor latest/config.json, nor a folder "
             "that holds one of them; train one with sft.py, or name a downloaded one")
-    if folders[0] == path:
-        return [newest_stage(path)]
     order = {name: k for k, name in enumerate(STAGE_ORDER)}
     stages = [newest_stage(folder) for folder in folders]
-    stages.sort(key=lambda stage: (order.get(stage.name, len(order)), stage.name))
+    stages.sort(key=lambda stage: (order.get(stage.name, len(order)), by_number(stage.name)))
     return stages
 
 

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from model import (
     ADAPTER_CONFIG,
-    PARTS,
     CheckpointError,
     folder,
     nested_name,
+    own_name,
     read_adapter_config,
     write_json,
 )
@@ -164,8 +164,8 @@ def add(model: QwenVL, rank: int, alpha: float, vision: bool, seed: int) -> None
 
 def put(model: nn.Module, name: str, layer: nn.Linear) -> None:
     """Puts a layer in the place of that of this name."""
-    parent, _, own_name = name.rpartition(".")
-    setattr(model.get_submodule(parent), own_name, layer)
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -240,14 +240,6 @@ def save(model: QwenVL, path: Path, tensors: Iterable[tuple[str, Tensor]]) -> No
         "bias": "none",
         # Whole names: by its last word, gate_proj would be the vision tower's as well.
         "target_modules": [nested_name(name) for name in layers]})
-
-
-def own_name(peft_name: str) -> str:
-    """The inverse of `nested_name`; a name of the checkpoint, as older ones are, stays."""
-    for ours, theirs in PARTS.items():
-        if peft_name.startswith(theirs):
-            return ours + peft_name.removeprefix(theirs)
-    return peft_name
 
 
 def load(

@@ -24,8 +24,9 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,7 +83,63 @@ class CheckpointError(Exception):
     """Weights that are missing or do not fit; one line: what is wrong, where, what to do."""
 
 
+# What reading a file of another form may raise. (ArithmeticError and RecursionError: numbers
+# of any size, and lists in lists.)
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
 # ----------------------------------------------------------------------------- configuration
+
+# The fields of config.json, each behind the object that it stands in, and the values that this
+# code computes (null and absent always are). transformers computes otherwise for others, so these
+# are refused by name; an empty tuple is a field that is refused whatever it holds.
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (),
+    "compression_config": (),
+    "text_config.quantization_config": (),
+    "text_config.hidden_act": ("silu", "swish"),
+    "text_config.attention_bias": (True,),
+    "text_config.attention_dropout": (0,),
+    "text_config.mlp_bias": (False,),
+    "text_config.use_sliding_window": (False,),
+    "text_config.partial_rotary_factor": (1,),
+    "rope_scaling.rope_type": ("default", "mrope"),
+    "rope_scaling.type": ("default", "mrope"),
+    "rope_scaling.partial_rotary_factor": (1,),
+    "rope_scaling.mrope_interleaved": (False,),
+    "vision_config.quantization_config": (),
+    "vision_config.hidden_act": ("silu", "swish"),
+    "vision_config.rope_parameters.rope_type": ("axial", "default"),
+    "vision_config.rope_parameters.type": ("axial", "default"),
+    "vision_config.rope_parameters.rope_theta": (10000,),
+    "vision_config.rope_parameters.partial_rotary_factor": (1,)}
+# Where Qwen2-VL and Qwen3-VL differ from that.
+COMPUTED_BY = {
+    "Qwen2-VL": {"vision_config.hidden_act": ("quick_gelu",)},
+    "Qwen3-VL": {
+        "text_config.attention_bias": (False, True),
+        "rope_scaling.mrope_interleaved": (True,),
+        "vision_config.hidden_act": ("gelu_pytorch_tanh", "gelu_new")}}
+# Fields that change nothing here: they speak of a random start, of positions and ids that text
+# generation elsewhere asks for, of windows that are refused above, of a video's frames in time,
+# of what transformers returns. All others are read by `Config.from_dicts`, or unknown to
+# transformers as well.
+HARMLESS = frozenset((
+    "initializer_range", "max_position_embeddings", "max_window_layers", "sliding_window",
+    "use_cache", "bos_token_id", "pad_token_id", "tokens_per_second", "_name_or_path",
+    "architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder",
+    "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+    "transformers_version"))
+# Beyond every checkpoint's numbers: such are a damaged file's, and no tensor has their size.
+MOST = {
+    "layers": 1000, "depth": 1000, "channels": 64, "patch": 64, "temporal_patch": 64, "merge": 64}
+MOST_OF_OTHERS = 2 ** 18
+# Fields that count from 0, or are 0 in the families that have nothing of the kind.
+FROM_ZERO = (
+    "image_id", "video_id", "marker_ids", "stop_ids", "full_blocks", "deepstack", "window",
+    "table_side")
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -164,14 +221,17 @@ class Config:
     def from_json(cls, path: str | Path) -> Config:
         """From a config.json; CheckpointError where it is another model's or not whole."""
         raw = read_config(path)
-        text = raw.get("text_config") or raw
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         whose = f"the config.json of a {FAMILIES[raw['model_type']]} checkpoint"
         try:
+            text = object_in(raw, "text_config") or raw
+            # transformers prefers the older name, too.
+            rope = object_in(text, "rope_scaling") or object_in(text, "rope_parameters")
+            refuse_other_values(path, raw, text)
             config = cls.from_dicts(raw, text, rope)
+            check_numbers(config)
         except KeyError as error:
             raise CheckpointError(f"{path}: {error} is missing; is this {whose}?") from None
-        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        except UNREADABLE as error:
             raise CheckpointError(f"{path}: not {whose} ({error})") from None
         if sum(config.mrope_section) * 2 != config.head_dim:
             raise CheckpointError(
@@ -188,7 +248,7 @@ class Config:
         family = FAMILIES[raw["model_type"]]
         hidden = text["hidden_size"]
         heads = text["num_attention_heads"]
-        vision = VisionConfig.from_dict(raw.get("vision_config") or {}, family)
+        vision = VisionConfig.from_dict(object_in(raw, "vision_config"), family)
         eos = text.get("eos_token_id", raw.get("eos_token_id"))
         stop_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
         kinds = ("image", "video", "vision", "vision_start", "vision_end")
@@ -202,11 +262,12 @@ class Config:
             kv_heads=text["num_key_value_heads"],
             head_dim=text.get("head_dim") or hidden // heads,
             intermediate=text["intermediate_size"],
-            eps=text.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or text.get("rope_theta") or 1e6,
+            eps=text.get("rms_norm_eps", 1e-6 if family == "Qwen3-VL" else 1e-5),
+            rope_theta=rope.get("rope_theta") or text.get("rope_theta") or (
+                5e5 if family == "Qwen3-VL" else 1e6),
             mrope_section=tuple(rope["mrope_section"]),
             attention_bias=text.get("attention_bias", False) if family == "Qwen3-VL" else True,
-            tied=raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+            tied=raw.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False,
             image_id=raw["image_token_id"],
             video_id=raw.get("video_token_id"),
             marker_ids=tuple(i for i in marker_ids if i is not None),
@@ -219,7 +280,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """config.json as it stands; CheckpointError where it is not that of one of FAMILIES."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path}: not a readable config.json ({error})") from None
     if not isinstance(raw, dict):
         raise CheckpointError(
@@ -231,6 +292,83 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{path}: model_type is {model_type!r}{f' ({name})' if name else ''}; this code runs "
             f"dense checkpoints of {', '.join(FAMILIES.values())} ({', '.join(FAMILIES)})")
     return raw
+
+
+def object_in(whole: dict[str, Any], name: str) -> dict[str, Any]:
+    """The object under this name, {} where there is none; ValueError where it is something else."""
+    part = whole.get(name) or {}
+    if not isinstance(part, dict):
+        raise ValueError(f"{name} is {short(part)}, not an object")
+    return part
+
+
+def short(value: Any) -> str:
+    """A value of config.json as it stands there, cut to 60 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def refuse_other_values(path: str | Path, raw: dict[str, Any], text: dict[str, Any]) -> None:
+    """CheckpointError for a field of config.json whose value is not among COMPUTED.
+
+    raw: the whole of config.json; text: its part on the language model, or the whole."""
+    vision = object_in(raw, "vision_config")
+    parts = [
+        ("", "", raw),
+        ("text_config", "" if text is raw else "text_config.", text),
+        # Two names for one object.
+        ("rope_scaling", "rope_scaling.", object_in(text, "rope_scaling")),
+        ("rope_scaling", "rope_parameters.", object_in(text, "rope_parameters")),
+        ("vision_config", "vision_config.", vision),
+        ("vision_config.rope_parameters", "vision_config.rope_parameters.",
+         object_in(vision, "rope_parameters"))]
+    computed = COMPUTED | COMPUTED_BY.get(FAMILIES[raw["model_type"]], {})
+    refused = []
+    for field_name, values in computed.items():
+        where, _, name = field_name.rpartition(".")
+        for part, prefix, content in parts:
+            value = content.get(name) if part == where else None
+            if value is not None and value not in values:
+                only = f"{json.dumps(values[0])} alone" if values else "nothing of the kind"
+                refused.append((prefix + name, value, only))
+    for kind in text.get("layer_types") or ():
+        if kind != "full_attention":
+            refused.append(("layer_types", kind, '"full_attention" alone'))
+    if refused:
+        name, value, only = refused[0]
+        raise CheckpointError(
+            f"{path}: {name} is {short(value)}, but this code computes {only}; take a checkpoint "
+            "that does without it")
+
+
+def check_numbers(config: Config | VisionConfig) -> None:
+    """ValueError where a field is of another type, or numbers do not go together."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if value is None and "None" in one.type:
+            continue
+        whole = value if isinstance(value, tuple) else (value,)
+        most = MOST.get(one.name, MOST_OF_OTHERS)
+        least = 0 if one.name in FROM_ZERO else 1
+        if "int" in one.type:
+            fits = all(type(i) is int and least <= i <= most for i in whole)
+        elif one.type == "float":
+            fits = type(value) in (int, float) and 0 < value < 1e30
+        else:
+            fits = type(value) is bool or one.type != "bool"
+        if not fits:
+            raise ValueError(f"{one.name} is {value!r}")
+    if isinstance(config, VisionConfig):
+        windows = any(block not in config.full_blocks for block in range(config.depth))
+        fits = (config.hidden % (4 * config.heads) == 0
+                and all(block < config.depth for block in config.deepstack)
+                and (config.window >= config.patch * config.merge or not windows))
+    else:
+        check_numbers(config.vision)
+        fits = (config.heads % config.kv_heads == 0 and len(config.mrope_section) == 3
+                and config.image_id < config.vocab and config.vision.out == config.hidden)
+    if not fits:
+        raise ValueError("its numbers do not go together")
 
 
 # ----------------------------------------------------------------------- layers of both parts
@@ -1028,16 +1166,21 @@ class QwenVL(nn.Module):
             device: torch.device | str) -> dict[str, Tensor]:
         """Name -> tensor of exactly this model's weights, from a checkpoint folder."""
         shapes = {name: tuple(p.shape) for name, p in self.state_dict().items()}
-        own_names = {self.stored_name(name): name for name in shapes}
         if self.config.tied:
             shapes.pop("lm_head.weight")
         tensors = {}
         surplus = {}
+        stored_names = {}         # by the name of the parameter here
         for file in weight_files(path):
             try:
                 with safe_open(file, "pt") as stored:
                     for stored_name in stored.keys():
-                        name = own_names.get(stored_name, stored_name)
+                        name = own_name(stored_name)
+                        if name in stored_names:
+                            raise CheckpointError(
+                                f"{path}: {stored_names[name]} and {stored_name} are one tensor "
+                                "under two names; remove one of them")
+                        stored_names[name] = stored_name
                         tensor = read_tensor(file, stored, stored_name, shapes.get(name), dtype)
                         if name == "model.embed_tokens.weight":
                             self.stored_dtype = stored.get_slice(stored_name)[:0].dtype
@@ -1054,8 +1197,10 @@ class QwenVL(nn.Module):
                 raise CheckpointError(
                     f"{path}: lm_head.weight differs from embed_tokens, but config.json says that "
                     "they are tied")
+        stored_surplus = [stored_names[name] for name in surplus]
+        refuse_other_names(path, shapes.keys() - tensors.keys(), stored_surplus)
         refuse(path, "missing", map(self.stored_name, shapes.keys() - tensors.keys()))
-        refuse(path, "not expected", surplus.keys())
+        refuse(path, "not expected", stored_surplus)
         return tensors
 
     def stored_name(self, name: str) -> str:
@@ -1067,15 +1212,14 @@ class QwenVL(nn.Module):
         is a CheckpointError that names the files."""
         vision = self.config.vision
         source = processor.source
-        file = source / "preprocessor_config.json"
         for name, theirs, ours in (
                 ("patch_size", processor.patch, vision.patch),
                 ("merge_size", processor.merge, vision.merge),
                 ("temporal_patch_size", processor.temporal_patch, vision.temporal_patch)):
             if theirs != ours:
                 raise CheckpointError(
-                    f"{file}: {name} is {theirs}, but config.json asks for {ours}; take both files "
-                    "from one checkpoint")
+                    f"{processor.image_file}: {name} is {theirs}, but config.json asks for "
+                    f"{ours}; take both files from one checkpoint")
         image_id = processor.ids["<|image_pad|>"]
         last_id = max(processor.tokenizer.get_vocab().values())
         if image_id != self.config.image_id or last_id >= self.config.vocab:
@@ -1160,24 +1304,36 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def newest_step(path: str | Path) -> Path:
-    """A stage's folder -> its newest step; a checkpoint's folder, and any other path -> itself."""
+    """A stage's folder -> its newest step; a checkpoint's folder, and any other path -> itself.
+
+    Other programs' stages hold checkpoint-500, checkpoint-1500, and name none the latest."""
     path = Path(path)
-    if is_checkpoint(path) or not (path / "latest").exists():
+    if is_checkpoint(path):
         return path
-    return path / "latest"
+    if (path / "latest").exists():
+        return path / "latest"
+    steps = [p for p in path.glob("checkpoint-*") if re.fullmatch("[0-9]+", p.name[11:])]
+    return max(filter(is_checkpoint, steps), key=by_number, default=path)
+
+
+def by_number(path: str | Path) -> list[str | int]:
+    """The key that sorts names by the numbers in them: checkpoint-500 before checkpoint-1500."""
+    parts = re.split("([0-9]+)", Path(path).name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def base_folder(path: Path) -> Path:
     """A checkpoint's folder -> itself; an adapter's -> that of the base which it names.
 
-    CheckpointError where no base is there, or whole weights lie beside the adapter."""
+    CheckpointError where no base is there, or whole weights lie beside the adapter: which of
+    them were meant is not known."""
     file = path / ADAPTER_CONFIG
     if not file.exists():
         return path
     if any((path / name).exists() for name in ("model.safetensors", WEIGHT_INDEX)):
         raise CheckpointError(
-            f"{path}: {ADAPTER_CONFIG} lies beside whole weights; merge the adapter into them, "
-            "or move it to a folder of its own")
+            f"{file} lies beside whole weights; merge the adapter into them, or move it to a "
+            "folder of its own")
     name = str(read_adapter_config(file).get("base_model_name_or_path") or "")
     base = newest_step(name)
     if not name or not (base / "config.json").exists():
@@ -1191,7 +1347,7 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
     """adapter_config.json as it stands; CheckpointError where it is not a JSON object."""
     try:
         config = read_json(file)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{file}: not readable ({error})") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: not a JSON object; is this an adapter's configuration?")
@@ -1207,7 +1363,7 @@ def folder(path: str | Path) -> Path:
     if not is_checkpoint(newest):
         raise CheckpointError(
             f"no checkpoint at {path}: neither {path / 'config.json'} nor "
-            f"{path / 'latest' / 'config.json'} is there")
+            f"{path / 'latest' / 'config.json'} nor a folder checkpoint-N with one is there")
     return newest
 
 
@@ -1217,6 +1373,42 @@ def nested_name(name: str) -> str:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     return name
+
+
+# What programs put into a parameter's name that wrap modules: DDP, torch.compile, FSDP,
+# gradient checkpointing, Lightning; and PEFT, before a whole model's names.
+WRAPPERS = re.compile(
+    r"^base_model\.model\.|(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module"
+    r"|_checkpoint_wrapped_module|_forward_module)\.")
+# A model that holds the whole one in a field of its own calls it "model".
+HOLDERS = re.compile(r"^(?:model\.)+(?=(?:model|language_model|visual|lm_head)\.)")
+
+
+def own_name(stored_name: str) -> str:
+    """A tensor's name in a checkpoint of any layout -> the hub's, which are ours.
+
+    >>> own_name("model.language_model.norm.weight")        # as transformers 5 writes it
+    'model.norm.weight'
+    >>> own_name("module._orig_mod.model.visual.merger.ln_q.weight")
+    'visual.merger.ln_q.weight'
+    """
+    name = HOLDERS.sub("", WRAPPERS.sub("", stored_name))
+    if name.startswith("language_model."):
+        name = name.removeprefix("language_model.").removeprefix("model.")
+        return name if name.startswith("lm_head.") else f"model.{name}"
+    return name
+
+
+def refuse_other_names(path: Path, missing: Iterable[str], surplus: Sequence[str]) -> None:
+    """CheckpointError where a missing tensor is there under a name that `own_name` doesn't know."""
+    for name in sorted(missing):
+        # A block's tensor is known by what follows its part of the model.
+        tail = name.split(".", 1)[1] if name.count(".") > 2 else name
+        found = [other for other in surplus if other.endswith(f".{tail}")]
+        if found:
+            raise CheckpointError(
+                f"{path}: the tensors are named like {found[0]}, where {name} is expected; rename "
+                "them")
 
 
 def refuse(path: Path, what: str, names: Iterable[str]) -> None:
@@ -1235,6 +1427,10 @@ def read_tensor(
     CheckpointError where its shape is not the expected one (None: any)."""
     part = stored.get_slice(name)
     shape = tuple(part.get_shape())
+    if expected is not None and part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        raise CheckpointError(
+            f"{file}: {name} is stored as {part.get_dtype()}; this code reads no quantized "
+            "weights, take the checkpoint they were made from")
     if expected is not None and shape != expected:
         raise CheckpointError(f"{file}: {name} is {shape}, but config.json asks for {expected}")
     if not shape or dtype in (None, part[:0].dtype):
@@ -1268,8 +1464,8 @@ def weight_files(path: Path) -> list[Path]:
     if not (path / names[0]).exists() and index.exists():
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
-            names = sorted(set(content["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted({str(name) for name in content["weight_map"].values()})
+        except UNREADABLE as error:
             raise CheckpointError(f"{index}: not a readable index ({error})") from None
     for name in names:
         # An index names files beside it, and no others of this machine.
@@ -1281,25 +1477,56 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def read_token_ids(path: Path) -> dict[str, int]:
-    """Token text -> id, from tokenizer.json or from vocab.json and
-    tokenizer_config.json in a checkpoint folder; {} without them."""
+    """Token text -> id, from tokenizer.json, or from vocab.json and the tokens added to
+    it, in a checkpoint folder; {} without them."""
+    file = path / "tokenizer.json"
     try:
-        tokenizer = read_json(path / "tokenizer.json")
+        tokenizer = read_json(file)
         if tokenizer:
             added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-            return {**tokenizer["model"]["vocab"], **added}
-        decoder = read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
-        added = {token["content"]: int(i) for i, token in decoder.items()}
-        vocab = read_json(path / "vocab.json")
-        return {**vocab, **added} if (path / "vocab.json").exists() else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if (path / "tokenizer.json").exists():
-            files = "tokenizer.json is"
-        else:
-            files = "vocab.json or tokenizer_config.json is"
-        raise CheckpointError(
-            f"{path}: {files} not a tokenizer's ({error}); copy it again from where the weights "
-            "came from") from None
+            return token_ids({**tokenizer["model"]["vocab"], **added})
+        file = path / "vocab.json"
+        if not file.exists():
+            return {}
+        vocab = token_ids(read_json(file))
+        added = {token["content"]: i for i, token in read_added_tokens(path).items()}
+        return {**vocab, **added}
+    except UNREADABLE as error:
+        raise not_a_tokenizer(file, error) from None
+
+
+def read_added_tokens(path: Path) -> dict[int, dict[str, Any]]:
+    """Id -> the token, its text under "content", of tokens added to vocab.json.
+
+    tokenizer_config.json lists them as "added_tokens_decoder"; older checkpoints have
+    text and id alone in added_tokens.json. Where both have a token, they must agree."""
+    file = path / "tokenizer_config.json"
+    try:
+        decoder = read_json(file).get("added_tokens_decoder", {})
+        added = {int(i): dict(token) for i, token in decoder.items()}
+        known = {token["content"]: i for i, token in added.items()}
+        file = path / "added_tokens.json"
+        for text, i in token_ids(read_json(file)).items():
+            if known.get(text, i) != i or added.get(i, {"content": text})["content"] != text:
+                raise ValueError(f"{text} is {i} here, but not in tokenizer_config.json")
+            added.setdefault(i, {"content": text})
+    except UNREADABLE as error:
+        raise not_a_tokenizer(file, error) from None
+    return added
+
+
+def token_ids(vocab: dict[str, int]) -> dict[str, int]:
+    """A vocabulary as it is; ValueError where an id is no whole number from 0 up."""
+    for text, i in vocab.items():
+        if type(i) is not int or i < 0:
+            raise ValueError(f"the id of {text!r} is {i!r}")
+    return vocab
+
+
+def not_a_tokenizer(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{file.parent}: {file.name} is not a tokenizer's ({error}); copy it again from where the "
+        "weights came from")
 
 
 def read_json(file: Path) -> Any:

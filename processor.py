@@ -31,7 +31,13 @@ from torch import Tensor
 
 from answer import PROMPT, TAGS, Box
 from data import ASPECT, DataError, read_json, rgb
-from model import base_folder, newest_step
+from model import (
+    CheckpointError,
+    base_folder,
+    newest_step,
+    read_added_tokens,
+    token_ids,
+)
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 # A family's name, the convention of its coordinates, the system turn of its chat template (None:
@@ -45,7 +51,12 @@ TOKENIZER_FILES = (
     "preprocessor_config.json", "chat_template.json", "chat_template.jinja",
     "special_tokens_map.json", "added_tokens.json", "processor_config.json",
     "generation_config.json")
-IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+# Where the image processor's settings may stand, the first of them that has some.
+IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
+# What a checkpoint may say of an image's way to patches, and is done in any case; 3 is bicubic.
+IMAGE_SETTINGS = {
+    "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
+    "do_center_crop": False, "resample": 3, "rescale_factor": 1 / 255}
 # Qwen's pre-tokenizer: where a text is cut before merges apply.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -210,12 +221,15 @@ class Processor:
     def __init__(
             self, tokenizer: Tokenizer, image_config: dict[str, Any], family: str, source: Path,
     ) -> None:
-        """family: a key of FAMILIES; source: the folder that tokenizer and image_config come from.
+        """family: a key of FAMILIES; source: the file that image_config stands in, beside the
+        tokenizer's.
 
-        KeyError where image_config lacks a value.
+        KeyError, TypeError or ValueError where image_config lacks a value or has one that is
+        not implemented.
         """
         self.tokenizer = tokenizer
-        self.source = source
+        self.image_file = source
+        self.source = source.parent
         # The same without added tokens: in it "<|im_end|>" is letters.
         plain = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
         self.ordinary = Tokenizer.from_str(json.dumps(plain))
@@ -224,14 +238,13 @@ class Processor:
         # Tags of our answer format that are tokens: Qwen3-VL has <think> and </think>.
         added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
         self.tags = {tag: added[tag] for tag in TAGS if tag in added}
-        self.min_pixels = pixel_limit(image_config, "min_pixels", "shortest_edge") or 56 * 56
-        self.max_pixels = (
-            pixel_limit(image_config, "max_pixels", "longest_edge") or 28 * 28 * 1280)
-        self.patch = image_config["patch_size"]
-        self.temporal_patch = image_config["temporal_patch_size"]
-        self.merge = image_config["merge_size"]
-        self.mean = np.array(image_config["image_mean"], dtype=np.float32)
-        self.std = np.array(image_config["image_std"], dtype=np.float32)
+        refuse_image_settings(image_config)
+        self.min_pixels, self.max_pixels = pixel_limits(image_config)
+        self.patch = whole(image_config, "patch_size")
+        self.temporal_patch = whole(image_config, "temporal_patch_size")
+        self.merge = whole(image_config, "merge_size")
+        self.mean = per_channel(image_config, "image_mean")
+        self.std = per_channel(image_config, "image_std")
 
     @classmethod
     def from_pretrained(
@@ -240,29 +253,45 @@ class Processor:
         """The processor of a checkpoint's folder, or of a stage's (its newest step).
 
         min_pixels, max_pixels: limits of the resized image instead of its own. DataError where
-        files are missing or do not fit.
+        files are missing or do not fit, or say other limits than run.json: a stage answers at
+        the size that it was trained at.
         """
         path = newest_step(path)
         # An adapter from elsewhere lies alone: the files are beside its base.
         if not any((path / name).exists() for name in IMAGE_FILES):
             path = base_folder(path)
-        image_config, family = read_image_config(path)
+        file, image_config = read_image_config(path)
         if min_pixels:
             image_config["min_pixels"] = min_pixels
         if max_pixels:
             image_config["max_pixels"] = max_pixels
+        tokenizer = read_tokenizer(path)
         try:
-            processor = cls(read_tokenizer(path), image_config, family, path)
+            processor = cls(tokenizer, image_config, read_family(path, image_config), file)
         except KeyError as error:
             raise DataError(
-                f"{path / 'preprocessor_config.json'}: {error} is missing; copy the file again "
-                "from the hub page") from None
+                f"{file}: {error} is missing; copy the file again from the hub page") from None
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{file}: {error}; copy the file again from the hub page") from None
+        if not min_pixels and not max_pixels:
+            processor.refuse_other_limits()
         absent = [t for t in SPECIAL if processor.ids[t] is None]
         if absent:
             raise DataError(
                 f"{path}: the tokenizer has no {', '.join(absent)}; is it that of a Qwen-VL "
                 "model?")
         return processor
+
+    def refuse_other_limits(self) -> None:
+        """DataError where the run that wrote this checkpoint had other pixel limits."""
+        trained = read_object(self.source / "run.json").get("pixels")
+        limits = [self.min_pixels, self.max_pixels]
+        if trained not in (None, limits):
+            raise DataError(
+                f"{self.image_file} resizes images to {limits[0]} to {limits[1]} pixels, but "
+                f"run.json says that the checkpoint was trained with {trained}; set them in the "
+                "file to what it was trained with")
 
     @property
     def end_id(self) -> int:
@@ -350,45 +379,116 @@ class Processor:
         for name in TOKENIZER_FILES:
             if (self.source / name).exists():
                 shutil.copyfile(self.source / name, path / name)
-        config = read_json(self.source / "preprocessor_config.json")
-        if config:
-            config |= {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-            text = json.dumps(config, indent=2) + "\n"
-            (path / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        # Readers of another age than ours look into the other file, or for the other names.
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        edges = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        for name in IMAGE_FILES:
+            content = read_object(self.source / name)
+            image_config = image_part(name, content)
+            if image_config:
+                image_config |= limits
+                if image_config.get("size"):
+                    image_config["size"] = edges
+                text = json.dumps(content, indent=2) + "\n"
+                (path / name).write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- a checkpoint's files
 
-def pixel_limit(image_config: dict[str, Any], name: str, edge: str) -> int | None:
-    """A limit of the resized image, in pixels, or None where the file gives none.
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file's object, {} where there is no such file; DataError where it is none."""
+    content = read_json(file)
+    if content is not None and not isinstance(content, dict):
+        raise DataError(f"{file}: not a JSON object; copy the file again from the hub page")
+    return content or {}
 
-    Files of different age give it at the top, or in "size" under either name.
+
+def image_part(name: str, content: dict[str, Any]) -> Any:
+    """Of one of IMAGE_FILES, what is about images: None where it has nothing on them."""
+    return content.get("image_processor") if name == "processor_config.json" else content or None
+
+
+def read_image_config(path: Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint's folder -> the file with the image processor's settings, and those.
+
+    They stand in processor_config.json, as newer checkpoints have it, else in
+    preprocessor_config.json; with both files, transformers reads the first. DataError
+    where neither has them.
     """
-    size = image_config.get("size", {})
-    return image_config.get(name) or size.get(name) or size.get(edge)
+    for name in IMAGE_FILES:
+        image_config = image_part(name, read_object(path / name))
+        if isinstance(image_config, dict):
+            return path / name, dict(image_config)
+        if image_config is not None:
+            raise DataError(
+                f"{path / name}: image_processor is no JSON object; copy the file again from the "
+                "hub page")
+    raise DataError(
+        f"no preprocessor_config.json at {path}; copy it there from the checkpoint's hub page")
 
 
-def read_image_config(path: Path) -> tuple[dict[str, Any], str]:
-    """A checkpoint's folder -> the image processor's settings, and a key of FAMILIES.
-
-    They stand in preprocessor_config.json, or in processor_config.json as newer checkpoints have
-    it; the family may be named in config.json alone. DataError where none says it.
-    """
-    whole = read_json(path / "processor_config.json") or {}
-    image_config = read_json(path / "preprocessor_config.json") or whole.get("image_processor")
-    if not image_config:
-        raise DataError(
-            f"no preprocessor_config.json at {path}; copy it there from the checkpoint's hub page")
-    name = image_config.get("processor_class") or whole.get("processor_class")
-    if name in FAMILIES:
-        return dict(image_config), name
-    model_type = (read_json(base_folder(path) / "config.json") or {}).get("model_type")
+def read_family(path: Path, image_config: dict[str, Any]) -> str:
+    """The key of FAMILIES that a processor file names, or else config.json; DataError without."""
+    whole_config = read_object(path / "processor_config.json")
+    for name in (image_config.get("processor_class"), whole_config.get("processor_class")):
+        if isinstance(name, str) and name in FAMILIES:
+            return name
+    model_type = read_object(base_folder(path) / "config.json").get("model_type")
     for name, (family, _, _) in FAMILIES.items():
         if family == model_type:
-            return dict(image_config), name
+            return name
     raise DataError(
         f"{path}: neither preprocessor_config.json nor config.json names one of "
         f"{', '.join(FAMILIES)}")
+
+
+def pixel_limits(image_config: dict[str, Any]) -> tuple[int, int]:
+    """Least and largest area of the resized image, in pixels; ValueError where they are no such.
+
+    transformers' precedence: min_pixels and max_pixels win over "size", whose edges are
+    areas as well. Files between the two have min_pixels and max_pixels in "size".
+    """
+    size = image_config.get("size") or {}
+    if not isinstance(size, dict):
+        raise ValueError(f"size is {size!r}, not shortest_edge and longest_edge")
+    limits = []
+    for name, edge, default in (
+            ("min_pixels", "shortest_edge", 56 * 56),
+            ("max_pixels", "longest_edge", 28 * 28 * 1280)):
+        given = [image_config.get(name), size.get(edge), size.get(name)]
+        known = [limit for limit in given if limit is not None]
+        if size and not known:
+            raise ValueError(f"size has no {edge}")
+        limits.append(whole({name: known[0] if known else default}, name))
+    return limits[0], limits[1]
+
+
+def refuse_image_settings(image_config: dict[str, Any]) -> None:
+    """ValueError for a setting that makes other pixels than `Processor.patches` does."""
+    for name, ours in IMAGE_SETTINGS.items():
+        value = image_config.get(name)
+        if value is not None and (
+                not isinstance(value, (int, float)) or not abs(value - ours) < 1e-6):
+            raise ValueError(f"{name} is {value!r}, but this code computes {ours} alone")
+
+
+def whole(image_config: dict[str, Any], name: str) -> int:
+    """A whole number above 0; ValueError where it is none, KeyError where it is missing."""
+    value = image_config[name]
+    if type(value) is not int or not 0 < value < 2 ** 31:
+        raise ValueError(f"{name} is {value!r}, not a whole number above 0")
+    return value
+
+
+def per_channel(image_config: dict[str, Any], name: str) -> np.ndarray:
+    """Three numbers as (3,) float32, of which none is 0 in image_std; ValueError for others."""
+    values = image_config[name]
+    numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
+    if not numbers or len(values) != 3 or not all(abs(v) < 1e6 for v in values):
+        raise ValueError(f"{name} is {values!r}, not three numbers")
+    if name == "image_std" and min(values) < 1e-6:
+        raise ValueError(f"{name} is {values!r}, not three numbers above 0")
+    return np.array(values, dtype=np.float32)
 
 
 def frame_by_coords(
@@ -409,15 +509,30 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a checkpoint's folder; DataError where there is none.
 
     From tokenizer.json, or from vocab.json and merges.txt with the added tokens of
-    tokenizer_config.json.
+    tokenizer_config.json or added_tokens.json. The same text has the same ids every
+    time, and all of them: tokenizer.json can hold how some earlier program cut, padded
+    or (BPE dropout) scattered its texts, and the library would go on doing it.
     """
-    if (path / "tokenizer.json").exists():
-        try:
-            return Tokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as error:                   # the library raises nothing narrower
-            raise DataError(f"{path / 'tokenizer.json'}: unreadable ({error})") from None
-    vocab = read_json(path / "vocab.json")
-    if vocab is None or not (path / "merges.txt").exists():
+    try:
+        if (path / "tokenizer.json").exists():
+            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        else:
+            tokenizer = build_tokenizer(path)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.model.dropout = None
+        return tokenizer
+    except (DataError, CheckpointError):
+        raise
+    except Exception as error:                       # the library raises nothing narrower
+        told = " ".join(str(error).split())          # some of its messages have several lines
+        raise DataError(f"{path}: the tokenizer is unreadable ({told})") from None
+
+
+def build_tokenizer(path: Path) -> Tokenizer:
+    """Qwen's tokenizer from vocab.json, merges.txt and the tokens added to them."""
+    vocab = token_ids(read_object(path / "vocab.json"))
+    if not vocab or not (path / "merges.txt").exists():
         raise DataError(
             f"no tokenizer at {path}: neither tokenizer.json nor vocab.json and merges.txt are "
             "there")
@@ -430,16 +545,10 @@ def read_tokenizer(path: Path) -> Tokenizer:
         pre_tokenizers.Split(Regex(WORDS), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    add_tokens(tokenizer, path / "tokenizer_config.json")
-    return tokenizer
-
-
-def add_tokens(tokenizer: Tokenizer, file: Path) -> None:
-    """Adds what "added_tokens_decoder" lists; DataError where a token would get another id."""
-    added = (read_json(file) or {}).get("added_tokens_decoder", {})
-    for i, token in sorted(added.items(), key=lambda item: int(item[0])):
+    for i, token in sorted(read_added_tokens(path).items()):
         tokenizer.add_tokens([AddedToken(**{"special": False} | token)])
-        if tokenizer.token_to_id(token["content"]) != int(i):
+        if tokenizer.token_to_id(token["content"]) != i:
             raise DataError(
-                f"{file}: {token['content']} is to be {i}, but vocab.json leaves another id for "
+                f"{path}: {token['content']} is to be {i}, but vocab.json leaves another id for "
                 "it")
+    return tokenizer

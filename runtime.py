@@ -46,7 +46,7 @@ from torch.distributed.tensor import DTensor
 
 import lora
 from data import DataError, Record, Records, load, read_json, refusal_summary
-from model import CheckpointError, QwenVL
+from model import CheckpointError, QwenVL, by_number
 from processor import Processor, Prompt, prompt_hash
 
 # Seconds without a step, after which every process prints where it is.
@@ -924,7 +924,7 @@ def read_run(out: Path) -> dict[str, Any]:
              "leave --resume out, or name the --out of the run")
     # save() replaces the link, which it could not do with a folder.
     if not latest.is_symlink():
-        newest = max((p.name for p in out.glob("step_*")), default="copy")
+        newest = max((p.name for p in out.glob("step_*")), key=by_number, default="copy")
         fail(f"{latest} is a folder, but must be a link to a step's (cp -rL follows links); "
              f"mv {latest} {out / 'copy'} && ln -s {newest} {latest}")
     run = read_json(latest / "run.json")
@@ -1004,7 +1004,8 @@ def save(
     save_state(temporary / "state", step, model, opt)
     save_weights(temporary, model, processor)
     if rank() == 0:
-        description = json.dumps({**run, "step": step}, indent=2) + "\n"
+        limits = [processor.min_pixels, processor.max_pixels]
+        description = json.dumps({**run, "step": step, "pixels": limits}, indent=2) + "\n"
         (temporary / "run.json").write_text(description, encoding="utf-8")
     barrier()
     if rank() == 0:

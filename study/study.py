@@ -31,6 +31,7 @@ import metrics  # noqa: E402
 import report  # noqa: E402
 import runtime  # noqa: E402
 from data import Record, load, read_json  # noqa: E402
+from model import by_number  # noqa: E402
 
 # Arms of ablate.sh, in the order of the tables: what they are called there.
 ARMS = {
@@ -97,7 +98,7 @@ def seeds_with(regime: Path, arm: str, split: str, other: str = "sft") -> list[P
     """The seeds' folders in which both arms were scored, on as many scenes."""
     seeds = []
     counts = set()
-    for seed in sorted(regime.iterdir()):
+    for seed in sorted(regime.iterdir(), key=by_number):
         pair = [read_row(seed / name / f"eval_{split}") for name in (arm, other)]
         if all(pair):
             seeds.append(seed)
@@ -328,7 +329,7 @@ def training(regime: Path, arms: Sequence[str]) -> str:
     names: dict[str, None] = {}
     for arm in arms:
         logs[arm] = []
-        for seed in sorted(regime.iterdir()):
+        for seed in sorted(regime.iterdir(), key=by_number):
             log = list(report.log_lines(seed / arm / "metrics.jsonl"))
             if (seed / arm / "done").exists() and log and "dispersion" in log[0]:
                 logs[arm].append(log)
