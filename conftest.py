@@ -25,6 +25,19 @@ ADDED = [
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 
 
+def pytest_configure() -> None:
+    """Tests on random cases: the same few each time, or 10,000 others with NIGHTLY=1."""
+    try:
+        from hypothesis import HealthCheck, settings
+    except ImportError:
+        # Each of these tests skips itself.
+        return
+    common = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+    settings.register_profile("brief", max_examples=50, derandomize=True, **common)
+    settings.register_profile("nightly", max_examples=10_000, **common)
+    settings.load_profile("nightly" if os.environ.get("NIGHTLY") == "1" else "brief")
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2.5-VL of two layers with a tokenizer of single bytes; stored in float32.

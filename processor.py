@@ -29,7 +29,8 @@ from tokenizers import (
 from torch import Tensor
 
 from answer import PROMPT, Box
-from data import ASPECT, DataError, read_json, rgb
+from data import ASPECT, DataError, read_json
+from images import rgb
 from model import newest_step
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
@@ -372,9 +373,11 @@ def frame_by_coords(
     """The frame of numbers about an image of this size, by the name that --coords gives it.
 
     original: pixels of the image; resized: pixels of the image as the processor resizes it;
-    1000: thousandths of its sides.
+    1000: thousandths of its sides; fraction: parts of its sides.
     """
     resized = size
+    if coords == "fraction":
+        return Frame(size, (1, 1), "absolute")
     if coords == "resized":
         factor = processor.patch * processor.merge
         resized = smart_resize(*size, factor, processor.min_pixels, processor.max_pixels)

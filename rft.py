@@ -233,6 +233,10 @@ class Policy:
     optimizer: torch.optim.Optimizer | None
     reference: QwenVL | None           # the starting policy; None without a KL
 
+    def prompt(self, record: Record) -> Prompt:
+        """A record's image and expression, as the model takes them."""
+        return self.processor(open_image(record), record.text)
+
 
 @dataclass
 class Rollouts:
@@ -609,23 +613,25 @@ def main() -> None:
     run = runtime.run_description(args, "rft", records)
     runtime.begin(out, first, policy.model, ("metrics.jsonl", "rollouts.jsonl"))
 
-    def records_of(step: int) -> list[Record]:
-        """This process's records of a step: every world()th of the batch."""
-        batch = runtime.batch(records, step, args.prompts, args.seed)
-        return batch[runtime.rank()::runtime.world()]
+    replacements = runtime.Replacements(out, len(records))
 
-    def prompts_of(step: int) -> list[Prompt]:
-        return [policy.processor(open_image(r), r.text) for r in records_of(step)]
+    def prompts_of(step: int) -> runtime.Share[Prompt]:
+        """This process's records of a step with their prompts."""
+        return runtime.own_share(records, step, args.prompts, args.seed, policy.prompt)
 
     if not first:
-        canary(policy, records_of(0), prompts_of(0), args)
+        share = prompts_of(0)
+        replacements.count(0, share.unreadable)
+        canary(policy, share.records, share.made, args)
     steps = range(first, args.steps)
     skipped = 0
     bar = tqdm(
         steps, initial=first, total=args.steps, desc="rft", disable=runtime.rank() > 0)
     with bar:
-        for step, prompts in zip(bar, runtime.prefetch(prompts_of, steps, args.workers)):
-            line, rollouts, grades = train_step(policy, records_of(step), prompts, args, step)
+        for step, share in zip(bar, runtime.prefetch(prompts_of, steps, args.workers)):
+            unreadable = replacements.count(step, share.unreadable)
+            line, rollouts, grades = train_step(policy, share.records, share.made, args, step)
+            line |= unreadable
             skipped = 0 if line["finite"] else skipped + 1
             log_rollouts(out / "rollouts.jsonl", step, rollouts, grades)
             due = (step + 1) % args.every == 0 or step + 1 == args.steps
