@@ -73,10 +73,11 @@ import torch
 from tqdm import tqdm
 
 import data
+import images
 import reward
 import runtime
 from answer import EXAMPLE, TAGS, format_box, format_ok, parse_box, write
-from data import DataError, Record, Records
+from data import DataError, Record, Records, UnreadableImage
 from generate import generate
 from pictures import draw_boxes
 from processor import Frame, Processor, Prompt, frame_by_coords
@@ -844,12 +845,23 @@ def checkpoint_teacher(args: argparse.Namespace, device: torch.device) -> Ask:
     def ask(records: Sequence[Record]) -> Iterator[Explanation]:
         for i in range(0, len(records), args.batch):
             batch = records[i:i + args.batch]
-            prompts = [checkpoint_prompt(record, processor) for record in batch]
-            seeds = torch.tensor([record_seed(args, record) for record in batch])
+            readable = []
+            prompts = []
+            for record in batch:
+                try:
+                    prompts.append(checkpoint_prompt(record, processor))
+                except UnreadableImage as error:
+                    frame = Frame(record.size, record.size, "absolute")
+                    yield Explanation(record, frame, None, str(error))
+                    continue
+                readable.append(record)
+            if not readable:
+                continue
+            seeds = torch.tensor([record_seed(args, record) for record in readable])
             tokens, _, lengths = generate(
                 model, prompts, 1, args.max_new_tokens, args.temperature, seeds)
             # tokens (Q, 1, L), lengths (Q, 1)
-            for record, prompt, ids, n in zip(batch, prompts, tokens[:, 0], lengths[:, 0]):
+            for record, prompt, ids, n in zip(readable, prompts, tokens[:, 0], lengths[:, 0]):
                 yield Explanation(record, prompt.frame, processor.decode(ids[:n]))
 
     return ask
@@ -885,7 +897,10 @@ class ChatServer:
     def explain(self, record: Record) -> Explanation:
         """Asks until a whole answer has come, --tries times at most."""
         frame = self.teacher_frame(record)
-        request = self.request_of(record, frame)
+        try:
+            request = self.request_of(record, frame)
+        except UnreadableImage as error:
+            return Explanation(record, frame, None, str(error))
         reason = ""
         for attempt in range(self.args.tries):
             if self.stopped.is_set():
@@ -987,8 +1002,8 @@ def image_data_url(record: Record) -> str:
     """A record's image as a data URL: its file as it is where that is JPEG or PNG, else as PNG."""
     image = data.open_image(record)
     content = b""
-    # A server may turn an image as its EXIF orientation says; boxes are of what the file stores.
-    if not hasattr(record.image, "draw") and image.getexif().get(0x0112, 1) == 1:
+    # A server may turn an image as its EXIF orientation says, show it on black or cut its bits.
+    if not hasattr(record.image, "draw") and images.is_plain(record.image):
         content = Path(record.image).read_bytes()
     if content.startswith(b"\xff\xd8\xff"):
         kind = "jpeg"
@@ -1125,6 +1140,7 @@ def flags() -> runtime.FlagParser:
     add("name", help="data set")
     add("--root", help="its folder; default data/<name>")
     add("--split", default="sft", help="split")
+    data.add_reading_flags(add, "--data-coords")
     add("--init", metavar="CKPT",
         help="checkpoint in whose coordinates texts are shown, as sft.py --init writes them; "
         "without it they are in pixels of the picture. With --coords resized: one that resizes "
@@ -1228,7 +1244,7 @@ def main() -> None:
     check_teacher_flags(args)
     runs_here = args.teacher and not is_server(args.teacher)
     device = runtime.start(runtime.choose_device(args.device)) if runs_here else None
-    records = data.load(args.name, args.root, args.split)
+    records = data.load(args.name, args.root, args.split, args.data_coords, args.stretch)
     if not records:
         refused = data.refusal_summary(records, args.name, args.root, args.split)
         raise DataError(f"no usable record in the split {args.split} of {args.name}: "

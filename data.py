@@ -21,6 +21,7 @@ reading and counts what it refuses:
         return collector.records
 """
 import argparse
+import contextvars
 import hashlib
 import itertools
 import json
@@ -42,12 +43,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import images
 import reward
 from answer import Box
+from images import ImageError, Stretch
 from pictures import contact_sheet, draw_boxes
 
-# Aerial scenes are large, and one's own files no bombs.
-Image.MAX_IMAGE_PIXELS = 1 << 31
 # Longer side of an image over its shorter one, at most: the families' own limit.
 ASPECT = 200
 # Pixels. A box with a thinner side is as good as empty: in the float32 of the rewards, on the
@@ -55,10 +56,20 @@ ASPECT = 200
 THINNEST = 1 / 16
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 SPLITS = ("train", "val", "test")
+DEEP = images.DEEP
+# Share of a run's records whose images can't be decoded, at most.
+MOST_UNREADABLE = 0.01
+# --coords: what a unit of a box is, and of how many of them the image's sides are (None: a unit
+# is a pixel).
+COORDS = {"fraction": 1, "1000": 1000, "original": None}
 
 
 class DataError(Exception):
     """Data that is missing or does not fit; one line: what is wrong, where, what to do."""
+
+
+class UnreadableImage(DataError):
+    """An image that can't be decoded."""
 
 
 class NoSplit(DataError):
@@ -83,6 +94,8 @@ class Record:
     unique: bool | None = None
     # VRSBench: its own box, whole hundredths of the image's sides, for its official metric.
     grid: tuple[int, ...] | None = None
+    # How an image of more than 8 bits a sample becomes one of 8.
+    stretch: Stretch | None = None
 
 
 class Records(list[Record]):
@@ -140,9 +153,10 @@ def refusal_summary(records: Records, name: str, root: str | Path | None, split:
     if not refused:
         return ""
     command = f"python data.py {name}{f' --root {root}' if root else ''} --split {split}"
+    deep = "; --stretch 2 98 reads 16-bit and float images" if DEEP in records.refused else ""
     return (
         f"{refused:,} of {refused + len(records):,} records are refused "
-        f"({in_words(records.refusals)}); {command} says where")
+        f"({in_words(records.refusals)}){deep}; {command} says where")
 
 
 def in_words(counts: dict[str, int]) -> str:
@@ -157,23 +171,50 @@ def fingerprint(text: str) -> bytes:
 
 # ---------------------------------------------------------------- load
 
-def load(name: str, root: str | Path | None = None, split: str = "train") -> Records:
+@dataclass(frozen=True)
+class Reading:
+    """How files are read where they do not say it themselves."""
+
+    coords: str | None = None     # of the boxes, a key of COORDS; None: pixels, by all signs
+    stretch: Stretch | None = None                   # of images of more than 8 bits a sample
+
+
+# What `load` was asked for. A Collector looks it up, so that no reader need hand it on.
+AS_IT_STANDS = Reading()
+reading = contextvars.ContextVar("reading", default=AS_IT_STANDS)
+
+
+def load(
+        name: str, root: str | Path | None = None, split: str = "train",
+        coords: str | None = None, stretch: Stretch | None = None,
+) -> Records:
     """Records of a data set's split.
 
     "sft" and "rft" mean "train" where a data set has no split of that name. A mixture is written
     "dior+vrsbench:0.5": then root is the folder that holds dior/ and vrsbench/.
 
+    coords: the unit of the boxes, where the data set leaves it open. stretch: percentiles that
+    become black and white in images of 16 bits or floats, which are refused without.
+
     DataError where there is no such data set or split, or its files don't fit. One annotation
     that does not fit is refused (`Records.refused`); where all are, no record is left.
     """
-    if "+" in name or ":" in name:
-        records = mixture(name, Path(root or "data"), split)
-    elif name in READERS:
-        records = read_split(name, Path(root) if root else Path("data") / name, split)
-    else:
+    if coords and ("+" in name or ":" in name or name in OWN_UNIT):
         raise DataError(
-            f"no data set is called {name!r}; there are {', '.join(READERS)}, and mixtures like "
-            "dior+vrsbench:0.5")
+            f"--coords {coords} is for a data set that leaves the unit of its boxes open, which "
+            f"{name} does not; leave it out")
+    before = reading.set(Reading(coords, tuple(stretch) if stretch else None))
+    try:
+        if "+" in name or ":" in name:
+            records = mixture(name, Path(root or "data"), split)
+        elif name in READERS:
+            records = read_split(name, Path(root) if root else Path("data") / name, split)
+        else:
+            raise DataError(
+                f"no data set is called {name!r}; there are {', '.join(READERS)}, and mixtures "
+                "like dior+vrsbench:0.5")
+    finally:
+        reading.reset(before)
     check_boxes(records, name, split)
     return records
 
@@ -285,55 +326,72 @@ def open_image(record: Record) -> Image.Image:
 
     DataError where it can't be decoded to its end.
 
-    Pixels are as the file stores them, for the boxes of data sets are: an EXIF orientation turns
-    nothing. (`eval.py --image` turns the picture upright, as viewers show it, and answers in
-    pixels of what it then is.)
+    Pixels are as the file stores them, for the boxes of data sets are: an orientation, of EXIF or
+    of a TIFF, turns nothing. (`eval.py --image` turns the picture upright, as viewers show it,
+    and answers in pixels of what it then is.)
     """
     if hasattr(record.image, "draw"):
         return record.image.draw()
     try:
-        with Image.open(record.image) as image:
-            return rgb(image)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
+        image = images.read_rgb(record.image, record.stretch)
+        if image.size != tuple(record.size):
+            raise ImageError(f"{image.size} pixels, where {record.size} were found before")
+        return image
+    except (OSError, ImageError) as error:
+        raise UnreadableImage(
             f"{record.image}: unreadable image of record {record.id} ({error}); repair or remove "
             "it") from None
 
 
-def rgb(image: Image.Image) -> Image.Image:
-    """An image -> RGB.
-
-    ValueError where that would clip it to white or black: 16-bit, 32-bit and float values.
-    """
-    if image.mode[0] in "IF":
-        raise ValueError("16-bit or float image, scale it to 8 bits")
-    return image.convert("RGB")
+def open_or_blank(record: Record) -> Image.Image:
+    """The record's image to be looked at, a gray one of its size where it can't be read."""
+    try:
+        return open_image(record)
+    except UnreadableImage:
+        return Image.new("RGB", record.size, "gray")
 
 
-def image_size(path: Path) -> tuple[tuple[int, int] | None, str | None]:
+def image_size(
+        path: Path, stretch: Stretch | None = None,
+) -> tuple[tuple[int, int] | None, str | None]:
     """(width, height) as stored and None, or None and why the image can't be used.
 
     Its header is read, its pixels are not.
     """
     try:
-        with Image.open(path) as image:
-            size = image.size
-            mode = image.mode
+        header = images.read_header(path)
     except FileNotFoundError:
         return None, "missing image"
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (OSError, ImageError):
         return None, "unreadable image"
-    if mode[0] in "IF":
-        return None, "16-bit or float image"
-    if max(size) > ASPECT * min(size):
+    if header.deep and stretch is None:
+        return None, DEEP
+    if max(header.size) > ASPECT * min(header.size):
         return None, f"image more than {ASPECT} times as long as wide"
-    return size, None
+    return header.size, None
 
 
 def image_stem(base: str) -> tuple[str, str]:
     """A name -> its stem and suffix; "P0.v2" has no suffix of an image, and keeps its dot."""
     stem, suffix = os.path.splitext(base)
     return (stem, suffix) if suffix.lower() in IMAGE_SUFFIXES else (base, "")
+
+
+def is_hidden(name: str) -> bool:
+    """Is a file or folder of this name none of the data set's?
+
+    Zips leave `__MACOSX` and `._x` behind, notebooks `.ipynb_checkpoints`, editors `.x.swp`.
+    """
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """The files under a folder that fit a pattern, sorted by path, without what is hidden."""
+    files = []
+    for path in folder.glob(pattern):
+        if not any(map(is_hidden, path.relative_to(folder).parts)):
+            files.append(path)
+    return sorted(files, key=lambda p: p.as_posix())
 
 
 def index_images(folder: Path) -> dict[str, list[Path]]:
@@ -350,10 +408,10 @@ def index_images(folder: Path) -> dict[str, list[Path]]:
             subdirectories[:] = []
             continue
         walked.add(real)
-        subdirectories[:] = [name for name in subdirectories if name != "__MACOSX"]
+        subdirectories[:] = [name for name in subdirectories if not is_hidden(name)]
         for name in files:
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("._"):
+            if suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name):
                 paths.setdefault(stem, []).append(Path(directory, name))
     return paths
 
@@ -370,11 +428,14 @@ class Annotation:
     text: Any
     box: Any                      # four numbers
     category: Any = ""
-    # None: the box is in pixels; else in parts of the image's sides of which there are so many.
+    # In parts of the image's sides, of which there are so many, where the file's own form says
+    # so; None: in pixels, unless --coords says otherwise.
     parts: int | None = None
     repairs: Sequence[str] = ()   # what the reader repaired already
     # (width, height) that the image must have for the box to be right, where it is told.
     size: tuple[int, int] | None = None
+    # Whose boxes are all in one unit; None: all that the Collector gets.
+    file: Path | None = None
     # As in Record.
     kind: str = ""
     unique: bool | None = None
@@ -421,15 +482,31 @@ class Collector:
         self.preferred_folder = preferred_folder
         self.exact = exact
         self.refuse_swapped = refuse_swapped
-        self.records = Records([], {})
+        self.reading = reading.get()
+        self.kept = Records([], {})
         self.ids: set[str] = set()
         self.sizes: dict[Path, tuple[tuple[int, int] | None, str | None]] = {}
         self.paths = {} if exact else index_images(folder)
+        # Of each file: its boxes as they stand there, with their images' sizes.
+        self.boxes: dict[Path, list[tuple[Box, tuple[int, int] | None]]] = {}
+
+    @property
+    def records(self) -> Records:
+        """What was taken; DataError where a file's boxes are in another unit than pixels."""
+        for file, boxes in self.boxes.items():
+            refuse_other_unit(boxes, f"{file}: its boxes")
+        return self.kept
 
     def add(self, annotation: Annotation) -> None:
         """Finds the image and repairs the box of an annotation -> a record, or a refusal."""
         image = self.find(str(annotation.image or ""))
-        repaired = repair_box(annotation.box, image.size, annotation.parts)
+        coords = self.reading.coords
+        parts = COORDS[coords] if coords else annotation.parts
+        repaired = repair_box(annotation.box, image.size, parts)
+        if not coords and not parts:
+            box, _ = read_four_numbers(annotation.box)
+            if box:
+                self.boxes.setdefault(annotation.file or self.folder, []).append((box, image.size))
         text = annotation.text.strip() if isinstance(annotation.text, str) else ""
         problem = image.problem or repaired.problem
         if self.refuse_swapped and "swapped corners" in repaired.repairs:
@@ -444,22 +521,22 @@ class Collector:
             self.refuse(problem, annotation.where)
             return
         for repair in (*annotation.repairs, *image.repairs, *repaired.repairs):
-            self.records.repaired.setdefault(repair, []).append(annotation.where)
+            self.kept.repaired.setdefault(repair, []).append(annotation.where)
         self.ids.add(annotation.id)
         category = str(annotation.category or "").strip()
-        self.records.append(Record(
+        self.kept.append(Record(
             annotation.id, image.path, text, repaired.box, category, image.size,
-            annotation.kind, annotation.unique, annotation.grid))
+            annotation.kind, annotation.unique, annotation.grid, self.reading.stretch))
 
     def refuse(self, problem: str, where: str) -> None:
-        self.records.refused.setdefault(problem, []).append(where)
+        self.kept.refused.setdefault(problem, []).append(where)
 
     def find(self, name: str) -> FoundImage:
         """The image that an annotation names."""
         if not name:
             return FoundImage(problem="no image named")
-        name = os.path.normpath(name.replace("\\", "/"))
-        if os.path.isabs(name) or name.split("/")[0] in ("..", "."):
+        name = path_within(self.folder, name.replace("\\", "/"))
+        if name is None:
             return FoundImage(problem="image outside the data set")
         paths = [self.folder / name] if self.exact else self.candidates(name)
         if not paths:
@@ -469,7 +546,7 @@ class Collector:
         path = paths[0]
         # An image has many records; its file is opened once.
         if path not in self.sizes:
-            self.sizes[path] = image_size(path)
+            self.sizes[path] = image_size(path, self.reading.stretch)
         size, problem = self.sizes[path]
         base = os.path.basename(name)
         repairs = []
@@ -485,6 +562,69 @@ class Collector:
         paths = [p for p in paths if p.as_posix().endswith(f"/{name}")] or paths
         folder = self.preferred_folder
         return [p for p in paths if folder in p.relative_to(self.folder).parts] or paths
+
+
+def path_within(folder: Path, name: str) -> str | None:
+    """A name, relative or absolute -> its path from the folder, or None where it leads out of it.
+
+    Links are not followed, but those that lead to the folder itself.
+    """
+    for start in (os.path.abspath(folder), os.path.realpath(folder)):
+        path = os.path.relpath(os.path.join(start, name), start)
+        if path.split(os.sep)[0] != os.pardir:
+            return path
+    return None
+
+
+def refuse_other_unit(
+        boxes: Sequence[tuple[Sequence[float], tuple[int, int] | None]], whose: str) -> None:
+    """DataError, which names --coords, where boxes can't be in pixels.
+
+    boxes: four numbers each, and the size of the image or None.
+    """
+    unit = other_unit(boxes)
+    if unit:
+        signs = {
+            "fraction": "all lie in [0, 1]",
+            "1000": "all lie in 0..1000, and beyond their images"}
+        raise DataError(
+            f"{whose} {signs[unit]}: are they fractions or thousandths of the image's sides? Say "
+            f"it with --coords {unit} (of eval.py's data: --data-coords), or --coords original "
+            "where they are pixels")
+
+
+# The share of boxes beyond their images that tells of another unit than pixels: of boxes wholly
+# outside, and of those that go past an edge by half the side. A few are mistakes of the file,
+# which are refused and repaired one by one.
+WHOLLY_OUTSIDE = 0.01
+FAR_PAST_EDGE = 0.5
+
+
+def other_unit(
+        boxes: Sequence[tuple[Sequence[float], tuple[int, int] | None]]) -> str | None:
+    """The unit that a file's boxes must be in, a key of COORDS, or None where pixels may be.
+
+    As `refuse_other_unit` takes them.
+    """
+    values = list(itertools.chain.from_iterable(box for box, _ in boxes))
+    lowest = min(values, default=0)
+    highest = max(values, default=0)
+    # A box without an area tells nothing, as one of zeros in place of none.
+    solid = any(box[0] != box[2] and box[1] != box[3] for box, _ in boxes)
+    rounding = 1e-3
+    if not solid or lowest < -rounding or highest > 1000 + rounding:
+        return None
+    if highest <= 1 + rounding:
+        return "fraction"
+    sized = [(box, size) for box, size in boxes if size]
+    outside = 0
+    far = 0
+    for (x1, y1, x2, y2), (width, height) in sized:
+        outside += min(x1, x2) >= width or min(y1, y2) >= height
+        far += max(x1, x2) > 1.5 * width or max(y1, y2) > 1.5 * height
+    n = max(len(sized), 1)
+    far_enough = n > 1 and far / n >= FAR_PAST_EDGE
+    return "1000" if outside / n >= WHOLLY_OUTSIDE or far_enough else None
 
 
 def repair_box(
@@ -747,18 +887,20 @@ def read_dior_layout(root: Path, split: str, layout: DiorLayout) -> Records:
     split = {"sft": "train", "rft": "train"}.get(split, split)
     if split not in SPLITS:
         raise NoSplit(f"{layout.name} has no split {split!r}; it has {', '.join(SPLITS)}")
-    indices = set(dior_indices(root, layout.withdrawn)[split])
+    splits = dior_indices(root, layout.withdrawn)
+    indices = set(splits[split])
     folder = root / "Annotations"
-    files = dior_files(folder)
+    files = visible_files(folder, "**/*.xml")
     if not files:
         raise DataError(
             f"no annotations at {folder}/*.xml{zip_hint(root)}; --root must name the folder that "
             f"holds Annotations and {layout.image_folder}")
     collector = Collector(root, layout.image_folder)
     count = 0                     # objects of the files that were read
+    image_of = {}                 # file -> the image that it is of
     for file in files:
         tree = read_xml(file)
-        image = (tree.findtext("filename") or "").strip()
+        image_of[file] = image = (tree.findtext("filename") or "").strip()
         for item in tree.findall("object"):
             index = count
             count += 1
@@ -767,32 +909,103 @@ def read_dior_layout(root: Path, split: str, layout: DiorLayout) -> Records:
                 collector.add(Annotation(
                     f"{file}, object {index}", str(index), image, item.findtext("description"),
                     [item.findtext(f"bndbox/{side}") for side in sides], item.findtext("name")))
-    beyond = sum(index >= count for index in indices)
-    if beyond:
+    note = check_object_count(root, count, splits, split, image_of)
+    records = collector.records
+    records.note = note
+    return records
+
+
+def check_object_count(
+        root: Path, count: int, splits: dict[str, list[int]], split: str,
+        image_of: dict[Path, str],
+) -> str:
+    """Compares the objects that were found with the indices that the split files name.
+
+    DataError where they name more, or where files that look like copies of others shift the
+    indices. -> a note where they name fewer for no such reason: of a part of the splits.
+
+    image_of: annotation file -> image.
+    """
+    folder = root / "Annotations"
+    # Where another split's are beyond the end, this one's may be shifted.
+    for name in (split, *splits):
+        beyond = sum(index >= count for index in splits[name])
+        if beyond:
+            raise DataError(
+                f"{root}: {beyond} of the {len(splits[name])} indices of {name} are beyond the "
+                f"{count} objects found in {folder}; annotations are missing, or the split files "
+                "belong to other data")
+    named = sum(map(len, splits.values()))
+    copies = find_copies(image_of, count > named)
+    if copies:
+        suspects = ", ".join(str(file.relative_to(root)) for file in copies[:5])
+        more = f" and {len(copies) - 5} more" if len(copies) > 5 else ""
         raise DataError(
-            f"{root}: {beyond} of the {len(indices)} indices of {split} are beyond the {count} "
-            f"objects found in {folder}; annotations are missing, or the split files belong to "
-            "other data")
-    return collector.records
+            f"{root}: {count} objects are in {folder} where the split files name {named}; "
+            f"{suspects}{more} looks like a copy of another annotation, and shifts every later "
+            "index; remove it")
+    if count == named:
+        return ""
+    return (
+        f"{count:,} objects are in Annotations, of which the split files name {named:,}: right for "
+        "a part of the splits alone; a stray annotation would shift every later index")
 
 
-def dior_files(folder: Path) -> list[Path]:
-    """The annotations, sorted by path; what a zip leaves over is none of them."""
-    files = []
-    for path in folder.rglob("*.xml"):
-        if not path.name.startswith("._") and "__MACOSX" not in path.parts:
-            files.append(path)
-    return sorted(files, key=lambda p: p.as_posix())
+def find_copies(image_of: dict[Path, str], too_many: bool) -> list[Path]:
+    """The annotation files that look like copies of others, by their names or images.
+
+    too_many: either sign is enough; else both are needed. image_of: file -> image.
+    """
+    by_image: dict[str, list[Path]] = {}
+    for file, image in image_of.items():
+        by_image.setdefault(image or str(file), []).append(file)
+    second = set()
+    for files in by_image.values():
+        # Of several of one image the shortest path is the original's.
+        files.sort(key=lambda file: (len(file.as_posix()), file.as_posix()))
+        second.update(files[1:])
+    copies = {file for file in image_of if is_copy(file)}
+    return sorted(copies | second if too_many else copies & second)
+
+
+# How file managers and editors call copies: "1 (1)", "1 - Copy", "1_copy", "Copy of 1",
+# "1-checkpoint", "1.bak", "1.orig", "1~".
+COPY_NAME = re.compile(
+    r"(?:copy of )?(.+?)(?: ?\(\d+\)|[-_ ]*copy(?: ?\(?\d+\)?)?|-checkpoint|\.bak|\.orig|\.old|~)*",
+    re.IGNORECASE)
+
+
+def is_copy(file: Path) -> bool:
+    """Is a file called as a copy of another one in its folder, which is there?"""
+    original = COPY_NAME.fullmatch(file.stem)[1]
+    return original != file.stem and file.with_name(original + file.suffix).exists()
+
+
+XML_ENCODING = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([^"']*)["']""")
+# Encodings that hold all of a smaller one, under whose name they are often sold.
+LARGER_ENCODINGS = {"gb2312": "gb18030", "gbk": "gb18030"}
 
 
 def read_xml(file: Path) -> ElementTree.Element:
-    """The root element of an annotation; DataError where it is unreadable."""
+    """The root element of an annotation; DataError where it is unreadable.
+
+    The parser knows encodings of one byte a character, UTF-8 and UTF-16; others are decoded here.
+    """
     try:
-        return ElementTree.parse(file).getroot()
-    except (ElementTree.ParseError, OSError) as error:
+        content = file.read_bytes()
+        declared = XML_ENCODING.match(content)
+        try:
+            return ElementTree.fromstring(content)
+        except (LookupError, ValueError):
+            if not declared:
+                raise
+            name = declared[1].decode("ascii", "replace").lower()
+            # In a text the declaration means nothing to the parser.
+            return ElementTree.fromstring(content.decode(LARGER_ENCODINGS.get(name, name)))
+    except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
         raise DataError(
-            f"{file}: unreadable annotation ({error}); without its objects every later index "
-            "would be wrong") from None
+            f"{file}: unreadable annotation ({' '.join(str(error).split())}); without its objects "
+            "every later index would be wrong") from None
 
 
 def dior_indices(
@@ -976,7 +1189,7 @@ def read_refgeo(root: Path, split: str) -> Records:
     Its boxes are xyxy pixels; its ids may have another suffix than the image's file. A repack
     has its train files as metainfo_v2/*_train_v2.jsonl; they are read where metainfo/ has none.
     """
-    if split in ("sft", "rft", "val") and not any((root / "metainfo").glob("*_val.jsonl")):
+    if split in ("sft", "rft", "val") and not visible_files(root / "metainfo", "*_val.jsonl"):
         return hold_out(read_refgeo(root, "train"), split, root)
     split = {"sft": "train", "rft": "train"}.get(split, split)
     names = [f"{part}_{split}" for part in REFGEO] if split in SPLITS else [split]
@@ -1190,7 +1403,7 @@ def instances_of(row: dict[str, Any]) -> list[dict[str, Any]]:
 def geopix_files(root: Path, split: str) -> list[tuple[str, Path]]:
     """The files of a split, each with the data set that it is of."""
     files = []
-    for file in sorted(root.rglob("*.parquet")):
+    for file in visible_files(root, "**/*.parquet"):
         name = file.relative_to(root).as_posix()
         kind = re.search(r"(?<![a-z])(train|val)", name, re.IGNORECASE)
         part = re.search(r"(FAST|SOTA|SIOR)[-_]?T(?![a-z])", name, re.IGNORECASE)
@@ -1363,14 +1576,17 @@ def read_jsonl(root: Path, split: str) -> Records:
         if row is None:
             collector.refuse("no JSON object", where)
             continue
-        image = row.get("image")
+        image = row.get("image") or row.get("images")
         if isinstance(image, list) and len(image) == 1:
             image = image[0]
-        text, box = expression_and_box(row)
+        asked = expression_and_box(row)
+        if asked.problem:
+            collector.refuse(asked.problem, where)
+            continue
         identity = f"{file.stem}-{number}" if row.get("id") is None else str(row["id"])
         collector.add(Annotation(
-            where, identity, image if isinstance(image, str) else "", text, box,
-            row.get("category")))
+            where, identity, image if isinstance(image, str) else asked.image, asked.text,
+            asked.box, row.get("category"), asked.parts, file=file))
     return collector.records
 
 
@@ -1379,7 +1595,7 @@ Row = tuple[Path, int, dict[str, Any] | None]
 
 def jsonl_rows(root: Path) -> dict[str, list[Row]]:
     """Split -> its lines, as (file, line number, object or None)."""
-    files = [root] if root.is_file() else sorted(root.glob("*.jsonl"))
+    files = [root] if root.is_file() else visible_files(root, "*.jsonl")
     if not files:
         raise DataError(
             f"no *.jsonl in {root}; --root must name a folder with train.jsonl, val.jsonl, "
@@ -1394,26 +1610,98 @@ def jsonl_rows(root: Path) -> dict[str, list[Row]]:
     return rows
 
 
-def expression_and_box(row: dict[str, Any]) -> tuple[Any, list[float]]:
+@dataclass
+class Asked:
+    """What a JSONL line asks for and answers, or why it can't be told."""
+
+    text: Any = None
+    box: Sequence[float] = ()
+    parts: int | None = None      # as in Annotation
+    image: str = ""               # named within the question, as Qwen-VL has it
+    problem: str = ""
+
+
+def expression_and_box(row: dict[str, Any]) -> Asked:
     """Expression and box of a JSONL line.
 
-    "text" and "box", or what VLM-R1 trains on: a request, and an answer that holds the box.
+    "text" and "box"; or a request and an answer that holds the box, as VLM-R1 and Qwen train on
+    ("problem" and "solution", "conversations", "messages").
     """
     if "text" in row or "box" in row:
-        return row.get("text"), bracketed_numbers(row.get("box"))
+        return Asked(row.get("text"), bracketed_numbers(row.get("box")))
+    question, answer = question_and_answer(row)
+    image = re.search("<img>(.*?)</img>", question)
+    question = re.sub(r"(?:Picture \d+:\s*)?<img>.*?</img>|<image>", "", question).strip()
+    text, told = expression_in(question, str(answer))
+    if not told:
+        return Asked(problem="request whose expression can't be told from its instruction")
+    box, parts = box_in(answer)
+    return Asked(text, box, parts, image[1] if image else "")
+
+
+def question_and_answer(row: dict[str, Any]) -> tuple[str, Any]:
+    """A request and its answer: of their own keys, or of a conversation's one turn each."""
     turns = {}
-    conversation = row.get("conversations")
-    if isinstance(conversation, list) and len(conversation) == 2:
-        for turn in conversation:
-            if isinstance(turn, dict):
-                turns[str(turn.get("from"))] = turn.get("value")
-    question = str(row.get("problem") or row.get("question") or turns.get("human") or "")
-    question = question.replace("<image>", "").strip()
-    request = re.fullmatch(
-        "Please provide the bounding box coordinates? of the region this sentence describes: "
-        r"(.*?)\.?", question, re.DOTALL)
-    box = row.get("solution") or row.get("ground_truth") or turns.get("gpt")
-    return request[1] if request else question, bracketed_numbers(box)
+    conversation = row.get("conversations") or row.get("messages")
+    if isinstance(conversation, list):
+        speakers = {"user": "human", "assistant": "gpt", "model": "gpt"}
+        said = [turn for turn in conversation if isinstance(turn, dict)]
+        said = [turn for turn in said if turn.get("from", turn.get("role")) != "system"]
+        for turn in said if len(said) == 2 else ():
+            speaker = str(turn.get("from", turn.get("role")))
+            turns[speakers.get(speaker, speaker)] = turn.get("value", turn.get("content"))
+    question = row.get("problem") or row.get("question") or turns.get("human") or ""
+    return str(question), row.get("solution") or row.get("ground_truth") or turns.get("gpt")
+
+
+IN_IMAGE = "(?:,? in (?:this|the) (?:image|picture))?"
+# Requests whose expression stands where the brackets are: VLM-R1's, and kinds of Qwen's.
+REQUESTS = [re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in (
+    "Please provide the bounding box coordinates? of the region this sentence describes: "
+    r"(.*?)\.?",
+    rf"(?:Locate|Detect|Find|Ground) (.+?){IN_IMAGE},?"
+    r"(?: and|\.|;) (?:please )?(?:output|report|return|give|provide) .*",
+    r"Outline the position of (.+?) and output all the coordinates in JSON format\.?",
+    r"(?:please )?(?:output|report|return|give|provide)(?: me)? the (?:bbox|bounding box|location)"
+    rf"(?: coordinates?)? of (.+?){IN_IMAGE}(?:,? (?:in|as) JSON(?: format)?)?\.?",
+    rf"Locate (.+?){IN_IMAGE}\.?")]
+# What marks an expression: Qwen-VL's and Qwen2-VL's tags, and those of VRSBench.
+REFERENCE = re.compile(
+    r"<ref>(.*?)</ref>|<\|object_ref_start\|>(.*?)<\|object_ref_end\|>|<p>(.*?)</p>", re.DOTALL)
+# What no description of an object says, but an instruction does.
+INSTRUCTION = re.compile(
+    r"\bbbox|bounding[- ]box|\bcoordinates?\b|\bjson\b|<box>|<\|box_|<\|?object_ref|<ref>",
+    re.IGNORECASE)
+
+
+def expression_in(question: str, answer: str) -> tuple[str, bool]:
+    """The expression of a request, and whether it could be told from the instruction around it.
+
+    It is marked in the question, else in the answer; or stands in a known request; or is all
+    that is said.
+    """
+    for text in (question, answer):
+        marked = ["".join(groups).strip() for groups in REFERENCE.findall(text)]
+        if len(marked) == 1:
+            return marked[0], True
+    for request in REQUESTS:
+        match = request.fullmatch(question)
+        if match and not INSTRUCTION.search(match[1]):
+            return match[1], True
+    return question, not INSTRUCTION.search(question)
+
+
+# Qwen's way to write a box, in thousandths of the image's sides.
+POINTS = re.compile(
+    r"(?:<box>|<\|box_start\|>)\s*\((.*?)\)\s*,\s*\((.*?)\)\s*(?:</box>|<\|box_end\|>)")
+
+
+def box_in(answer: Any) -> tuple[list[float], int | None]:
+    """The one box of an answer, and its parts as in Annotation; no numbers where it has none."""
+    points = POINTS.findall(answer) if isinstance(answer, str) else []
+    if points:
+        return (numbers(",".join(points[0])) if len(points) == 1 else []), 1000
+    return bracketed_numbers(answer), None
 
 
 READERS: dict[str, Callable[[Path, str], Records]] = {
@@ -1427,6 +1715,8 @@ READERS: dict[str, Callable[[Path, str], Records]] = {
     "rrsisd": read_rrsisd,
     "geopix": read_geopix,
     "jsonl": read_jsonl}
+# Data sets whose own form says in which unit each box is.
+OWN_UNIT = ("synth", "synth-small", "vrsbench")
 # Expressions of a split, where they were published.
 PUBLISHED = {
     "dior": {"train": 26_991, "val": 3_829, "test": 7_500},
@@ -1497,6 +1787,33 @@ class DataParser(argparse.ArgumentParser):
         self.exit(2, f"data.py: {message}; data.py --help explains every flag\n")
 
 
+class StretchFlag(argparse.Action):
+    """LOW HIGH -> a Stretch."""
+
+    def __call__(
+            self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
+            values: Sequence[float], option: str | None = None,
+    ) -> None:
+        low, high = values
+        if not 0 <= low < high <= 100:
+            raise argparse.ArgumentError(
+                self, f"{low:g} {high:g} are not two percentiles, the lower one first")
+        setattr(namespace, self.dest, [low, high])
+
+
+def add_reading_flags(add: Callable[..., argparse.Action], coords: str = "--coords") -> None:
+    """The flags on what a data set's files leave open.
+
+    add: a parser's add_argument; coords: the first one's name, where that is another's.
+    """
+    add(coords, choices=list(COORDS),
+        help="unit of the data set's boxes, where it leaves it open: fractions or thousandths of "
+        "the image's sides, or pixels; without it they are pixels, unless that can't be")
+    add("--stretch", type=float, nargs=2, action=StretchFlag, metavar=("LOW", "HIGH"),
+        help="percentiles, of each image and band, that become black and white in images of 16 "
+        "bits or floats, as in 2 98; without it these are refused")
+
+
 def flags() -> DataParser:
     parser = DataParser(
         description="Checks a data set: counts beside the published ones, refused and repaired "
@@ -1511,6 +1828,7 @@ def flags() -> DataParser:
     add("--split", nargs="+",
         help="splits to check; default those of train, val, test that there are; of several "
         "data sets of rft, val, test: rft is train less what is held out of it as val")
+    add_reading_flags(add)
     add("--places", type=int, default=20, help="places listed for a reason; 0: all")
     add("--show", type=int, default=12,
         help="records of the first split on the contact sheet; several data sets have none")
@@ -1614,7 +1932,7 @@ def load_splits(
     loaded: dict[str, Records] = {}
     for split in args.split or splits:
         try:
-            loaded[split] = load(name, root, split)
+            loaded[split] = load(name, root, split, args.coords, args.stretch)
         except NoSplit as error:
             last = split == splits[-1] and not loaded
             if args.split or last:
@@ -1661,8 +1979,9 @@ def refuse_broken(hashes: dict[Any, str], broken: dict[Any, str]) -> None:
     """DataError where there is an image that can't be decoded."""
     if broken:
         raise DataError(
-            f"{len(broken):,} of {len(hashes) + len(broken):,} images can't be decoded, and a run "
-            "ends at the first that it meets; repair or remove those listed above")
+            f"{len(broken):,} of {len(hashes) + len(broken):,} images can't be decoded; a run "
+            "takes another record in the place of each that it meets, and ends where they are more "
+            f"than {MOST_UNREADABLE:.0%} of its records; repair or remove those listed above")
 
 
 def show_records(

@@ -29,8 +29,9 @@ models that never saw our answer format. Intervals "ci" are 95% bootstraps over 
                             is B better than A? paired bootstrap over images
 
 A predictions file has a line a record, {"id": ..., "text": ...} or {"id": ..., "box":
-[x1, y1, x2, y2] in original pixels, or null}. In whose coordinates a text speaks is
-said by the line's "frame" (our own files have it) or by --coords.
+[x1, y1, x2, y2], or null}. In whose coordinates a text speaks is said by the line's "frame"
+(our own files have it) or by --coords; a box is in original pixels, unless --coords says
+otherwise. A record whose image can't be decoded is a miss, "unreadable image".
 """
 import argparse
 import functools
@@ -41,7 +42,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -53,20 +54,23 @@ from tqdm import tqdm
 
 import answer
 import data
+import images
 import metrics
 import pictures
 import report
 import reward
 import runtime
 from answer import locate
-from data import DataError, Record, Records
+from data import DataError, Record, Records, UnreadableImage
 from generate import generate
+from images import ImageError, Stretch
 from metrics import THRESHOLDS
 from model import CheckpointError, QwenVL, by_number, is_checkpoint, newest_step
 from processor import Frame, Processor, Prompt, frame_by_coords, prompt_hash
 
 INCLUSIVE = ("opt",)              # data sets whose own evaluation counts IoU >= t
-OUTCOMES = (*answer.FAILURES, "outside image", "no prediction")
+UNREADABLE = "unreadable image"
+OUTCOMES = (*answer.FAILURES, "outside image", "no prediction", UNREADABLE)
 STAGE_ORDER = ("base", "pretrain", "sft", "rft")      # in the table; others behind them
 RED = (255, 64, 64)
 
@@ -104,9 +108,12 @@ def flags() -> runtime.FlagParser:
     add("--image", help="a picture's file, turned upright as its EXIF says: answer --text about "
         "it, print the answer, draw its box")
     add("--text", help="what to look for in --image; the last of the stages under CKPT answers")
-    add("--coords", choices=("original", "resized", "1000"),
-        help="coordinates of texts without a frame: pixels of the original image, pixels of the "
-        "image as CKPT's processor resizes it, or thousandths of its sides")
+    add("--coords", choices=("original", "resized", "1000", "fraction"),
+        help="coordinates of predictions, texts without a frame and boxes: pixels of the "
+        "original image, pixels of the image as CKPT's processor resizes it, thousandths or "
+        "fractions of its sides; without predictions, and with --data: as --data-coords")
+    # Their defaults are the flags that the checkpoint was trained with.
+    data.add_reading_flags(add, "--data-coords")
     add("--seed", type=int, default=0, help="of sampling")
     runtime.add_device_flag(add)
     return parser
@@ -129,7 +136,10 @@ def check_flags(args: argparse.Namespace) -> None:
                      "resized: python eval.py CKPT --predictions ...; or give each line its "
                      '"frame"')
     if args.coords and not files:
-        runtime.fail("--coords is about a file given with --predictions")
+        if not args.data or args.coords not in data.COORDS:
+            runtime.fail("--coords is about a file given with --predictions, or about the boxes "
+                         f"of --data NAME: {', '.join(data.COORDS)}")
+        args.data_coords = args.data_coords or args.coords
     if files and (args.blind or args.temperature != [0.0]):
         runtime.fail("predictions are scored as they are; --blind and --temperature belong to a "
                      "checkpoint")
@@ -166,6 +176,7 @@ class EvalSet:
     name: str                     # of the data set
     root: str | None              # its folder; None: data/<name>
     split: str
+    reading: data.Reading
     records: Records              # all usable ones of the split
     limit: int | None             # only the first are scored; None: all
     refused: str                  # one sentence on those that are not usable, or ""
@@ -216,6 +227,19 @@ def read_run(stage: Stage) -> dict[str, Any]:
     return data.read_json(stage.folder / "run.json") or {}
 
 
+def stage_flags(stage: Stage) -> dict[str, Any]:
+    """The flags that a checkpoint was trained with; {} where they are not known."""
+    return read_run(stage).get("flags") or {}
+
+
+def with_stretch(records: Sequence[Record], stretch: Stretch | None) -> list[Record]:
+    """Records whose images, where they are of 16 bits or floats, are seen by a stretch."""
+    stretch = tuple(stretch) if stretch else None
+    if all(record.stretch == stretch for record in records):
+        return list(records)
+    return [replace(record, stretch=stretch) for record in records]
+
+
 def load_eval_set(args: argparse.Namespace, stages: Sequence[Stage]) -> EvalSet:
     """The records that the flags name.
 
@@ -228,12 +252,17 @@ def load_eval_set(args: argparse.Namespace, stages: Sequence[Stage]) -> EvalSet:
     root = args.root
     if not root and recorded.get("data") == name:
         root = recorded.get("root")
-    records = data.load(name, root, args.split)
+    reading = data.Reading(args.data_coords, args.stretch)
+    if recorded.get("data") == name:
+        run_flags = recorded.get("flags") or {}
+        reading = data.Reading(
+            args.data_coords or run_flags.get("coords"), args.stretch or run_flags.get("stretch"))
+    records = data.load(name, root, args.split, reading.coords, reading.stretch)
     refused = data.refusal_summary(records, name, root, args.split)
     if not records:
         raise DataError(f"no usable record in the split {args.split} of {name}: "
                         f"{refused or 'it is empty'}")
-    return EvalSet(name, root, args.split, records, args.limit, refused)
+    return EvalSet(name, root, args.split, reading, records, args.limit, refused)
 
 
 def train_records(eval_set: EvalSet) -> list[Record] | None:
@@ -246,7 +275,9 @@ def train_records(eval_set: EvalSet) -> list[Record] | None:
         return None
     split = "sft" if eval_set.split == "val" else "train"
     try:
-        return list(data.load(eval_set.name, eval_set.root, split))
+        reading = eval_set.reading
+        return list(data.load(
+            eval_set.name, eval_set.root, split, reading.coords, reading.stretch))
     except DataError:
         return None
 
@@ -259,6 +290,8 @@ class TrainingSet(NamedTuple):
     name: str                     # of the data set
     root: str | None
     split: str
+    coords: str | None            # as in `data.Reading`
+    stretch: tuple[float, ...] | None
 
 
 def training_sets(stage: Stage) -> list[TrainingSet]:
@@ -274,7 +307,10 @@ def training_sets(stage: Stage) -> list[TrainingSet]:
         if "data" in run:
             # rft.py has no --split.
             split = run_flags.get("split", "rft")
-            sets[TrainingSet(run["data"], run.get("root"), split)] = None
+            stretch = run_flags.get("stretch")
+            sets[TrainingSet(
+                run["data"], run.get("root"), split, run_flags.get("coords"),
+                tuple(stretch) if stretch else None)] = None
         folder = newest_step(Path(run_flags.get("init") or ""))
     return list(sets)
 
@@ -354,6 +390,7 @@ class Prediction(TypedDict, total=False):
     text: str
     box: Sequence[float] | None   # original pixels
     frame: dict[str, Any]         # `Frame` as a dict: whose coordinates the text speaks in
+    failure: str                  # UNREADABLE: there was nothing to ask about
     samples: Sequence[str]        # where there are several: all texts, `text` is the first
 
 
@@ -390,8 +427,11 @@ def evaluate(
     predictions: list[Prediction] = []
     iou_sum = 0.0
 
-    def make_prompt(i: int) -> Prompt:
-        image = data.open_image(shown[i])
+    def make_prompt(i: int) -> Prompt | None:
+        try:
+            image = data.open_image(shown[i])
+        except UnreadableImage:
+            return None
         # Another image takes the size of the record's own, so that the frame, and all
         # else that is not seen, stays what it is.
         if sampling.blind:
@@ -403,23 +443,23 @@ def evaluate(
     with ThreadPoolExecutor(8) as pool, bar:
         for batch, prompts in prompts_ahead(pool, make_prompt, batches):
             seeds = torch.tensor([sampling.seed * 1_000_003 + i for i in batch])
-            groups = sample_texts(model, processor, prompts, sampling, seeds)
-            for i, prompt, texts in zip(batch, prompts, groups):
-                prediction = make_prediction(records[i], prompt.frame, texts)
+            asked = [records[i] for i in batch]
+            answered = answer_records(model, processor, asked, prompts, sampling, seeds)
+            for record, prediction in zip(asked, answered):
                 predictions.append(prediction)
                 if prediction["box"]:
                     box = torch.tensor(prediction["box"])
-                    iou_sum += reward.agreement(box, torch.tensor(records[i].box)).item()
+                    iou_sum += reward.agreement(box, torch.tensor(record.box)).item()
             bar.update(len(batch))
             bar.set_postfix(mIoU=f"{iou_sum / len(predictions):.3f}")
     return gather_predictions(predictions, len(records))
 
 
 def prompts_ahead(
-        pool: ThreadPoolExecutor, make_prompt: Callable[[int], Prompt],
+        pool: ThreadPoolExecutor, make_prompt: Callable[[int], Prompt | None],
         batches: Sequence[range],
-) -> Iterator[tuple[range, list[Prompt]]]:
-    """Batches of places -> each with its prompts.
+) -> Iterator[tuple[range, list[Prompt | None]]]:
+    """Batches of places -> each with its prompts, None where an image can't be decoded.
 
     Threads prepare the images of the next batch while this one is answered."""
     coming = pool.map(make_prompt, batches[0] if batches else ())
@@ -427,6 +467,28 @@ def prompts_ahead(
         prompts = list(coming)
         coming = pool.map(make_prompt, next_batch)
         yield batch, prompts
+
+
+def answer_records(
+        model: QwenVL, processor: Processor, records: Sequence[Record],
+        prompts: Sequence[Prompt | None], sampling: Sampling, seeds: Tensor,
+) -> list[Prediction]:
+    """Q records, their prompts and seeds (Q,) -> Q predictions.
+
+    A record whose image can't be decoded has no prompt: nothing is asked, and it is a miss."""
+    readable = [q for q, prompt in enumerate(prompts) if prompt is not None]
+    texts = {}
+    if readable:
+        asked = [prompts[q] for q in readable]
+        groups = sample_texts(model, processor, asked, sampling, seeds[readable])
+        texts = dict(zip(readable, groups))
+    predictions = []
+    for q, record in enumerate(records):
+        prediction = unreadable_prediction(record)
+        if q in texts:
+            prediction = make_prediction(record, prompts[q].frame, texts[q])
+        predictions.append(prediction)
+    return predictions
 
 
 def sample_texts(
@@ -450,6 +512,11 @@ def make_prediction(record: Record, frame: Frame, texts: Sequence[str]) -> Predi
     if len(texts) > 1:
         prediction["samples"] = texts
     return prediction
+
+
+def unreadable_prediction(record: Record) -> Prediction:
+    """What stands for an answer to a record whose image can't be decoded."""
+    return {"id": record.id, "box": None, "failure": UNREADABLE}
 
 
 def gather_predictions(predictions: list[Prediction], n: int) -> list[Prediction]:
@@ -505,8 +572,8 @@ def read_predictions(
 ) -> dict[str, Prediction]:
     """A predictions file -> record id -> prediction, every text with its frame.
 
-    coords: --coords; processor: for "resized". A file that does not fit these records
-    is a DataError."""
+    coords: --coords; processor: for "resized". A file that does not fit these records, or
+    whose boxes can't be in pixels without --coords, is a DataError."""
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -516,6 +583,7 @@ def read_predictions(
     # A plain list of records has none.
     refusals = getattr(records, "refusals", {})
     predictions: dict[str, Prediction] = {}
+    boxes = []                    # those that stand in the file, with their images' sizes
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -524,9 +592,14 @@ def read_predictions(
             record = record_of(value, by_id, refusals)
             if record.id in predictions:
                 raise ValueError(f"the id {record.id!r} comes a second time; one line a record")
-            predictions[record.id] = parse_prediction(value, record, coords, processor)
+            prediction = parse_prediction(value, record, coords, processor)
+            predictions[record.id] = prediction
+            if "text" not in prediction and prediction["box"] and not coords:
+                boxes.append((prediction["box"], record.size))
         except (ValueError, OverflowError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: {error}") from None
+    finite = [(box, size) for box, size in boxes if all(map(math.isfinite, box))]
+    data.refuse_other_unit(finite, f"{path}: its boxes")
     return predictions
 
 
@@ -566,12 +639,17 @@ def parse_prediction(
             prediction["samples"] = samples
         return prediction
     if "box" not in value and has_text:
-        raise ValueError('a text without a "frame" needs --coords original, resized or 1000')
+        raise ValueError(
+            'a text without a "frame" needs --coords original, resized, 1000 or fraction')
     if "box" not in value:
         raise ValueError('neither a "text" nor a "box"')
     box = value["box"]
     if box is not None and not is_four_numbers(box):
         raise ValueError('"box" is neither four numbers nor null')
+    if box and coords:
+        box = frame_by_coords(record.size, coords, processor).to_image(box)
+    if not box and value.get("failure") == UNREADABLE:
+        return unreadable_prediction(record)
     return {"id": record.id, "box": box and [float(x) for x in box]}
 
 
@@ -621,6 +699,8 @@ def read_prediction(prediction: Prediction | None, record: Record) -> Reading:
     """None is a record that has no prediction."""
     if prediction is None:
         return Reading(None, None, "no prediction")
+    if prediction.get("failure") == UNREADABLE:
+        return Reading(None, None, UNREADABLE)
     if "text" in prediction:
         text = prediction["text"]
         frame = frame_of(prediction)
@@ -799,6 +879,9 @@ ROW_KEYS = {
     "data_hash":
         "16 hex characters that change with any id, text, box, category or size of the split's "
         "records.",
+    "stretch":
+        "Percentiles [low, high] that became black and white in images of 16 bits or floats; null "
+        "where these are refused.",
     "blind": "True where each record was shown another record's image.",
     "refused/*": "Records of the split that are not usable, and not scored, for this reason.",
     "trained_on/records":
@@ -883,13 +966,14 @@ class Evaluation:
 
 def add_row(
         evaluation: Evaluation, source: Source, predictions: Predictions,
-        overlap: Overlap | None = None,
+        overlap: Overlap | None = None, stretch: Stretch | None = None,
 ) -> None:
     """Scores predictions; the first process writes eval.json so far, and a picture.
 
-    overlap: with the training data, where that is known."""
+    overlap: with the training data, where that is known. stretch: what the images were seen
+    by."""
     eval_set = evaluation.eval_set
-    records = eval_set.scored
+    records = with_stretch(eval_set.scored, stretch)
     trained_on = {}
     if overlap:
         trained_on["trained_on"] = overlap_scores(
@@ -899,6 +983,7 @@ def add_row(
         "data": eval_set.name,
         "split": eval_set.split,
         "data_hash": eval_set.records.hash,
+        "stretch": records[0].stretch,
         "blind": evaluation.blind,
         "refused": eval_set.records.refusals,
         **trained_on,
@@ -928,14 +1013,14 @@ def judge(records: Sequence[Record], predictions: Predictions) -> list[report.Ca
 
 def draw_cases(cases: Sequence[report.Case], n: int = 12) -> Image.Image:
     """A sheet of n cases at most, evenly spread: target green, answer red."""
-    images = []
+    drawn = []
     for record, box, iou, _ in pictures.spread(cases, n):
         boxes = [(record.box, "lime")]
         if box:
             boxes.append((box, "red"))
         caption = f"{record.text}: {f'IoU {iou:.2f}' if box else 'no box'}"
-        images.append(pictures.draw_boxes(data.open_image(record), boxes, caption))
-    return pictures.contact_sheet(images)
+        drawn.append(pictures.draw_boxes(data.open_or_blank(record), boxes, caption))
+    return pictures.contact_sheet(drawn)
 
 
 # ---------------------------------------------------------------- on the terminal
@@ -983,7 +1068,8 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
 def ask(stage: Stage, device: torch.device, args: argparse.Namespace) -> None:
     """Asks for --text in --image: prints reasoning and box, and draws the box."""
     path = Path(args.image)
-    image, turned = open_picture(path)
+    stretch = args.stretch or stage_flags(stage).get("stretch")
+    image, turned = open_picture(path, stretch)
     out = runtime.writable(args.out or Path(args.ckpt) / "eval")
     model, processor = runtime.open_checkpoint(stage.folder, device)
     prompt = processor(image, args.text)
@@ -1006,16 +1092,17 @@ def ask(stage: Stage, device: torch.device, args: argparse.Namespace) -> None:
     print(f"drawn: {drawing}")
 
 
-def open_picture(path: Path) -> tuple[Image.Image, bool]:
+def open_picture(path: Path, stretch: Stretch | None = None) -> tuple[Image.Image, bool]:
     """A picture's file -> RGB image, and whether it was turned, as its EXIF says.
 
     Viewers turn it too, and the question speaks of what one sees. (A data set's images
     are taken as stored, see `data.open_image`.)"""
     try:
-        with Image.open(path) as file:
-            turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            return data.rgb(ImageOps.exif_transpose(file)), turned
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        orientation = images.read_orientation(path)
+        image = images.read_rgb(path, stretch)
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        return ImageOps.exif_transpose(image), orientation != 1
+    except (OSError, ImageError) as error:
         raise DataError(f"--image {path}: unreadable ({error})") from None
 
 
@@ -1099,7 +1186,9 @@ def score_files(
         # Two files of one name are told apart by their folders.
         folder = Path(file).resolve().parent.name
         name = stem if stems.count(stem) == 1 else f"{folder}_{stem}"
-        add_row(evaluation, Source(name, file, None), side)
+        add_row(
+            evaluation, Source(name, file, None), side,
+            stretch=evaluation.eval_set.reading.stretch)
 
 
 def score_stages(
@@ -1107,8 +1196,11 @@ def score_stages(
         args: argparse.Namespace,
 ) -> None:
     """A row for each checkpoint and temperature; predictions are written as well."""
-    records = evaluation.eval_set.scored
     for stage in stages:
+        # A stage sees images as it was trained to.
+        stretch = args.stretch or stage_flags(stage).get("stretch")
+        stretch = stretch or evaluation.eval_set.reading.stretch
+        records = with_stretch(evaluation.eval_set.scored, stretch)
         model, processor = runtime.open_checkpoint(stage.folder, device)
         if runtime.rank() == 0:
             print_if_other_prompt(stage)
@@ -1125,7 +1217,7 @@ def score_stages(
                 lines = "".join(json.dumps(p) + "\n" for p in predictions)
                 file = f"predictions_{evaluation.file_suffix(source)}.jsonl"
                 (evaluation.out / file).write_text(lines, encoding="utf-8")
-            add_row(evaluation, source, predictions, overlap)
+            add_row(evaluation, source, predictions, overlap, stretch)
         # Its memory is free before the next one is loaded.
         del model
 

@@ -309,7 +309,8 @@ def show(args: argparse.Namespace, step: Step, split: str) -> None:
     if args.image:
         prompt = longest_prompt(processor, [tuple(args.image)], [])
     else:
-        prompt = longest_of(processor, load(args.data, args.root, split))
+        records = load(args.data, args.root, split, args.coords, args.stretch)
+        prompt = longest_of(processor, records)
     check(args, step, prompt, args.gpus, args.memory * GIB)
 
 

@@ -30,7 +30,8 @@ from tokenizers import (
 from torch import Tensor
 
 from answer import PROMPT, TAGS, Box
-from data import ASPECT, DataError, read_json, rgb
+from data import ASPECT, DataError, read_json
+from images import rgb
 from model import (
     CheckpointError,
     base_folder,
@@ -496,9 +497,11 @@ def frame_by_coords(
     """The frame of numbers about an image of this size, by the name that --coords gives it.
 
     original: pixels of the image; resized: pixels of the image as the processor resizes it;
-    1000: thousandths of its sides.
+    1000: thousandths of its sides; fraction: parts of its sides.
     """
     resized = size
+    if coords == "fraction":
+        return Frame(size, (1, 1), "absolute")
     if coords == "resized":
         factor = processor.patch * processor.merge
         resized = smart_resize(*size, factor, processor.min_pixels, processor.max_pixels)

@@ -344,6 +344,6 @@ def html_figure(
 
 def picture_uri(record: Record, boxes: ColouredBoxes) -> str:
     """A record's image with boxes -> data URI of a JPEG of PICTURE_BYTES at most."""
-    image = data.open_image(record)
+    image = data.open_or_blank(record)
     width = max(16, round(PICTURE_SIDE * min(1, image.width / image.height)))
     return pictures.jpeg_uri(pictures.draw_boxes(image, boxes, width=width), PICTURE_BYTES)

@@ -41,7 +41,7 @@ import memory
 import pictures
 import reward
 import runtime
-from data import Record, open_image
+from data import Record, UnreadableImage, open_image
 from generate import generate
 from model import QwenVL, folder
 from processor import Processor, Prompt
@@ -328,6 +328,10 @@ class Policy:
     # The starting policy, None without a KL; under --lora the model itself, see lora.reference.
     reference: QwenVL | None
 
+    def prompt(self, record: Record) -> Prompt:
+        """A record's image and expression, as the model takes them."""
+        return self.processor(open_image(record), record.text)
+
 
 @dataclass
 class Rollouts:
@@ -479,14 +483,23 @@ def resample(
         n_flat = int(runtime.all_sum(flat.sum()))
         if not n_flat:
             break
-        places = flat.nonzero().flatten().tolist()
+        places = []
+        records = []
+        prompts = []
         questions = fresh(turn)
-        records = [questions[place] for place in places]
-        prompts = [policy.processor(open_image(r), r.text) for r in records]
-        again = sample(policy, records, prompts, step_seeds(args, step, turn)[flat], args)
+        for place in flat.nonzero().flatten().tolist():
+            try:
+                prompts.append(policy.prompt(questions[place]))
+            except UnreadableImage:
+                # The group stays for this turn. The image is counted where the run's own order
+                # meets it.
+                continue
+            records.append(questions[place])
+            places.append(place)
+        again = sample(policy, records, prompts, step_seeds(args, step, turn)[places], args)
         if places:
             put_groups(rollouts, grades, again, grade(again, args), places)
-        replaced += n_flat
+        replaced += int(runtime.all_sum(torch.tensor(len(places))))
     return {"resampled": replaced, "seconds_resample": time.perf_counter() - started}
 
 
@@ -872,28 +885,30 @@ def main() -> None:
     run = runtime.run_description(args, "rft", records)
     runtime.begin(out, first, policy.model, ("metrics.jsonl", "rollouts.jsonl"))
 
-    def records_of(step: int) -> list[Record]:
-        """This process's records of a step: every world()th of the batch."""
-        batch = runtime.batch(records, step, args.prompts, args.seed)
-        return batch[runtime.rank()::runtime.world()]
+    replacements = runtime.Replacements(out, len(records))
 
-    def prompts_of(step: int) -> list[Prompt]:
-        return [policy.processor(open_image(r), r.text) for r in records_of(step)]
+    def prompts_of(step: int) -> runtime.Share[Prompt]:
+        """This process's records of a step with their prompts."""
+        return runtime.own_share(records, step, args.prompts, args.seed, policy.prompt)
 
     memory.dry_step(
         policy.model, policy.optimizer, policy.reference,
         memory.workload(policy.model, policy.processor, records, step_size(args), args))
     if not first:
-        canary(policy, records_of(0), prompts_of(0), args)
+        share = prompts_of(0)
+        replacements.count(0, share.unreadable)
+        canary(policy, share.records, share.made, args)
     steps = range(first, args.steps)
     skipped = 0
     bar = tqdm(
         steps, initial=first, total=args.steps, desc="rft", disable=runtime.rank() > 0)
     with bar:
-        for step, prompts in zip(bar, runtime.prefetch(prompts_of, steps, args.workers)):
+        for step, share in zip(bar, runtime.prefetch(prompts_of, steps, args.workers)):
+            unreadable = replacements.count(step, share.unreadable)
             fresh = functools.partial(fresh_records, records, args, step)
             line, rollouts, grades = train_step(
-                policy, records_of(step), prompts, args, step, fresh)
+                policy, share.records, share.made, args, step, fresh)
+            line |= unreadable
             skipped = 0 if line["finite"] else skipped + 1
             log_rollouts(out / "rollouts.jsonl", step, rollouts, grades)
             due = (step + 1) % args.every == 0 or step + 1 == args.steps

@@ -13,6 +13,7 @@ import argparse
 import faulthandler
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,9 +44,20 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 import lora
-from data import DataError, Record, Records, load, read_json, refusal_summary
+from data import (
+    MOST_UNREADABLE,
+    DataError,
+    Record,
+    Records,
+    UnreadableImage,
+    add_reading_flags,
+    load,
+    read_json,
+    refusal_summary,
+)
 from model import CheckpointError, QwenVL, by_number
 from processor import Processor, Prompt, prompt_hash
 
@@ -65,6 +77,9 @@ PATCH_TOKENS = 0.43
 # Where a Linux system shows its NVIDIA GPUs and their driver.
 GPU_FILES = Path("/dev")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+# Of a run's folder: the records whose images can't be decoded.
+UNREADABLE_LOG = "unreadable.jsonl"
 
 T = TypeVar("T")
 
@@ -131,6 +146,7 @@ def add_common_flags(
     add = run.add_argument
     add("--data", default="synth", help="data set: a name that data.py knows")
     add("--root", help="its folder; default data/<name>")
+    add_reading_flags(add)
     add("--init", default=init,
         help="checkpoint to start from: a folder in hub layout, or a stage's")
     add("--out", default=f"ckpt/{stage}", help="folder for checkpoints, log and pictures")
@@ -659,7 +675,12 @@ def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Re
     are, and how many were refused.
     """
     names = (split, "val") if args.val else (split,)
-    loaded = {name: load(args.data, args.root, name) for name in names}
+    loaded = {}
+    # A program of one's own may call this without the flags on reading.
+    coords = getattr(args, "coords", None)
+    stretch = getattr(args, "stretch", None)
+    for name in names:
+        loaded[name] = load(args.data, args.root, name, coords, stretch)
     refusals = {}
     for name, records in loaded.items():
         refusals[name] = refusal_summary(records, args.data, args.root, name)
@@ -691,11 +712,13 @@ def batch(records: Sequence[Record], step: int, size: int, seed: int) -> list[Re
     The order is a pure function of seed and step: a resume has no sampler state to
     restore, every process knows the whole batch, and workers can prepare any step.
     """
-    chosen = []
-    for place in range(step * size, (step + 1) * size):
-        epoch, position = divmod(place, len(records))
-        chosen.append(records[epoch_order(len(records), seed, epoch)[position]])
-    return chosen
+    return [record_at(records, place, seed) for place in range(step * size, (step + 1) * size)]
+
+
+def record_at(records: Sequence[Record], place: int, seed: int) -> Record:
+    """The record at a place of the order, counted from 0 over all epochs."""
+    epoch, position = divmod(place, len(records))
+    return records[epoch_order(len(records), seed, epoch)[position]]
 
 
 # A batch lies in one epoch, or across the border of two.
@@ -704,6 +727,115 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n records in an epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n, generator=generator).tolist()
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A record that was met in the order and whose image can't be decoded."""
+
+    place: int                    # in the order
+    id: str
+    image: str
+    problem: str                  # one line
+
+
+@dataclass
+class Share(Generic[T]):
+    """This process's part of a step's batch."""
+
+    records: list[Record]
+    made: list[T]                 # of each record
+    unreadable: list[Unreadable]  # those that others stand in for
+
+
+def own_share(
+        records: Sequence[Record], step: int, size: int, seed: int,
+        make: Callable[[Record], T],
+) -> Share[T]:
+    """Every world()th record of a step's batch, each with what is made of it and its image.
+
+    A record whose image can't be decoded is replaced by the one that stands `size` places later
+    in the order (that of its place in the next step), or where that can't be either, by the one
+    as far behind that. So what stands at a place depends on the order and the files alone: not
+    on the process that opens them, nor on what was met before; and two places of a batch get
+    different records, as long as it lies in one epoch.
+
+    More unreadable ones than a run may have end the search: `Replacements` then ends the run.
+    """
+    share: Share[T] = Share([], [], [])
+    for first_place in range(step * size + rank(), (step + 1) * size, world()):
+        for place in itertools.count(first_place, size):
+            if len({u.id for u in share.unreadable}) > MOST_UNREADABLE * len(records):
+                return share
+            record = record_at(records, place, seed)
+            try:
+                share.made.append(make(record))
+            except UnreadableImage as error:
+                share.unreadable.append(
+                    Unreadable(place, record.id, str(record.image), str(error)))
+                continue
+            share.records.append(record)
+            break
+    return share
+
+
+class Replacements:
+    """Counts a run's unreadable records, over all processes and resumes, and names each image.
+
+    They are kept in unreadable.jsonl of the run's folder, a line each, by the step that met it.
+    """
+
+    def __init__(self, out: Path, records: int) -> None:
+        self.path = out / UNREADABLE_LOG
+        self.limit = MOST_UNREADABLE * records
+        self.total = records
+        self.ids: set[str] = set()
+        self.images: set[str] = set()
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                self.remember(json.loads(line))
+
+    def remember(self, line: dict[str, Any]) -> bool:
+        """Counts a record -> is its image a new one?"""
+        self.ids.add(line["id"])
+        is_new = line["image"] not in self.images
+        self.images.add(line["image"])
+        return is_new
+
+    def count(self, step: int, own: Sequence[Unreadable]) -> dict[str, int]:
+        """Takes what each process met in a step -> what joins the log line.
+
+        Ends the run, on all processes, where more than 1% of its records can't be read.
+        """
+        if not all_sum(torch.tensor(len(own))).item():
+            return {"unreadable": len(self.ids)} if self.ids else {}
+        for met in sorted(gather_lists(own), key=lambda met: met.place):
+            if met.id in self.ids:
+                continue
+            line = {"step": step + 1, "id": met.id, "image": met.image, "problem": met.problem}
+            is_new = self.remember(line)
+            if rank() == 0:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                if is_new:
+                    tqdm.write(f"{met.problem}; another record takes its place")
+        if len(self.ids) > self.limit:
+            # All processes are here, and one of them says it.
+            if rank():
+                sys.exit(2)
+            fail(f"{len(self.ids):,} of {self.total:,} records met so far have an image that can't "
+                 f"be decoded, more than {MOST_UNREADABLE:.0%}; {self.path} names them; python "
+                 "data.py finds all")
+        return {"unreadable": len(self.ids)}
+
+
+def gather_lists(own: Sequence[T]) -> list[T]:
+    """The processes' lists, one behind the other."""
+    if not dist.is_initialized():
+        return list(own)
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, list(own))
+    return list(itertools.chain.from_iterable(parts))
 
 
 def prefetch(make: Callable[[int], T], steps: Sequence[int], workers: int) -> Iterator[T]:
@@ -791,7 +923,7 @@ def begin(
     """Before a run starts behind `step`: prints what is trained, and cuts the logs of `out`."""
     print_parameters(model)
     if rank() == 0:
-        for name in logs:
+        for name in (*logs, UNREADABLE_LOG):
             cut_log(out / name, step)
     barrier()
 
@@ -811,6 +943,8 @@ LOG_KEYS = {
     "val_mIoU": "mean IoU of greedy answers to --val records, where a validation was due",
     "val_Pr@0.5": "share of them with IoU above 0.5 (at least 0.5 on opt)",
     "val_failed": "share of them without a box",
+    "unreadable": "records met so far whose image can't be decoded, so that others took their "
+                  "places; where there are any",
     "completion_tokens": "sft: tokens that the loss is averaged over",
     "tokens_per_second": "sft: packed tokens, prompts and images included, a second",
     "reward": "rft: mean weighted sum of the reward's terms",

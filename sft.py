@@ -154,19 +154,22 @@ def main() -> None:
     memory.dry_step(
         model, opt, None, memory.workload(model, processor, records, step_size, args))
 
-    def examples_of(step: int) -> list[Example]:
-        """This process's examples of a step: every world()th record of the batch."""
-        batch = runtime.batch(records, step, args.batch, args.seed)
-        own_records = batch[runtime.rank()::runtime.world()]
-        return [make_example(record, processor, write_completion) for record in own_records]
+    replacements = runtime.Replacements(out, len(records))
+
+    def examples_of(step: int) -> runtime.Share[Example]:
+        """This process's records of a step with their examples."""
+        def example(record: Record) -> Example:
+            return make_example(record, processor, write_completion)
+        return runtime.own_share(records, step, args.batch, args.seed, example)
 
     steps = range(first, args.steps)
     skipped = 0
     bar = tqdm(
         steps, initial=first, total=args.steps, desc="sft", disable=runtime.rank() > 0)
     with bar:
-        for step, examples in zip(bar, runtime.prefetch(examples_of, steps, args.workers)):
-            line = train_step(model, opt, examples, args, step)
+        for step, share in zip(bar, runtime.prefetch(examples_of, steps, args.workers)):
+            unreadable = replacements.count(step, share.unreadable)
+            line = train_step(model, opt, share.made, args, step) | unreadable
             skipped = 0 if line["finite"] else skipped + 1
             due = (step + 1) % args.every == 0 or step + 1 == args.steps
             if due:

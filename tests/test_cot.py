@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -892,6 +893,40 @@ def test_an_image_travels_as_its_file_or_as_png(
     with Image.open(io.BytesIO(content)) as sent:
         assert sent.getexif().get(0x0112, 1) == 1
         assert np.array_equal(np.asarray(sent.convert("RGB")), np.asarray(data.open_image(record)))
+
+
+def test_what_others_would_show_otherwise_travels_as_it_is_seen_here(tmp_path: Path) -> None:
+    """A server may put transparency on black, or drop the low byte of 16 bits."""
+    rgba = np.full((20, 30, 4), (200, 30, 90, 100), np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "clear.png")
+    deep = np.arange(600, dtype=np.uint16).reshape(20, 30)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for name, stretch in (("clear", None), ("deep", (2.0, 98.0))):
+        record = Record(
+            "0", tmp_path / f"{name}.png", "x", (1.0, 1.0, 9.0, 9.0), "", (30, 20), stretch=stretch)
+        _, content = cot.image_data_url(record).split(",")
+        with Image.open(io.BytesIO(base64.b64decode(content))) as sent:
+            assert sent.mode == "RGB"
+            assert np.array_equal(np.asarray(sent), np.asarray(data.open_image(record)))
+
+
+def test_a_bad_image_is_left_undone_and_the_others_are_explained(
+        script: Script, server: FakeServer, dior_root: Path, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path / "dior"
+    shutil.copytree(dior_root, root)
+    path = root / "JPEGImages" / "00003.jpg"
+    path.write_bytes(path.read_bytes()[:-400])
+    out = tmp_path / "explained.jsonl"
+    script("dior", "--root", root, "--out", out, "--teacher", server.url, "--model", "big",
+           "--coords", "original")
+    records = data.load("dior", root, "sft")
+    whole = {record.id for record in records if record.image != path}
+    assert {line["id"] for line in read_lines(out)} == whole
+    printed = capsys.readouterr().out
+    assert f"left undone: {len(records) - len(whole)}" in printed
+    assert "00003.jpg: unreadable image of record" in printed
 
 
 def test_a_drawn_scene_travels_as_png() -> None:

@@ -1239,6 +1239,264 @@ def test_values_of_any_type_are_refused_or_read_but_never_break_a_reader(
             assert records.hash
 
 
+# ---------------------------------------------------------------- stray annotations
+
+@pytest.mark.parametrize("name", [
+    ".ipynb_checkpoints/00001-checkpoint.xml", ".git/00002.xml", ".00001.xml", "._00002.xml",
+    "deep/.backup/00001.xml", "__MACOSX/00001.xml"])
+def test_hidden_annotations_shift_no_index(folder: Path, name: str) -> None:
+    clean = {split_name: load("dior", folder, split_name).hash for split_name in data.SPLITS}
+    stray = folder / "Annotations" / name
+    stray.parent.mkdir(parents=True, exist_ok=True)
+    stray.write_text(f"<annotation><filename>1.jpg</filename>{TAG.format(1, 2, 9, 9, 'stray')}"
+                     "</annotation>")
+    for split_name, data_hash in clean.items():
+        records = load("dior", folder, split_name)
+        assert records.hash == data_hash and not records.note
+
+
+@pytest.mark.parametrize("name", [
+    "00001 (1).xml", "00001 - Copy.xml", "00001 - Copy (2).xml", "Copy of 00001.xml",
+    "00001_copy.xml", "00001-checkpoint.xml", "00001.bak.xml", "00001~.xml", "old/00001.xml",
+    "0.xml"])
+def test_a_copy_of_an_annotation_is_named_and_never_shifts_an_index(
+        folder: Path, name: str,
+) -> None:
+    """The copy of 00001 would make its two objects 2 and 3, or 0 and 1, of those that follow."""
+    stray = folder / "Annotations" / name
+    stray.parent.mkdir(exist_ok=True)
+    shutil.copyfile(folder / "Annotations" / "00001.xml", stray)
+    if name == "0.xml":
+        # Its name says nothing; that two are of one image does.
+        name = "00001.xml"
+    for split_name in data.SPLITS:
+        with pytest.raises(DataError, match="8 objects .* name 6; ") as error:
+            load("dior", folder, split_name)
+        assert f"Annotations/{name} looks like a copy" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_more_objects_than_the_splits_name_are_said(folder: Path) -> None:
+    annotate(folder, "00003", TAG.format(1, 2, 9, 9, "of an image of its own"))
+    records = load("dior", folder, "test")
+    assert "7 objects are in Annotations, of which the split files name 6" in records.note
+
+
+def test_hidden_images_and_lines_are_none_of_the_data_set(folder: Path, tmp_path: Path) -> None:
+    for name in (".thumbnails/00010.jpg", "JPEGImages/.ipynb_checkpoints/00010.jpg"):
+        image(folder / name, 9, 9)
+    assert [r.size for r in load("dior", folder, "train")] == [(50, 40)]
+    root = tmp_path / "own"
+    image(root / "1.jpg")
+    lines(root / "mine.jsonl", own("1.jpg"))
+    lines(root / ".mine.jsonl", own("1.jpg", "hidden"))
+    assert [r.text for r in load("jsonl", root, "train")] == ["the ship"]
+
+
+# ---------------------------------------------------------------- encodings of annotations
+
+@pytest.mark.parametrize("declared, codec", [
+    ("gb2312", "gb2312"), ("GB2312", "gbk"), ("gbk", "gbk"), ("gb18030", "gb18030"),
+    ("big5", "big5"), ("Shift_JIS", "shift_jis"), ("euc-kr", "euc_kr"), ("utf-16", "utf-16"),
+    ("utf-8", "utf-8-sig"), ("cp1251", "cp1251")])
+def test_annotations_in_any_encoding_are_read(folder: Path, declared: str, codec: str) -> None:
+    text = {"cp1251": "пять", "euc_kr": "다섯", "shift_jis": "五つ"}.get(codec, "五")
+    if codec == "gbk":
+        text = "五镕"                                  # the second is not in GB2312
+    content = (
+        f'<?xml version="1.0" encoding="{declared}"?>\n<annotation><filename>00010.jpg</filename>'
+        f"{TAG.format(1, 2, 30, 40, text)}</annotation>")
+    (folder / "Annotations" / "00010.xml").write_bytes(content.encode(codec))
+    assert load("dior", folder, "train")[0].text == text
+
+
+@pytest.mark.parametrize("content", [
+    b'<?xml version="1.0" encoding="x-nothing"?><a/>', b'<?xml version="1.0" encoding="hex"?><a/>',
+    b'<?xml version="1.0" encoding="undefined"?><a/>', b'<?xml version="1.0" encoding=""?><a/>',
+    b'<?xml version="1.0" encoding="gb2312"?><a>\xff\xff</a>',
+    b'<?xml version="1.0" encoding="gb2312"?><a>\xce', b"<a>\xce\xe5</a>", b"", b"\x00",
+    b"<a>" * 9,
+    b'<?xml version="1.0" encoding="\xff"?><a/>'])
+def test_an_annotation_that_can_not_be_decoded_is_one_line(folder: Path, content: bytes) -> None:
+    (folder / "Annotations" / "00002.xml").write_bytes(content)
+    with pytest.raises(DataError, match="00002.xml: unreadable annotation") as error:
+        load("dior", folder, "test")
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- boxes in another unit
+
+def in_unit(coords: str, box: tuple[float, ...], size: Size) -> list[float]:
+    """A box in pixels -> the same in another unit."""
+    parts = {"fraction": 1, "1000": 1000}.get(coords)
+    return [v * parts / size[i % 2] for i, v in enumerate(box)] if parts else list(box)
+
+
+PIXELS = [(10.0, 5.0, 50.0, 25.0), (60.0, 30.0, 80.0, 45.0), (90.0, 2.0, 100.0, 10.0)]
+
+
+@pytest.mark.parametrize("coords", ["fraction", "1000"])
+@pytest.mark.parametrize("name", ["jsonl", "refgeo", "dior", "rsvg-hr"])
+def test_boxes_in_another_unit_are_refused_with_the_flag_and_read_with_it(
+        tmp_path: Path, name: str, coords: str,
+) -> None:
+    size = (100, 50)
+    boxes = [in_unit(coords, box, size) for box in PIXELS]
+    image(tmp_path / "images" / "1.jpg")
+    lines(tmp_path / "test.jsonl", *(own("images/1.jpg", box=box) for box in boxes))
+    lines(tmp_path / "metainfo" / "rsvg_test.jsonl", *(geoground("1.jpg", "x", b) for b in boxes))
+    lines(
+        tmp_path / "rsvg_hr_test.txt",
+        *(f"1.jpg,{','.join(map(str, box))},a ship" for box in boxes))
+    (tmp_path / "Annotations").mkdir()
+    annotate(tmp_path, "1", *(TAG.format(*box, "a ship") for box in boxes))
+    split(tmp_path, train=[], val=[], test=[0, 1, 2])
+    says = f"--coords {coords} .*or --coords original"
+    with pytest.raises(DataError, match=says) as error:
+        load(name, tmp_path, "test")
+    assert "\n" not in str(error.value)
+    records = load(name, tmp_path, "test", coords)
+    assert np.allclose([r.box for r in records], PIXELS) and len(records) == 3
+    # As pixels they are what a Collector makes of such pixels, one by one.
+    original = load(name, tmp_path, "test", "original")
+    assert len(original) + sum(original.refusals.values()) == 3
+
+
+def test_boxes_that_may_be_pixels_are_not_suspected(tmp_path: Path) -> None:
+    image(tmp_path / "1.jpg", 400, 300)
+    boxes = [(i % 300, i % 200, i % 300 + 50, i % 200 + 60) for i in range(200)]
+    # A mistake or two of the file: one box outside of its image, one far past its edge.
+    boxes += [(500, 10, 600, 20), (10, 10, 900, 20)]
+    lines(tmp_path / "test.jsonl", *(own("1.jpg", box=box) for box in boxes))
+    records = load("jsonl", tmp_path, "test")
+    assert records.refusals == {"box outside the image": 1}
+    # Zeros for want of a box are no fractions.
+    lines(tmp_path / "test.jsonl", *[own("1.jpg", box=(0, 0, 0, 0))] * 9)
+    assert load("jsonl", tmp_path, "test").refusals == {"empty box": 9}
+
+
+def test_each_file_of_your_own_has_its_own_unit(tmp_path: Path) -> None:
+    image(tmp_path / "1.jpg")
+    lines(tmp_path / "a.jsonl", own("1.jpg", split="test"))
+    lines(tmp_path / "b.jsonl", own("1.jpg", box=(0.1, 0.2, 0.3, 0.4), split="test"))
+    with pytest.raises(DataError, match="b.jsonl: its boxes all lie in .0, 1.*--coords fraction"):
+        load("jsonl", tmp_path, "test")
+
+
+@pytest.mark.parametrize("name", ["synth", "vrsbench", "jsonl+dior", "jsonl:0.5"])
+def test_a_unit_is_not_asked_of_what_says_its_own(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--coords fraction is for a data set that leaves"):
+        load(name, tmp_path, "val", "fraction")
+
+
+def test_data_py_takes_the_flags_on_reading(
+        tmp_path: Path, check: Callable[..., str], capsys: pytest.CaptureFixture,
+) -> None:
+    Image.fromarray(np.full((50, 100), 9, np.uint16)).save(tmp_path / "1.png")
+    lines(tmp_path / "test.jsonl", own("1.png", box=(0.1, 0.2, 0.5, 0.4)))
+    flags = ("jsonl", "--root", tmp_path, "--split", "test", "--show", 0)
+    for more in ((), ("--coords", "fraction"), ("--stretch", 98, 2), ("--stretch", "nan", 2)):
+        if more == ("--coords", "fraction"):
+            assert "refused, 16-bit or float image: 1" in check(*flags, *more)
+            continue
+        with pytest.raises(SystemExit) as stop:
+            check(*flags, *more)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
+        assert ("two percentiles" if more else "--coords fraction") in error
+    out = check(*flags, "--coords", "fraction", "--stretch", 2, 98)
+    assert "jsonl test: 1 records, 0 refused" in out and "unreadable: 0" in out
+
+
+# ---------------------------------------------------------------- where an image lies
+
+def test_only_what_is_outside_is_said_to_be(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    image(root / "deep" / "1.jpg")
+    image(tmp_path / "2.jpg")
+    (tmp_path / "link").symlink_to(root)
+    within = [
+        str(root / "deep" / "1.jpg"), "deep/1.jpg", "./deep/1.jpg", "../root/deep/1.jpg",
+        "deep/../deep/1.jpg", "deep\\1.jpg"]
+    outside = ["../2.jpg", str(tmp_path / "2.jpg"), "/1.jpg", "deep/../../2.jpg", ".."]
+    lines(root / "test.jsonl", *map(own, within), *map(own, outside), own("."), own("3.jpg"))
+    for place in (root, tmp_path / "link"):
+        records = load("jsonl", place, "test")
+        assert len(records) == len(within)
+        assert numbers_of(records.refused) == {
+            "image outside the data set": list(range(7, 12)), "unreadable image": [12],
+            "missing image": [13]}
+        assert {r.size for r in records} == {(100, 50)}
+
+
+# ---------------------------------------------------------------- conversations
+
+def chat(question: str, answer: Any, names: tuple[str, ...] = ("from", "value", "human", "gpt"),
+         **more: Any) -> dict[str, Any]:
+    key, value, human, gpt = names
+    return {
+        "image": "1.jpg",
+        "conversations": [{key: human, value: question}, {key: gpt, value: answer}], **more}
+
+
+QWEN = "<image>\nLocate {} in this image and output the bbox coordinates in JSON format."
+BOX = '{\n"bbox_2d": [\n10,\n5,\n50,\n25\n]\n}'
+
+
+@pytest.mark.parametrize("row", [
+    chat(QWEN.format("the ship"), BOX),
+    chat(QWEN.format("the ship"), '```json\n[{"bbox_2d": [10, 5, 50, 25], "label": "ship"}]\n```'),
+    chat("<image>Locate the ship, and report its bounding box. Use JSON.", BOX),
+    chat("<image>Locate the ship", "[10, 5, 50, 25]"),
+    chat("<image>Give me the bounding box of the ship in the picture, in JSON format.", BOX),
+    chat("<image>[refer] give me the location of <p> the ship </p>", "[10, 5, 50, 25]"),
+    chat("<image>the ship", "[10, 5, 50, 25]"),
+    chat("Picture 1: <img>1.jpg</img>\nLocate <ref>the ship</ref>",
+         "<ref>the ship</ref><box>(100,100),(500,500)</box>",
+         ("from", "value", "user", "assistant"), image=None),
+    chat("<image>Output the box of <|object_ref_start|>the ship<|object_ref_end|>",
+         "<|box_start|>(100, 100), (500, 500)<|box_end|>"),
+    chat("<image>Where is it?",
+         "<|object_ref_start|>the ship<|object_ref_end|>"
+         "<|box_start|>(100,100),(500,500)<|box_end|>"),
+    {"images": ["1.jpg"], "messages": [
+        {"role": "system", "content": "You are."},
+        {"role": "user", "content": QWEN.format("the ship")},
+        {"role": "assistant", "content": BOX}]},
+    {"image": "1.jpg", "solution": "[10, 5, 50, 25]", "problem": "Please provide the bounding box "
+        "coordinate of the region this sentence describes: the ship."}])
+def test_a_conversation_is_read_with_expression_and_box_apart(
+        tmp_path: Path, row: dict[str, Any],
+) -> None:
+    image(tmp_path / "1.jpg")
+    lines(tmp_path / "test.jsonl", row)
+    records = load("jsonl", tmp_path, "test")
+    assert [(r.text, r.box) for r in records] == [("the ship", (10.0, 5.0, 50.0, 25.0))]
+
+
+@pytest.mark.parametrize("row, reason", [
+    (chat("<image>Which bbox, as JSON, holds a ship", BOX),
+     "request whose expression can't be told from its instruction"),
+    (chat("<image>What is at <box>(1,2),(3,4)</box>?", "a ship"),
+     "request whose expression can't be told from its instruction"),
+    (chat("<image>Locate the ship", "<box>(1,2),(3,4)</box><box>(1,2),(3,4)</box>"), "no box"),
+    (chat("<image>Locate the ship", "there is none"), "no box")])
+def test_a_conversation_of_another_kind_is_refused(
+        tmp_path: Path, row: dict[str, Any], reason: str,
+) -> None:
+    image(tmp_path / "1.jpg")
+    lines(tmp_path / "test.jsonl", row)
+    records = load("jsonl", tmp_path, "test")
+    assert not records and records.refusals == {reason: 1}
+
+
+def test_points_in_tags_may_be_pixels_by_the_flag(tmp_path: Path) -> None:
+    image(tmp_path / "1.jpg")
+    lines(tmp_path / "test.jsonl", chat("Locate the ship", "<box>(10,5),(50,25)</box>"))
+    assert load("jsonl", tmp_path, "test")[0].box == (1.0, 0.25, 5.0, 1.25)
+    assert load("jsonl", tmp_path, "test", "original")[0].box == (10.0, 5.0, 50.0, 25.0)
+
+
 # ---------------------------------------------------------------- mixtures
 
 @pytest.fixture

@@ -857,6 +857,79 @@ def test_a_perfect_answer_in_the_resized_frame_is_perfect(
 FRAME = {"original": [800, 800], "resized": [812, 812], "convention": "absolute"}
 
 
+@pytest.mark.parametrize("coords", ["fraction", "1000"])
+def test_boxes_of_others_in_another_unit_are_refused_with_the_flag_and_read_with_it(
+        root: Path, fakes: Script, tmp_path: Path, coords: str,
+) -> None:
+    parts = {"fraction": 1, "1000": 1000}[coords]
+    lines = {"theirs": "", "texts": "", "pixels": ""}
+    for record in tiny(root):
+        width, height = record.size
+        box = [v * parts / (width, height)[i % 2] for i, v in enumerate(record.box)]
+        lines["theirs"] += json.dumps({"id": record.id, "box": box}) + "\n"
+        lines["texts"] += json.dumps({"id": record.id, "text": text_of(box)}) + "\n"
+        lines["pixels"] += json.dumps({"id": record.id, "box": record.box}) + "\n"
+    for name, text in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text(text)
+
+    def miou(name: str, *flags: object) -> float:
+        fakes("--predictions", tmp_path / f"{name}.jsonl", "--data", "tiny", "--root", root, *flags)
+        return rows(tmp_path / name)[0]["mIoU"]
+    with pytest.raises(DataError, match=f"theirs.jsonl: its boxes .* --coords {coords}") as error:
+        miou("theirs")
+    assert "\n" not in str(error.value)
+    assert miou("theirs", "--coords", coords) == pytest.approx(1)
+    assert miou("texts", "--coords", coords) == pytest.approx(1)
+    assert miou("theirs", "--coords", "original") < 0.7
+    assert miou("pixels") == miou("pixels", "--coords", "original") == 1
+
+
+def test_the_unit_of_the_data_sets_own_boxes_is_as_in_training_or_by_its_flag(
+        fakes: Script, tmp_path: Path,
+) -> None:
+    Image.new("RGB", (50, 50)).save(tmp_path / "1.png")
+    record = {"id": 1, "image": "1.png", "text": "0: 5,10,25,40", "box": [0.1, 0.2, 0.5, 0.8]}
+    (tmp_path / "test.jsonl").write_text(json.dumps(record) + "\n")
+    folder = tmp_path / "p"
+    folder.mkdir()
+    (folder / "theirs.jsonl").write_text(json.dumps({"id": 1, "box": [100, 200, 500, 800]}))
+    flags = ("--data", "jsonl", "--root", tmp_path)
+    files = ("--predictions", folder / "theirs.jsonl", "--coords", "1000")
+    with pytest.raises(DataError, match="--coords fraction .of eval.py's data: --data-coords."):
+        fakes(*files, *flags)
+    fakes(*files, *flags, "--data-coords", "fraction")
+    assert rows(folder / "theirs")[0]["mIoU"] == pytest.approx(1)
+    stage(tmp_path / "sft", tmp_path, coords="fraction")
+    run_file = tmp_path / "sft" / "latest" / "run.json"
+    run_file.write_text(run_file.read_text().replace('"tiny"', '"jsonl"'))
+    fakes(tmp_path / "sft", "--device", "cpu")
+    as_trained = rows(tmp_path / "sft" / "eval")[0]["mIoU"]
+    run_file.write_text(run_file.read_text().replace('"coords": "fraction"', '"coords": null'))
+    fakes(tmp_path / "sft", "--device", "cpu", *flags, "--coords", "fraction")
+    assert rows(tmp_path / "sft" / "eval")[0]["mIoU"] == as_trained > 0.5
+
+
+def test_each_stage_sees_images_stretched_as_it_was_trained(
+        root: Path, fakes: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage(tmp_path / "sft", root, stretch=[2.0, 98.0])
+    stage(tmp_path / "rft", root, stretch=[1.0, 99.0])
+    seen = []
+    opened = data.open_image
+
+    def watch(record: Record) -> Image.Image:
+        seen.append(record.stretch)
+        return opened(record)
+    monkeypatch.setattr(data, "open_image", watch)
+    fakes(tmp_path, "--device", "cpu")
+    assert [row["stretch"] for row in rows(tmp_path / "eval")] == [[2, 98], [1, 99]]
+    assert set(seen) == {(2, 98), (1, 99)}
+    fakes(tmp_path, "--device", "cpu", "--stretch", 5, 95)
+    assert [row["stretch"] for row in rows(tmp_path / "eval")] == [[5, 95]] * 2
+    with pytest.raises(SystemExit):
+        fakes(tmp_path, "--device", "cpu", "--stretch", 95, 5)
+
+
 @pytest.mark.parametrize("line, says", [
     ({"id": "r0", "text": "x"}, 'line 2: a text without a "frame" needs --coords'),
     ({"id": "nobody", "box": None}, "line 2: no record of this split has the id 'nobody'"),
@@ -1073,6 +1146,25 @@ def test_ask_about_what_is_no_picture(
         with pytest.raises(DataError, match="unreadable") as error:
             script(missing, "a ship")
         assert "\n" not in str(error.value)
+
+
+def test_a_picture_of_16_bits_is_opened_by_its_stretch(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 4000, 90 * 90).astype(np.uint16).reshape(90, 90)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    image, turned = evaluation.open_picture(tmp_path / "deep.png", (0, 100))
+    assert not turned and image.getpixel((89, 89)) == (255,) * 3
+
+
+@pytest.mark.parametrize("suffix", ["tif", "jpg"])
+def test_a_picture_is_turned_once_in_any_format(tmp_path: Path, suffix: str) -> None:
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :30] = 255                             # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6                                 # its left becomes its top
+    Image.fromarray(pixels).save(tmp_path / f"1.{suffix}", exif=exif)
+    image, turned = evaluation.open_picture(tmp_path / f"1.{suffix}")
+    assert turned and image.size == (40, 60)
+    assert image.getpixel((20, 5))[0] > 250 and image.getpixel((20, 55))[0] < 5
 
 
 def test_the_real_script_with_a_random_model(
