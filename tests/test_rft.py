@@ -22,7 +22,7 @@ import report
 import reward
 import rft
 import runtime
-from data import load, open_image
+from data import UnreadableImage, load, open_image
 from model import QwenVL
 from processor import Frame, Processor
 from rft import Objective, advantages, policy_loss
@@ -826,6 +826,25 @@ def test_seeds_differ_between_places_turns_and_steps() -> None:
     assert len(seeds.unique()) == 3 * 3 * 4
 
 
+def test_a_group_stays_for_a_turn_whose_fresh_image_cant_be_read(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(record: SimpleNamespace) -> None:
+        if record.id == "broken":
+            raise UnreadableImage("broken.jpg")
+
+    def sample(policy: rft.Policy, records: list, *more: Any) -> rft.Rollouts:
+        assert not records
+        return rft.Rollouts([], [], [], [], [], torch.zeros(0, 2))
+    monkeypatch.setattr(rft, "open_image", opened)
+    monkeypatch.setattr(rft, "sample", sample)
+    policy = rft.Policy(None, lambda image, text: None, None, None)
+    grades = rft.Grades(torch.ones(1, 2), {}, torch.zeros(1, 2, 4))
+    args = step_flags(resample=2, group=2, prompts=1)
+    fresh = [SimpleNamespace(id="broken", text="the ship")]
+    line = rft.resample(policy, None, grades, lambda turn: fresh, args, step=0)
+    assert line["resampled"] == 0
+
+
 @pytest.mark.parametrize("turns, ids, flat", [
     (0, ["a", "b", "c", "d"], 2),
     (1, ["a", "fresh 1 of 1", "c", "fresh 1 of 3"], 1),
@@ -855,7 +874,7 @@ def test_groups_that_do_not_vary_are_replaced_until_they_do(
     monkeypatch.setattr(rft, "sample", sample)
     monkeypatch.setattr(rft, "grade", grade)
     monkeypatch.setattr(rft, "open_image", lambda record: f"image of {record.id}")
-    policy = SimpleNamespace(processor=lambda image, text: (image, text))
+    policy = rft.Policy(None, lambda image, text: (image, text), None, None)
     args = step_flags(resample=turns, group=2)
     records = [record(name) for name in "abcd"]
     prompts = [policy.processor(f"image of {r.id}", r.text) for r in records]
