@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.device("cuda", 0)
@@ -65,6 +64,32 @@ def line_of_project() -> str:
             return f"{path.name}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside of the project"
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in a nest of lists, tuples and dicts. (torch's own pytree is slow.)"""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    found = []
+    for part in tree:
+        found += tensors_in(part)
+    return found
+
+
+def replaced(tree: Any, replace: Callable[[Tensor], Any]) -> Any:
+    """The same nest with something in place of each tensor."""
+    if isinstance(tree, Tensor):
+        return replace(tree)
+    if isinstance(tree, dict):
+        return {name: replaced(part, replace) for name, part in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        parts = [replaced(part, replace) for part in tree]
+        return parts if isinstance(tree, list) else tuple(parts)
+    return tree
 
 
 def require(fits: bool, words: str) -> None:
@@ -156,7 +181,9 @@ class PlayedTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(
             cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return device_of((args, kwargs)).dispatch(func, args, kwargs or {})
+        tensors = tensors_in((args, kwargs))
+        gpu = next(x.gpu for x in tensors if isinstance(x, PlayedTensor))
+        return gpu.dispatch(func, args, kwargs or {}, tensors)
 
     def set_content(self, content: Tensor) -> None:
         self.hold = Hold(self.gpu.memory, content)
@@ -198,12 +225,7 @@ class PlayedTensor(torch.Tensor):
 
 def contents(tree: Any) -> Any:
     """The same nest of arguments with plain tensors in place of played ones."""
-    return tree_map_only(PlayedTensor, lambda x: x.content, tree)
-
-
-def device_of(tree: Any) -> "PlayedDevice":
-    """The device of the first played tensor among arguments."""
-    return next(x.gpu for x in tree_leaves(tree) if isinstance(x, PlayedTensor))
+    return replaced(tree, lambda x: x.content if isinstance(x, PlayedTensor) else x)
 
 
 class Move(torch.autograd.Function):
@@ -225,24 +247,29 @@ class FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        def run(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            y = x.float()
-            scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-            return (y * scale * weight).to(x.dtype), scale
-        y, scale = x.gpu.launch("_fused_rms_norm", run, (x, weight))
+        plain = contents([x, weight])
+
+        def run() -> tuple[Tensor, Tensor]:
+            x, weight = plain
+            scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+            return (x.float() * scale * weight).to(x.dtype), scale
+        y, scale = x.gpu.launch("_fused_rms_norm", run, [x, weight])
         ctx.save_for_backward(x, weight, scale)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        def run(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        inputs = [grad, *ctx.saved_tensors]
+        plain = contents(inputs)
+
+        def run() -> tuple[Tensor, Tensor]:
+            grad, x, weight, scale = plain
             normed = x.float() * scale
             to_normed = grad.float() * weight
             mean = (to_normed * normed).mean(-1, keepdim=True)
             to_weight = (grad.float() * normed).flatten(0, -2).sum(0)
             return (scale * (to_normed - normed * mean)).to(x.dtype), to_weight.to(weight.dtype)
-        saved = ctx.saved_tensors
-        return *grad.gpu.launch("_fused_rms_norm_backward", run, (grad, *saved)), None
+        return *grad.gpu.launch("_fused_rms_norm_backward", run, inputs), None
 
 
 # ---------------------------------------------------------------- graphs
@@ -258,9 +285,10 @@ class Graph:
         self.read: dict[int, str] = {}        # the others that it uses, and where
         self.memory_pool: Pool | None = None
 
-    def record(self, run: Callable[[], Any], inputs: Any, results: list[Tensor]) -> None:
+    def record(
+            self, run: Callable[[], Any], inputs: list[Tensor], results: list[Tensor]) -> None:
         self.steps.append((run, results))
-        for x in tree_leaves(inputs):
+        for x in inputs:
             if isinstance(x, PlayedTensor) and x.hold.storage not in self.made:
                 self.read.setdefault(x.hold.storage, line_of_project())
         self.made |= {x.untyped_storage()._cdata for x in results}
@@ -271,9 +299,8 @@ class Graph:
         require(self.gpu.capturing is None, "a replay within a capture")
         self.gpu.replays += 1
         for run, targets in self.steps:
-            results = [x for x in tree_leaves(run()) if isinstance(x, Tensor)]
             # A step in place has no targets.
-            for target, result in zip(targets, results):
+            for target, result in zip(targets, tensors_in(run())):
                 target.copy_(result)
 
     def reset(self) -> None:
@@ -410,27 +437,28 @@ class PlayedDevice(TorchFunctionMode):
 
     # ------------------------------------------------------------ operations of aten
 
-    def dispatch(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def dispatch(
+            self, func: Callable, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor],
+    ) -> Any:
+        """One operation; `tensors` are those among its arguments."""
         name = func._schema.name.removeprefix("aten::")
-        self.check_devices(name, args, kwargs)
+        self.check_devices(name, args, tensors)
         if waits(name, func, args, kwargs):
             self.wait(name)
         run = func
         if name in ATTENTION:
             named = {a.name: value for a, value in zip(func._schema.arguments, args)} | kwargs
-            ATTENTION[name].check(named)
-            run = ATTENTION[name].run
+            check_varlen(named)
+            run = ATTENTION[name]
         if func.is_view or name in FREE:
-            return self.wrap(func(*contents(args), **contents(kwargs)), (args, kwargs))
-        written = (args, kwargs) if func._schema.is_mutable else None
-        return self.launch(name, run, args, kwargs, written)
+            return self.wrap(func(*contents(args), **contents(kwargs)), tensors)
+        run = functools.partial(run, *contents(args), **contents(kwargs))
+        return self.launch(name, run, tensors, func._schema.is_mutable)
 
-    def check_devices(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    def check_devices(self, name: str, args: tuple, tensors: list[Tensor]) -> None:
         """As on a GPU: a CPU tensor of no dimension is a number, an index is moved, any other
         is a mistake."""
-        host = [x for x in tree_leaves((args, kwargs))
-                if isinstance(x, Tensor) and not isinstance(x, PlayedTensor) and x.ndim]
-        if not host:
+        if all(isinstance(x, PlayedTensor) or not x.ndim for x in tensors):
             return
         if name in COPYING or name in INDEXING and isinstance(args[0], PlayedTensor):
             self.wait(f"{name}: a copy between host and device")
@@ -440,30 +468,27 @@ class PlayedDevice(TorchFunctionMode):
             f"cuda:0 and cpu, in {name} (at {line_of_project()})")
 
     def launch(
-            self, name: str, run: Callable, args: tuple, kwargs: dict[str, Any] | None = None,
-            written: Any = None) -> Any:
-        """Runs a kernel on the contents of its arguments -> its results, on the device.
+            self, name: str, run: Callable[[], Any], inputs: list[Tensor],
+            in_place: bool = False) -> Any:
+        """Runs a kernel -> its results, on the device.
 
-        written: the arguments, where the kernel changes some of them."""
+        inputs: its arguments; in place it changes the first of them."""
         self.launches_by_name[name] += 1
-        run = functools.partial(run, *contents(args), **contents(kwargs or {}))
         if self.capturing is None:
-            return self.wrap(run(), written)
-        if written is not None:
-            # The target, which is what such operations return.
-            self.capturing.record(run, (args, kwargs), [])
-            return next(x for x in tree_leaves(written) if isinstance(x, Tensor))
+            return self.wrap(run(), inputs)
+        if in_place:
+            self.capturing.record(run, inputs, [])
+            return inputs[0]
         # It runs for the shapes of its results; the numbers come with a replay.
         made = run()
-        results = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
-        self.capturing.record(run, (args, kwargs), results)
-        return self.wrap(made)
+        self.capturing.record(run, inputs, tensors_in(made))
+        return self.wrap(made, [])
 
-    def wrap(self, results: Any, arguments: Any = None) -> Any:
+    def wrap(self, results: Any, arguments: list[Tensor]) -> Any:
         """Plain tensors -> played ones; an argument that comes back stays what it is."""
-        known = {id(contents(x)): x for x in tree_leaves(arguments) if isinstance(x, Tensor)}
-        return tree_map_only(
-            Tensor, lambda x: known[id(x)] if id(x) in known else PlayedTensor(x, self), results)
+        known = {id(contents(x)): x for x in arguments}
+        return replaced(
+            results, lambda x: known[id(x)] if id(x) in known else PlayedTensor(x, self))
 
     # ------------------------------------------------------------ functions of torch
 
@@ -486,8 +511,8 @@ class PlayedDevice(TorchFunctionMode):
         if name in ("tensor", "as_tensor", "new_tensor", "asarray"):
             self.wait(f"torch.{name}: a copy from the host's memory")
         requires_grad = kwargs.pop("requires_grad", False)
-        run = functools.partial(func, **kwargs | {"device": "cpu"})
-        made = self.wrap(run(*contents(args))) if name in FREE else self.launch(name, run, args)
+        run = functools.partial(func, *contents(args), **kwargs | {"device": "cpu"})
+        made = self.wrap(run(), []) if name in FREE else self.launch(name, run, tensors_in(args))
         return made.requires_grad_(requires_grad)
 
     def to(self, x: Tensor, *args: Any, **more: Any) -> Tensor:
@@ -694,6 +719,5 @@ def varlen_backward(
 
 
 ATTENTION = {
-    "_flash_attention_forward": SimpleNamespace(check=check_varlen, run=varlen_forward),
-    "_flash_attention_backward": SimpleNamespace(check=check_varlen, run=varlen_backward),
+    "_flash_attention_forward": varlen_forward, "_flash_attention_backward": varlen_backward,
 }
