@@ -46,8 +46,8 @@ from model import Config, QwenVL
 from processor import Pixels, Processor, Prompt
 
 PARTS = ("load", "prefill", "decode", "update", "step", "sft", "images", "numerics", "profile")
-# From this width on a GPU trains with gradient checkpointing: eight repeated prompts of the 3B shape
-# (2,048) would keep more than 110 GB.
+# From this width on a GPU trains with gradient checkpointing: eight repeated prompts of the 3B
+# shape (2,048) would keep more than 110 GB.
 LARGE_WIDTH = 1024
 TEXT = 50                         # tokens of text in a prompt
 GROUP = 8                         # rollouts of a prompt
@@ -158,6 +158,8 @@ def write_checkpoint(
         model = QwenVL(Config.from_json(config_file))
     parameters = model.state_dict()
     stored = {name: model.stored_name(name) for name in parameters}
+    # A GPU is done with billions of random numbers in no time.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = {}
     for name, p in parameters.items():
         if shape.tied and name == "lm_head.weight":
@@ -165,7 +167,8 @@ def write_checkpoint(
         if name.endswith("weight") and ("norm" in name or "ln_q" in name):
             tensors[stored[name]] = torch.ones(p.shape, dtype=dtype)
         else:
-            tensors[stored[name]] = torch.empty(p.shape, dtype=dtype).normal_(0, 0.02)
+            random = torch.empty(p.shape, dtype=dtype, device=device).normal_(0, 0.02)
+            tensors[stored[name]] = random.cpu()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -1008,6 +1011,7 @@ def main() -> None:
           f"matrix product, {table.report['bandwidth_TBs']:.3g} TB/s in a copy")
     print(f"{'':8} {'beside':44} {'ours':>12} {'theirs':>12} {'unit':16} {'ratio':>7}   "
           "least .. most   ours")
+    table.write()
     try:
         with tempfile.TemporaryDirectory() as folder:
             measure(table, write_checkpoint(Path(folder), args.shape, dtype), args, dtype)
