@@ -2,7 +2,11 @@
 
 Both sides run in one process, with the same random weights, and repeats alternate between ours
 and theirs. A row has the median of each, the ratio of the medians, and the spread of the ratio
-over repeats. A ratio above 1 means that ours is faster (or smaller).
+over repeats. A ratio above 1 means that ours is faster (or smaller). Beside it stands what share
+of the machine's matrix rate, measured in the same run, our side reaches.
+
+A row is written to bench.json when it is measured. A side that runs out of memory says so in
+its row, and the other rows go on.
 
 Peers: transformers' model, `generate` and image processor; and, for the update, our own code
 fed a prompt G times over, as TRL's trainer feeds it to the model.
@@ -13,6 +17,7 @@ fed a prompt G times over, as TRL's trainer feeds it to the model.
 """
 import argparse
 import copy
+import functools
 import gc
 import json
 import os
@@ -22,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +46,9 @@ from model import Config, QwenVL
 from processor import Pixels, Processor, Prompt
 
 PARTS = ("load", "prefill", "decode", "update", "step", "sft", "images", "numerics", "profile")
+# From this width on a GPU trains with gradient checkpointing: eight repeated prompts of the 3B
+# shape (2,048) would keep more than 110 GB.
+LARGE_WIDTH = 1024
 TEXT = 50                         # tokens of text in a prompt
 GROUP = 8                         # rollouts of a prompt
 
@@ -122,8 +131,7 @@ def flags() -> runtime.FlagParser:
         "Measures each part of the work beside what a user would run instead")
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="mid", help="of the model, random weights")
-    add("--device", choices=("cuda", "cpu"),
-        default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    runtime.add_device_flag(add)
     add("--dtype", choices=("float32", "bfloat16"),
         help="default: bfloat16 on CUDA, float32 on a CPU")
     add("--repeats", type=runtime.positive, default=3,
@@ -150,6 +158,8 @@ def write_checkpoint(
         model = QwenVL(Config.from_json(config_file))
     parameters = model.state_dict()
     stored = {name: model.stored_name(name) for name in parameters}
+    # A GPU is done with billions of random numbers in no time.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = {}
     for name, p in parameters.items():
         if shape.tied and name == "lm_head.weight":
@@ -157,7 +167,8 @@ def write_checkpoint(
         if name.endswith("weight") and ("norm" in name or "ln_q" in name):
             tensors[stored[name]] = torch.ones(p.shape, dtype=dtype)
         else:
-            tensors[stored[name]] = torch.empty(p.shape, dtype=dtype).normal_(0, 0.02)
+            random = torch.empty(p.shape, dtype=dtype, device=device).normal_(0, 0.02)
+            tensors[stored[name]] = random.cpu()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -247,6 +258,14 @@ class Peer:
         self.model = getattr(transformers, config["architectures"][0]).from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa").to(device)
         self.device = device
+        # Its users' processor has made floats before the model is called.
+        self.pixels: dict[int, Tensor] = {}
+
+    def pixel_values(self, prompt: Prompt) -> Tensor:
+        """(patches, D) float32 of a prompt, made once."""
+        if id(prompt) not in self.pixels:
+            self.pixels[id(prompt)] = prompt.pixel_values
+        return self.pixels[id(prompt)]
 
     def pad(
             self, prompts: Sequence[Prompt], completions: Sequence[Tensor] | None = None,
@@ -269,7 +288,7 @@ class Peer:
         inputs = {
             "input_ids": ids,
             "attention_mask": mask,
-            "pixel_values": torch.cat([p.pixel_values for p in prompts]),
+            "pixel_values": torch.cat([self.pixel_values(p) for p in prompts]),
             "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts]),
             # Newer versions ask which tokens are an image's.
             "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
@@ -306,6 +325,11 @@ class Workload:
     completions: list[list[Tensor]]  # Q lists of GROUP, each (tokens,)
     tokens: int
     image_side: int                  # pixels
+    checkpointing: bool = False      # passes with gradient keep no activations within a layer
+
+    def __post_init__(self) -> None:
+        if self.checkpointing:
+            self.peer.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def sample_ours(self, tokens: int) -> None:
         seeds = torch.arange(len(self.prompts))
@@ -316,19 +340,38 @@ class Workload:
 
     def update_ours(self, q: int = 0) -> None:
         """Forward and backward pass of a group, its prompt computed once."""
-        logp, _ = self.ours.score([self.prompts[q]], [self.completions[q]])
-        group_loss(logp, q).backward()
+        with self.training():
+            logp, _ = self.ours.score([self.prompts[q]], [self.completions[q]])
+            group_loss(logp, q).backward()
 
     def update_repeated(self, q: int = 0) -> None:
         """The same by our model, with the prompt once for each rollout."""
         one_each = [[c] for c in self.completions[q]]
-        logp, _ = self.ours.score([self.prompts[q]] * GROUP, one_each)
-        group_loss(logp, q).backward()
+        with self.training():
+            logp, _ = self.ours.score([self.prompts[q]] * GROUP, one_each)
+            group_loss(logp, q).backward()
 
     def update_theirs(self, q: int = 0) -> None:
         """The same by transformers' model."""
-        logp = self.peer.score([self.prompts[q]] * GROUP, self.completions[q])
-        group_loss(logp, q).backward()
+        with self.training():
+            logp = self.peer.score([self.prompts[q]] * GROUP, self.completions[q])
+            group_loss(logp, q).backward()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Inside, both models checkpoint where the workload says so."""
+        self.set_checkpointing(self.checkpointing)
+        try:
+            yield
+        finally:
+            self.set_checkpointing(False)
+
+    def set_checkpointing(self, on: bool) -> None:
+        self.ours.visual.checkpointing = on
+        self.ours.model.checkpointing = on
+        # transformers' model checkpoints in training mode alone, and samples without a cache
+        # then. It has no dropout.
+        self.peer.model.train(on)
 
     def clear_gradients(self) -> None:
         self.ours.zero_grad(set_to_none=True)
@@ -355,77 +398,160 @@ def open_workload(
     completions = []
     for q in range(args.prompts):
         completions.append([random_ids(ours, args.tokens, 97 * q + g) for g in range(GROUP)])
-    return Workload(ours, peer, prompts, completions, args.tokens, side)
+    checkpointing = device.type == "cuda" and SHAPES[args.shape].width >= LARGE_WIDTH
+    return Workload(ours, peer, prompts, completions, args.tokens, side, checkpointing)
 
 
 # ---------------------------------------------------------------- measuring
 
-def clock(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that work() takes, on CUDA until the device is done."""
+def clock(work: Callable[[], Any], device: torch.device) -> float | None:
+    """Seconds that work() takes, on CUDA until the device is done; None where the memory does not
+    suffice."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     started = time.perf_counter()
-    work()
+    try:
+        work()
+        synchronize(device)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory did not suffice: a GPU's, torch's on the CPU, Python's, or
+    that of a process of its own in its last words."""
+    words = ("can't allocate memory", "not enough memory", "OutOfMemoryError", "MemoryError")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(word in str(error) for word in words)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call of a row's side does."""
+
+    unit: str = "s"            # the row is in seconds, or a rate such as "tokens/s"
+    amount: float = 1.0        # of what the rate counts
+    flops: float = 0.0         # of the matrix products that our way takes; 0: none to speak of
+
+    def figure(self, seconds: float | None) -> float | None:
+        """A call's seconds in this unit."""
+        if seconds is None or self.unit == "s":
+            return seconds
+        return self.amount / seconds
 
 
 @dataclass
 class Row:
-    """A row of bench.json."""
+    """A row of bench.json; None where a side ran out of memory."""
 
     name: str
     peer: str
-    ours: float
-    theirs: float
+    ours: float | None
+    theirs: float | None
     unit: str
-    ratio: float          # above 1: ours is faster, or smaller
-    spread: list[float]   # the least and the largest ratio of a repeat
+    ratio: float | None          # above 1: ours is faster, or smaller
+    spread: list[float] | None   # the least and the largest ratio of a repeat
+    out_of_memory: tuple[str, ...] = ()       # the sides that did: "ours", "theirs"
 
 
 class Table:
-    """Measures rows, prints them as they come and keeps them as dicts for bench.json."""
+    """Measures rows, prints them as they come, and writes bench.json behind each."""
 
-    def __init__(self, repeats: int, device: torch.device) -> None:
+    def __init__(
+            self, file: Path, repeats: int, device: torch.device,
+            report: dict[str, Any] | None = None) -> None:
+        """report: what bench.json has beside the rows."""
+        self.file = file
         self.repeats = repeats
         self.device = device
         self.rows: list[dict[str, Any]] = []
+        self.report = {**(report or {}), "rows": self.rows}
 
     def compare(
             self, name: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any],
-            work: tuple[float, str] | None = None,
-    ) -> tuple[float, float]:
-        """Adds a row that times ours() and theirs() in turn, behind one warm-up each.
-
-        work: how much is done in a call, and the unit of a rate, as in (8, "images/s"); without
-        it the row is in seconds. -> the median seconds of each.
-        """
-        our_times = []
-        their_times = []
+            work: Work) -> tuple[float | None, float | None]:
+        """Adds a row that times ours() and theirs() in turn, behind one warm-up each -> the
+        median seconds of each, None of a side that ran out of memory."""
+        sides = {"ours": ours, "theirs": theirs}
+        times = {"ours": [], "theirs": []}
         for i in tqdm(range(self.repeats + 1), desc=f"{name}, {peer}", leave=False):
-            our_time = clock(ours, self.device)
-            their_time = clock(theirs, self.device)
-            if i > 0:
-                our_times.append(our_time)
-                their_times.append(their_time)
-        a = statistics.median(our_times)
-        b = statistics.median(their_times)
-        ratios = [t / o for o, t in zip(our_times, their_times)]
-        spread = [min(ratios), max(ratios)]
-        if work is None:
-            self.add(Row(name, peer, a, b, "s", b / a, spread))
-        else:
-            amount, unit = work
-            self.add(Row(name, peer, amount / a, amount / b, unit, b / a, spread))
+            for side in list(sides):
+                seconds = clock(sides[side], self.device)
+                if seconds is None:
+                    # It would again. The other side is measured all the same.
+                    del sides[side]
+                    release(self.device)
+                elif i > 0:
+                    times[side].append(seconds)
+        a, b = (statistics.median(times[side]) if side in sides else None for side in times)
+        ratios = [t / o for o, t in zip(times["ours"], times["theirs"])]
+        both = len(sides) == 2
+        row = Row(name, peer, work.figure(a), work.figure(b), work.unit,
+                  b / a if both else None, [min(ratios), max(ratios)] if both else None,
+                  tuple(side for side in times if side not in sides))
+        self.add(row, share_of_matrix_rate(work.flops, a, self.report))
         return a, b
 
-    def add(self, row: Row) -> None:
-        self.rows.append(asdict(row))
-        tqdm.write(
-            f"{row.name:8} {row.peer:44} {row.ours:12.4g} {row.theirs:12.4g} {row.unit:16} "
-            f"{row.ratio:6.2f}x   {row.spread[0]:.2f} .. {row.spread[1]:.2f}")
+    def add(self, row: Row, more: dict[str, float] | None = None) -> None:
+        """Keeps a row, with what else is known of it, prints and writes it."""
+        values = asdict(row) | (more or {})
+        if not row.out_of_memory:
+            del values["out_of_memory"]
+        self.rows.append(values)
+        figures = [f"{'no memory' if v is None else format(v, '.4g'):>12}"
+                   for v in (row.ours, row.theirs)]
+        line = f"{row.name:8} {row.peer:44} {' '.join(figures)} {row.unit:16} "
+        if row.ratio is None:
+            line += f"out of memory: {' and '.join(row.out_of_memory)}"
+        else:
+            line += f"{row.ratio:6.2f}x   {row.spread[0]:.2f} .. {row.spread[1]:.2f}"
+        for key, ceiling in (("share", "matrix rate"), ("bandwidth_share", "bandwidth")):
+            if key in values:
+                line += f"   {values[key]:.0%} of the {ceiling}"
+        tqdm.write(line)
+        self.write()
+
+    def write(self) -> None:
+        """Writes bench.json whole or not at all."""
+        self.report["peak_memory_GiB"] = peak_memory(self.device)
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.report, indent=2) + "\n")
+        os.replace(temporary, self.file)
+
+    def attempt(self, part: str, measure: Callable[[], Any]) -> Any:
+        """measure() -> what it gives. Where memory does not suffice beside the rows' calls, a row
+        says so, and the result is None."""
+        try:
+            return measure()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        release(self.device)
+        self.add(Row(part, "beside the calls that are timed", None, None, "s", None, None, (part,)))
+        return None
+
+
+def release(device: torch.device) -> None:
+    """Gives back what a failed call has left over."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB at most so far, of the GPU or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
 # ---------------------------------------------------------------- the rows
@@ -495,7 +621,7 @@ def bench_prefill(table: Table, w: Workload) -> None:
         w.peer.model(**w.peer.pad(w.prompts), logits_to_keep=1, use_cache=True)
     tokens = sum(len(p.input_ids) for p in w.prompts)
     table.compare("prefill", "transformers forward, no rollouts yet", ours, theirs,
-                  (tokens, "prompt tokens/s"))
+                  Work("prompt tokens/s", tokens, prefill_flops(w.ours, w.prompts)))
 
 
 def bench_decode(table: Table, w: Workload) -> None:
@@ -503,19 +629,27 @@ def bench_decode(table: Table, w: Workload) -> None:
 
     Whole completions, then the first token alone; the difference is what one step costs.
     """
-    tokens = len(w.prompts) * GROUP * w.tokens
+    flops = sampling_flops(w.ours, w.prompts, w.tokens)
+    first_flops = prefill_flops(w.ours, w.prompts)
     whole = table.compare(
         "decode", "transformers generate, prefill included",
         lambda: w.sample_ours(w.tokens), lambda: w.sample_theirs(w.tokens),
-        (tokens, "new tokens/s"))
+        Work("new tokens/s", len(w.prompts) * GROUP * w.tokens, flops))
     first = table.compare(
         "decode", "transformers generate, first token alone",
-        lambda: w.sample_ours(1), lambda: w.sample_theirs(1))
-    a, b = ((s - f) / (w.tokens - 1) for s, f in zip(whole, first))
-    table.add(Row("decode", "transformers generate, one step (difference)", a, b, "s", b / a,
-                  [b / a, b / a]))
-    if table.device.type == "cuda":
-        table.rows[-1] |= share_of_bandwidth(w.ours, w.prompts, w.tokens, a)
+        lambda: w.sample_ours(1), lambda: w.sample_theirs(1), Work(flops=first_flops))
+    a, b = (one_step(*times, w.tokens) for times in zip(whole, first))
+    ratio = None if None in (a, b) else b / a
+    row = Row("decode", "transformers generate, one step (difference)", a, b, "s", ratio,
+              ratio and [ratio, ratio],
+              tuple(side for side, seconds in (("ours", a), ("theirs", b)) if seconds is None))
+    more = share_of_matrix_rate((flops - first_flops) / (w.tokens - 1), a, table.report)
+    table.add(row, more | share_of_bandwidth(w, a, table.report))
+
+
+def one_step(whole: float | None, first: float | None, tokens: int) -> float | None:
+    """Seconds of a token behind the first, from those of a completion and of its first token."""
+    return None if None in (whole, first) else (whole - first) / (tokens - 1)
 
 
 def bench_update(table: Table, w: Workload) -> None:
@@ -523,21 +657,19 @@ def bench_update(table: Table, w: Workload) -> None:
 
     Beside it, with the prompt repeated for each rollout, first our own model, then transformers'.
     """
-    tokens = (GROUP * w.tokens, "tokens/s")
+    work = Work("tokens/s", GROUP * w.tokens,
+                update_flops(w.ours, w.prompts[0], GROUP, w.tokens))
     w.clear_gradients()
     table.compare("update", "ours, prompt repeated for each rollout",
-                  w.update_ours, w.update_repeated, tokens)
+                  w.update_ours, w.update_repeated, work)
     w.clear_gradients()
-    table.compare("update", "transformers, prompt repeated",
-                  w.update_ours, w.update_theirs, tokens)
+    table.compare("update", "transformers, prompt repeated", w.update_ours, w.update_theirs, work)
     w.clear_gradients()
     row = table.rows[-1]
     row["gradient_difference"] = gradient_difference(w.ours, w.update_ours, w.update_repeated)
     print("         largest relative difference of a gradient, shared or repeated: "
           f"{row['gradient_difference']:.1e}")
-    if table.device.type == "cuda":
-        groups_per_second = row["ours"] / (GROUP * w.tokens)
-        row |= share_of_compute(w.ours, w.prompts[0], w.tokens, groups_per_second)
+    table.write()
 
 
 def bench_step(table: Table, w: Workload) -> None:
@@ -559,7 +691,11 @@ def bench_step(table: Table, w: Workload) -> None:
     def theirs() -> None:
         w.sample_theirs(w.tokens)
         update(w.update_theirs, their_optimizer)
-    table.compare("step", "transformers generate and repeated update", ours, theirs)
+    flops = sampling_flops(w.ours, w.prompts, w.tokens)
+    flops += sum(update_flops(w.ours, p, GROUP, w.tokens) for p in w.prompts)
+    table.compare("step", "transformers generate and repeated update", ours, theirs,
+                  Work(flops=flops))
+    w.clear_gradients()
 
 
 def bench_sft(table: Table, w: Workload) -> None:
@@ -571,19 +707,22 @@ def bench_sft(table: Table, w: Workload) -> None:
     answers = [random_ids(w.ours, 40 + 25 * (i % 6), i) for i in range(8)]
 
     def ours() -> None:
-        logp, _ = w.ours.score(prompts, [[a] for a in answers])
-        (-logp.mean()).backward()
+        with w.training():
+            logp, _ = w.ours.score(prompts, [[a] for a in answers])
+            (-logp.mean()).backward()
 
     def theirs() -> None:
         batch = w.peer.pad(prompts, answers)
         labels = torch.full_like(batch["input_ids"], -100)       # -100: not in the loss
         for row, p, a in zip(labels, prompts, answers):
             row[len(p.input_ids):len(p.input_ids) + len(a)] = a
-        w.peer.model(**batch, labels=labels, use_cache=False).loss.backward()
+        with w.training():
+            w.peer.model(**batch, labels=labels, use_cache=False).loss.backward()
     tokens = sum(len(p.input_ids) + len(a) for p, a in zip(prompts, answers))
+    flops = sum(update_flops(w.ours, p, 1, len(a)) for p, a in zip(prompts, answers))
     w.clear_gradients()
     table.compare("sft", "transformers, padded batch of unequal records", ours, theirs,
-                  (tokens, "tokens/s"))
+                  Work("tokens/s", tokens, flops))
     w.clear_gradients()
 
 
@@ -609,19 +748,18 @@ def bench_images(table: Table) -> None:
         Image.fromarray(noise).resize((800, 800)).save(file)
 
         def ours() -> list[Any]:
-            return [processor.patches(Image.open(file)) for _ in range(8)]
+            # To floats, as the peer; a run leaves that last part to the device.
+            return [processor.patches(Image.open(file))[0].normalised() for _ in range(8)]
 
         def theirs() -> list[Any]:
             return [peer(Image.open(file).convert("RGB"), return_tensors="pt")
                     for _ in range(8)]
         table.compare("images", "transformers image processor (PIL)", ours, theirs,
-                      (8, "images/s"))
+                      Work("images/s", 8))
 
 
-def measure(
-        table: Table, folder: Path, args: argparse.Namespace, dtype: torch.dtype,
-) -> dict[str, Any]:
-    """Measures the parts that are asked for -> what joins bench.json beside the table's rows."""
+def measure(table: Table, folder: Path, args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Measures the parts that are asked for."""
     try:
         import transformers
         transformers.logging.set_verbosity_error()
@@ -631,26 +769,25 @@ def measure(
     parts = args.only or PARTS
     # First, while this process holds no model of its own.
     if "load" in parts:
-        bench_load(table, folder, dtype)
-    w = open_workload(folder, args, dtype, table.device)
-    if "prefill" in parts:
-        bench_prefill(table, w)
-    if "decode" in parts:
-        bench_decode(table, w)
-    if "update" in parts:
-        bench_update(table, w)
-    if "step" in parts:
-        bench_step(table, w)
-    if "sft" in parts:
-        bench_sft(table, w)
+        table.attempt("load", lambda: bench_load(table, folder, dtype))
+    w = table.attempt("models", lambda: open_workload(folder, args, dtype, table.device))
+    if w is None:
+        return
+    rows = {"prefill": bench_prefill, "decode": bench_decode, "update": bench_update,
+            "step": bench_step, "sft": bench_sft}
+    for part, bench in rows.items():
+        if part in parts:
+            table.attempt(part, functools.partial(bench, table, w))
+            w.clear_gradients()
     if "images" in parts:
         bench_images(table)
-    findings = {}
-    if "numerics" in parts:
-        findings["numerics"] = numerics(w.ours, w.prompts[:2], w.tokens, table.device)
-    if "profile" in parts:
-        findings["profile"] = profile(lambda: w.sample_ours(min(w.tokens, 16)), w.update_ours)
-    return findings
+    findings = {
+        "numerics": lambda: numerics(w.ours, w.prompts[:2], w.tokens, table.device),
+        "profile": lambda: profile(lambda: w.sample_ours(min(w.tokens, 16)), w.update_ours)}
+    for part, find in findings.items():
+        if part in parts:
+            table.report[part] = table.attempt(part, find)
+            table.write()
 
 
 # ---------------------------------------------------------------- beside the table
@@ -739,12 +876,13 @@ def gradient_difference(
 
 # ---------------------------------------------------------------- against the machine
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """Matrix rate and memory bandwidth as this GPU reaches them in this run."""
-    n = 8192
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    b = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    buffer = torch.empty(2 ** 31, dtype=torch.uint8, device=device)
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Matrix rate in this dtype and memory bandwidth, as this machine reaches them in this run."""
+    cuda = device.type == "cuda"
+    n = 8192 if cuda else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
+    buffer = torch.zeros(2 ** (31 if cuda else 28), dtype=torch.uint8, device=device)
 
     def multiply() -> None:
         for _ in range(10):
@@ -759,44 +897,93 @@ def ceilings(device: torch.device) -> dict[str, float]:
     }
 
 
+def share_of_matrix_rate(
+        flops: float, seconds: float | None, report: dict[str, Any]) -> dict[str, float]:
+    """TFLOP of a call, and TFLOP/s and share of this run's matrix rate where it takes these
+    seconds; {} where it has no matrix products or ran out of memory."""
+    # The difference of two noisy times may be below 0.
+    if not flops or seconds is None or seconds <= 0 or "matrix_TFLOPs" not in report:
+        return {}
+    rate = flops / seconds / 1e12
+    return {"TFLOP": flops / 1e12, "TFLOPs": rate, "share": rate / report["matrix_TFLOPs"]}
+
+
 def share_of_bandwidth(
-        model: QwenVL, prompts: Sequence[Prompt], tokens: int, seconds: float) -> dict[str, float]:
-    """Bytes that a decoding step must read at least -> GB, and TB/s where it takes these seconds.
+        w: Workload, seconds: float | None, report: dict[str, Any]) -> dict[str, float]:
+    """GB that a decoding step must read at least, and TB/s and share of this run's bandwidth where
+    it takes these seconds.
 
     They are the language model's weights once, each prompt's keys and values once a group, and
     those of the rollouts' own tokens (half of them, on average).
     """
-    config = model.config
-    weights = sum(p.numel() for p in model.model.layers.parameters())
+    config = w.ours.config
+    if seconds is None or seconds <= 0 or "bandwidth_TBs" not in report:
+        return {}
+    weights = sum(p.numel() for p in w.ours.model.layers.parameters())
     weights += config.vocab * config.hidden
-    cached_tokens = sum(len(p.input_ids) + GROUP * tokens / 2 for p in prompts)
+    cached_tokens = sum(len(p.input_ids) + GROUP * w.tokens / 2 for p in w.prompts)
     kv_cache = cached_tokens * 2 * config.kv_heads * config.head_dim * config.layers
-    read = (weights + kv_cache) * model.model.norm.weight.element_size()
-    return {"GB_per_step": read / 1e9, "TBs": read / 1e12 / seconds}
+    read = (weights + kv_cache) * w.ours.model.norm.weight.element_size()
+    rate = read / seconds / 1e12
+    return {"GB": read / 1e9, "TBs": rate, "bandwidth_share": rate / report["bandwidth_TBs"]}
 
 
-def share_of_compute(
-        model: QwenVL, prompt: Prompt, tokens: int, groups_per_second: float) -> dict[str, float]:
-    """Model FLOPs of a group-shared update -> TFLOP a group, and TFLOP/s.
+# FLOPs of matrix products: a multiplication with its addition counts as two, a backward pass as
+# two forward passes. What gradient checkpointing computes again is not counted.
 
-    Vision tower and attention are included. A backward pass counts as two forward passes, and a
-    multiplication with its addition as two operations.
-    """
+def prefill_flops(model: QwenVL, prompts: Sequence[Prompt]) -> float:
+    """Of prompts with their images, and each prompt's last row through the head."""
+    flops = 0.0
+    for prompt in prompts:
+        n = len(prompt.input_ids)
+        # Half of the prompt is seen on average.
+        flops += tower_flops(model, len(prompt.pixels)) + language_flops(model, n, 1, n * n / 2)
+    return flops
+
+
+def sampling_flops(model: QwenVL, prompts: Sequence[Prompt], tokens: int) -> float:
+    """Of GROUP rollouts of each prompt over a cache; a rollout's last token is not fed."""
+    flops = prefill_flops(model, prompts)
+    fed = GROUP * (tokens - 1)
+    for prompt in prompts:
+        seen = len(prompt.input_ids) + tokens / 2
+        flops += language_flops(model, fed, fed, fed * seen)
+    return flops
+
+
+def update_flops(model: QwenVL, prompt: Prompt, rollouts: int, tokens: int) -> float:
+    """Of a forward and backward pass over a prompt and its completions, the prompt once."""
+    n = len(prompt.input_ids)
+    fed = rollouts * (tokens - 1)
+    pairs = n * n / 2 + fed * (n + tokens / 2)
+    forward = language_flops(model, n + fed, rollouts * tokens, pairs)
+    return 3 * (forward + tower_flops(model, len(prompt.pixels)))
+
+
+def language_flops(model: QwenVL, tokens: int, predicted: int, pairs: float) -> float:
+    """Of tokens through the layers, rows through the head, and pairs of a query and a key."""
     config = model.config
-    patches = len(prompt.pixel_values)
+    layers = model.model.layers
+    products = linear_weights(layers) * tokens + config.vocab * config.hidden * predicted
+    # The last layer's MLP runs for the rows alone that the head reads.
+    products -= linear_weights(layers[-1].mlp) * (tokens - predicted)
+    # Scores and weighted values.
+    attended = 2 * config.layers * config.heads * config.head_dim * pairs
+    return 2 * (products + attended)
+
+
+def tower_flops(model: QwenVL, patches: int) -> float:
+    """Of an image's patches through the vision tower."""
+    vision = model.config.vision
     tower = model.visual
+    window = (vision.window // vision.patch) ** 2                  # patches
+    seen = 0                                                       # by a patch, over all blocks
+    for block in range(vision.depth):
+        seen += patches if block in vision.full_blocks else min(window, patches)
+    products = (linear_weights(tower.blocks) + tower.patch_embed.proj.weight.numel()) * patches
     mergers = nn.ModuleList([tower.merger, *getattr(tower, "deepstack_merger_list", [])])
-    packed_tokens = len(prompt.input_ids) + GROUP * (tokens - 1)
-    products = (
-        linear_weights(model.visual.blocks) * patches
-        + linear_weights(model.model.layers) * packed_tokens
-        + config.vocab * config.hidden * GROUP * tokens
-        + linear_weights(mergers) * patches // config.vision.merge ** 2)
-    forward = 2 * products + attention_flops(config, patches, len(prompt.input_ids), tokens)
-    return {
-        "TFLOP_per_group": 3 * forward / 1e12,
-        "TFLOPs": 3 * forward * groups_per_second / 1e12,
-    }
+    products += linear_weights(mergers) * patches // vision.merge ** 2
+    return 2 * (products + 2 * vision.hidden * seen * patches)
 
 
 def linear_weights(module: nn.Module) -> int:
@@ -804,60 +991,33 @@ def linear_weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def attention_flops(config: Config, patches: int, prompt_tokens: int, tokens: int) -> float:
-    """Forward FLOPs of attention in tower and language model: scores and weighted values."""
-    vision = config.vision
-    window = (vision.window // vision.patch) ** 2                  # patches
-    seen = 0                                                       # by a patch, over all blocks
-    for block in range(vision.depth):
-        seen += patches if block in vision.full_blocks else min(window, patches)
-    # Half a prompt is seen on average, in a completion the prompt and half the completion.
-    pairs = prompt_tokens ** 2 / 2 + GROUP * (tokens - 1) * (prompt_tokens + tokens / 2)
-    tower = 2 * patches * seen * 2 * vision.hidden
-    return tower + config.layers * 2 * 2 * config.heads * config.head_dim * pairs
-
-
 # ---------------------------------------------------------------- the run
 
 def main() -> None:
     args = flags().parse_args()
+    args.device = runtime.choose_device(args.device)
     args.tokens = args.tokens or (256 if args.device == "cuda" else 64)
     device = torch.device(args.device)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    table = Table(args.repeats, device)
-    print(f"{args.shape} shape, {args.device}, {dtype_name(dtype)}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads")
-    print(f"{'':8} {'beside':44} {'ours':>12} {'theirs':>12} {'unit':16} {'ratio':>7}   "
-          "least .. most")
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = write_checkpoint(Path(folder), args.shape, dtype)
-        findings = measure(table, checkpoint, args, dtype)
     cuda = device.type == "cuda"
-    report = {
-        "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
-        "torch": torch.__version__, "shape": args.shape, "dtype": dtype_name(dtype),
-        "tokens": args.tokens, "repeats": args.repeats, "rows": table.rows, **findings}
-    if cuda:
-        report |= ceilings(device)
-        add_shares(report)
-        report["peak_memory_GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        report["peak_memory_GiB"] = peak / 2 ** 20
-    (out / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written: {out / 'bench.json'}")
-
-
-def add_shares(report: dict[str, Any]) -> None:
-    """Adds to rows what share of the machine's ceiling they reach, and prints it."""
-    for row in report["rows"]:
-        for key, ceiling in (("TBs", "bandwidth_TBs"), ("TFLOPs", "matrix_TFLOPs")):
-            if key in row:
-                row["share"] = row[key] / report[ceiling]
-                print(f"{row['name']}: {row[key]:.3g} {key}, {row['share']:.0%} of the "
-                      f"{report[ceiling]:.3g} measured in this run")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
+    out = runtime.writable(args.out)
+    name = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
+    table = Table(out / "bench.json", args.repeats, device, {
+        "device": name, "torch": torch.__version__, "shape": args.shape,
+        "dtype": dtype_name(dtype), "tokens": args.tokens, "repeats": args.repeats,
+        **ceilings(device, dtype)})
+    print(f"{args.shape} shape, {name}, {dtype_name(dtype)}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads; {table.report['matrix_TFLOPs']:.3g} TFLOP/s in a "
+          f"matrix product, {table.report['bandwidth_TBs']:.3g} TB/s in a copy")
+    print(f"{'':8} {'beside':44} {'ours':>12} {'theirs':>12} {'unit':16} {'ratio':>7}   "
+          "least .. most   ours")
+    table.write()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(table, write_checkpoint(Path(folder), args.shape, dtype), args, dtype)
+    except KeyboardInterrupt:
+        runtime.fail(f"stopped; what was measured stands in {table.file}")
+    print(f"written: {table.file}")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,9 @@ def generate(
     logits, cache, first_positions = model.prefill(prompts, group, max_new_tokens)
     # The first token's distribution is the prompt's; each of its rollouts draws from it.
     logits = logits.repeat_interleave(group, 0)                            # (R, V)
-    seeds, stop_ids = sent((seeds, torch.tensor(model.stop_ids)), model.device)
+    # None may be: an empty tensor would else be of floats.
+    stop_ids = torch.tensor(model.stop_ids, dtype=torch.long)
+    seeds, stop_ids = sent((seeds, stop_ids), model.device)
     batch = start_batch(first_positions, seeds, group, max_new_tokens)
     results = start_results(len(batch.slots), max_new_tokens, model.device)
     decode = decoder(model, cache, cuda_graphs)

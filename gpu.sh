@@ -1,37 +1,73 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, in four runs of ten minutes:
+# All that only a GPU can show, in parts of ten minutes at most on one with 80 GB:
 #
-#   bash gpu.sh speed | batches | stages | study
+#   bash gpu.sh speed | updates | step | numerics | batches | larger | stages | flags | study
 #
-# Figures go to $OUT (default: gpu/). SHAPE=tiny DEVICE=cpu tries the script on any machine.
+# Figures go to $OUT (default: gpu/), each when it is measured: a part that is cut off leaves what
+# it has. SHAPE=tiny LARGER=tiny DEVICE=cpu tries the script on any machine; LIMIT is a part's
+# seconds.
 set -euo pipefail
 cd "$(dirname "$0")"
-out=${OUT:-gpu} device=${DEVICE:-cuda} shape=${SHAPE:-3b}
+out=${OUT:-gpu} device=${DEVICE:-cuda} shape=${SHAPE:-3b} limit=${LIMIT:-570}
 mkdir -p "$out"
 
+# limited COMMAND: stopped as by Ctrl-C where the part's time is over.
+limited() {
+  local status=0
+  timeout --signal INT --kill-after 20 "$((limit > SECONDS ? limit - SECONDS : 1))" "$@" ||
+    status=$?
+  if [ $status = 124 ]; then
+    echo "gpu.sh: the part's $limit seconds are over; what it has measured stands in $out" >&2
+    exit 124
+  fi
+  return $status
+}
+
 bench() {
-  python bench.py --device "$device" "$@"
+  limited python bench.py --device "$device" "$@"
 }
 
-# Every part beside its peer at 64 rollouts; float32 against bfloat16, graphs against eager; the
-# ten largest operations.
+# Loading, prefill and decoding beside transformers at 64 rollouts, and the image pipeline.
 speed() {
-  bench --shape "$shape" --out "$out/$shape"
+  bench --shape "$shape" --repeats 2 --only load prefill decode images --out "$out/$shape"
 }
 
-# Decoding at 8 and at 256 rollouts, and the larger shape.
+# Forward and backward passes: a group's, with the prompt once and repeated, and unequal records'.
+updates() {
+  bench --shape "$shape" --repeats 2 --only update sft --out "$out/${shape}_updates"
+}
+
+# A whole RFT step on either side.
+step() {
+  bench --shape "$shape" --repeats 1 --only step --out "$out/${shape}_step"
+}
+
+# float32 against bfloat16, graphs against eager; the ten largest operations.
+numerics() {
+  bench --shape "$shape" --only numerics profile --out "$out/${shape}_numerics"
+}
+
+# Decoding at 8 and at 256 rollouts.
 batches() {
-  bench --shape "$shape" --only decode --prompts 1 --out "$out/${shape}_8"
-  bench --shape "$shape" --only decode --prompts 32 --repeats 1 --out "$out/${shape}_256"
-  bench --shape "${LARGER:-7b}" --only prefill decode --repeats 1 --out "$out/larger"
+  bench --shape "$shape" --repeats 2 --only decode --prompts 1 --out "$out/${shape}_8"
+  bench --shape "$shape" --repeats 1 --only decode --prompts 32 --out "$out/${shape}_256"
+}
+
+# The larger shape.
+larger() {
+  bench --shape "${LARGER:-7b}" --repeats 1 --only prefill decode --out "$out/larger"
 }
 
 # NCCL and FSDP2 with one process: both stages, then RFT again from the middle. What was resumed
 # must be as what was never interrupted.
 stages() {
   stage_pair "$out/stages"
+}
+
+# The same with the flags that change how a step is computed.
+flags() {
   if [ "$device" = cuda ]; then
-    stage_pair "$out/stages_flags" --cuda-graphs --gradient-checkpointing
+    stage_pair "$out/stages_flags" --cuda-graphs --deterministic
   else
     stage_pair "$out/stages_flags" --gradient-checkpointing
   fi
@@ -41,7 +77,7 @@ stages() {
 stage_pair() {
   local folder=$1
   shift
-  local run="torchrun --standalone --nproc_per_node 1"
+  local run="limited torchrun --standalone --nproc_per_node 1"
   local common="--device $device --max-new-tokens 180 --val 16"
   local rft="$run rft.py $common --init $folder/sft --steps 4 --every 2 --lr 1e-4"
   $run sft.py $common --init toy/base --out "$folder/sft" --steps "${STEPS:-200}" --every 100 \
@@ -69,15 +105,16 @@ PYTHON
 }
 
 # The regime of study/ablate.sh where the positional term matters most, for longer than two cores
-# can.
+# can. Called again it goes on where its time was over.
 study() {
-  PY=python STUDY="$out/study" REGIMES=small SEEDS=0 RFT="${STEPS:-1000}" \
+  limited env PY=python STUDY="$out/study" REGIMES=small SEEDS=0 RFT="${STEPS:-1000}" \
     ARMS="iou positional consistency" bash study/ablate.sh
 }
 
 case ${1:-} in
-  speed | batches | stages | study) "$1" ;;
+  speed | updates | step | numerics | batches | larger | stages | flags | study) "$1" ;;
   *)
-    echo "gpu.sh: say which part: speed, batches, stages or study" >&2
+    echo "gpu.sh: say which part: speed, updates, step, numerics, batches, larger, stages, flags" \
+      "or study" >&2
     exit 2 ;;
 esac
