@@ -1332,8 +1332,8 @@ def base_folder(path: Path) -> Path:
         return path
     if any((path / name).exists() for name in ("model.safetensors", WEIGHT_INDEX)):
         raise CheckpointError(
-            f"{file} lies beside whole weights; merge the adapter into them, or move it to a "
-            "folder of its own")
+            f"{path}: {ADAPTER_CONFIG} lies beside whole weights; merge the adapter into them, "
+            "or move it to a folder of its own")
     name = str(read_adapter_config(file).get("base_model_name_or_path") or "")
     base = newest_step(name)
     if not name or not (base / "config.json").exists():
