@@ -2,6 +2,7 @@
 
 Small random checkpoints in hub layout, a folder in DIOR-RSVG's layout, and a way to run a script.
 """
+import importlib.util
 import json
 import os
 import subprocess
@@ -26,6 +27,14 @@ PROCESSORS = {
 ADDED = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+
+# NIGHTLY=1 bash test.sh: many more random cases than fit a quick run.
+NIGHTLY = bool(os.environ.get("NIGHTLY"))
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+    hypothesis.settings.register_profile("nightly", max_examples=10_000, deadline=None)
+    hypothesis.settings.register_profile("quick", max_examples=200, deadline=None)
+    hypothesis.settings.load_profile("nightly" if NIGHTLY else "quick")
 
 
 def pytest_configure() -> None:

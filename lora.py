@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from files import write_tensors
 from model import (
     ADAPTER_CONFIG,
     CheckpointError,
@@ -216,19 +217,23 @@ def merge(model: nn.Module) -> None:
 
 # ---------------------------------------------------------------- PEFT's files
 
-def save(model: QwenVL, path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def stored_tensors(model: QwenVL) -> dict[str, Tensor]:
+    """What an adapter's file holds: PEFT's names, sorted, with this model's tensors."""
+    stored = {}
+    for name, tensor in saved_parameters(model):
+        stored[f"base_model.model.{nested_name(name)}.weight"] = tensor
+    return dict(sorted(stored.items()))
+
+
+def save(model: QwenVL, path: Path, whole: Iterator[Tensor]) -> None:
     """Writes adapter_model.safetensors, in the base's own dtype, and adapter_config.json.
 
-    tensors: (name, whole tensor) of each adapter parameter."""
+    whole: gives the tensors of stored_tensors(), in its order, unsharded."""
     layers = adapted(model)
-    stored = {}
-    for name, tensor in tensors:
-        if is_adapter(name):
-            tensor = tensor.detach().to("cpu", model.stored_dtype).contiguous()
-            stored[f"base_model.model.{nested_name(name)}.weight"] = tensor
+    shapes = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
     layer = next(iter(layers.values()))
     path.mkdir(parents=True, exist_ok=True)
-    save_file(stored, path / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(path / WEIGHTS, shapes, model.stored_dtype, whole, {"format": "pt"})
     write_json(path / ADAPTER_CONFIG, {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

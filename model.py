@@ -25,7 +25,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,11 +33,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import Cache, Plan, Rows, attention, cumulative, sent
+from files import tensor_bytes, write_tensors
 
 if TYPE_CHECKING:
     from processor import Processor, Prompt
@@ -1229,50 +1229,60 @@ class QwenVL(nn.Module):
                 f"{self.config.vocab} ids; take both from one checkpoint")
 
     def save_pretrained(
-            self, path: str | Path, tensors: Iterable[tuple[str, Tensor]] | None = None,
+            self, path: str | Path, whole: Iterator[Tensor] | None = None,
             shard_bytes: int = 5 * 10 ** 9) -> None:
         """Writes config.json and safetensors in hub layout, in the checkpoint's own dtype; of
         a model with adapters these alone, in PEFT's layout.
 
-        tensors: (name, tensor) pairs to write instead of the model's own, where those
-        are sharded over processes."""
+        whole: gives the tensors in the order of stored_files(), where the model's own are
+        sharded over processes. One at a time is asked for, and written."""
         import lora
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        if tensors is None:
-            tensors = self.state_dict().items()
+        shards = self.stored_files(shard_bytes)
+        if whole is None:
+            whole = itertools.chain.from_iterable(shard.values() for shard in shards)
         if lora.adapted(self):
-            lora.save(self, path, tensors)
+            lora.save(self, path, whole)
             return
         write_json(path / "config.json", self.config.raw)
-        shards = self.shards(tensors, shard_bytes)
         if len(shards) == 1:
             names = ["model.safetensors"]
         else:
             n = len(shards)
             names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
         for name, shard in zip(names, shards):
-            save_file(shard, path / name, metadata={"format": "pt"})
+            shapes = {key: tensor.shape for key, tensor in shard.items()}
+            write_tensors(path / name, shapes, self.stored_dtype, whole, {"format": "pt"})
         if len(shards) > 1:
-            write_json(path / WEIGHT_INDEX, shard_index(names, shards))
+            index = {
+                "metadata": {"total_size": self.stored_bytes()},
+                "weight_map": shard_index(names, shards)}
+            write_json(path / WEIGHT_INDEX, index)
 
-    def shards(
-            self, tensors: Iterable[tuple[str, Tensor]],
-            shard_bytes: int) -> list[dict[str, Tensor]]:
-        """Tensors in the stored dtype on the CPU, cut into files of at most so many
-        bytes (more where one tensor has more)."""
+    def stored_files(self, shard_bytes: int = 5 * 10 ** 9) -> list[dict[str, Tensor]]:
+        """What save_pretrained writes: for each file of at most so many bytes (more where one
+        tensor has more) the names in it, sorted, with this model's tensors."""
+        import lora
+        if lora.adapted(self):
+            return [lora.stored_tensors(self)]
         shards: list[dict[str, Tensor]] = [{}]
         size = 0
-        for name, tensor in tensors:
+        for name, tensor in self.state_dict().items():
             if name == "lm_head.weight" and self.config.tied:
                 continue
-            tensor = tensor.detach().to("cpu", self.stored_dtype).contiguous()
-            if shards[-1] and size + tensor.nbytes > shard_bytes:
+            n = tensor_bytes(tensor.shape, self.stored_dtype)
+            if shards[-1] and size + n > shard_bytes:
                 shards.append({})
                 size = 0
             shards[-1][self.stored_name(name)] = tensor
-            size += tensor.nbytes
-        return shards
+            size += n
+        return [dict(sorted(shard.items())) for shard in shards]
+
+    def stored_bytes(self) -> int:
+        """Bytes of what save_pretrained writes."""
+        tensors = itertools.chain.from_iterable(shard.values() for shard in self.stored_files())
+        return sum(tensor_bytes(tensor.shape, self.stored_dtype) for tensor in tensors)
 
 
 def as_grids(image_grid_thw: Tensor) -> list[Grid]:
@@ -1443,14 +1453,12 @@ def read_tensor(
     return tensor
 
 
-def shard_index(names: list[str], shards: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """model.safetensors.index.json: which file has which tensor."""
+def shard_index(names: Sequence[str], shards: Sequence[dict[str, Tensor]]) -> dict[str, str]:
+    """Name of a tensor -> the file that has it."""
     weight_map = {}
-    total_size = 0
     for name, shard in zip(names, shards):
         weight_map.update(dict.fromkeys(shard, name))
-        total_size += sum(tensor.nbytes for tensor in shard.values())
-    return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    return weight_map
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

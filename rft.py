@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import answer
 import eval as evaluation
@@ -50,6 +49,10 @@ from processor import Processor, Prompt
 MAX_LOG_RATIO = 20.0
 # Keys of metrics.jsonl and rollouts.jsonl that no term of the reward may have.
 RESERVED = {*runtime.LOG_KEYS, "id", "expression", "target", "boxes", "texts"}
+# So many steps in a row in which nothing can be learned are a collapse. Ours.
+COLLAPSED_AFTER = 10
+# Nats a token; a token of probability 0.999 beside one other has 0.008. Ours.
+LEAST_ENTROPY = 0.01
 # How a group's loss may be weighted.
 WEIGHTINGS = ("consistency", "mean", "variance", "off", "shuffled")
 # How the losses of tokens become one, whose ratio is clipped, how the KL is estimated:
@@ -808,6 +811,20 @@ def update_summary(
     return line
 
 
+def collapse(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence on each way in which the last steps of a log can't teach any more."""
+    equal = runtime.last_steps(lines, lambda line: line["zero_variance_groups"] > 1 - 1e-6)
+    certain = runtime.last_steps(lines, lambda line: line["entropy"] < LEAST_ENTROPY)
+    found = []
+    if equal >= COLLAPSED_AFTER:
+        found.append(f"for {COLLAPSED_AFTER} steps or more no group's rewards differ: all "
+                     "advantages are 0")
+    if certain >= COLLAPSED_AFTER:
+        found.append(f"for {COLLAPSED_AFTER} steps or more the entropy is under {LEAST_ENTROPY} "
+                     "nats: a group's answers are all but the same")
+    return found
+
+
 def sum_over_processes(own: dict[str, Any]) -> dict[str, float]:
     """Each figure summed over all processes, in one exchange."""
     values = torch.tensor([float(v) for v in own.values()], dtype=torch.float64)
@@ -882,34 +899,46 @@ def main() -> None:
     runtime.check_output(out, args.resume)
     policy = open_policy(init, args, records)
     first = runtime.restore(out, policy.model, policy.optimizer) if args.resume else 0
+    lines = runtime.begin(out, first, policy.model, ("metrics.jsonl", "rollouts.jsonl"))
     run = runtime.run_description(args, "rft", records)
-    runtime.begin(out, first, policy.model, ("metrics.jsonl", "rollouts.jsonl"))
+    checkpoints = runtime.Checkpoints(
+        out, args, policy.model, policy.optimizer, policy.processor, run, first)
+    memory.dry_step(
+        policy.model, policy.optimizer, policy.reference,
+        memory.workload(policy.model, policy.processor, records, step_size(args), args))
+    train(policy, checkpoints, lines, records, val)
 
+
+def train(
+        policy: Policy, checkpoints: runtime.Checkpoints, lines: list[dict[str, Any]],
+        records: Sequence[Record], val: Sequence[Record],
+) -> None:
+    """The steps of a run from its last checkpoint on; lines: its log up to there."""
+    args = checkpoints.args
+    out = checkpoints.out
+    first = checkpoints.saved
     replacements = runtime.Replacements(out, len(records))
 
     def prompts_of(step: int) -> runtime.Share[Prompt]:
         """This process's records of a step with their prompts."""
         return runtime.own_share(records, step, args.prompts, args.seed, policy.prompt)
 
-    memory.dry_step(
-        policy.model, policy.optimizer, policy.reference,
-        memory.workload(policy.model, policy.processor, records, step_size(args), args))
     if not first:
         share = prompts_of(0)
         replacements.count(0, share.unreadable)
         canary(policy, share.records, share.made, args)
-    steps = range(first, args.steps)
-    skipped = 0
-    bar = tqdm(
-        steps, initial=first, total=args.steps, desc="rft", disable=runtime.rank() > 0)
-    with bar:
-        for step, share in zip(bar, runtime.prefetch(prompts_of, steps, args.workers)):
+    with runtime.progress_bar("rft", first, args.steps) as bar:
+        ahead = runtime.prefetch(prompts_of, range(first, args.steps), args.workers)
+        for step, share in zip(bar, ahead):
+            if runtime.told_to_stop(out):
+                break
             unreadable = replacements.count(step, share.unreadable)
             fresh = functools.partial(fresh_records, records, args, step)
             line, rollouts, grades = train_step(
                 policy, share.records, share.made, args, step, fresh)
+            lines.append(line)
             line |= unreadable
-            skipped = 0 if line["finite"] else skipped + 1
+            runtime.warn(lines, rollouts.records, collapse(lines))
             log_rollouts(out / "rollouts.jsonl", step, rollouts, grades)
             due = (step + 1) % args.every == 0 or step + 1 == args.steps
             if due:
@@ -918,9 +947,10 @@ def main() -> None:
             runtime.log(out / "metrics.jsonl", line)
             # Last, so that a checkpoint never covers a step that is not logged.
             if due:
-                runtime.save(out, step + 1, policy.model, policy.optimizer, policy.processor, run)
+                checkpoints.save(line)
             bar.set_postfix_str(progress(line))
-            runtime.stop_if_not_finite(skipped, step, args.steps, out)
+            runtime.stop_if_not_finite(lines, args.steps, out)
+    checkpoints.end(lines)
 
 
 def step_size(args: argparse.Namespace) -> memory.Step:
@@ -958,8 +988,9 @@ def progress(line: dict[str, Any]) -> str:
     """A step's log line, as it stands behind the progress bar."""
     kl = f"kl {line['kl']:.4f} " if "kl" in line else ""
     return (f"reward {line['reward']:.3f} iou {line['iou']:.3f} tokens {line['length']:.0f} {kl}"
-            f"sampled-scored {line['sampled_scored_max']:.1e} peak {line['peak_GiB']:.1f} GiB")
+            f"sampled-scored {line['sampled_scored_max']:.1e} peak {line['peak_GiB']:.1f} GiB"
+            + (" warning" if "warning" in line else ""))
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    runtime.main(main, farewells=True)

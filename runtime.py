@@ -10,6 +10,7 @@ by the token count of the whole step, over all processes. So the number of proce
 changes rounding only.
 """
 import argparse
+import errno
 import faulthandler
 import functools
 import importlib.metadata
@@ -19,10 +20,14 @@ import math
 import os
 import pickle
 import resource
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +39,6 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -46,6 +50,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+import files
 import lora
 from data import (
     MOST_UNREADABLE,
@@ -69,7 +74,8 @@ STOP_AFTER_SKIPPED = 5
 # run's hash.
 FREE_ON_RESUME = (
     "root", "steps", "epochs", "device", "workers", "micro_tokens", "every", "val",
-    "gradient_checkpointing", "deterministic", "plan", "gpus", "memory", "image",
+    "gradient_checkpointing", "deterministic", "plan", "gpus", "memory", "image", "keep",
+    "keep_weights",
 )
 # What a patch of the trained vision tower counts in --micro-tokens: at the widths of the 3B
 # model it keeps 2.02 MB for the backward pass, and a token 4.68 MB (counted, not measured).
@@ -77,6 +83,18 @@ PATCH_TOKENS = 0.43
 # Where a Linux system shows its NVIDIA GPUs and their driver.
 GPU_FILES = Path("/dev")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
+# Bytes of a checkpoint's small files: tokenizer, settings, lists.
+SMALL_FILES = 2 ** 24
+
+# How long a process waits for another one.
+GROUP_TIMEOUT = timedelta(seconds=2 * STUCK_AFTER)
+# The signals by which users and schedulers end a run, and whether one came.
+FAREWELLS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+TOLD = threading.Event()
+# Disk full, quota used up, file larger than the shell's limit.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What the processes share before and behind their group; None for a lone process.
+STORE: dist.Store | None = None
 
 # Of a run's folder: the records whose images can't be decoded.
 UNREADABLE_LOG = "unreadable.jsonl"
@@ -163,6 +181,11 @@ def add_common_flags(
         "uninterrupted one to the bit; a CPU always does")
     add("--workers", type=natural,
         help="processes that prepare images ahead; default: 2 on CUDA, else 0: none")
+    add = parser.add_argument_group("disk").add_argument
+    add("--keep", type=positive, default=2,
+        help="newest checkpoints that keep their training state, which --resume reads")
+    add("--keep-weights", type=positive, metavar="N",
+        help="newest checkpoints that stay, beside the best by validation; default: all")
     add = parser.add_argument_group("memory").add_argument
     add("--micro-tokens", type=positive, default=8192,
         help="packed tokens in one forward and backward pass, a patch of a trained vision tower "
@@ -293,35 +316,142 @@ def same_value(a: Any, b: Any) -> bool:
 def fail(message: object) -> NoReturn:
     """Ends the script after a user's mistake: one line, exit status 2.
 
-    Before the processes join, all of them meet the same mistake, and the first alone
-    prints it. Later a mistake may be one process's own (an image that only it opens),
-    so each prints its.
+    Where several processes fail, the first alone says why: the others meet the same
+    mistake, or fail because the first is gone.
     """
-    if rank() == 0 or dist.is_initialized():
+    if first_to_fail():
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def main(stage: Callable[[], None]) -> NoReturn:
-    """Runs a script's main function; the exit status is 2 after a user's mistake."""
-    status = 0
-    try:
-        try:
-            stage()
-        except (DataError, CheckpointError) as error:
-            fail(error)
-    except SystemExit as leaving:
-        status = leaving.code
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def main(stage: Callable[[], None], farewells: bool = False) -> NoReturn:
+    """Runs a script's main function; the exit status is 2 after a user's mistake.
+
+    farewells: SIGTERM, SIGINT and SIGUSR1 do not end the process, but make
+    told_to_stop() true, which the stage asks between its steps.
+    """
+    if farewells:
+        listen()
+    status = exit_status(stage)
     # While the interpreter is taken down, torch's threads crash now and then (torch
     # 2.13, gloo), and torchrun would call a finished run a failed one. All files are
     # written by now, so several processes leave without that.
     if world() > 1:
+        # With a process that is gone there is nothing to take leave of.
+        if status == 0 and dist.is_initialized():
+            dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status or 0)
+        os._exit(status)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.exit(status)
+
+
+def exit_status(stage: Callable[[], None]) -> int:
+    """Runs a script's main function -> 0, 2 after a user's mistake, 1 after another error.
+
+    What went wrong is said by one process, as in fail().
+    """
+    try:
+        try:
+            meet()
+            stage()
+        except (DataError, CheckpointError) as error:
+            fail(error)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            fail(f"{error.strerror}: {error.filename or 'a log'} could not be written; make room, "
+                 "and go on with --resume")
+    except SystemExit as leaving:
+        return leaving.code or 0
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if world() == 1:
+            raise
+        if first_to_fail():
+            if lost_peer(error):
+                print("a process of this run is gone; what was saved stands, and --resume goes on",
+                      file=sys.stderr)
+            else:
+                traceback.print_exc()
+        return 1
+    return 0
+
+
+# ---------------------------------------------------------------- farewells
+
+def listen() -> None:
+    """From here on a farewell's signal sets TOLD and does nothing else.
+
+    A second SIGINT ends the process at once. A thread hears them, because the main one may
+    be within a library's code for a while.
+    """
+    heard, said = os.pipe()
+    os.set_blocking(said, False)
+    signal.set_wakeup_fd(said, warn_on_full_buffer=False)
+    for number in FAREWELLS:
+        signal.signal(number, lambda number, frame: None)
+    threading.Thread(target=hear, args=(heard,), daemon=True).start()
+
+
+def hear(pipe: int) -> None:
+    """Reads the numbers of signals from a pipe."""
+    interrupts = 0
+    while True:
+        for number in os.read(pipe, 64):
+            if number in FAREWELLS:
+                TOLD.set()
+            interrupts += number == signal.SIGINT
+            if interrupts == 2:
+                # The bar has left the cursor in its line.
+                print("\nleft at once; what was saved stands, and --resume goes on",
+                      file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGINT)
+
+
+def deafen(worker: int) -> None:
+    """In a process that prepares images: a farewell is the business of the one that trains.
+
+    A scheduler sends its signals to all processes alike.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in FAREWELLS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def told_to_stop(out: Path) -> bool:
+    """Whether a signal, or a file `stop` in `out`, tells the run to end before its next step.
+
+    All processes come to the same answer, whichever of them was told.
+    """
+    told = TOLD.is_set() or rank() == 0 and (out / "stop").exists()
+    return bool(all_max(torch.tensor(int(told))))
+
+
+def say_farewell(out: Path, done: int, steps: int) -> None:
+    """Ends a run that is saved behind `done` of `steps`: prints the command that goes on."""
+    if rank():
+        return
+    # It is obeyed; a resume shall not stop at once.
+    (out / "stop").unlink(missing_ok=True)
+    if done == 0:
+        # What the first answers met; a new run needs an empty folder.
+        (out / UNREADABLE_LOG).unlink(missing_ok=True)
+        print("stopped before the first step: nothing is lost; the same command starts again")
+    elif done < steps:
+        print(f"stopped behind step {done} of {steps}; go on with: {command_to_resume(out)}")
+
+
+def command_to_resume(out: Path) -> str:
+    """The command that goes on with a run, as one types it."""
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+    return shlex.join([*launcher, sys.argv[0], "--out", str(out), "--resume"])
 
 
 # ---------------------------------------------------------------- processes
@@ -334,6 +464,32 @@ def rank() -> int:
 def world() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def meet() -> None:
+    """Opens the store that torchrun's processes share, before they join a group.
+
+    It outlives each of them: so they can agree on who speaks, whichever is gone.
+    """
+    global STORE
+    if world() > 1:
+        STORE, _, _ = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the first of all that fails: it alone says why."""
+    if STORE is None:
+        return rank() == 0
+    try:
+        return STORE.compare_set("failed", "", str(rank())) == str(rank()).encode()
+    except RuntimeError:
+        # The store is gone with the launcher: silence would be worse than a repetition.
+        return True
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether an error came about because another process is gone, as gloo or NCCL tell it."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def choose_device(asked: str | None) -> str:
@@ -380,9 +536,10 @@ def start(device: str, deterministic: bool = False) -> torch.device:
     if world() > 1 or device != "cpu":
         # Beside NCCL stands gloo, because the sums that are logged lie on the CPU.
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        if "RANK" not in os.environ:
-            group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(seconds=2 * STUCK_AFTER), **group)
+        store = STORE if "RANK" in os.environ else dist.HashStore()
+        if store is not None:
+            group |= {"store": store, "rank": rank(), "world_size": world()}
+        dist.init_process_group(backend, timeout=GROUP_TIMEOUT, **group)
     if rank() == 0:
         print(f"computing on {device_words(device, deterministic)}", flush=True)
     return torch.device(device)
@@ -645,15 +802,43 @@ def update(
     return norm.item()
 
 
-def stop_if_not_finite(skipped: int, step: int, steps: int, out: Path) -> None:
-    """Ends a run behind step `step` (from 0), whose last `skipped` gradients were not finite.
+def stop_if_not_finite(lines: Sequence[dict[str, Any]], steps: int, out: Path) -> None:
+    """Ends a run whose last gradients were not finite; lines: its log so far.
 
     So many in a row do not mend themselves; and a run must not end well on a skipped
     step.
     """
-    if skipped == STOP_AFTER_SKIPPED or skipped and step + 1 == steps:
-        fail(f"no gradient is finite from step {step + 2 - skipped} on; lower --lr; "
-             f"what was saved before stands in {out}")
+    skipped = last_steps(lines, lambda line: not line["finite"])
+    done = lines[-1]["step"]
+    if skipped >= STOP_AFTER_SKIPPED or skipped and done == steps:
+        fail(f"no gradient is finite from step {done + 1 - skipped} on; lower --lr; "
+             f"what was saved before stands in {out}, whose metrics.jsonl names the records")
+
+
+def warn(
+        lines: Sequence[dict[str, Any]], own: Sequence[Record], more: Sequence[str] = (),
+) -> None:
+    """Puts into the last of a log's lines what is wrong with its step, in words.
+
+    own: this process's records of it; more: sentences of the stage's own. What the step before
+    did not say is printed, too.
+    """
+    line = lines[-1]
+    sentences = list(more)
+    if not line["finite"]:
+        names = ", ".join(gather_lists([record.id for record in own]))
+        sentences.append(f"the gradient is not finite, and the step skipped; its records: {names}")
+    if not sentences:
+        return
+    line["warning"] = "; ".join(sentences)
+    said = lines[-2].get("warning") if len(lines) > 1 else None
+    if rank() == 0 and line["warning"] != said:
+        say(f"warning, step {line['step']}: {line['warning']}")
+
+
+def last_steps(lines: Sequence[dict[str, Any]], true_of: Callable[[dict[str, Any]], bool]) -> int:
+    """Of how many steps in a row, up to the last, something is true."""
+    return sum(1 for _ in itertools.takewhile(true_of, reversed(lines)))
 
 
 def peak_memory(model: QwenVL) -> float:
@@ -820,9 +1005,6 @@ class Replacements:
                 if is_new:
                     tqdm.write(f"{met.problem}; another record takes its place")
         if len(self.ids) > self.limit:
-            # All processes are here, and one of them says it.
-            if rank():
-                sys.exit(2)
             fail(f"{len(self.ids):,} of {self.total:,} records met so far have an image that can't "
                  f"be decoded, more than {MOST_UNREADABLE:.0%}; {self.path} names them; python "
                  "data.py finds all")
@@ -849,7 +1031,7 @@ def prefetch(make: Callable[[int], T], steps: Sequence[int], workers: int) -> It
         return
     loader = torch.utils.data.DataLoader(
         PickledSteps(make, steps), batch_size=None, num_workers=workers, prefetch_factor=1,
-        multiprocessing_context="fork")
+        multiprocessing_context="fork", worker_init_fn=deafen)
     for pickled in loader:
         made = pickle.loads(pickled)
         if isinstance(made, DataError):
@@ -919,13 +1101,39 @@ def equal_slices(n: int, count: int) -> list[slice]:
 
 
 def begin(
-        out: Path, step: int, model: nn.Module, logs: Sequence[str] = ("metrics.jsonl",)) -> None:
-    """Before a run starts behind `step`: prints what is trained, and cuts the logs of `out`."""
+        out: Path, step: int, model: nn.Module, logs: Sequence[str] = ("metrics.jsonl",),
+) -> list[dict[str, Any]]:
+    """Before a run starts behind `step`: prints what is trained, and cuts the logs of `out`.
+
+    -> the lines of metrics.jsonl so far.
+    """
     print_parameters(model)
     if rank() == 0:
         for name in (*logs, UNREADABLE_LOG):
             cut_log(out / name, step)
     barrier()
+    return read_log(out / "metrics.jsonl")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@contextmanager
+def progress_bar(stage: str, first: int, steps: int) -> Iterator[tqdm]:
+    """A bar over the steps from `first` on, on the first process."""
+    bar = tqdm(
+        range(first, steps), initial=first, total=steps, desc=stage, disable=rank() > 0)
+    with bar:
+        try:
+            yield bar
+        except Exception as error:
+            # What ended the other process stands above, and shall be the last word.
+            bar.leave = not lost_peer(error)
+            raise
 
 
 # What the keys of metrics.jsonl mean, with their units; README's glossary is this
@@ -939,6 +1147,7 @@ LOG_KEYS = {
     "grad_norm": "length of the gradient before it is cut to 1, over all parameters; rft: of the "
                  "last optimizer step",
     "finite": "false where a gradient was not finite, so that the step was skipped",
+    "warning": "what is wrong with the step, in words; only where something is",
     "peak_GiB": "memory that the first process held at most so far",
     "val_mIoU": "mean IoU of greedy answers to --val records, where a validation was due",
     "val_Pr@0.5": "share of them with IoU above 0.5 (at least 0.5 on opt)",
@@ -1051,9 +1260,9 @@ def check_output(out: Path, resume: bool) -> None:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """run.json of the newest checkpoint of a run that is to be resumed."""
+    """run.json of a run that is to be resumed: the newest that is as it was written."""
     latest = out / "latest"
-    if not os.path.exists(latest):
+    if not os.path.lexists(latest):
         fail(f"--resume, but there is no checkpoint in {out}; "
              "leave --resume out, or name the --out of the run")
     # save() replaces the link, which it could not do with a folder.
@@ -1061,12 +1270,26 @@ def read_run(out: Path) -> dict[str, Any]:
         newest = max((p.name for p in out.glob("step_*")), key=by_number, default="copy")
         fail(f"{latest} is a folder, but must be a link to a step's (cp -rL follows links); "
              f"mv {latest} {out / 'copy'} && ln -s {newest} {latest}")
-    run = read_json(latest / "run.json")
-    whole = isinstance(run, dict) and {"stage", "data_hash"} <= run.keys()
-    if not whole or not isinstance(run.get("flags"), dict):
-        fail(f"{latest / 'run.json'} does not say how the run began; "
-             f"copy it there from another step, or start anew with --init {latest}")
+    candidates = resumable_steps(out)
+    whole = [step for step in candidates if run_is_whole(step)]
+    step = whole[0] if whole else candidates[0]
+    run = read_json(step / "run.json")
+    says_all = isinstance(run, dict) and {"stage", "data_hash"} <= run.keys()
+    if not says_all or not isinstance(run.get("flags"), dict):
+        fail(f"{step / 'run.json'} does not say how the run began; "
+             f"start anew with --init {step}")
     return run
+
+
+def run_is_whole(step: Path) -> bool:
+    """Whether a checkpoint's run.json is as it was written, as far as its manifest says."""
+    try:
+        listed = files.read_manifest(step)
+        if listed is None:
+            return (step / "run.json").exists()
+        return files.is_whole(step / "run.json", listed["run.json"])
+    except files.UNREADABLE:
+        return False
 
 
 def run_description(args: argparse.Namespace, stage: str, records: Records) -> dict[str, Any]:
@@ -1120,37 +1343,164 @@ def first_row(x: Tensor) -> int:
     return min(rank() * rows_per_process, rows)
 
 
+@dataclass
+class Checkpoints:
+    """A run's checkpoints: what they are made of, and how far they reach."""
+
+    out: Path
+    args: argparse.Namespace           # --steps, --keep and --keep-weights count
+    model: QwenVL
+    optimizer: torch.optim.Optimizer
+    processor: Processor
+    run: dict[str, Any]                # run_description()
+    saved: int                         # the newest step that is in one; 0: none
+
+    def save(self, line: dict[str, Any]) -> None:
+        """Saves the step that logged this line, and removes what need not stay."""
+        scores = {key: value for key, value in line.items() if key.startswith("val_")}
+        stands = save(self.out, line["step"], self.model, self.optimizer, self.processor,
+                      self.run | scores)
+        if stands:
+            self.saved = line["step"]
+            prune(self.out, self.args.keep, self.args.keep_weights)
+
+    def end(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Ends the run behind its last step, finished or told to stop; lines: its log."""
+        done = lines[-1]["step"] if lines else self.saved
+        # A farewell, or a disk that was full, leaves steps behind the last checkpoint.
+        if self.saved < done:
+            self.save(lines[-1])
+        if self.saved < done:
+            fail(f"step {done} could not be saved; make room in {self.out}, then "
+                 + (command_to_resume(self.out) if self.saved else "start again"))
+        say_farewell(self.out, done, self.args.steps)
+
+
 def save(
         out: Path, step: int, model: QwenVL, opt: torch.optim.Optimizer, processor: Processor,
         run: dict[str, Any],
-) -> None:
+) -> bool:
     """Writes out/step_000200: weights (or adapters) and tokenizer, run.json, and state/.
 
     The folder appears whole or not at all, and `latest` moves to it at once: a run
-    that is killed at any moment leaves its last checkpoint standing.
+    that is killed at any moment leaves its last checkpoint standing. False where the
+    disk has no room or refuses: that is said in one line, and the last one stands.
     """
     name = f"step_{step:06d}"
     temporary = out / f".{name}.tmp"
-    if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "state").mkdir(parents=True)
-    barrier()
-    save_state(temporary / "state", step, model, opt)
-    save_weights(temporary, model, processor)
+    try:
+        with together():
+            if rank() == 0:
+                begin_checkpoint(temporary, checkpoint_bytes(model))
+        with together():
+            hashes = write_files(temporary, step, model, opt, processor, run)
+        state_hashes = gather_hashes(hashes[f"state/{state_file_name(rank())}"])
+        with together():
+            if rank() == 0:
+                for r, state_hash in enumerate(state_hashes):
+                    hashes[f"state/{state_file_name(r)}"] = state_hash
+                finish_checkpoint(temporary, out / name, hashes)
+    except OSError as error:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, ElsewhereError):
+            say(f"step {step} is not saved: {error.strerror} ({out}); what was saved before stands")
+        return False
+    return True
+
+
+class ElsewhereError(OSError):
+    """Another process met an OSError, and says it."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Ends when every process is here; an OSError that one of them met inside is raised in all.
+
+    So no process waits for one that could not write. The first of those that met one has
+    its own, the others an ElsewhereError.
+    """
+    problem = None
+    try:
+        yield
+    except OSError as error:
+        problem = error
+    place = world() if problem is None else rank()
+    first = -int(all_max(torch.tensor(-place)))
+    if first < world():
+        raise problem if first == rank() else ElsewhereError
+
+
+def say(words: str) -> None:
+    """Prints a line above the progress bar."""
+    tqdm.write(words, file=sys.stderr)
+
+
+def checkpoint_bytes(model: QwenVL) -> int:
+    """What save() will write: weights as stored, float32 parameters, two moments of each."""
+    state = 0
+    for _, p in lora.saved_parameters(model):
+        copies = 3 if p.requires_grad else 1
+        state += copies * files.tensor_bytes(p.shape, torch.float32)
+    return model.stored_bytes() + state + SMALL_FILES
+
+
+def begin_checkpoint(temporary: Path, needed: int) -> None:
+    """Makes an empty folder to write to; an OSError where the disk has less than is needed."""
+    out = temporary.parent
+    out.mkdir(parents=True, exist_ok=True)
+    # What a run that was killed has left takes room.
+    for left in out.glob(".*.tmp"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {needed / 2 ** 30:.2f} GiB "
+                      f"are needed and {free / 2 ** 30:.2f} free")
+    (temporary / "state").mkdir(parents=True)
+
+
+def write_files(
+        folder: Path, step: int, model: QwenVL, opt: torch.optim.Optimizer,
+        processor: Processor, run: dict[str, Any],
+) -> dict[str, str]:
+    """Writes this process's files of a checkpoint, down to the disk -> the hash of each."""
+    save_weights(folder, model, processor)
+    written = []
     if rank() == 0:
         limits = [processor.min_pixels, processor.max_pixels]
         description = json.dumps({**run, "step": step, "pixels": limits}, indent=2) + "\n"
-        (temporary / "run.json").write_text(description, encoding="utf-8")
-    barrier()
-    if rank() == 0:
-        shutil.rmtree(out / name, ignore_errors=True)
-        os.replace(temporary, out / name)
-        # A link cannot be changed in place, but another can take its name.
-        link = out / ".latest.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(name)
-        os.replace(link, out / "latest")
-    barrier()
+        (folder / "run.json").write_text(description, encoding="utf-8")
+        written += [file.name for file in folder.iterdir() if file.is_file()]
+    save_state(folder / "state", step, model, opt)
+    written.append(f"state/{state_file_name(rank())}")
+    for name in written:
+        files.sync(folder / name)
+    return {name: files.file_hash(folder / name) for name in written}
+
+
+def finish_checkpoint(temporary: Path, folder: Path, hashes: dict[str, str]) -> None:
+    """Lists the files of a checkpoint with their hashes, and gives it its name."""
+    files.write_manifest(temporary, hashes)
+    # The disk must know all of it, and the log of its steps, before it knows the name.
+    for log_file in folder.parent.glob("*.jsonl"):
+        files.sync(log_file)
+    files.sync(temporary / "state")
+    files.sync(temporary)
+    files.remove_folder(folder, temporary.with_suffix(".old.tmp"))
+    os.replace(temporary, folder)
+    files.sync(folder.parent)
+    files.point(folder.parent / "latest", folder.name)
+
+
+def gather_hashes(own: str) -> list[str]:
+    """The hash that each process has of its file of the state, by rank."""
+    digest = torch.tensor(list(bytes.fromhex(own)), dtype=torch.uint8)
+    return [bytes(row).hex() for row in all_gather(digest[None]).tolist()]
+
+
+def state_file_name(of_rank: int) -> str:
+    return f"rank_{of_rank:05d}_of_{world():05d}.safetensors"
 
 
 def save_state(
@@ -1164,38 +1514,148 @@ def save_state(
     rows = {}
     for key, p in lora.saved_parameters(model):
         rows[key] = {"shape": list(p.shape), "first": first_row(p)}
-        tensors[f"master/{key}"] = local_rows(p.detach()).contiguous()
+        tensors[f"master/{key}"] = local_rows(p)
         for kind, x in opt.state.get(p, {}).items():
             if kind != "step":
-                tensors[f"{kind}/{key}"] = local_rows(x.detach()).contiguous()
+                tensors[f"{kind}/{key}"] = local_rows(x)
     # The optimizer counts the steps that were not skipped, the same for every
     # parameter.
     states = list(opt.state.values())
     optimizer_steps = int(states[0]["step"]) if states else 0
     metadata = {
         "rows": json.dumps(rows), "step": str(step), "optimizer_steps": str(optimizer_steps)}
-    file = folder / f"rank_{rank():05d}_of_{world():05d}.safetensors"
-    save_file(tensors, file, metadata=metadata)
+    shapes = {name: x.shape for name, x in tensors.items()}
+    in_order = (tensors[name] for name in sorted(tensors))
+    files.write_tensors(
+        folder / state_file_name(rank()), shapes, torch.float32, in_order, metadata)
 
 
 def save_weights(folder: Path, model: QwenVL, processor: Processor) -> None:
     """Writes weights and tokenizer in hub layout, on the first process."""
-    whole_tensors = gather_tensors(model)
-    if rank() == 0:
-        model.save_pretrained(folder, whole_tensors)
-        processor.save_pretrained(folder)
+    whole = gather_tensors(model)
+    try:
+        if rank() == 0:
+            model.save_pretrained(folder, whole)
+            processor.save_pretrained(folder)
+    finally:
+        # Gathering takes every process, also one that writes nothing, or no more.
+        for _ in whole:
+            pass
+
+
+def gather_tensors(model: QwenVL) -> Iterator[Tensor]:
+    """The whole tensors of the weights, in the order of their files.
+
+    One at a time exists unsharded, on the device.
+    """
+    for shard in model.stored_files():
+        for x in shard.values():
+            yield x.full_tensor() if isinstance(x, DTensor) else x
+
+
+# ---------------------------------------------------------------- which checkpoints there are
+
+def step_number(folder: Path | str) -> int:
+    """step_000200 -> 200."""
+    return int(Path(folder).name.removeprefix("step_"))
+
+
+def steps_so_far(out: Path) -> list[Path]:
+    """The folders of a run's steps, oldest first, up to the one that `latest` names.
+
+    Later ones are of a course that the run has left.
+    """
+    newest = step_number(os.readlink(out / "latest"))
+    folders = [p for p in out.glob("step_*") if p.name.removeprefix("step_").isdecimal()]
+    return sorted((p for p in folders if step_number(p) <= newest), key=step_number)
+
+
+def resumable_steps(out: Path) -> list[Path]:
+    """The step that `latest` names, then those before it that have their training state."""
+    newest = out / os.readlink(out / "latest")
+    earlier = [p for p in steps_so_far(out) if p != newest and (p / "state").exists()]
+    return [newest, *reversed(earlier)]
+
+
+def prune(out: Path, keep: int, keep_weights: int | None) -> None:
+    """Removes what the run in `out` need not keep, and lets `best` name its best step.
+
+    `keep` newest steps keep their training state. The weights of every step stay, or of
+    `keep_weights` newest ones and the best.
+    """
+    if rank():
         return
-    # Gathering takes every process, also those that write nothing.
-    for _ in whole_tensors:
-        pass
+    steps = steps_so_far(out)
+    best = best_step(steps)
+    if best is not None:
+        files.point(out / "best", best.name)
+    for folder in steps[:-keep]:
+        files.remove_folder(folder / "state", out / f".{folder.name}.state.tmp")
+    if keep_weights is not None:
+        for folder in steps[:-max(keep, keep_weights)]:
+            if folder != best:
+                files.remove_folder(folder, out / f".{folder.name}.tmp")
 
 
-def gather_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors of what a checkpoint holds; one at a time exists unsharded."""
-    for key, p in lora.saved_parameters(model):
-        x = p.detach()
-        yield key, x.full_tensor() if isinstance(x, DTensor) else x
+def best_step(steps: Sequence[Path]) -> Path | None:
+    """The step with the highest val_mIoU in its run.json, the first of equals."""
+    scores = {}
+    for folder in steps:
+        run = read_json(folder / "run.json") if run_is_whole(folder) else None
+        if run and "val_mIoU" in run:
+            scores[folder] = run["val_mIoU"]
+    return max(scores, key=scores.__getitem__, default=None)
 
+
+def newest_whole(out: Path) -> Path:
+    """The newest step of a run whose files are as they were written.
+
+    Where that is not the one that `latest` names, the first process says why, and
+    `latest` moves.
+    """
+    damages = []
+    for step in resumable_steps(out):
+        damage = first_damage(step)
+        if damage is None:
+            break
+        damages.append(damage)
+    else:
+        raise CheckpointError(f"{damages[0]}; no earlier step in {out} is whole and has its "
+                              "training state; start anew with --init")
+    if damages and rank() == 0:
+        for damage in damages:
+            say(f"warning: {damage}; going on from {step.name}")
+        files.point(out / "latest", step.name)
+    return step
+
+
+def first_damage(step: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, in words; None where they are whole.
+
+    The processes share the work, and come to one result.
+    """
+    if not (step / "state").is_dir():
+        return f"{step / 'state'} is missing"
+    try:
+        listed = files.read_manifest(step)
+    except files.UNREADABLE as error:
+        return f"{step / files.MANIFEST} is unreadable ({error})"
+    if listed is None:
+        # A checkpoint of an earlier version: load_state() looks at the headers.
+        return None
+    names = sorted(listed)
+    place = len(names)
+    for i in range(rank(), len(names), world()):
+        if not files.is_whole(step / names[i], listed[names[i]]):
+            place = i
+            break
+    place = -int(all_max(torch.tensor(-place)))
+    if place == len(names):
+        return None
+    return files.damage(step / names[place], listed[names[place]])
+
+
+# ---------------------------------------------------------------- a training state, read
 
 @dataclass
 class StateFile:
@@ -1232,52 +1692,56 @@ def shared_rows(a: range, b: range) -> range:
     return range(max(a.start, b.start), min(a.stop, b.stop))
 
 
-def open_state(out: Path) -> list[StateFile]:
-    """The files of the newest checkpoint's training state; a CheckpointError if it is not whole."""
-    latest = out / "latest"
-    paths = sorted((latest / "state").glob("rank_*.safetensors"))
+def open_state(step: Path) -> list[StateFile]:
+    """The files of a checkpoint's training state; a CheckpointError if it is not whole."""
+    paths = sorted((step / "state").glob("rank_*.safetensors"))
     if not paths or len(paths) != int(paths[0].stem.rsplit("_", 1)[1]):
-        raise CheckpointError(f"{latest / 'state'}: the training state is not whole; "
-                              f"start anew with --init {latest}")
-    files = []
+        raise CheckpointError(f"{step / 'state'}: the training state is not whole; "
+                              f"start anew with --init {step}")
+    opened = []
     for path in paths:
         try:
             tensors = safe_open(path, "pt")
             metadata = tensors.metadata()
-            files.append(StateFile(
+            opened.append(StateFile(
                 tensors, json.loads(metadata["rows"]), int(metadata["step"]),
                 float(metadata["optimizer_steps"])))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{path}: not a whole training state ({error}); point {latest} at an earlier "
-                f"step, or start anew with --init {latest}") from None
-    return files
+                f"{path}: not a whole training state ({error}); point {step.parent / 'latest'} at "
+                f"an earlier step, or start anew with --init {step}") from None
+    return opened
 
 
-@torch.no_grad()
 def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
-    """Fills parameters and optimizer from the newest checkpoint of `out` -> its step.
+    """Fills parameters and optimizer from the newest whole checkpoint of `out` -> its step.
 
     Any number of processes may have written it.
     """
-    files = open_state(out)
+    return load_state(newest_whole(out), model, opt)
+
+
+@torch.no_grad()
+def load_state(step: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
+    """Fills parameters and optimizer from a checkpoint's training state -> its step."""
+    parts = open_state(step)
     # A parameter that was frozen has no moments. The first process has rows of every
     # parameter.
-    stored_names = set(files[0].tensors.keys())
+    stored_names = set(parts[0].tensors.keys())
     for key, p in lora.saved_parameters(model):
-        stored = files[0].rows.get(key)
+        stored = parts[0].rows.get(key)
         if stored is None or stored["shape"] != list(p.shape):
-            raise CheckpointError(f"{out / 'latest' / 'state'}: {key} does not fit this model; "
+            raise CheckpointError(f"{step / 'state'}: {key} does not fit this model; "
                                   "resume with the --init of the run")
         targets = {"master": p.data}
         if f"exp_avg/{key}" in stored_names:
-            opt.state[p] = empty_moments(p, files[0].optimizer_steps)
+            opt.state[p] = empty_moments(p, parts[0].optimizer_steps)
             targets["exp_avg"] = opt.state[p]["exp_avg"]
             targets["exp_avg_sq"] = opt.state[p]["exp_avg_sq"]
         for kind, target in targets.items():
-            for file in files:
-                file.read_into(local_rows(target), first_row(p), kind, key)
-    return files[0].step
+            for part in parts:
+                part.read_into(local_rows(target), first_row(p), kind, key)
+    return parts[0].step
 
 
 def fill_moments(model: nn.Module, opt: torch.optim.Optimizer) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cot
 import eval as evaluation
@@ -149,12 +148,11 @@ def main() -> None:
     model = runtime.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
     opt = runtime.optimizer(model, args.lr)
     first = runtime.restore(out, model, opt) if args.resume else 0
+    lines = runtime.begin(out, first, model)
     run = runtime.run_description(args, "sft", records)
-    runtime.begin(out, first, model)
     memory.dry_step(
         model, opt, None, memory.workload(model, processor, records, step_size, args))
-
-    replacements = runtime.Replacements(out, len(records))
+    checkpoints = runtime.Checkpoints(out, args, model, opt, processor, run, first)
 
     def examples_of(step: int) -> runtime.Share[Example]:
         """This process's records of a step with their examples."""
@@ -162,24 +160,41 @@ def main() -> None:
             return make_example(record, processor, write_completion)
         return runtime.own_share(records, step, args.batch, args.seed, example)
 
-    steps = range(first, args.steps)
-    skipped = 0
-    bar = tqdm(
-        steps, initial=first, total=args.steps, desc="sft", disable=runtime.rank() > 0)
-    with bar:
-        for step, share in zip(bar, runtime.prefetch(examples_of, steps, args.workers)):
+    train(checkpoints, lines, len(records), val, examples_of)
+
+
+def train(
+        checkpoints: runtime.Checkpoints, lines: list[dict[str, Any]], n_records: int,
+        val: Sequence[Record], examples_of: Callable[[int], runtime.Share[Example]],
+) -> None:
+    """The steps of a run from its last checkpoint on; lines: its log up to there.
+
+    n_records: those to train on; examples_of: step -> this process's part of it.
+    """
+    args = checkpoints.args
+    out = checkpoints.out
+    model = checkpoints.model
+    first = checkpoints.saved
+    replacements = runtime.Replacements(out, n_records)
+    with runtime.progress_bar("sft", first, args.steps) as bar:
+        ahead = runtime.prefetch(examples_of, range(first, args.steps), args.workers)
+        for step, share in zip(bar, ahead):
+            if runtime.told_to_stop(out):
+                break
             unreadable = replacements.count(step, share.unreadable)
-            line = train_step(model, opt, share.made, args, step) | unreadable
-            skipped = 0 if line["finite"] else skipped + 1
+            line = train_step(model, checkpoints.optimizer, share.made, args, step) | unreadable
+            lines.append(line)
+            runtime.warn(lines, share.records)
             due = (step + 1) % args.every == 0 or step + 1 == args.steps
             if due:
-                line |= evaluation.validate(model, processor, val, args)
+                line |= evaluation.validate(model, checkpoints.processor, val, args)
             runtime.log(out / "metrics.jsonl", line)
             # Last, so that a checkpoint never covers a step that is not logged.
             if due:
-                runtime.save(out, step + 1, model, opt, processor, run)
+                checkpoints.save(line)
             bar.set_postfix_str(progress(line))
-            runtime.stop_if_not_finite(skipped, step, args.steps, out)
+            runtime.stop_if_not_finite(lines, args.steps, out)
+    checkpoints.end(lines)
 
 
 def progress(line: dict[str, Any]) -> str:
@@ -188,8 +203,10 @@ def progress(line: dict[str, Any]) -> str:
             f"peak {line['peak_GiB']:.1f} GiB")
     if "val_mIoU" in line:
         text += f" val mIoU {line['val_mIoU']:.3f}"
+    if "warning" in line:
+        text += " warning"
     return text
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    runtime.main(main, farewells=True)

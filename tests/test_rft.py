@@ -579,6 +579,31 @@ def test_groups_that_the_positional_term_alone_tells_apart() -> None:
     assert not rft.positional_alone(terms, without_positional).any()
 
 
+def test_rewards_or_an_entropy_that_collapse_are_warned_about() -> None:
+    fine = {"zero_variance_groups": 0.75, "entropy": 0.5}
+    equal = {"zero_variance_groups": 1.0, "entropy": 0.5}
+    certain = {"zero_variance_groups": 0.75, "entropy": 0.002}
+    n = rft.COLLAPSED_AFTER
+    assert not rft.collapse([]) and not rft.collapse([fine] * 3 * n)
+    for bad, words in ((equal, "no group's rewards differ"), (certain, "the entropy is under")):
+        assert not rft.collapse([fine] + [bad] * (n - 1))
+        assert not rft.collapse([bad] * n + [fine])
+        (sentence,) = rft.collapse([fine] + [bad] * n)
+        assert words in sentence
+    assert len(rft.collapse([equal | certain | {"zero_variance_groups": 1.0}] * n)) == 2
+
+
+def test_a_warning_stands_in_every_line_and_is_printed_when_it_begins(
+        capsys: pytest.CaptureFixture) -> None:
+    lines = []
+    for step, more in enumerate(([], ["a"], ["a"], ["a", "b"], []), 1):
+        lines.append({"step": step, "finite": True})
+        runtime.warn(lines, [], more)
+    assert [line.get("warning") for line in lines] == [None, "a", "a", "a; b", None]
+    assert capsys.readouterr().err.splitlines() == [
+        "warning, step 2: a", "warning, step 4: a; b"]
+
+
 # ---------------------------------------------------------------- a step
 
 def grade_by_letters(rollouts: rft.Rollouts, args: argparse.Namespace) -> rft.Grades:

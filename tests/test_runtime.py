@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import runtime
-from model import CheckpointError, QwenVL
+from model import CheckpointError, Config, QwenVL
 from processor import Processor
 
 
@@ -240,6 +240,9 @@ def test_the_table_counts_the_parameters_that_are_trained_and_no_others(
 
 # ---------------------------------------------------------------- checkpoints
 
+RUN = {"stage": "sft", "data_hash": "0123", "flags": {}}
+
+
 @pytest.fixture
 def saved(
         tiny_checkpoint: Path, tmp_path: Path,
@@ -251,7 +254,7 @@ def saved(
     sum(p.square().sum() for p in model.parameters()).backward()
     runtime.update(model, opt, 1e-3)
     for step in (1, 2):
-        runtime.save(tmp_path / "out", step, model, opt, processor, {"stage": "sft"})
+        assert runtime.save(tmp_path / "out", step, model, opt, processor, RUN)
     return tmp_path / "out", model, opt
 
 
@@ -262,7 +265,7 @@ def test_a_step_holds_all_that_is_needed_and_latest_names_the_newest(
     assert not list(out.glob(".*"))
     names = {p.name for p in (out / "latest").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json",
-            "run.json", "state"} <= names
+            "run.json", "manifest.json", "state"} <= names
     reopened = QwenVL.from_pretrained(out, dtype=None)                # a stage's folder, too
     for a, b in zip(reopened.parameters(), model.parameters()):
         assert torch.equal(a, b)
@@ -276,17 +279,57 @@ def test_a_step_holds_all_that_is_needed_and_latest_names_the_newest(
             assert torch.equal(restored_opt.state[a][kind], opt.state[b][kind])
 
 
-def test_a_state_that_is_not_whole_is_refused(saved: tuple) -> None:
+def rename_state(step: Path) -> None:
+    file = next((step / "state").iterdir())
+    file.rename(file.with_name("rank_00000_of_00002.safetensors"))
+
+
+def cut_state(step: Path) -> None:
+    file = next((step / "state").iterdir())
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip_a_bit(file: Path) -> None:
+    """In the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "is missing": rename_state,
+    "bytes, but had": cut_state,
+    "safetensors is not as it was written": lambda step: flip_a_bit(
+        next((step / "state").iterdir())),
+    "model.safetensors is not as it was written": lambda step: flip_a_bit(
+        step / "model.safetensors"),
+    "run.json is not as it was written": lambda step: flip_a_bit(step / "run.json"),
+    "state is missing": lambda step: shutil.rmtree(step / "state"),
+    "manifest.json is unreadable": lambda step: (step / "manifest.json").write_text("{"),
+    "step_000002": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("words", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
+        saved: tuple, capsys: pytest.CaptureFixture, words: str) -> None:
     out, model, opt = saved
-    state = out / "latest" / "state"
-    file = next(state.iterdir())
-    file.rename(state / "rank_00000_of_00002.safetensors")
-    with pytest.raises(CheckpointError, match="not whole"):
+    DAMAGES[words](out / "step_000002")
+    assert runtime.read_run(out)["step"] in (1, 2)
+    assert runtime.restore(out, model, opt) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and words in lines[0] and "going on from step_000001" in lines[0]
+    assert (out / "latest").resolve().name == "step_000001"
+    # Where it is the last one, there is nothing to go on from.
+    cut_state(out / "step_000001")
+    with pytest.raises(CheckpointError, match="step_000001.*bytes, but had.*start anew"):
         runtime.restore(out, model, opt)
 
 
-def test_a_state_that_is_cut_off_is_refused_by_name(saved: tuple) -> None:
+def test_a_state_without_a_manifest_that_is_cut_off_is_refused_by_name(saved: tuple) -> None:
+    """As checkpoints of earlier versions are."""
     out, model, opt = saved
+    (out / "latest" / "manifest.json").unlink()
     file = next((out / "latest" / "state").iterdir())
     for size in (0, 100, file.stat().st_size - 1):
         file.write_bytes(file.read_bytes()[:size])
@@ -316,6 +359,83 @@ def test_an_interrupted_save_leaves_the_last_checkpoint_standing(
     # What is left over is in nobody's way.
     runtime.save(out, 3, model, opt, processor, {})
     assert (out / "latest").resolve().name == "step_000003"
+
+
+@pytest.mark.parametrize("keep, keep_weights, states, weights", [
+    (2, None, [4, 5], [1, 2, 3, 4, 5]),
+    (1, None, [5], [1, 2, 3, 4, 5]),
+    (2, 1, [4, 5], [2, 4, 5]),           # a state goes on from weights
+    (1, 2, [5], [2, 4, 5]),
+    (9, 9, [1, 2, 3, 4, 5], [1, 2, 3, 4, 5])])
+def test_the_newest_states_and_the_best_weights_stay(
+        saved: tuple, keep: int, keep_weights: int | None, states: list[int],
+        weights: list[int]) -> None:
+    out, model, opt = saved
+    processor = Processor.from_pretrained(out)
+    shutil.rmtree(out / "step_000001")
+    # Of equals the first is the best; a step without a validation is none. A step behind
+    # the newest is of a course that the run has left.
+    scores = {1: 0.2, 2: 0.7, 3: None, 4: 0.7, 5: 0.1}
+    for step, score in scores.items():
+        run = RUN if score is None else {**RUN, "val_mIoU": score}
+        assert runtime.save(out, step, model, opt, processor, run)
+        runtime.prune(out, 9, None)
+    shutil.copytree(out / "step_000005", out / "step_000010")
+    runtime.prune(out, keep, keep_weights)
+    left = [p for p in sorted(out.glob("step_*")) if p.name != "step_000010"]
+    assert [runtime.step_number(p) for p in left] == weights
+    assert [runtime.step_number(p) for p in left if (p / "state").exists()] == states
+    assert (out / "best").resolve().name == "step_000002"
+    assert QwenVL.from_pretrained(out / "best").device.type == "cpu"
+    assert not list(out.glob(".*")) and (out / "step_000010" / "state").exists()
+    assert runtime.restore(out, model, opt) == 5
+
+
+def test_a_checkpoint_that_has_no_room_is_not_begun_and_the_last_one_stands(
+        saved: tuple, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    out, model, opt = saved
+    processor = Processor.from_pretrained(out)
+    needed = runtime.checkpoint_bytes(model)
+    written = sum(p.stat().st_size for p in (out / "latest/").rglob("*") if p.is_file())
+    assert written < needed < written + 2 * runtime.SMALL_FILES
+    for free, stands in ((needed - 1, False), (needed, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        assert runtime.save(out, 3, model, opt, processor, RUN) == stands
+        assert (out / "step_000003").exists() == stands and not list(out.glob(".*"))
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == (not stands)
+    monkeypatch.undo()
+    assert (out / "latest").resolve().name == "step_000003"
+
+
+def peak_kib() -> int:
+    """Most memory that this process has held since the last reset, in KiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_saving_holds_a_piece_of_a_tensor_and_no_copy_of_the_model(
+        tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Weights of 40 MiB and a state of 240 MiB, both in another type than they are held in.
+
+    So each piece is a copy, as it is of a tensor on a GPU.
+    """
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    (tmp_path / "state").mkdir()
+    # The first, small one is not measured: it loads the code.
+    for vocab in (10_000, 327_680):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": vocab}))
+        model = QwenVL(Config.from_json(tmp_path / "config.json")).double()
+        opt = runtime.optimizer(model, 1e-3)
+        for p in model.parameters():
+            opt.state[p] = {"step": torch.tensor(1.0), "exp_avg": p, "exp_avg_sq": p}
+        Path("/proc/self/clear_refs").write_text("5")
+        held = peak_kib()
+        model.save_pretrained(tmp_path)
+        runtime.save_state(tmp_path / "state", 1, model, opt)
+    assert (tmp_path / "model.safetensors").stat().st_size > 40 * 2 ** 20
+    assert peak_kib() - held < 24 * 2 ** 10
 
 
 def test_weights_are_saved_in_the_checkpoints_own_dtype_and_masters_in_float32(
@@ -368,11 +488,11 @@ def parse(monkeypatch: pytest.MonkeyPatch, *flags: object) -> argparse.Namespace
 @pytest.fixture
 def run_folder(saved: tuple, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stage's folder whose run.json is of a run with some flags, on no records."""
-    out = saved[0]
+    out, model, opt = saved
     args = parse(monkeypatch, "--out", out, "--data", "dior", "--lr", 1e-4, "--init", "toy/base",
                  "--steps", 4, "--freeze-vision")
     run = runtime.run_description(args, "sft", data.Records([], {}))
-    (out / "latest" / "run.json").write_text(json.dumps({**run, "step": 2}))
+    assert runtime.save(out, 2, model, opt, Processor.from_pretrained(out), run)
     return out
 
 
@@ -406,6 +526,9 @@ def test_a_resume_goes_on_with_no_other_stage_data_or_folder(
     monkeypatch.setattr(runtime, "load", lambda name, root, split: other_records)
     words = mistake(capsys, runtime.load_records, resume(), "sft")
     assert "the records of dior sft are not those of the run" in words
+    # With a manifest a changed run.json would be passed over for the one before.
+    (latest / "manifest.json").unlink()
+    shutil.rmtree(run_folder / "step_000001")
     run = json.loads(file.read_text())
     file.write_text(json.dumps({**run, "stage": "rft"}))
     assert "holds a run of rft.py" in mistake(capsys, resume)

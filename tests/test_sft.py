@@ -225,6 +225,13 @@ def test_a_run_whose_gradient_stays_not_finite_stops(
     lines = read_log(tmp_path / "out")
     last = lines[-runtime.STOP_AFTER_SKIPPED:]
     assert [line["finite"] for line in last] == [False] * runtime.STOP_AFTER_SKIPPED
+    # Each names the records of its batch.
+    records = data.load("dior", dior_root, "sft")
+    for line in last:
+        names = [record.id for record in runtime.batch(records, line["step"] - 1, 2, 0)]
+        assert line["warning"].endswith(f"its records: {', '.join(names)}")
+    assert "warning" not in lines[0]
+    assert script.stderr.count("warning, step ") == runtime.STOP_AFTER_SKIPPED
     assert len(lines) < 12
 
 
