@@ -615,7 +615,8 @@ def other_unit(
     if not solid or lowest < -rounding or highest > 1000 + rounding:
         return None
     if highest <= 1 + rounding:
-        return "fraction"
+        # Zeros and ones alone are as well a pixel in the corner.
+        return None if all(value in (0, 1) for value in values) else "fraction"
     sized = [(box, size) for box, size in boxes if size]
     outside = 0
     far = 0

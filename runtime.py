@@ -862,10 +862,10 @@ def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Re
     names = (split, "val") if args.val else (split,)
     loaded = {}
     # A program of one's own may call this without the flags on reading.
-    coords = getattr(args, "coords", None)
-    stretch = getattr(args, "stretch", None)
+    given = {flag: vars(args).get(flag) for flag in ("coords", "stretch")}
+    how = {flag: value for flag, value in given.items() if value}
     for name in names:
-        loaded[name] = load(args.data, args.root, name, coords, stretch)
+        loaded[name] = load(args.data, args.root, name, **how)
     refusals = {}
     for name, records in loaded.items():
         refusals[name] = refusal_summary(records, args.data, args.root, name)

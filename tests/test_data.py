@@ -1370,6 +1370,9 @@ def test_boxes_that_may_be_pixels_are_not_suspected(tmp_path: Path) -> None:
     lines(tmp_path / "test.jsonl", *(own("1.jpg", box=box) for box in boxes))
     records = load("jsonl", tmp_path, "test")
     assert records.refusals == {"box outside the image": 1}
+    # One pixel in the corner, or the whole image: it stays what it was, one pixel.
+    lines(tmp_path / "test.jsonl", own("1.jpg", box=(0, 0, 1, 1)))
+    assert [r.box for r in load("jsonl", tmp_path, "test")] == [(0.0, 0.0, 1.0, 1.0)]
     # Zeros for want of a box are no fractions.
     lines(tmp_path / "test.jsonl", *[own("1.jpg", box=(0, 0, 0, 0))] * 9)
     assert load("jsonl", tmp_path, "test").refusals == {"empty box": 9}
