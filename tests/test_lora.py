@@ -430,7 +430,7 @@ def test_sft_with_adapters_saves_them_alone(taught: Path, adapter: Path) -> None
     step = (adapter / "latest").resolve()
     files = {p.name for p in step.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "run.json", "tokenizer.json",
-            "preprocessor_config.json", "state"} == files
+            "preprocessor_config.json", "manifest.json", "state"} == files
     tensors = adapters(step)
     assert len(tensors) == 28 and all(".lora_" in name for name in tensors)
     assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
