@@ -134,7 +134,7 @@ HARMLESS = frozenset((
 # Beyond every checkpoint's numbers: such are a damaged file's, and no tensor has their size.
 MOST = {
     "layers": 1000, "depth": 1000, "channels": 64, "patch": 64, "temporal_patch": 64, "merge": 64}
-MOST_OF_OTHERS = 2 ** 18
+MOST_OF_OTHERS = 2 ** 20
 # Fields that count from 0, or are 0 in the families that have nothing of the kind.
 FROM_ZERO = (
     "image_id", "video_id", "marker_ids", "stop_ids", "full_blocks", "deepstack", "window",
