@@ -435,7 +435,7 @@ def test_saving_holds_a_piece_of_a_tensor_and_no_copy_of_the_model(
         model.save_pretrained(tmp_path)
         runtime.save_state(tmp_path / "state", 1, model, opt)
     assert (tmp_path / "model.safetensors").stat().st_size > 40 * 2 ** 20
-    assert peak_kib() - held < 24 * 2 ** 10
+    assert peak_kib() - held < 36 * 2 ** 10
 
 
 def test_weights_are_saved_in_the_checkpoints_own_dtype_and_masters_in_float32(
