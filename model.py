@@ -644,7 +644,15 @@ class VisionTower(nn.Module):
         x = self.patch_embed(pixel_values)
         if c.family == "Qwen3-VL":
             x = x + self.learned_positions(frames).to(x.dtype)
-        x = by_window(x)
+        tokens = self.through_blocks(by_window(x), rotation, within_window, within_frame)
+        # The inverse of a permutation is what sorts it.
+        return tokens[order.argsort()]
+
+    def through_blocks(
+            self, x: Tensor, rotation: Rotation, within_window: Plan,
+            within_frame: Plan) -> Tensor:
+        """(patches, hidden) window by window -> tokens in that order, as `forward` has them."""
+        c = self.config
         deepstack = []
         for i, block in enumerate(self.blocks):
             plan = within_frame if i in c.full_blocks else within_window
@@ -655,10 +663,7 @@ class VisionTower(nn.Module):
             if i in c.deepstack:
                 deepstack.append(self.deepstack_merger_list[c.deepstack.index(i)](x))
         tokens = self.merger(x)
-        if deepstack:
-            tokens = torch.cat((tokens, *deepstack), 1)
-        # The inverse of a permutation is what sorts it.
-        return tokens[order.argsort()]
+        return torch.cat((tokens, *deepstack), 1) if deepstack else tokens
 
 
 # ---------------------------------------------------------------------------- language model
