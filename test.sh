@@ -12,4 +12,5 @@ $PY -c "import transformers, peft, trl.trainer.grpo_trainer, hypothesis, jinja2,
 .venv/bin/ruff check .
 # The models are tiny: threads would only wait for each other.
 export OMP_NUM_THREADS=1 NIGHTLY="${NIGHTLY:-}"
-exec $PY -m pytest -q -rs --durations 10 "$@"
+# A worker a core; a file stays with one worker, for its fixtures train models.
+exec $PY -m pytest -q -rs -n 2 --dist loadfile --durations 15 "$@"
