@@ -10,6 +10,7 @@ from torch import Tensor
 import generate as sampling
 from generate import draw, generate, unfinished, uniform
 from model import FAMILIES, QwenVL
+from played_device import PlayedDevice
 from test_model import IMAGE, MARKERS, PROMPTS, Pair, random_checkpoint, relative
 
 
@@ -152,18 +153,20 @@ def test_unfinished_keeps_the_rollouts_that_go_on() -> None:
 
 # ------------------------------------------------------------------- counted on a played GPU
 
-def on_gpu(path: Path, tokens: int, cuda_graphs: bool = False) -> Any:
+SOME = tuple(range(10))           # ids that stop a rollout now and then
+NONE = (MARKERS[0],)              # an id that is never sampled
+
+
+def on_gpu(
+        path: Path, tokens: int, stop_ids: tuple[int, ...] = NONE,
+        cuda_graphs: bool = False) -> PlayedDevice:
     """What a played GPU counts while 64 rollouts of 8 prompts are sampled in bfloat16."""
-    played_device = pytest.importorskip("played_device")
-    with played_device.PlayedDevice() as gpu:
+    with PlayedDevice() as gpu:
         model = QwenVL.from_pretrained(path, torch.bfloat16, "cuda")
-        # Every rollout stops now and then, none at the first token of its id.
-        model.stop_ids = tuple(range(10))
+        model.stop_ids = stop_ids
         gpu.syncs.clear()
         gpu.launches_by_name.clear()
-        seeds = torch.arange(8)
-        prompts = [*PROMPTS[1:], *PROMPTS[1:], *PROMPTS[1:], *PROMPTS[1:]]
-        generate(model, prompts, 8, tokens, 1.0, seeds, cuda_graphs)
+        generate(model, PROMPTS[1:] * 4, 8, tokens, 1.0, torch.arange(8), cuda_graphs)
     return gpu
 
 
@@ -175,16 +178,33 @@ def launches_a_step(path: Path, layers: int, family: str) -> Counter:
 
 @pytest.mark.parametrize("family", FAMILIES.values())
 def test_a_layer_decodes_in_forty_launches(tmp_path: Path, family: str) -> None:
-    layer = launches_a_step(tmp_path / "4", 4, family) - launches_a_step(
-        tmp_path / "3", 3, family)
+    of_four = launches_a_step(tmp_path / "4", 4, family)
+    layer = of_four - launches_a_step(tmp_path / "3", 3, family)
     assert 20 < layer.total() <= 40, layer
 
 
-@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("family", FAMILIES.values())
-def test_sampling_waits_for_the_host_forty_times(
-        tmp_path: Path, family: str, cuda_graphs: bool) -> None:
-    """256 tokens for 64 rollouts, over a batch that shrinks."""
+def test_sampling_waits_for_the_host_forty_times(tmp_path: Path, family: str) -> None:
+    """256 tokens for 64 rollouts: once at each look at who has finished, all to the end."""
     random_checkpoint(tmp_path, family=family)
-    gpu = on_gpu(tmp_path, 256, cuda_graphs)
-    assert 10 < gpu.syncs.total() <= 40, gpu.syncs
+    gpu = on_gpu(tmp_path, 256)
+    assert 256 // sampling.CHECK_EVERY <= gpu.syncs.total() <= 40, gpu.syncs
+
+
+def test_a_graph_is_captured_once_for_each_batch_size(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tokens; and a batch that shrinks waits no oftener than one that does not."""
+    random_checkpoint(tmp_path)
+    gpu = on_gpu(tmp_path, 100, cuda_graphs=True)
+    assert (gpu.captures, gpu.replays) == (1, 99)
+    shrunk = []
+    shrink = sampling.shrink
+
+    def watched_shrink(batch: sampling.Batch, *rest: Any) -> None:
+        shrink(batch, *rest)
+        shrunk.append(len(batch.done))
+
+    monkeypatch.setattr(sampling, "shrink", watched_shrink)
+    shrinking = on_gpu(tmp_path, 100, SOME, cuda_graphs=True)
+    assert shrunk and shrinking.captures == 1 + len(shrunk)
+    assert shrinking.syncs.total() <= gpu.syncs.total()
