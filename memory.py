@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -79,6 +81,34 @@ class ByteCounter(TorchDispatchMode):
 
     def release(self, key: int) -> None:
         self.live -= self.sizes.pop(key)
+
+
+class NormShapes(torch.autograd.Function):
+    """The shapes of RMSNorm as CUDA's kernel makes them: it keeps its input and a scale a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class WholeNorms(TorchFunctionMode):
+    """Inside, RMSNorm on the meta device is one operation, where torch takes it apart there."""
+
+    def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.rms_norm and args[0].is_meta:
+            return NormShapes.apply(args[0], kwargs["weight"])
+        if function is Tensor.backward:
+            # What is computed again in there must meet this mode as well.
+            with self:
+                return function(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 # ---------------------------------------------------------------- the costliest passes
@@ -228,7 +258,7 @@ def update_bytes(model: QwenVL, work: Workload, reference: bool) -> int:
     handles = [p.register_post_accumulate_grad_hook(drop_gradient)
                for p in model.parameters() if p.requires_grad]
     counter = ByteCounter(list(model.parameters()))
-    with counter:
+    with WholeNorms(), counter:
         update_pass(model, model if reference else None, work)
     for handle in handles:
         handle.remove()
@@ -242,7 +272,7 @@ def drop_gradient(parameter: Tensor) -> None:
 def sampling_bytes(model: QwenVL, work: Workload) -> int:
     """The most that prefill and decoding hold beside the weights."""
     counter = ByteCounter(list(model.parameters()))
-    with counter:
+    with WholeNorms(), counter:
         sampling_pass(model, work)
     return counter.peak
 

@@ -2,8 +2,10 @@
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,10 +13,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import bench
+import lora
 import memory
 import rft
 import runtime
 from memory import GIB, ByteCounter, Step
+from model import QwenVL
+from played_device import PlayedDevice
 from processor import Processor
 
 
@@ -172,3 +177,65 @@ def test_the_longest_prompt_has_the_most_patches_and_the_longest_text(
     unknown = memory.longest_prompt(processor, [(112, 112)], [])
     empty = processor.turns(memory.PROMPT.format(text=""), 16)
     assert len(unknown.input_ids) == len(empty) + memory.TEXT_TOKENS
+
+
+# ---------------------------------------------------------------- beside a played device
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 3B's widths, of two layers and two blocks."""
+    sizes = replace(
+        bench.SHAPES["3b"], depth=2, full_blocks=(1,), layers=2, vocab=8192, image_side=112)
+    with mock.patch.dict(bench.SHAPES, wide=sizes):
+        return bench.write_checkpoint(
+            tmp_path_factory.mktemp("wide"), "wide", torch.bfloat16)
+
+
+@pytest.mark.parametrize("changes", [
+    {"gradient_checkpointing": True}, {"gradient_checkpointing": False}, {"lora": 16}])
+def test_the_plan_counts_what_a_device_of_true_widths_holds(
+        wide: Path, changes: dict[str, Any]) -> None:
+    args = flags(init=str(wide), max_new_tokens=24, **changes)
+    planned = memory.planned_model(wide, args)
+    prompt = bench.random_prompt(planned, 112, seed=0)
+    work = memory.Workload(prompt, 2, 2, 4, 24, samples=True)
+    update = memory.update_bytes(planned, work, reference=False)
+    sampling = memory.sampling_bytes(planned, work)
+    with PlayedDevice() as gpu:
+        model = QwenVL.from_pretrained(wide, torch.bfloat16, "cuda")
+        if args.lora:
+            lora.add(model, args.lora, 1.0, False, 0)
+            model.to(torch.bfloat16)
+        runtime.choose_trained(model, False, args.gradient_checkpointing)
+        # On a GPU too a whole gradient leaves as soon as it is reduced.
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(memory.drop_gradient)
+        standing = gpu.live_bytes
+        expected = memory.make_plan(planned, work, 1, False)
+        weights = expected.sampling["weights for sampling, bfloat16, on each GPU"]
+        assert abs(standing / weights - 1) < 0.1
+        gpu.reset_peak()
+        memory.update_pass(model, None, work)
+        assert abs((gpu.peak_bytes - standing) / update - 1) < 0.1
+        gpu.reset_peak()
+        memory.sampling_pass(model, work)
+        assert abs((gpu.peak_bytes - standing) / sampling - 1) < 0.1
+
+
+def test_a_dry_step_leaves_weights_and_puts_moments_in_place(tiny_checkpoint: Path) -> None:
+    processor = Processor.from_pretrained(tiny_checkpoint)
+    prompt = memory.longest_prompt(processor, [(112, 112)], ["the ship"])
+    work = memory.Workload(prompt, 2, 1, 3, 8, samples=True)
+    with PlayedDevice() as gpu:
+        model = QwenVL.from_pretrained(tiny_checkpoint, torch.float32, "cuda").requires_grad_()
+        opt = runtime.optimizer(model, 1e-3)
+        before = [p.detach().clone() for p in model.parameters()]
+        memory.dry_step(model, opt, None, work)
+        for p, was in zip(model.parameters(), before, strict=True):
+            assert torch.equal(p, was) and p.grad is None
+            assert opt.state[p]["step"] == 0 and not opt.state[p]["exp_avg"].any()
+        gpu.memory.total = gpu.live_bytes + 1000
+        with pytest.raises(SystemExit) as leaving:
+            memory.dry_step(model, opt, None, work)
+    assert leaving.value.code == 2
