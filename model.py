@@ -131,10 +131,12 @@ HARMLESS = frozenset((
     "architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder",
     "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
     "transformers_version"))
-# Beyond every checkpoint's numbers: such are a damaged file's, and no tensor has their size.
+# Beyond every checkpoint's numbers: such are a damaged file's. A tensor of sizes below them has
+# a number of bytes that 64 bits can hold, so that its shape can be told from the stored one.
 MOST = {
-    "layers": 1000, "depth": 1000, "channels": 64, "patch": 64, "temporal_patch": 64, "merge": 64}
-MOST_OF_OTHERS = 2 ** 20
+    "layers": 1000, "depth": 1000, "channels": 64, "patch": 64, "temporal_patch": 64, "merge": 64,
+    **dict.fromkeys(("vocab", "image_id", "video_id", "marker_ids", "stop_ids"), 2 ** 22)}
+MOST_OF_OTHERS = 2 ** 18
 # Fields that count from 0, or are 0 in the families that have nothing of the kind.
 FROM_ZERO = (
     "image_id", "video_id", "marker_ids", "stop_ids", "full_blocks", "deepstack", "window",
@@ -1480,9 +1482,10 @@ def weight_files(path: Path) -> list[Path]:
             names = sorted({str(name) for name in content["weight_map"].values()})
         except UNREADABLE as error:
             raise CheckpointError(f"{index}: not a readable index ({error})") from None
+    present = os.listdir(path)
     for name in names:
         # An index names files beside it, and no others of this machine.
-        if os.path.basename(name) != name or not (path / name).is_file():
+        if name not in present:
             raise CheckpointError(
                 f"no weights at {path / name}; a checkpoint is model.safetensors, or an index and "
                 "the shards it names")

@@ -223,6 +223,23 @@ def test_a_field_of_another_type_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_the_largest_numbers_are_one_line_as_well(checkpoint: Path, tmp_path: Path) -> None:
+    """Sizes whose product is more than 64 bits hold would be torch's error, and a traceback."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    wide = ours.MOST_OF_OTHERS
+    config["text_config"] |= {
+        "hidden_size": wide, "intermediate_size": wide, "vocab_size": ours.MOST["vocab"],
+        "num_attention_heads": wide // 16, "num_key_value_heads": wide // 16}
+    config["vision_config"] |= {
+        "hidden_size": wide, "intermediate_size": wide, "out_hidden_size": wide, "in_channels": 64,
+        "patch_size": 64, "temporal_patch_size": 64, "spatial_merge_size": 64,
+        "window_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(checkpoint / "model.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"is \(.*, but config.json asks for \("):
+        QwenVL.from_pretrained(tmp_path)
+
+
 def test_an_adapter_beside_whole_weights_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
