@@ -12,7 +12,8 @@ the first minute, and not by the first long answer hours later.
 """
 import argparse
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -97,18 +97,22 @@ class NormShapes(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-class WholeNorms(TorchFunctionMode):
-    """Inside, RMSNorm on the meta device is one operation, where torch takes it apart there."""
+@contextmanager
+def whole_norms() -> Iterator[None]:
+    """Inside, RMSNorm on the meta device is one operation, where torch takes it apart there.
 
-    def __torch_function__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.rms_norm and args[0].is_meta:
-            return NormShapes.apply(args[0], kwargs["weight"])
-        if function is Tensor.backward:
-            # What is computed again in there must meet this mode as well.
-            with self:
-                return function(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+    (A TorchFunctionMode would not do: it does not act within a backward pass, where layers are
+    computed again.)
+    """
+    rms_norm = F.rms_norm
+
+    def norm(x: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:
+        return NormShapes.apply(x, weight) if x.is_meta else rms_norm(x, shape, weight, eps)
+    F.rms_norm = norm
+    try:
+        yield
+    finally:
+        F.rms_norm = rms_norm
 
 
 # ---------------------------------------------------------------- the costliest passes
@@ -258,7 +262,7 @@ def update_bytes(model: QwenVL, work: Workload, reference: bool) -> int:
     handles = [p.register_post_accumulate_grad_hook(drop_gradient)
                for p in model.parameters() if p.requires_grad]
     counter = ByteCounter(list(model.parameters()))
-    with WholeNorms(), counter:
+    with whole_norms(), counter:
         update_pass(model, model if reference else None, work)
     for handle in handles:
         handle.remove()
@@ -272,7 +276,7 @@ def drop_gradient(parameter: Tensor) -> None:
 def sampling_bytes(model: QwenVL, work: Workload) -> int:
     """The most that prefill and decoding hold beside the weights."""
     counter = ByteCounter(list(model.parameters()))
-    with WholeNorms(), counter:
+    with whole_norms(), counter:
         sampling_pass(model, work)
     return counter.peak
 
