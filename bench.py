@@ -467,20 +467,22 @@ class Table:
     """Measures rows, prints them as they come, and writes bench.json behind each."""
 
     def __init__(
-            self, file: Path, repeats: int, device: torch.device,
-            report: dict[str, Any] | None = None) -> None:
-        """report: what bench.json has beside the rows."""
+            self, file: Path, repeats: int, device: torch.device, report: dict[str, Any],
+            ceilings: Callable[[], dict[str, float]]) -> None:
+        """report: what bench.json has beside the rows; ceilings: measures what is named there."""
         self.file = file
         self.repeats = repeats
         self.device = device
+        self.ceilings = ceilings
         self.rows: list[dict[str, Any]] = []
-        self.report = {**(report or {}), "rows": self.rows}
+        self.report = {**report, **ceilings(), "rows": self.rows}
 
     def compare(
             self, name: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any],
             work: Work) -> tuple[float | None, float | None]:
         """Adds a row that times ours() and theirs() in turn, behind one warm-up each -> the
         median seconds of each, None of a side that ran out of memory."""
+        self.raise_ceilings()
         sides = {"ours": ours, "theirs": theirs}
         times = {"ours": [], "theirs": []}
         for i in tqdm(range(self.repeats + 1), desc=f"{name}, {peer}", leave=False):
@@ -498,8 +500,15 @@ class Table:
         row = Row(name, peer, work.figure(a), work.figure(b), work.unit,
                   b / a if both else None, [min(ratios), max(ratios)] if both else None,
                   tuple(side for side in times if side not in sides))
-        self.add(row, share_of_matrix_rate(work.flops, a, self.report))
+        self.add(row, matrix_rate(work.flops, a))
         return a, b
+
+    def raise_ceilings(self) -> None:
+        """A CPU's cores may be others' for a while: its ceilings are the best of the whole run. A
+        GPU is ours alone, and may have no room left for another try."""
+        if self.device.type == "cpu":
+            for name, value in self.ceilings().items():
+                self.report[name] = max(self.report[name], value)
 
     def add(self, row: Row, more: dict[str, float] | None = None) -> None:
         """Keeps a row, with what else is known of it, prints and writes it."""
@@ -507,6 +516,7 @@ class Table:
         if not row.out_of_memory:
             del values["out_of_memory"]
         self.rows.append(values)
+        self.set_shares()
         figures = [f"{'no memory' if v is None else format(v, '.4g'):>12}"
                    for v in (row.ours, row.theirs)]
         line = f"{row.name:8} {row.peer:44} {' '.join(figures)} {row.unit:16} "
@@ -519,6 +529,14 @@ class Table:
                 line += f"   {values[key]:.0%} of the {ceiling}"
         tqdm.write(line)
         self.write()
+
+    def set_shares(self) -> None:
+        """Says in every row what share of the machine's ceilings ours reaches."""
+        for row in self.rows:
+            if "TFLOPs" in row:
+                row["share"] = row["TFLOPs"] / self.report["matrix_TFLOPs"]
+            if "TBs" in row:
+                row["bandwidth_share"] = row["TBs"] / self.report["bandwidth_TBs"]
 
     def write(self) -> None:
         """Writes bench.json whole or not at all."""
@@ -643,8 +661,7 @@ def bench_decode(table: Table, w: Workload) -> None:
     row = Row("decode", "transformers generate, one step (difference)", a, b, "s", ratio,
               ratio and [ratio, ratio],
               tuple(side for side, seconds in (("ours", a), ("theirs", b)) if seconds is None))
-    more = share_of_matrix_rate((flops - first_flops) / (w.tokens - 1), a, table.report)
-    table.add(row, more | share_of_bandwidth(w, a, table.report))
+    table.add(row, matrix_rate((flops - first_flops) / (w.tokens - 1), a) | read_rate(w, a))
 
 
 def one_step(whole: float | None, first: float | None, tokens: int) -> float | None:
@@ -882,50 +899,45 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     n = 8192 if cuda else 1024
     a = torch.randn(n, n, device=device).to(dtype)
     b = torch.randn(n, n, device=device).to(dtype)
-    buffer = torch.zeros(2 ** (31 if cuda else 28), dtype=torch.uint8, device=device)
+    source = torch.zeros(2 ** (31 if cuda else 27), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
 
     def multiply() -> None:
         for _ in range(10):
             a @ b
     multiply()
-    buffer.clone()
     multiply_time = min(clock(multiply, device) for _ in range(5)) / 10
-    copy_time = min(clock(buffer.clone, device) for _ in range(5))
+    copy_time = min(clock(lambda: target.copy_(source), device) for _ in range(5))
     return {
         "matrix_TFLOPs": 2 * n ** 3 / multiply_time / 1e12,
-        "bandwidth_TBs": 2 * buffer.nbytes / copy_time / 1e12,     # read and written
+        "bandwidth_TBs": 2 * source.nbytes / copy_time / 1e12,     # read and written
     }
 
 
-def share_of_matrix_rate(
-        flops: float, seconds: float | None, report: dict[str, Any]) -> dict[str, float]:
-    """TFLOP of a call, and TFLOP/s and share of this run's matrix rate where it takes these
-    seconds; {} where it has no matrix products or ran out of memory."""
+def matrix_rate(flops: float, seconds: float | None) -> dict[str, float]:
+    """TFLOP of a call, and TFLOP/s where it takes these seconds; {} where it has no matrix products
+    or ran out of memory."""
     # The difference of two noisy times may be below 0.
-    if not flops or seconds is None or seconds <= 0 or "matrix_TFLOPs" not in report:
+    if not flops or seconds is None or seconds <= 0:
         return {}
-    rate = flops / seconds / 1e12
-    return {"TFLOP": flops / 1e12, "TFLOPs": rate, "share": rate / report["matrix_TFLOPs"]}
+    return {"TFLOP": flops / 1e12, "TFLOPs": flops / seconds / 1e12}
 
 
-def share_of_bandwidth(
-        w: Workload, seconds: float | None, report: dict[str, Any]) -> dict[str, float]:
-    """GB that a decoding step must read at least, and TB/s and share of this run's bandwidth where
-    it takes these seconds.
+def read_rate(w: Workload, seconds: float | None) -> dict[str, float]:
+    """GB that a decoding step must read at least, and TB/s where it takes these seconds.
 
     They are the language model's weights once, each prompt's keys and values once a group, and
     those of the rollouts' own tokens (half of them, on average).
     """
     config = w.ours.config
-    if seconds is None or seconds <= 0 or "bandwidth_TBs" not in report:
+    if seconds is None or seconds <= 0:
         return {}
     weights = sum(p.numel() for p in w.ours.model.layers.parameters())
     weights += config.vocab * config.hidden
     cached_tokens = sum(len(p.input_ids) + GROUP * w.tokens / 2 for p in w.prompts)
     kv_cache = cached_tokens * 2 * config.kv_heads * config.head_dim * config.layers
     read = (weights + kv_cache) * w.ours.model.norm.weight.element_size()
-    rate = read / seconds / 1e12
-    return {"GB": read / 1e9, "TBs": rate, "bandwidth_share": rate / report["bandwidth_TBs"]}
+    return {"GB": read / 1e9, "TBs": read / seconds / 1e12}
 
 
 # FLOPs of matrix products: a multiplication with its addition counts as two, a backward pass as
@@ -1002,10 +1014,11 @@ def main() -> None:
     dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
     out = runtime.writable(args.out)
     name = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
-    table = Table(out / "bench.json", args.repeats, device, {
+    report = {
         "device": name, "torch": torch.__version__, "shape": args.shape,
-        "dtype": dtype_name(dtype), "tokens": args.tokens, "repeats": args.repeats,
-        **ceilings(device, dtype)})
+        "dtype": dtype_name(dtype), "tokens": args.tokens, "repeats": args.repeats}
+    table = Table(
+        out / "bench.json", args.repeats, device, report, lambda: ceilings(device, dtype))
     print(f"{args.shape} shape, {name}, {dtype_name(dtype)}, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads; {table.report['matrix_TFLOPs']:.3g} TFLOP/s in a "
           f"matrix product, {table.report['bandwidth_TBs']:.3g} TB/s in a copy")
