@@ -231,8 +231,8 @@ def make_plan(model: QwenVL, work: Workload, gpus: int, reference: bool) -> Plan
     scored as well; beside adapters it needs no weights of its own.
     """
     adapters = bool(lora.adapted(model))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trained = trained_of(model)
+    total = parameters_of(model)
     # Beside adapters the base lies in what it computes in.
     frozen = (total - trained) * (2 if adapters else 4)
     standing = {
@@ -283,15 +283,22 @@ def sampling_bytes(model: QwenVL, work: Workload) -> int:
 
 def gathered_bytes(model: QwenVL) -> int:
     """What FSDP2 gathers at once: embeddings and head throughout, and of the layers one in use
-    and one ahead, with the gradient of one on its way to its float32 parts."""
+    and one ahead; with one part's gradient, in bfloat16 and in float32, on its way to where it
+    is added up."""
     layers = [*model.model.layers, *model.visual.blocks]
     largest = max(parameters_of(layer) for layer in layers)
     outer = parameters_of(model) - sum(parameters_of(layer) for layer in layers)
-    return 2 * outer + 2 * 2 * largest + (2 + 4) * max(largest, outer)
+    trained = [trained_of(layer) for layer in layers]
+    largest_trained = max(*trained, trained_of(model) - sum(trained))
+    return 2 * outer + 2 * 2 * largest + (2 + 4) * largest_trained
 
 
 def parameters_of(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def trained_of(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def table(plan: Plan, gpus: int, available: float) -> str:
