@@ -181,6 +181,12 @@ def add_common_flags(
         "uninterrupted one to the bit; a CPU always does")
     add("--workers", type=natural,
         help="processes that prepare images ahead; default: 2 on CUDA, else 0: none")
+    add_size_flags(parser)
+    add_plan_flags(parser)
+
+
+def add_size_flags(parser: argparse.ArgumentParser) -> None:
+    """What a run takes of disk and memory, and what of the model it trains."""
     add = parser.add_argument_group("disk").add_argument
     add("--keep", type=positive, default=2,
         help="newest checkpoints that keep their training state, which --resume reads")
@@ -204,6 +210,10 @@ def add_common_flags(
         help="an adapter counts ALPHA / RANK; default 2 RANK, or as the adapter in --init has it")
     add("--lora-vision", action="store_true",
         help="adapters beside the vision tower's linear layers as well")
+
+
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    """What memory.py is asked."""
     add = parser.add_argument_group("plan").add_argument
     add("--plan", action="store_true",
         help="print what the run would need of each GPU's memory, on any machine, and end; "
