@@ -165,7 +165,7 @@ def test_sft_goes_on_and_a_resume_and_two_processes_take_the_same_records(
     root = damaged(bad, "val2")
     flags = ("--data", "jsonl", "--root", root, "--init", tiny_checkpoint, "--steps", 3, "--batch",
              BATCH, "--every", 1, "--val", 4, "--max-new-tokens", 4, "--answer-only", "--device",
-             "cpu", "--workers", 2)
+             "cpu", "--workers", 2, "--keep", 3)
     one = tmp_path / "one"
     done = run("sft.py", *flags, "--out", one)
     assert done.returncode == 0, done.stderr
