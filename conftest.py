@@ -2,7 +2,6 @@
 
 Small random checkpoints in hub layout, a folder in DIOR-RSVG's layout, and a way to run a script.
 """
-import importlib.util
 import json
 import os
 import subprocess
@@ -29,12 +28,7 @@ ADDED = [
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 
 # NIGHTLY=1 bash test.sh: many more random cases than fit a quick run.
-NIGHTLY = bool(os.environ.get("NIGHTLY"))
-if importlib.util.find_spec("hypothesis"):
-    import hypothesis
-    hypothesis.settings.register_profile("nightly", max_examples=10_000, deadline=None)
-    hypothesis.settings.register_profile("quick", max_examples=200, deadline=None)
-    hypothesis.settings.load_profile("nightly" if NIGHTLY else "quick")
+NIGHTLY = os.environ.get("NIGHTLY") == "1"
 
 
 def pytest_configure() -> None:
@@ -47,7 +41,7 @@ def pytest_configure() -> None:
     common = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
     settings.register_profile("brief", max_examples=50, derandomize=True, **common)
     settings.register_profile("nightly", max_examples=10_000, **common)
-    settings.load_profile("nightly" if os.environ.get("NIGHTLY") == "1" else "brief")
+    settings.load_profile("nightly" if NIGHTLY else "brief")
 
 
 @pytest.fixture(scope="session")

@@ -164,8 +164,8 @@ def test_sft_goes_on_and_a_resume_and_two_processes_take_the_same_records(
     bad = ids_in_order(load("jsonl", folder, "sft"), 1)[1]
     root = damaged(bad, "val2")
     flags = ("--data", "jsonl", "--root", root, "--init", tiny_checkpoint, "--steps", 3, "--batch",
-             BATCH, "--every", 1, "--val", 4, "--max-new-tokens", 4, "--answer-only", "--device",
-             "cpu", "--workers", 2, "--keep", 3)
+             BATCH, "--every", 1, "--keep", 9, "--val", 4, "--max-new-tokens", 4, "--answer-only",
+             "--device", "cpu", "--workers", 2)
     one = tmp_path / "one"
     done = run("sft.py", *flags, "--out", one)
     assert done.returncode == 0, done.stderr

@@ -48,8 +48,20 @@ def serve() -> None:
             if answer == 0:
                 do(what)
         else:
-            answer = os.waitstatus_to_exitcode(os.waitpid(what, 0)[1])
+            answer = exit_status_of(what)
         print(answer, flush=True)
+
+
+def exit_status_of(pid: int) -> int:
+    """Waits for a process; one that hangs is killed."""
+    until = time.monotonic() + 200
+    ended = 0
+    while not ended:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.005)
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(status)
 
 
 def do(job: dict[str, Any]) -> None:
@@ -574,6 +586,29 @@ def test_when_one_of_two_is_killed_the_other_ends_and_says_one_line(
     assert other.lines()[-1].startswith("a process of this run is gone")
     assert "Traceback" not in text
     assert_whole_checkpoints(out)
+    resume_by_two(ask, out)
+    assert_same_run(out, straight_two)
+
+
+@pytest.mark.parametrize("rank, place", [("0", "model"), ("1", "files")])
+def test_a_disk_that_is_full_for_one_of_two_keeps_none_waiting(
+        ask: Callable[..., int], straight_two: Path, tmp_path: Path, rank: str, place: str) -> None:
+    """The first process fails amid the weights, which both gather; the other with its state."""
+    out = interrupted(straight_two, tmp_path / "out", 16)
+    spoil = (f"import errno, os, {place}\n"
+             "def full(file, shapes, dtype, tensors, metadata):\n"
+             "    next(tensors)\n"
+             "    raise OSError(errno.ENOSPC, 'No space left on device')\n"
+             f"if os.environ['RANK'] == '{rank}':\n"
+             f"    {place}.write_tensors = full\n")
+    processes = pair(ask, tmp_path, "sft", "--out", out, "--resume", spoil=spoil)
+    assert [process.wait() for process in processes] == [2, 2]
+    said = processes[0].lines() + processes[1].lines()
+    # When it was due, and once more at the end.
+    assert sum("step 24 is not saved: No space left" in line for line in said) == 2
+    assert sum("step 24 could not be saved; make room" in line for line in said) == 1
+    assert_whole_checkpoints(out)
+    assert (out / "latest").resolve().name == "step_000016" and not list(out.glob(".*"))
     resume_by_two(ask, out)
     assert_same_run(out, straight_two)
 
