@@ -564,6 +564,7 @@ def test_what_ended_one_of_two_is_said_once_and_by_none_but_it(
     assert time.monotonic() - began < 60
     texts = [process.output.read_text() for process in processes]
     assert "Traceback" not in texts[0] and "gloo" not in "".join(texts)
+    assert "a process of this run is gone" not in texts[0]
     assert ("Traceback" in texts[1]) == (status == 1)
     assert processes[1].lines()[-1:] == words and "unreadable" not in texts[0]
 
