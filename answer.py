@@ -25,12 +25,12 @@ TAGS = (*THINK, *ANSWER)
 
 # ---------------------------------------------------------------- what is asked
 
-EXAMPLE = '<answer>{"bbox_2d": [x1, y1, x2, y2]}</answer>'
+# In a template, where braces are doubled: str.format fills in the rest.
+EXAMPLE = '<answer>{{"bbox_2d": [x1, y1, x2, y2]}}</answer>'
 PROMPT = (
     "Locate the object that is described: {text}\n"
     "First reason about positions in the image in <think> </think> tags, then answer with one box "
-    # Braces are doubled, for str.format fills in the expression.
-    f"in <answer> </answer> tags, like {EXAMPLE.replace('{', '{{').replace('}', '}}')}")
+    f"in <answer> </answer> tags, like {EXAMPLE}")
 
 
 # ---------------------------------------------------------------- box to text

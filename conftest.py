@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
+from answer import THINK
 from model import FAMILIES, Config, QwenVL
 from processor import WORDS
 
@@ -63,6 +64,9 @@ def tiny_family(
 def write_tiny(path: Path, family: str) -> Path:
     """A tiny checkpoint of one of model.FAMILIES -> its folder."""
     tokenizer = byte_tokenizer()
+    if family == "Qwen3-VL":
+        # Its vocabulary has these two, as ordinary tokens.
+        tokenizer.add_tokens([AddedToken(t, normalized=False) for t in THINK])
     tokenizer.save(str(path / "tokenizer.json"))
     processor = {
         "processor_class": PROCESSORS[family], "patch_size": 14, "temporal_patch_size": 2,

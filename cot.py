@@ -125,7 +125,7 @@ TEACHER_PROMPT = (
     "that kind there are and where in the image they lie, how they lie to each other, and why "
     "this one fits. Write a place as a point (x, y) in the same coordinates; use no other "
     "numbers, but to count objects. Put that into <think> </think> tags and do not write the "
-    "box there. Then answer with the box in <answer> </answer> tags, like {example}")
+    "box there. Then answer with the box in <answer> </answer> tags, like " + EXAMPLE)
 
 # Why an explanation is refused. The first three are the paper's.
 INCOMPLETE = "incomplete chain"
@@ -571,15 +571,18 @@ class Explanation:
 Ask = Callable[[Sequence[Record]], Iterator[Explanation]]
 
 
-def teacher_request(record: Record, frame: Frame) -> str:
-    """What a teacher is asked; the box is told in its frame."""
+def teacher_blanks(record: Record, frame: Frame) -> dict[str, str]:
+    """What fills in TEACHER_PROMPT; the box is told in the teacher's frame."""
     units = "in thousandths of the image's width and height, from 0 to 1000"
     if frame.convention == "absolute":
         width, height = frame.resized
         units = f"in pixels of the image, which is {width} wide and {height} high"
-    return TEACHER_PROMPT.format(
-        text=record.text, box=format_box(record.box, frame), units=units,
-        example=EXAMPLE)
+    return {"text": record.text, "box": format_box(record.box, frame), "units": units}
+
+
+def teacher_request(record: Record, frame: Frame) -> str:
+    """What a teacher is asked."""
+    return TEACHER_PROMPT.format(**teacher_blanks(record, frame))
 
 
 def filter_explanation(text: str, record: Record, frame: Frame) -> tuple[str | None, str | None]:
@@ -833,8 +836,8 @@ def checkpoint_prompt(record: Record, processor: Processor) -> Prompt:
     image = data.open_image(record)
     pixels, grid, resized = processor.patches(image)
     frame = Frame(image.size, resized, processor.convention)
-    request = teacher_request(record, frame)
-    ids = processor.turns(request, int(grid.prod()) // processor.merge ** 2)
+    image_tokens = int(grid.prod()) // processor.merge ** 2
+    ids = processor.turns(TEACHER_PROMPT, image_tokens, **teacher_blanks(record, frame))
     return Prompt(torch.tensor(ids), pixels, grid, frame)
 
 

@@ -173,7 +173,7 @@ def longest_prompt(
             most = w * h
             rows, columns = h // processor.patch, w // processor.patch
     text = max(texts, key=len, default="")
-    ids = processor.turns(PROMPT.format(text=text), rows * columns // processor.merge ** 2)
+    ids = processor.turns(PROMPT, rows * columns // processor.merge ** 2, text=text)
     if not texts:
         ids += [0] * TEXT_TOKENS
     shape = (rows * columns, 3, processor.patch, processor.patch)

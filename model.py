@@ -262,7 +262,7 @@ class Config:
             layers=text["num_hidden_layers"],
             heads=heads,
             kv_heads=text["num_key_value_heads"],
-            head_dim=text.get("head_dim") or hidden // heads,
+            head_dim=text.get("head_dim") or (128 if family == "Qwen3-VL" else hidden // heads),
             intermediate=text["intermediate_size"],
             eps=text.get("rms_norm_eps", 1e-6 if family == "Qwen3-VL" else 1e-5),
             rope_theta=rope.get("rope_theta") or text.get("rope_theta") or (

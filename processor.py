@@ -308,17 +308,17 @@ class Processor:
         """
         pixels, grid, resized = self.patches(image)
         image_tokens = int(grid.prod()) // self.merge ** 2
-        ids = self.turns(PROMPT, image_tokens, text)
+        ids = self.turns(PROMPT, image_tokens, text=text)
         frame = Frame(image.size, resized, self.convention)
         return Prompt(torch.tensor(ids), pixels, grid, frame)
 
-    def turns(self, user: str, image_tokens: int, text: str | None = None) -> list[int]:
+    def turns(self, user: str, image_tokens: int, **blanks: str) -> list[int]:
         """The family's chat prompt as ids.
 
-        System turn, the user's image and text, the beginning of the answer. With a text,
-        `user` is a template of ours that it fills in.
+        System turn, the user's image and text, the beginning of the answer. With blanks,
+        `user` is a template of ours that they fill in.
         """
-        asked = self.words(user) if text is None else self.tagged(user, text=text)
+        asked = self.tagged(user, **blanks) if blanks else self.words(user)
         start, end, vision_start, vision_end, image = (self.ids[t] for t in SPECIAL)
         ids = []
         if self.system is not None:

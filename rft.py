@@ -814,7 +814,8 @@ def update_summary(
 def collapse(lines: Sequence[dict[str, Any]]) -> list[str]:
     """A sentence on each way in which the last steps of a log can't teach any more."""
     equal = runtime.last_steps(lines, lambda line: line["zero_variance_groups"] > 1 - 1e-6)
-    certain = runtime.last_steps(lines, lambda line: line["entropy"] < LEAST_ENTROPY)
+    # It is 0 to the bit where no token at all is learned from: --mask-truncated has left all out.
+    certain = runtime.last_steps(lines, lambda line: 0 < line["entropy"] < LEAST_ENTROPY)
     found = []
     if equal >= COLLAPSED_AFTER:
         found.append(f"for {COLLAPSED_AFTER} steps or more no group's rewards differ: all "

@@ -29,7 +29,7 @@ from PIL import Image
 
 import cot
 import data
-from answer import format_box, format_ok, parse_box
+from answer import THINK, format_box, format_ok, parse_box
 from cot import Box, Neighbor, Reasoning, explain, neighbor_finder
 from data import Record
 from processor import Frame, Processor, Prompt, to_model_frame
@@ -673,6 +673,20 @@ def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_f
             assert text.startswith("<think>by the pier.</think>")
         else:
             assert text == write_own(record, frame)
+
+
+def test_a_checkpoint_is_asked_in_its_own_tokens(tiny_family: Path, dior_root: Path) -> None:
+    """Tags of ours that are tokens are such in the request, those of an expression are not."""
+    processor = Processor.from_pretrained(tiny_family)
+    record = replace(data.load("dior", dior_root, "sft")[0], text="a <think>{box}</think> ship")
+    prompt = cot.checkpoint_prompt(record, processor)
+    ids = prompt.input_ids.tolist()
+    asked = cot.teacher_request(record, prompt.frame)
+    assert asked in processor.decode(ids)
+    assert asked.endswith('like <answer>{"bbox_2d": [x1, y1, x2, y2]}</answer>')
+    assert set(processor.tags) == (set(THINK) if processor.family == "qwen3_vl" else set())
+    for tag, i in processor.tags.items():
+        assert asked.count(tag) == 2 and ids.count(i) == 1
 
 
 # ---------------------------------------------------------------- a server that errs

@@ -123,6 +123,15 @@ def test_shapes_of_the_hub_are_those_of_transformers(name: str, tmp_path: Path) 
     assert config.tied == SIZES[name][-1] and config.head_dim == 128
 
 
+def test_a_head_width_that_is_not_told_is_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    raw = hub_config("Qwen3-VL-4B")
+    del raw["text_config"]["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    theirs = theirs_of("Qwen3-VL", "Config").from_dict(raw)
+    assert Config.from_json(tmp_path / "config.json").head_dim == theirs.text_config.head_dim
+
+
 # ---------------------------------------------------------------- what a family alone has
 
 def test_qwen3s_deepstack_may_reach_the_last_layer(tmp_path: Path) -> None:

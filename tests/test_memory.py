@@ -175,7 +175,7 @@ def test_the_longest_prompt_has_the_most_patches_and_the_longest_text(
     long = memory.longest_prompt(processor, [(112, 112)], ["the ship", "the ship at the pier"])
     assert len(long.input_ids) - len(short.input_ids) == len(" at the pier")
     unknown = memory.longest_prompt(processor, [(112, 112)], [])
-    empty = processor.turns(memory.PROMPT.format(text=""), 16)
+    empty = processor.turns(memory.PROMPT, 16, text="")
     assert len(unknown.input_ids) == len(empty) + memory.TEXT_TOKENS
 
 

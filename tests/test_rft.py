@@ -591,6 +591,8 @@ def test_rewards_or_an_entropy_that_collapse_are_warned_about() -> None:
         (sentence,) = rft.collapse([fine] + [bad] * n)
         assert words in sentence
     assert len(rft.collapse([equal | certain | {"zero_variance_groups": 1.0}] * n)) == 2
+    # Steps whose rollouts are all masked say nothing about the entropy.
+    assert not rft.collapse([fine | {"entropy": 0.0}] * n)
 
 
 def test_a_warning_stands_in_every_line_and_is_printed_when_it_begins(
