@@ -1215,10 +1215,16 @@ class QwenVL(nn.Module):
         return nested_name(name) if self.config.family == "Qwen3-VL" else name
 
     def check_processor(self, processor: Processor) -> None:
-        """A Processor that cuts other patches or speaks in other ids than this model's
-        is a CheckpointError that names the files."""
+        """A Processor of another family, or that cuts other patches or speaks in other ids
+        than this model's, is a CheckpointError that names the files."""
         vision = self.config.vision
         source = processor.source
+        # Its coordinates would be read in another convention, and nothing would tell.
+        if FAMILIES[processor.family] != self.config.family:
+            raise CheckpointError(
+                f"{processor.image_file}: the processor is that of {FAMILIES[processor.family]}, "
+                f"but config.json is that of {self.config.family}; take both files from one "
+                "checkpoint")
         for name, theirs, ours in (
                 ("patch_size", processor.patch, vision.patch),
                 ("merge_size", processor.merge, vision.merge),

@@ -675,6 +675,8 @@ def test_a_processor_of_another_model_is_refused_by_name(
     for name, value in (("patch_size", 16), ("merge_size", 1), ("temporal_patch_size", 1)):
         file.write_text(json.dumps({**good, name: value}))
         refused(f"{file.name}: {name} is {value}, but config.json asks for {good[name]}")
+    file.write_text(json.dumps({**good, "processor_class": "Qwen2VLProcessor"}))
+    refused(f"{file.name}: the processor is that of Qwen2-VL, but config.json is that of Qwen2.5")
     file.write_text(json.dumps(good))
 
     # Another model's tokenizer: the same names, other ids.
