@@ -22,6 +22,7 @@ reading and counts what it refuses:
 """
 import argparse
 import contextvars
+import functools
 import hashlib
 import itertools
 import json
@@ -829,15 +830,14 @@ def hold_out(records: Records, split: str, root: Path) -> Records:
 
 # ---------------------------------------------------------------- readers
 
-def read_synth(root: Path, split: str, small: bool = False) -> Records:
-    """The embedded world; with `small` all objects are half as long.
+def read_synth(root: Path, split: str, name: str = "synth") -> Records:
+    """An embedded world, one of scenes.WORLDS.
 
     Drawn, not read: root is not used.
     """
     from toy import scenes
 
-    splits = scenes.SMALL if small else scenes.SPLITS
-    name = "synth-small" if small else "synth"
+    splits = scenes.WORLDS[name]
     split = {"train": "rft"}.get(split, split)
     if split not in splits:
         raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(splits)}")
@@ -845,11 +845,6 @@ def read_synth(root: Path, split: str, small: bool = False) -> Records:
     for i, scene, text, box, category, kind in scenes.records(splits[split]):
         records.append(Record(f"{split}-{i}", scene, text, box, category, scene.size, kind))
     return records
-
-
-def read_synth_small(root: Path, split: str) -> Records:
-    """The embedded world with all objects half as long."""
-    return read_synth(root, split, small=True)
 
 
 @dataclass(frozen=True)
@@ -1707,7 +1702,7 @@ def box_in(answer: Any) -> tuple[list[float], int | None]:
 
 READERS: dict[str, Callable[[Path, str], Records]] = {
     "synth": read_synth,
-    "synth-small": read_synth_small,
+    "synth-small": functools.partial(read_synth, name="synth-small"),
     "dior": read_dior,
     "opt": read_opt,
     "rsvg-hr": read_rsvg_hr,
@@ -1715,9 +1710,11 @@ READERS: dict[str, Callable[[Path, str], Records]] = {
     "refgeo": read_refgeo,
     "rrsisd": read_rrsisd,
     "geopix": read_geopix,
-    "jsonl": read_jsonl}
+    "jsonl": read_jsonl,
+    "synth-one": functools.partial(read_synth, name="synth-one"),
+    "synth-tiny": functools.partial(read_synth, name="synth-tiny")}
 # Data sets whose own form says in which unit each box is.
-OWN_UNIT = ("synth", "synth-small", "vrsbench")
+OWN_UNIT = ("synth", "synth-small", "synth-one", "synth-tiny", "vrsbench")
 # Expressions of a split, where they were published.
 PUBLISHED = {
     "dior": {"train": 26_991, "val": 3_829, "test": 7_500},

@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 from data import DataError, Records, load
+from toy import scenes
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
@@ -173,7 +174,7 @@ def split_of(case: str) -> str:
 
 def test_every_reader_of_files_is_fuzzed() -> None:
     readers = {reader for reader, _ in CASES.values()}
-    assert readers == data.READERS.keys() - {"synth", "synth-small"}
+    assert readers == data.READERS.keys() - scenes.WORLDS.keys()
 
 
 @pytest.fixture(params=CASES)

@@ -112,10 +112,15 @@ def is_on_side(o: Object, anchor: Object, side: tuple[int, int]) -> bool:
 # ---------------------------------------------------------------- the embedded world
 
 ALL_SPLITS = {**SPLITS, **{f"small {name}": split for name, split in SMALL.items()}}
+for world, splits in (("one", scenes.ONE), ("tiny", scenes.TINY)):
+    ALL_SPLITS |= {f"{world} {name}": split for name, split in splits.items()}
+# Those whose records have hashes of their own, because they joined the world after the others.
+FINAL = {"final": "5bfe550b31f0b001", "small final": "b480d142de3ea601"}
+ALONE = {"one": "6d48abb0d4a6d037", "tiny": "c907e52b9f7da3a3"}
 KINDS = {"category", "attribute", "position", "extreme", "relation", "two-step"}
 
 
-@pytest.mark.parametrize("name", ["sft", "test", "novel", "small test"])
+@pytest.mark.parametrize("name", ["sft", "test", "novel", "small test", "final"])
 def test_every_expression_fits_exactly_one_object(name: str) -> None:
     records = scenes.records(replace(ALL_SPLITS[name], scenes=700))
     for r in records:
@@ -156,21 +161,59 @@ def test_the_novel_split_shows_what_no_other_does() -> None:
         assert scenes.unseen(target.category, target.color)
 
 
+def world_hash(names: Sequence[str]) -> str:
+    """16 hex characters that change with any of the first 150 records of these splits."""
+    digest = hashlib.sha256()
+    for name in names:
+        for r in scenes.records(replace(ALL_SPLITS[name], scenes=150)):
+            line = (r.number, r.scene.terrain, r.text, r.box, r.category, r.kind)
+            digest.update(repr(line).encode())
+    return digest.hexdigest()[:16]
+
+
 def test_the_world_has_not_changed() -> None:
     """Scores in LOG.md and the README are of these scenes.
 
     Records of every split, and the pixels of a few (a coarse look: libraries may round
     differently).
     """
-    digest = hashlib.sha256()
-    for _, split in sorted(ALL_SPLITS.items()):
-        for r in scenes.records(replace(split, scenes=150)):
-            line = (r.number, r.scene.terrain, r.text, r.box, r.category, r.kind)
-            digest.update(repr(line).encode())
-    assert digest.hexdigest()[:16] == "afeb24b0594afbc7"
+    worlds = {**FINAL, **ALONE}
+    others = [name for name in sorted(ALL_SPLITS) if name.split()[0] not in worlds
+              and name not in worlds]
+    assert world_hash(others) == "afeb24b0594afbc7"
+    for name, expected in FINAL.items():
+        assert world_hash([name]) == expected, name
+    for world, expected in ALONE.items():
+        assert world_hash([n for n in sorted(ALL_SPLITS) if n.split()[0] == world]) == expected
     images = [make_scene(40_000_000 + i, SPLITS["test"]).draw() for i in range(20)]
     pixels = np.stack([np.asarray(image, float) for image in images])      # (20, H, W, 3)
     assert pixels.mean((0, 1, 2)).round() == pytest.approx([126, 128, 106], abs=1)
+
+
+@pytest.mark.parametrize("name", ["synth", "synth-small"])
+def test_the_final_split_has_2000_scenes_that_no_other_has(name: str) -> None:
+    """Nor has it the things of another's scene at other seeds."""
+    final = data.load(name, None, "final")
+    assert len(final) == 2000 and {r.id.split("-")[0] for r in final} == {"final"}
+    seeds = {r.image.seed for r in final}
+    things = {r.image.objects for r in final}
+    assert len(things) == 2000
+    for other in ("val", "test"):
+        records = data.load(name, None, other)
+        assert not things & {r.image.objects for r in records}
+    for split in ALL_SPLITS.values():
+        if split not in (SPLITS["final"], SMALL["final"]):
+            assert not any(0 <= seed - split.first_seed < split.scenes for seed in seeds)
+
+
+@pytest.mark.parametrize("name, largest", [("synth-one", 14.5), ("synth-tiny", 5.1)])
+def test_where_one_thing_is_alone_there_is_nothing_to_choose(name: str, largest: float) -> None:
+    records = data.load(name, None, "final")
+    assert len(records) > 1900 and all(len(r.image.objects) == 1 for r in records)
+    assert {r.kind for r in records} == {"category", "attribute"}
+    assert np.median([r.image.objects[0].size for r in records]) <= largest
+    seen = data.load(name, None, "sft")
+    assert len(seen) > 9000 and seen[0].id.startswith("rft")
 
 
 def test_a_box_is_the_extent_of_what_is_drawn() -> None:

@@ -93,12 +93,31 @@ SPLITS = {
     "val": Split(30_000_000, 500, 2, 12),
     "test": Split(40_000_000, 2_020, 2, 12),
     "novel": Split(50_000_000, 1_000, 6, 12, novel=True),
+    # For figures that are published: no design is chosen on it.
+    "final": Split(90_000_000, 2_000, 2, 12),
 }
 SMALL = {
     "rft": Split(60_000_000, 10_000, 2, 12, scale=0.5),
     "val": Split(70_000_000, 500, 2, 12, scale=0.5),
     "test": Split(80_000_000, 2_020, 2, 12, scale=0.5),
+    "final": Split(100_000_000, 2_000, 2, 12, scale=0.5),
 }
+# One thing a scene: there is nothing else to choose, so that a box can only be imprecise.
+ONE = {
+    "rft": Split(110_000_000, 10_000, 1, 1),
+    "val": Split(120_000_000, 500, 1, 1),
+    "test": Split(130_000_000, 2_000, 1, 1),
+    "final": Split(140_000_000, 2_000, 1, 1),
+}
+# The same where half of the things are as small as things get.
+TINY = {
+    "rft": Split(150_000_000, 10_000, 1, 1, scale=0.3),
+    "val": Split(160_000_000, 500, 1, 1, scale=0.3),
+    "test": Split(170_000_000, 2_000, 1, 1, scale=0.3),
+    "final": Split(180_000_000, 2_000, 1, 1, scale=0.3),
+}
+# Name of a data set -> its splits.
+WORLDS = {"synth": SPLITS, "synth-small": SMALL, "synth-one": ONE, "synth-tiny": TINY}
 
 
 def unseen(category: str, color: str) -> bool:
