@@ -71,7 +71,7 @@ from processor import Frame, Processor, Prompt, frame_by_coords, prompt_hash
 INCLUSIVE = ("opt",)              # data sets whose own evaluation counts IoU >= t
 UNREADABLE = "unreadable image"
 OUTCOMES = (*answer.FAILURES, "outside image", "no prediction", UNREADABLE)
-STAGE_ORDER = ("base", "pretrain", "sft", "rft")      # in the table; others behind them
+STAGE_ORDER = ("base", "pretrain", "direct", "sft", "rft")      # in the table; others behind them
 RED = (255, 64, 64)
 
 Box = tuple[float, float, float, float]

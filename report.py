@@ -22,6 +22,7 @@ LETTERS = 1000                    # of an answer that are shown; fewer if long i
 VALUES = 60                       # lines of a breakdown, those of the most records
 GROUPS = 4                        # groups of rollouts shown of a run
 CASES = 6                         # each of a row's best, median and worst cases at most
+BOXLESS = 3                       # cases of a row whose answers have no box at all
 # Keys of metrics.jsonl that share a drawing; those of the reward are in
 # `reward_curves`.
 CURVES = (
@@ -30,11 +31,12 @@ CURVES = (
 STYLE = (
     "body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 12px;max-width:1000px;"
     "color:#222}\n"
-    "h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}\n"
-    ".wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85em}td,th{"
-    "white-space:nowrap;\n"
-    "padding:3px 8px;border-bottom:1px solid #ddd;text-align:right}\n"
-    "td:first-child,th:first-child{text-align:left}small{color:#666}\n"
+    "h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}h4{font-size:.9em;margin:.8em 0 .4em}\n"
+    "h1,h2,h3,p,nav{overflow-wrap:anywhere}nav a{display:inline-block;padding:6px 12px 6px 0}\n"
+    ".wide{overflow-x:auto;max-width:100%}table{border-collapse:collapse;font-size:.85em}\n"
+    "td,th{white-space:nowrap;padding:3px 8px;border-bottom:1px solid #ddd;text-align:right}\n"
+    "td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:#fff;\n"
+    "max-width:9em;white-space:normal;overflow-wrap:anywhere}small{color:#666}\n"
     ".row{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;width:min(320px,100%);"
     "overflow-wrap:anywhere}img,svg{max-width:100%;height:auto}\n"
     "figcaption{font-size:.85em}pre{white-space:pre-wrap;font-size:.75em;background:#f4f4f4;"
@@ -63,6 +65,13 @@ class Training(NamedTuple):
     groups: list[tuple[Line, Record]]         # lines of rollouts.jsonl that are shown
 
 
+class Section(NamedTuple):
+    """A part of the page that the contents lead to."""
+
+    title: str                    # HTML, as the body
+    body: str
+
+
 # ---------------------------------------------------------------- the page
 
 def write(
@@ -70,7 +79,7 @@ def write(
         stages: Sequence[tuple[str, Path]], records: Sequence[Record] = (),
         summary: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the page of an evaluation.
+    """Writes the page of an evaluation: its scores, then the stages, the last of them first.
 
     rows: of eval.json; cases: those of each row; stages: (name, folder with
     metrics.jsonl); records: where the images of rollouts are looked for; summary: the
@@ -82,24 +91,44 @@ def write(
     # three kinds.
     left = PICTURES - sum(len(training.groups) for training in trainings)
     cases_each = max(0, min(CASES, left // (3 * max(1, len(rows)))))
-    sections = [
-        heading(rows[0]),
-        "<h2>Scores</h2><p>In brackets 95% intervals, resampled over images.</p>",
-        score_table(rows), vrsbench_table(rows),
-        guess_line(summary["centre_box"]) if summary else "",
-        comparison_table(summary.get("comparison", {})),
-        *(training_section(training) for training in trainings),
-        *(rollout_section(training) for training in trainings),
-        *(case_section(row, row_cases, cases_each) for row, row_cases in zip(rows, cases)),
-        breakdown_section(rows),
-    ]
+    sections = [Section("Scores", score_section(rows, summary))]
+    for name in reversed(stage_names(rows, trainings)):
+        of_stage = [(row, some) for row, some in zip(rows, cases) if row["stage"] == name]
+        body = "".join(case_section(row, some, cases_each) for row, some in of_stage)
+        for training in trainings:
+            if training.name == name:
+                body += training_section(training) + rollout_section(training)
+        sections.append(Section(text(name), body))
+    sections.append(Section("Breakdowns", breakdown_section(rows)))
+    sections = [section for section in sections if section.body]
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     page = ("<!DOCTYPE html><html lang=en><head><meta charset=utf-8>"
             '<meta name=viewport content="width=device-width,initial-scale=1">'
             f'<meta http-equiv=Content-Security-Policy content="{policy}">'
             f"<title>Evaluation</title><style>{STYLE}</style></head>"
-            f"<body>{''.join(sections)}</body></html>\n")
+            f"<body>{heading(rows[0])}{headline(rows)}{contents(sections)}"
+            f"{html_sections(sections)}</body></html>\n")
     path.write_text(page, encoding="utf-8")
+
+
+def stage_names(rows: Sequence[Row], trainings: Sequence[Training]) -> list[str]:
+    """The stages that were scored or trained, in their order, each once."""
+    names = [row["stage"] for row in rows] + [training.name for training in trainings]
+    return list(dict.fromkeys(names))
+
+
+def contents(sections: Sequence[Section]) -> str:
+    """A line of links to the sections."""
+    links = "".join(f'<a href="#s{i}">{section.title}</a>' for i, section in enumerate(sections))
+    return f"<nav>{links}</nav>"
+
+
+def html_sections(sections: Sequence[Section]) -> str:
+    """The sections under their headings; links lead to their numbers."""
+    body = ""
+    for i, section in enumerate(sections):
+        body += f'<h2 id="s{i}">{section.title}</h2>{section.body}'
+    return body
 
 
 def text(value: object) -> str:
@@ -140,6 +169,23 @@ def heading(row: Row) -> str:
         note = f"; {sum(refused.values()):,} more are refused ({reasons}) and not scored"
     return (f"<h1>Evaluation</h1><p>{text(row['data'])}, split {text(row['split'])}, "
             f"{row['n']:,} records{note}</p>")
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The last stage in one line; of its rows the first, which is greedy where one is."""
+    row = next(row for row in rows if row["stage"] == rows[-1]["stage"])
+    low, high = row["ci"]["mIoU"]
+    failed = sum(row["failures"].values())
+    return (f"<p><b>{label(row)}</b>: mIoU {row['mIoU']:.3f} [{low:.3f}, {high:.3f}], "
+            f"Pr@0.5 {row['Pr@0.5']:.3f}, {failed:,} of {row['n']:,} answers without a box.</p>")
+
+
+def score_section(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
+    """All scores, the guess that looks at nothing, and the comparison."""
+    return ("<p>In brackets 95% intervals, resampled over images.</p>"
+            + score_table(rows) + vrsbench_table(rows)
+            + (guess_line(summary["centre_box"]) if summary else "")
+            + comparison_table(summary.get("comparison", {})))
 
 
 def score_table(rows: Sequence[Row]) -> str:
@@ -196,8 +242,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def breakdown_section(rows: Sequence[Row]) -> str:
-    tables = "".join(breakdown_table(rows, name) for name in rows[0]["breakdowns"])
-    return f"<h2>Breakdowns</h2>{tables}" if tables else ""
+    return "".join(breakdown_table(rows, name) for name in rows[0]["breakdowns"])
 
 
 def breakdown_table(rows: Sequence[Row], name: str) -> str:
@@ -252,7 +297,7 @@ def training_section(training: Training) -> str:
         curves += pictures.curve(series)
     if not curves:
         return ""
-    return f"<h2>Training: {text(training.name)}</h2><div class=row>{curves}</div>"
+    return f"<h3>Training: {text(training.name)}</h3><div class=row>{curves}</div>"
 
 
 def reward_curves(lines: Sequence[Line]) -> list[tuple[str, ...]]:
@@ -281,7 +326,7 @@ def rollout_section(training: Training) -> str:
     if not training.groups:
         return ""
     figures = "".join(rollout_figure(line, record) for line, record in training.groups)
-    return (f"<h2>Groups of rollouts: {text(training.name)}</h2>"
+    return (f"<h3>Groups of rollouts: {text(training.name)}</h3>"
             "<p>Green: the target; the redder a box, the less its reward.</p>"
             f"<div class=row>{figures}</div>")
 
@@ -297,13 +342,18 @@ def rollout_figure(line: Line, record: Record) -> str:
 # ---------------------------------------------------------------- cases
 
 def case_section(row: Row, cases: Sequence[Case], each: int) -> str:
-    """A row's best, median and worst cases, `each` of each at most; "" for 0."""
+    """A row's best, median and worst cases, `each` of each at most; "" for 0.
+
+    Where no answer has a box, a few are enough."""
     if not each:
         return ""
-    section = f"<h2>Cases: {label(row)}</h2><p>Green: the target; red: the answer.</p>"
-    for title, chosen in choose(cases, each):
+    section = f"<h3>Cases: {label(row)}</h3><p>Green: the target; red: the answer.</p>"
+    chosen_cases = list(choose(cases, each))
+    if not any(case.box for case in cases):
+        chosen_cases = [("No answer has a box", cases[:min(each, BOXLESS)])]
+    for title, chosen in chosen_cases:
         figures = "".join(case_figure(case) for case in chosen)
-        section += f"<h3>{title}</h3><div class=row>{figures}</div>"
+        section += f"<h4>{title}</h4><div class=row>{figures}</div>"
     return section
 
 

@@ -27,24 +27,14 @@ fi
 ROOT=${ROOT:-data}
 OUT=${OUT:-ckpt/paper/$name}
 PY=${PY:-.venv/bin/python}
-run="$PY"
-[ "${GPUS:-1}" = 1 ] || run="$PY -m torch.distributed.run --standalone --nproc_per_node $GPUS"
+RUN="$PY"
+[ "${GPUS:-1}" = 1 ] || RUN="$PY -m torch.distributed.run --standalone --nproc_per_node $GPUS"
 mkdir -p "$OUT"
 
-# A stage goes on where it was stopped; a folder without a checkpoint is begun anew.
-train() {                                    # folder, then the command
-  [ -e "$1/done" ] && return
-  local out=$1 resume=""
-  shift
-  if [ -e "$out/latest" ]; then resume=--resume; else rm -rf "$out"; fi
-  $run "$@" --out "$out" $resume
-  touch "$out/done"
-}
+. study/once.sh
 
-score() {                                    # folder of scores, data set, split
-  [ -e "$1/done" ] && return
-  $run eval.py "$OUT/stages" --data "$2" --root "$ROOT/$2" --split "$3" --out "$1" ${EVAL_FLAGS:-}
-  touch "$1/done"
+score_stages() {                             # folder of scores, data set, split
+  score "$1" "$OUT/stages" --data "$2" --root "$ROOT/$2" --split "$3" ${EVAL_FLAGS:-}
 }
 
 # 1. Reasoning. The teacher is told the true box and explains how one finds it; what is
@@ -70,11 +60,11 @@ train "$OUT/stages/rft" rft.py $data --init "$OUT/stages/sft" ${RFT_FLAGS:---epo
 
 # 4. Scores of base, CoT-SFT and RFT, in domain and outside of it.
 [ -e "$OUT/stages/base" ] || ln -s "$(realpath "$INIT")" "$OUT/stages/base"
-score "$OUT/eval_$name" "$name" test
+score_stages "$OUT/eval_$name" "$name" test
 for other in ${OUTSIDE:-}; do
   split=test
   [[ $other == *:* ]] && split=${other#*:}
-  score "$OUT/eval_${other/:/_}" "${other%%:*}" "$split"
+  score_stages "$OUT/eval_${other/:/_}" "${other%%:*}" "$split"
 done
 
 # 5. One table.

@@ -117,13 +117,15 @@ def page(tmp_path: Path) -> str:
 
 def test_hostile_texts_stay_texts(page: str) -> None:
     tags = Tags(page)
-    ours = ("html head meta title style body h1 h2 h3 p div table tr th td small figure "
-            "figcaption img b br pre svg polyline text span")
+    ours = ("html head meta title style body h1 h2 h3 h4 p div table tr th td small figure "
+            "figcaption img b br pre svg polyline text span nav a")
     assert tags.open == []
     assert tags.seen <= set(ours.split())
     for name, value in tags.attributes:
         assert not name.startswith("on")
-        if name in ("src", "href"):
+        if name == "href":
+            assert ("id", value.removeprefix("#")) in tags.attributes
+        if name == "src":
             assert value.startswith("data:image/jpeg;base64,")
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
@@ -148,6 +150,59 @@ def test_the_page_tells_the_whole_story(page: str) -> None:
     assert page.count("<polyline") == 17
     assert page.count("stroke-dasharray") == 2
     assert "nan" not in page.lower().split("<svg", 1)[1].split("</svg>")[0]
+
+
+@pytest.fixture
+def stages_page(tmp_path: Path) -> str:
+    """A page of two stages with logs: the base answers no box, rft answers."""
+    records = make_records(tmp_path, 20)
+    predictions = make_predictions(records)
+    silent = [prediction | {"text": "no"} for prediction in predictions]
+    rows = [make_row(records, silent, "base"), make_row(records, predictions, "rft")]
+    cases = [evaluation.judge(records, silent), evaluation.judge(records, predictions)]
+    stages = []
+    for name in ("base", "rft"):
+        write_logs(tmp_path / name)
+        stages.append((name, tmp_path / name))
+    report.write(tmp_path / "report.html", rows, cases, stages, records)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_opens_on_the_last_stage(stages_page: str) -> None:
+    first, *_ = re.findall(r"<p><b>(\w+) ?T?=?0?</b>: mIoU (\d\.\d+)", stages_page)
+    assert first[0] == "rft" and float(first[1]) > 0
+    titles = re.findall(r'<h2 id="s\d">(.*?)</h2>', stages_page)
+    assert titles == ["Scores", "rft", "base", "Breakdowns"]
+    # A stage's cases come before its training; both stand under its heading.
+    of_rft = stages_page.split('<h2 id="s1">', 1)[1].split("<h2", 1)[0]
+    parts = re.findall(r"<h3>(\w+).*?: (\w+)", of_rft)
+    assert parts == [("Cases", "rft"), ("Training", "rft"), ("Groups", "rft")]
+
+
+def test_a_stage_that_answers_no_box_is_not_shown_at_length(stages_page: str) -> None:
+    of_base = stages_page.split('<h2 id="s2">', 1)[1].split("<h3>Training", 1)[0]
+    assert "No answer has a box" in of_base and of_base.count("<img") == report.BOXLESS
+    assert "Best" not in of_base
+
+
+def test_the_contents_lead_to_every_section(stages_page: str) -> None:
+    nav = re.search(r"<nav>(.*?)</nav>", stages_page)[1]
+    links = re.findall(r'<a href="#(s\d)">(.*?)</a>', nav)
+    assert links == re.findall(r'<h2 id="(s\d)">(.*?)</h2>', stages_page) and len(links) == 4
+    assert stages_page.index("<nav>") < stages_page.index("<h2")
+
+
+def test_a_narrow_screen_scrolls_tables_in_their_boxes(stages_page: str) -> None:
+    """Without a browser: every table lies alone in a box that scrolls, what else is wide wraps or
+    shrinks, and no width is fixed beyond the narrowest phone's.
+    """
+    assert stages_page.count("<table>") == stages_page.count("<div class=wide><table>") > 3
+    assert ".wide{overflow-x:auto;max-width:100%}" in report.STYLE
+    assert "h1,h2,h3,p,nav{overflow-wrap:anywhere}" in report.STYLE
+    assert "img,svg{max-width:100%" in report.STYLE and "pre{white-space:pre-wrap" in report.STYLE
+    without_limits = re.sub(r"max-width:\d+px|min\(\d+px,100%\)", "", report.STYLE)
+    widths = [int(width) for width in re.findall(r"width:(\d+)px", without_limits)]
+    assert all(width <= 360 - 2 * 12 for width in widths)
 
 
 def test_200_pictures_of_noise_stay_under_5_mb(tmp_path: Path) -> None:
