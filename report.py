@@ -31,7 +31,8 @@ CURVES = (
 STYLE = (
     "body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 12px;max-width:1000px;"
     "color:#222}\n"
-    "h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}h4{font-size:.9em;margin:.8em 0 .4em}\n"
+    "h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}\n"
+    "h4{font-size:.9em;margin:.8em 0 .4em}\n"
     "h1,h2,h3,p,nav{overflow-wrap:anywhere}nav a{display:inline-block;padding:6px 12px 6px 0}\n"
     ".wide{overflow-x:auto;max-width:100%}table{border-collapse:collapse;font-size:.85em}\n"
     "td,th{white-space:nowrap;padding:3px 8px;border-bottom:1px solid #ddd;text-align:right}\n"

@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
-# The study: the paper's four ablations on the embedded world, beside their controls, in several
-# regimes and for several seeds. Hours on two cores. It can be stopped at any time and run again:
-# what is finished stands, what was stopped goes on. At its end study/study.py writes the tables
-# and the figure.
+# The study: the paper's four ablations on the embedded world beside their controls, and a map of
+# where the positional term pays. One command a table:
+#   bash study/ablate.sh start       does CoT-SFT matter?
+#   bash study/ablate.sh reward      which reward?
+#   bash study/ablate.sh weight      which weight of a group?
+#   bash study/ablate.sh stability   is training calmer, and do more steps help?
+#   bash study/ablate.sh map         where does the positional term pay?
+# Hours each on two cores. It can be stopped at any time and run again: what is finished stands,
+# what was stopped goes on; tables share the runs that they have in common. At its end
+# study/study.py writes the tables and the figure. All arms of a table have the same questions
+# and steps.
 #
 # A quick look:
-#   STUDY=ckpt/look REGIMES=little SEEDS=0 SFT=100 RFT=20 TEST=40 bash study/ablate.sh
+#   STUDY=ckpt/look SEEDS=0 SFT=100 RFT=20 TEST=40 bash study/ablate.sh reward
+# Without a table's name, ARMS in REGIMES (by default all four tables').
 # A variant of yours beside the others, as flags of rft.py; a study has one of them:
 #   ARMS=own OWN="--alpha 10" bash study/ablate.sh
 # One core for a seed, another one beside it:
@@ -16,54 +24,70 @@ export GOMP_SPINCOUNT=10000         # threads that wait spin shortly, then sleep
 
 PY=${PY:-.venv/bin/python}
 STUDY=${STUDY:-ckpt/study}          # the folder that everything is written to
-REGIMES=${REGIMES:-little small wide}
+REGIMES=${REGIMES:-}                # where empty, the table's
 SEEDS=${SEEDS:-0 1 2}
-SFT=${SFT:-}                        # steps of CoT-SFT; where empty, the regime's
+SFT=${SFT:-300}                     # steps of CoT-SFT; more or fewer in some regimes
 RFT=${RFT:-120}                     # steps of RFT
-TEST=${TEST:-1000}                  # scenes to score on
+TEST=${TEST:-2000}                  # scenes of the split final to score on
 OWN=${OWN:-}                        # flags of the arm "own"
-
-# Does CoT-SFT matter? (base: as it is; direct: RFT from it; iou: RFT from CoT-SFT)
-START="base direct iou"
-# Which term beside IoU and format?
-REWARDS="giou diou center positional"
-# Which weight of a group? (positional has none; shuffled: the same weights, dealt to other groups)
-WEIGHTS="mean variance consistency shuffled"
-# What do the same boxes give without RFT?
-CONTROL="boxes"
-# Does it stay good for twice the steps? (of iou and of consistency)
-STABILITY="longer consistency-longer"
-ARMS=${ARMS:-$START $REWARDS $WEIGHTS $CONTROL $STABILITY}
 
 fail() {
   echo "ablate.sh: $1" >&2
   exit 2
 }
 
+# What a table needs: its arms, the arm that is also asked without the image, and its regimes.
+blind=""
+set_table() {
+  case $1 in
+    start)        # base: as it is; direct: RFT from it; boxes: SFT on boxes for equal compute
+      arms="base direct iou consistency boxes" blind=consistency regimes=little ;;
+    reward)       # IoU and format, and which term beside them
+      arms="iou giou diou center positional" blind=positional regimes=small ;;
+    weight)       # positional: none; shuffled: the same weights, dealt to other groups
+      arms="positional mean variance consistency shuffled" blind=consistency regimes=small ;;
+    stability)    # positional: the same reward without weights; longer: twice the steps
+      arms="iou positional consistency longer consistency-longer"
+      blind=consistency-longer regimes=small ;;
+    map)
+      arms="iou positional" blind=positional regimes="choice small one one-tiny one-coarse" ;;
+    "") arms="base direct iou giou diou center positional mean variance consistency shuffled boxes"
+      arms+=" longer consistency-longer" regimes="little small" ;;
+    *) fail "no table $1; there are start, reward, weight, stability, map" ;;
+  esac
+}
+
+[ $# -le 1 ] || fail "one table at a time: start, reward, weight, stability or map"
+set_table "${1:-}"
+ARMS=${ARMS:-$arms}
+REGIMES=${REGIMES:-$regimes}
+
 # What a regime is: the records of SFT and its steps, the data of RFT, and whether advantages are
 # divided by their group's standard deviation. Without the division a group that misses altogether,
 # which the positional term alone tells apart, moves next to nothing: where such groups are the
 # question (small) it stays on.
 set_regime() {
+  start=synth_0.1             # folder of the SFT model, which regimes share
   case $1 in
     little)       # SFT on a tenth of its records, RFT on the world as it is
-      learn=synth:0.1 steps=${SFT:-300} data=synth std=--no-std ;;
+      learn=synth:0.1 steps=$SFT data=synth std=--no-std ;;
     small)        # the same SFT, RFT where everything is half as long
-      learn=synth:0.1 steps=${SFT:-300} data=synth-small std="" ;;
+      learn=synth:0.1 steps=$SFT data=synth-small std="" ;;
     wide)         # SFT on all of its records
-      learn=synth steps=${SFT:-1000} data=synth std=--no-std ;;
-    *) fail "no regime $1; there are little, small, wide" ;;
+      start=synth learn=synth steps=$((SFT * 10 / 3)) data=synth std=--no-std ;;
+    # The map. In choice a miss is a wrong choice, as the world is full of other things; in the
+    # others nothing else is there to be chosen.
+    choice)
+      learn=synth:0.1 steps=$SFT data=synth std="" ;;
+    one)          # one thing a scene
+      learn=synth:0.1 steps=$SFT data=synth-one std="" ;;
+    one-tiny)     # one thing, as small as things get
+      learn=synth:0.1 steps=$SFT data=synth-tiny std="" ;;
+    one-coarse)   # one thing, and SFT cut short
+      learn=synth:0.1 steps=$(((SFT + 2) / 3)) data=synth-one std=""
+      start=short_$start ;;
+    *) fail "no regime $1; there are little, small, wide, choice, one, one-tiny, one-coarse" ;;
   esac
-}
-
-# train FOLDER COMMAND: once, and with --resume where it was stopped.
-train() {
-  local out=$1 resume=""
-  shift
-  if [ -e "$out/done" ]; then return; fi
-  if [ -e "$out/latest" ]; then resume=--resume; else rm -rf "$out"; fi
-  $PY "$@" --out "$out" $resume
-  touch "$out/done"
 }
 
 # train_sft FOLDER FLAGS: stage 1, or the control on boxes.
@@ -105,16 +129,17 @@ train_arm() {
   esac
 }
 
-# score DATA SPLIT [TEMPERATURE]: $model, greedy unless a temperature is named; a folder for each.
-score() {
-  local out=$here/$arm/eval_$2${3:+_T$3}
-  if [ -e "$out/report.html" ]; then return; fi
-  $PY eval.py "$model" --data "$1" --split "$2" --temperature "${3:-0}" --limit "$TEST" \
-    --max-new-tokens 160 --batch 125 --out "$out"
+# score_arm DATA SPLIT [NAME FLAGS]: $model, greedy unless flags say otherwise; each in a folder of
+# its name. Scenes that are scored in several ways are the same.
+score_arm() {
+  score "$here/$arm/eval_$2${3:+_$3}" "$model" --data "$1" --split "$2" --limit "$TEST" \
+    --max-new-tokens 160 --batch 125 "${@:4}"
 }
 
 # Mistakes are told before hours of training.
 command -v ${PY%% *} >/dev/null || fail "no $PY; bash test.sh makes .venv, or set PY"
+RUN=$PY
+. study/once.sh
 for regime in $REGIMES; do set_regime "$regime"; done
 for arm in $ARMS; do
   case $arm in
@@ -130,19 +155,19 @@ for seed in $SEEDS; do
   for regime in $REGIMES; do
     set_regime "$regime"
     here=$STUDY/$regime/$seed
-    # Regimes that learn from the same records share their SFT model.
-    sft=$STUDY/sft_${learn/:/_}/$seed
+    sft=$STUDY/sft_$start/$seed
     train_sft "$sft" --data $learn --init toy/base --steps "$steps" --every "$steps" \
       --batch 16 --lr 1.5e-3
     for arm in sft $ARMS; do
       train_arm "$arm"
-      score $data test
-      score $data test 1
-      if [ $data = synth ]; then score synth novel; fi
+      score_arm $data final
+      score_arm $data final T1 --temperature 1
+      score_arm synth novel
+      if [ "$arm" = "$blind" ]; then score_arm $data final blind --blind; fi
       # Sampling SFT cooler is the control of all RFT: it might do no more than sharpen.
       if [ "$arm" = sft ]; then
-        score $data test 0.8
-        score $data test 0.6
+        score_arm $data final T0.8 --temperature 0.8
+        score_arm $data final T0.6 --temperature 0.6
       fi
     done
   done

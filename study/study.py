@@ -1,4 +1,4 @@
-"""What ablate.sh measured: tables of every regime and arm, of what each term adds, and a figure.
+"""What ablate.sh measured: a chapter for each of its tables, the map, and a figure.
 
 A difference is paired: both models answered the same scenes, which are resampled together for its
 95% interval. Every seed has its own SFT model and its own difference; the mean over seeds stands
@@ -6,16 +6,16 @@ beside their standard deviation. What a term adds is the difference between two 
 from the same SFT models, over all seeds at once: its interval is of scenes, resampled with the
 answers of all seeds, and the standard deviation beside it is of seeds.
 
-Of a hundred such intervals, five leave 0 out by chance: which differences are the questions is to
-be written down before the runs. All seeds share toy/base and the records of SFT; a seed is the
-order of the data and the sampling.
+Of a hundred such intervals, five leave 0 out by chance: TABLES has the questions, written down
+before the runs. All seeds share toy/base and the records of SFT; a seed is the order of the data
+and the sampling. Beside the arms stand two guesses: without seeing the image, and a box of the
+median size in the middle.
 
     python study/study.py ckpt/study
 
 prints Markdown, and writes study.md, study.json (the differences from SFT) and study.png there.
 """
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,143 +23,75 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval as evaluation  # noqa: E402
 import metrics  # noqa: E402
 import report  # noqa: E402
 import runtime  # noqa: E402
-from data import Record, load, read_json  # noqa: E402
+from data import Record, load  # noqa: E402
 from model import by_number  # noqa: E402
-
-# Arms of ablate.sh, in the order of the tables: what they are called there.
-ARMS = {
-    "base": "base",
-    "sft": "CoT-SFT",
-    "boxes": "CoT-SFT, then SFT on boxes",
-    "direct": "GRPO from the base",
-    "iou": "GRPO: IoU + format",
-    "giou": "+ GIoU",
-    "diou": "+ DIoU",
-    "center": "+ centre distance",
-    "positional": "+ positional",
-    "mean": "+ positional, mean weight",
-    "variance": "+ positional, variance weight",
-    "consistency": "RSGround-R1 (both weights)",
-    "shuffled": "both weights, shuffled",
-    "longer": "GRPO: IoU + format, twice the steps",
-    "consistency-longer": "RSGround-R1, twice the steps",
-    "own": "own variant",
-}
-# Regimes of ablate.sh, and the data set that each tests on.
-REGIMES = {"little": "synth", "small": "synth-small", "wide": "synth"}
-# Pairs of arms (a, b) whose difference a - b answers a question.
-CONTRASTS = (
-    # Does CoT-SFT matter?
-    ("iou", "direct"), ("consistency", "iou"), ("consistency", "boxes"),
-    # Which reward?
-    ("giou", "iou"), ("diou", "iou"), ("center", "iou"), ("positional", "iou"),
-    ("positional", "giou"), ("positional", "diou"), ("positional", "center"),
-    # Which weight?
-    ("mean", "positional"), ("variance", "positional"), ("consistency", "positional"),
-    ("shuffled", "positional"), ("consistency", "shuffled"),
-    # Twice the steps, and one's own.
-    ("longer", "iou"), ("consistency-longer", "consistency"), ("consistency-longer", "longer"),
-    ("own", "positional"),
+from study import figure, payoff  # noqa: E402
+from study.scores import (  # noqa: E402
+    ARMS,
+    REGIMES,
+    SPLITS,
+    Answers,
+    check_names,
+    data_set,
+    deviation_text,
+    header,
+    key_text,
+    line,
+    mean_text,
+    predictions_of,
+    read_answers,
+    read_row,
+    rows_of,
+    seeds_with,
 )
+
+
+@dataclass(frozen=True)
+class Table:
+    """A question, the arms of ablate.sh that it needs, and the differences that answer it."""
+
+    question: str
+    arms: tuple[str, ...]
+    contrasts: tuple[tuple[str, str], ...]      # (a, b): a - b
+
+
+TABLES = {
+    "start": Table(
+        "Does CoT-SFT matter, what does RFT add to it, and what would SFT on the same boxes?",
+        ("base", "direct", "iou", "consistency", "boxes"),
+        (("iou", "direct"), ("iou", "sft"), ("consistency", "sft"), ("consistency", "iou"),
+         ("consistency", "boxes"))),
+    "reward": Table(
+        "Does a term beside IoU and format raise mIoU, and does the positional one raise it more "
+        "than GIoU, DIoU and centre distance?",
+        ("iou", "giou", "diou", "center", "positional"),
+        (("giou", "iou"), ("diou", "iou"), ("center", "iou"), ("positional", "iou"),
+         ("positional", "giou"), ("positional", "diou"), ("positional", "center"),
+         ("own", "positional"))),
+    "weight": Table(
+        "Do weights by mean, variance or both raise mIoU, and more than the same weights dealt to "
+        "other groups?",
+        ("positional", "mean", "variance", "consistency", "shuffled"),
+        (("mean", "positional"), ("variance", "positional"), ("consistency", "positional"),
+         ("shuffled", "positional"), ("consistency", "shuffled"))),
+    "stability": Table(
+        "Do rewards scatter less within groups under the weights, all through training, and do "
+        "twice the steps help more with the paper's terms than without?",
+        ("iou", "positional", "consistency", "longer", "consistency-longer"),
+        (("longer", "iou"), ("consistency-longer", "consistency"),
+         ("consistency-longer", "longer"))),
+}
 # What is told of training beside the terms of the reward.
 TRAINED = (
     "no_overlap_groups", "no_overlap_advantage", "positional_alone_advantage",
     "zero_variance_groups", "entropy", "dispersion", "consistency_weight",
 )
-
-
-# ---------------------------------------------------------------- what was scored
-
-def read_row(folder: Path) -> dict[str, Any] | None:
-    """The one row of a folder of scores, or None where it was not scored."""
-    content = read_json(folder / "eval.json")
-    if content is None:
-        return None
-    try:
-        return content["rows"][0]
-    except (KeyError, IndexError, TypeError):
-        runtime.fail(f"{folder / 'eval.json'} has no row of scores; remove {folder} and run "
-                     "ablate.sh again")
-
-
-def rows_of(seeds: Sequence[Path], arm: str, scores: str) -> list[dict[str, Any] | None]:
-    """The rows of an arm, one a seed; scores: name of the folder."""
-    return [read_row(seed / arm / scores) for seed in seeds]
-
-
-def seeds_with(regime: Path, arm: str, split: str, other: str = "sft") -> list[Path]:
-    """The seeds' folders in which both arms were scored, on as many scenes."""
-    seeds = []
-    counts = set()
-    for seed in sorted(regime.iterdir(), key=by_number):
-        pair = [read_row(seed / name / f"eval_{split}") for name in (arm, other)]
-        if all(pair):
-            seeds.append(seed)
-            counts.update(row["n"] for row in pair)
-    if len(counts) > 1:
-        numbers = " and ".join(map(str, sorted(counts)))
-        runtime.fail(f"{regime}: scores of {numbers} scenes can't be compared; "
-                     "give each a study of its own")
-    return seeds
-
-
-def predictions_of(folder: Path, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """A folder's predictions, in the order of records; records without one are left out."""
-    files = list(folder.glob("predictions_*.jsonl"))
-    if len(files) != 1:
-        runtime.fail(f"{len(files)} files predictions_*.jsonl in {folder}, where one belongs; "
-                     f"remove {folder} and run ablate.sh again")
-    by_id = evaluation.read_predictions(files[0], records)
-    return [by_id[r.id] for r in records if r.id in by_id]
-
-
-def check_names(study: Path) -> None:
-    """Refuses a study without scores, and scores of a regime or an arm that is not known here."""
-    scores = sorted(study.glob("*/*/*/eval_*/eval.json"))
-    for file in scores:
-        regime, _, arm = file.relative_to(study).parts[:3]
-        if regime not in REGIMES:
-            runtime.fail(f"{study / regime}: no regime {regime}; there are {', '.join(REGIMES)}")
-        if arm not in ARMS:
-            runtime.fail(f"{file.parents[1]}: no arm {arm}; there are {', '.join(ARMS)}")
-    if not any((study / name).is_dir() for name in REGIMES):
-        runtime.fail(f"no regime ({', '.join(REGIMES)}) in {study}; run ablate.sh first")
-    if not scores:
-        runtime.fail(f"no scores in {study}; run ablate.sh first")
-
-
-# ---------------------------------------------------------------- Markdown
-
-def line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |\n"
-
-
-def header(cells: Sequence[str]) -> str:
-    return line(cells) + line(["---"] * len(cells))
-
-
-def mean_text(values: Sequence[float | None]) -> str:
-    """Mean and standard deviation over seeds; "-" without a value."""
-    known = [v for v in values if v is not None]
-    if not known:
-        return "-"
-    return f"{statistics.mean(known):.3f}{deviation_text(known)}"
-
-
-def deviation_text(values: Sequence[float]) -> str:
-    return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-
-
-def key_text(rows: Sequence[dict[str, Any] | None], key: str) -> str:
-    """Mean over seeds of a figure of their rows."""
-    return mean_text([row and row[key] for row in rows])
 
 
 # ---------------------------------------------------------------- arms beside SFT
@@ -184,7 +116,7 @@ def compare(
         regime: Path, arms: Sequence[str], split: str,
 ) -> tuple[str, list[tuple[str, str, dict[str, Any]]]]:
     """-> Markdown of one regime on one split, and (arm, seed, test) of the greedy differences."""
-    records = load(REGIMES[regime.name], None, split)
+    records = load(data_set(regime, split), None, split)
     text = header(["", "seeds", "mIoU greedy", "minus SFT, seed by seed [95%]", "mean", "Pr@0.5",
                    "cIoU", "mIoU T=1", "no box"])
     tests = []
@@ -205,7 +137,24 @@ def compare(
             key_text(rows_of(seeds, arm, f"eval_{split}_T1"), "mIoU"), mean_text(failed)])
         if arm == "sft":
             text += cooler_sampling(seeds, split)
-    return text, tests
+    return text + guesses(regime, arms, split, records), tests
+
+
+def guesses(regime: Path, arms: Sequence[str], split: str, records: Sequence[Record]) -> str:
+    """What is scored without seeing the image: by an arm that is shown another, and by a box."""
+    text = ""
+    for arm in arms:
+        rows = rows_of(sorted(regime.iterdir(), key=by_number), arm, f"eval_{split}_blind")
+        if any(rows):
+            text += line([f"{ARMS[arm]}, without seeing the image", "", key_text(rows, "mIoU"),
+                          "-", "-", key_text(rows, "Pr@0.5"), *["-"] * 3])
+    seeds = seeds_with(regime, "sft", split)
+    if seeds:
+        n = read_row(seeds[0] / "sft" / f"eval_{split}")["n"]
+        box = metrics.centre_box(list(records)[:n])
+        text += line(["a box of the median size in the middle", "", f"{box['mIoU']:.3f}", "-", "-",
+                      f"{box['Pr@0.5']:.3f}", *["-"] * 3])
+    return text
 
 
 def cooler_sampling(seeds: Sequence[Path], split: str) -> str:
@@ -221,51 +170,42 @@ def cooler_sampling(seeds: Sequence[Path], split: str) -> str:
 
 # ---------------------------------------------------------------- arms beside each other
 
-@dataclass
-class Answers:
-    """What an arm answered to N scenes in S seeds; each (S, N)."""
-
-    has_box: np.ndarray
-    iou: np.ndarray
-    distance: np.ndarray       # of its centre from the target's; 0 without a box
-
-
-def read_answers(
-        seeds: Sequence[Path], arm: str, split: str, records: Sequence[Record]) -> Answers:
-    has_box = []
-    iou = []
-    distance = []
-    for seed in seeds:
-        predictions = predictions_of(seed / arm / f"eval_{split}", records)
-        boxes = evaluation.strict_boxes(records, predictions)
-        valid, overlap, _, _, away = metrics.overlaps(boxes, *metrics.targets(records))
-        has_box.append(valid.numpy())
-        iou.append(overlap.numpy())
-        distance.append(away.where(valid, 0.0).numpy())
-    return Answers(np.stack(has_box), np.stack(iou), np.stack(distance))
-
-
 def is_small(record: Record) -> bool:
     """Does the target cover less than 1% of its image?"""
     x1, y1, x2, y2 = record.box
     return (x2 - x1) * (y2 - y1) < 0.01 * record.size[0] * record.size[1]
 
 
-def contrasts(regime: Path, split: str) -> str:
-    """Markdown: what one arm has more than another."""
-    records = load(REGIMES[regime.name], None, split)
-    text = header(["", "seeds", "mIoU", "Pr@0.5", "box given", "centre distance",
-                   "mIoU, target under 1% of the image", "mIoU where SFT's box touched nothing",
-                   "centre distance there"])
-    for arm, other in CONTRASTS:
+def contrasts(
+        regime: Path, pairs: Sequence[tuple[str, str]], split: str,
+) -> tuple[str, list[figure.Bar]]:
+    """What one arm has more than another -> Markdown, and the differences in mIoU for the figure.
+
+    "" and no difference where no pair was scored."""
+    records = load(data_set(regime, split), None, split)
+    text = ""
+    bars = []
+    for arm, other in pairs:
         seeds = seeds_with(regime, arm, split, other)
         if not seeds:
             continue
         n = read_row(seeds[0] / arm / f"eval_{split}")["n"]
         sft, a, b = (read_answers(seeds, name, split, records[:n]) for name in ("sft", arm, other))
-        cells = contrast_cells(records[:n], sft, a, b)
-        text += line([f"{ARMS[arm]} minus {ARMS[other]}", str(len(seeds)), *cells])
-    return text
+        name = f"{ARMS[arm]} minus {ARMS[other]}"
+        text += line([name, str(len(seeds)), *contrast_cells(records[:n], sft, a, b)])
+        low, high = mean_interval(records[:n], a.iou - b.iou)
+        of_seeds = (a.iou - b.iou).mean(1).tolist()
+        bars.append(figure.Bar(f"{name}, {split}", low, high, of_seeds))
+    if text:
+        text = header(["", "seeds", "mIoU", "Pr@0.5", "box given", "centre distance",
+                       "mIoU, target under 1% of the image",
+                       "mIoU where SFT's box touched nothing", "centre distance there"]) + text
+    return text, bars
+
+
+def mean_interval(records: Sequence[Record], values: np.ndarray) -> list[float]:
+    """95% interval over scenes of the mean of values (S, N)."""
+    return metrics.intervals(records, {"mean": (values.mean(0), None)})["mean"]
 
 
 def contrast_cells(
@@ -356,40 +296,29 @@ def ends_text(logs: Sequence[list[dict[str, Any]]], key: str) -> str:
     return f"{np.mean(first):.3f} → {np.mean(last):.3f}"
 
 
-# ---------------------------------------------------------------- the figure
+# ---------------------------------------------------------------- the whole study
 
-ROW = 17                       # pixels, height of a line of the figure
-LABELS = 280                   # pixels, width of its labels
-WIDTH = 900
-
-
-def draw_differences(tests: Sequence[tuple[str, str, str, str, dict[str, Any]]]) -> Image.Image:
-    """(regime, split, arm, seed, test) -> a line each: the difference from SFT, its interval."""
-    ends = [test["ci"] for *_, test in tests]
-    low = min(-0.01, *(bounds[0] for bounds in ends))
-    high = max(0.01, *(bounds[1] for bounds in ends))
-    image = Image.new("RGB", (WIDTH, ROW * (len(tests) + 2)), "white")
-    pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(12)
-
-    def x_of(value: float) -> float:
-        return LABELS + (WIDTH - LABELS - 20) * (value - low) / (high - low)
-
-    bottom = image.height - ROW
-    pen.line([x_of(0), ROW, x_of(0), bottom], fill="#999999")
-    pen.text((LABELS, 1), "mIoU greedy, minus SFT: difference and 95% interval over scenes",
-             fill="black", font=font)
-    for value in (low, 0, high):
-        pen.text((x_of(value) - 15, bottom), f"{value:+.2f}", fill="black", font=font)
-    for i, (regime, split, arm, seed, test) in enumerate(tests):
-        y = ROW * (i + 1.5)
-        label = f"{regime}, {split}: {ARMS[arm]}, seed {seed}"
-        pen.text((4, y - 8), label, fill="black", font=font)
-        left, right = test["ci"]
-        pen.line([x_of(left), y, x_of(right), y], fill="#1f77b4", width=2)
-        dot = x_of(test["difference"])
-        pen.ellipse([dot - 3, y - 3, dot + 3, y + 3], fill="#d62728")
-    return image
+def chapter(
+        name: str, table: Table, regime: Path,
+) -> tuple[str, list[figure.Bar], list[tuple[str, str, str, str, dict[str, Any]]]]:
+    """A table in one regime -> Markdown, "" where it was not run; its differences for the figure;
+    (regime, split, arm, seed, test) of its arms beside SFT."""
+    arms = tuple(arm for arm in ARMS if arm in ("sft", "own", *table.arms))
+    text = ""
+    bars = []
+    tests = []
+    for split in SPLITS:
+        contrast_table, differences = contrasts(regime, table.contrasts, split)
+        if not contrast_table:
+            continue
+        arm_table, of_arms = compare(regime, arms, split)
+        text += (f"### {name}, {regime.name}, {split}\n\n{arm_table}\n{contrast_table}\n"
+                 f"{kinds(regime, arms, split)}\n")
+        bars += differences
+        tests += [(regime.name, split, *test) for test in of_arms]
+    if text:
+        text += training(regime, arms) + "\n"
+    return text, bars, tests
 
 
 def main() -> None:
@@ -398,22 +327,26 @@ def main() -> None:
     study = Path(parser.parse_args().study)
     check_names(study)
     regimes = [study / name for name in REGIMES if (study / name).is_dir()]
-    arms = tuple(ARMS)
     text = ""
-    tests = []
-    for regime in regimes:
-        for split in ("test", "novel"):
-            if not any(regime.glob(f"*/*/eval_{split}/eval.json")):
-                continue
-            table, differences = compare(regime, arms, split)
-            text += f"### {regime.name}, {split}\n\n{table}\n"
-            text += f"{contrasts(regime, split)}\n{kinds(regime, arms, split)}\n"
-            tests += [(regime.name, split, *test) for test in differences]
-        text += training(regime, arms) + "\n"
+    groups = []
+    tests = {}
+    for name, table in TABLES.items():
+        chapters = ""
+        for regime in regimes:
+            told, bars, of_arms = chapter(name, table, regime)
+            chapters += told
+            if bars:
+                groups.append(figure.Group(f"{name}, {regime.name}", bars))
+            # Tables share arms.
+            tests.update({test[:4]: test for test in of_arms})
+        if chapters:
+            text += f"## {name}\n\n{table.question}\n\n{chapters}"
+    text += payoff.chapter(regimes)
     (study / "study.md").write_text(text, encoding="utf-8")
-    (study / "study.json").write_text(json.dumps(tests, indent=1) + "\n", encoding="utf-8")
-    if tests:
-        draw_differences(tests).save(study / "study.png")
+    differences = json.dumps(list(tests.values()), indent=1) + "\n"
+    (study / "study.json").write_text(differences, encoding="utf-8")
+    if groups:
+        figure.draw(groups).save(study / "study.png")
     print(text)
 
 

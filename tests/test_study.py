@@ -2,20 +2,25 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFont
 
 import eval as evaluation
+import metrics
 import rft
 from data import Record, load, open_image
 from model import QwenVL
 from processor import Processor
-from study import gradient, paper, study
+from study import figure, gradient, paper, payoff, study
 from toy import scenes
 
 ROOT = Path(__file__).parents[1]
@@ -164,8 +169,11 @@ def test_mistakes_about_a_study_are_one_line(
     assert "has no row of scores" in refusal(tmp_path / "c")
 
 
-def test_contrasts_are_of_arms() -> None:
-    assert {name for pair in study.CONTRASTS for name in pair} <= set(study.ARMS)
+def test_contrasts_are_of_their_tables_arms() -> None:
+    for table in study.TABLES.values():
+        assert set(table.arms) <= set(study.ARMS)
+        for pair in table.contrasts:
+            assert set(pair) <= {"sft", "own", *table.arms}
 
 
 def test_the_papers_table_has_a_row_a_stage_and_columns_a_data_set(tmp_path: Path) -> None:
@@ -185,14 +193,33 @@ def test_the_papers_table_has_a_row_a_stage_and_columns_a_data_set(tmp_path: Pat
 
 # ---------------------------------------------------------------- ablate.sh
 
-def ablate(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """study/ablate.sh with a stand-in for Python: it prints its arguments and trains nothing."""
+# Prints its arguments and trains nothing, but leaves a run.json as a stage does that took all its
+# steps; half of them where STOP says so.
+STAND_IN = """#!/bin/bash
+echo "$@"
+out=$(echo "$@" | sed -n 's/.*--out \\([^ ]*\\).*/\\1/p')
+steps=$(echo "$@" | sed -n 's/.*--steps \\([0-9]*\\).*/\\1/p')
+case $1 in
+  eval.py) mkdir -p "$out" ;;
+  sft.py | rft.py)
+    mkdir -p "$out/step_1"
+    ln -sfn step_1 "$out/latest"
+    printf '{\\n  "step": %s,\\n  "steps": %s\\n}' $((steps / ${STOP:-1})) $steps \\
+      >"$out/latest/run.json" ;;
+esac
+"""
+
+
+def ablate(
+        folder: Path, *table: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """study/ablate.sh with a stand-in for Python."""
+    folder.mkdir(exist_ok=True)
     stand_in = folder / "python"
-    stand_in.write_text('#!/bin/bash\necho "$@"\nmkdir -p "${@: -1}"\n')
+    stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
     environment = {**os.environ, "PY": str(stand_in), "STUDY": str(folder / "study"), **settings}
-    return subprocess.run(["bash", "study/ablate.sh"], capture_output=True, text=True, cwd=ROOT,
-                          env=environment)
+    return subprocess.run(["bash", "study/ablate.sh", *table], capture_output=True, text=True,
+                          cwd=ROOT, env=environment)
 
 
 def test_every_arm_is_trained_as_its_name_says_and_has_a_name_in_the_tables(tmp_path: Path) -> None:
@@ -234,6 +261,223 @@ def test_a_mistake_is_told_before_anything_is_trained(
     done = ablate(tmp_path, **settings)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith(f"ablate.sh: {message}") and done.stderr.count("\n") == 1
+
+
+def test_a_table_needs_the_arms_that_study_tells_of(tmp_path: Path) -> None:
+    arms_of = {name: set(table.arms) for name, table in study.TABLES.items()}
+    arms_of["map"] = {payoff.WITH, payoff.WITHOUT}
+    for name, arms in arms_of.items():
+        done = ablate(tmp_path / name, name, SEEDS="1", TEST="30")
+        assert done.returncode == 0, done.stderr
+        scored = {}    # (regime, arm, folder) -> the command that scored it
+        for command in done.stdout.splitlines():
+            if command.startswith("eval.py"):
+                folder = Path(command.rpartition(" --out ")[2])
+                regime, _, arm, kind = folder.relative_to(tmp_path / name / "study").parts
+                scored[regime, arm, kind] = command
+        regimes = {regime for regime, _, _ in scored}
+        assert {arm for _, arm, _ in scored} == {"sft", *arms}
+        assert (regimes == set(payoff.MAP)) == (name == "map")
+        for regime in regimes:
+            for arm in arms:
+                final = scored[regime, arm, "eval_final"]
+                assert f"--data {study.REGIMES[regime]} --split final --limit 30 " in final
+                assert "--temperature" not in final
+                assert "--temperature 1 " in scored[regime, arm, "eval_final_T1"]
+                assert "--data synth --split novel " in scored[regime, arm, "eval_novel"]
+            assert "--temperature 0.6 " in scored[regime, "sft", "eval_final_T0.6"]
+            blind = [key for key in scored if key[0] == regime and key[2] == "eval_final_blind"]
+            assert len(blind) == 1 and "--blind " in scored[blind[0]]
+
+
+def test_arms_of_a_table_have_the_same_questions_and_steps(tmp_path: Path) -> None:
+    """But for those of twice the steps and SFT on boxes, whose names say so."""
+    done = ablate(tmp_path, SEEDS="2", REGIMES="small")
+    flags = set()
+    for command in done.stdout.splitlines():
+        if command.startswith("rft.py") and "longer" not in command:
+            args = rft.flags().parse_args(command.split()[1:])
+            flags.add((args.steps, args.prompts, args.group, args.data, args.seed, args.lr))
+    assert len(flags) == 1
+
+
+def test_an_arm_that_was_stopped_goes_on_and_what_is_done_is_not_done_again(
+        tmp_path: Path) -> None:
+    settings = {"SEEDS": "0", "REGIMES": "small", "ARMS": "iou", "RFT": "4", "TEST": "9"}
+    stopped = ablate(tmp_path, STOP="2", **settings)
+    # A stage that is told to stop leaves with status 0; the study does not take it for finished.
+    assert stopped.returncode == 130 and "the same command goes on" in stopped.stderr
+    assert len(stopped.stdout.splitlines()) == 1
+    assert not (tmp_path / "study/sft_synth_0.1/0/done").exists()
+    whole = ablate(tmp_path, **settings).stdout.splitlines()
+    assert whole[0].startswith("sft.py") and whole[0].endswith("--resume")
+    assert not any("--resume" in command for command in whole[1:])
+    again = ablate(tmp_path, **settings).stdout.splitlines()
+    assert len(again) == 1 and again[0].startswith("study/study.py")
+    # Other scenes are scored anew, without training.
+    more = ablate(tmp_path, **{**settings, "TEST": "10"}).stdout.splitlines()
+    assert len(more) == len([c for c in whole if c.startswith("eval.py")]) + 1
+    assert all("--limit 10 " in command for command in more[:-1])
+
+
+def test_one_table_at_a_time(tmp_path: Path) -> None:
+    for tables, words in ((("rewards",), "no table rewards; there are start, reward"),
+                          (("start", "map"), "one table at a time")):
+        done = ablate(tmp_path, *tables)
+        assert done.returncode == 2 and done.stderr.startswith(f"ablate.sh: {words}")
+
+
+# ---------------------------------------------------------------- the map
+
+def test_misses_are_near_another_thing_or_elsewhere() -> None:
+    record = next(r for r in load("synth", None, "val") if len(r.image.objects) > 3)
+    x1, y1, x2, y2 = record.box
+    width = x2 - x1
+    other = next(o for o in record.image.objects if o.box != record.box)
+    assert payoff.kind_of_miss(record, record.box) is None
+    assert payoff.kind_of_miss(record, None) == "no box"
+    assert payoff.kind_of_miss(record, other.box) == "another thing"
+
+    alone = replace(record, image=replace(record.image, objects=()))
+    # The kernel's deviation is 1.25 widths: two of them are 2.5 widths.
+    for widths, kind in ((0.6, "near"), (2.4, "near"), (2.6, "elsewhere")):
+        shifted = (x1 + widths * width, y1, x2 + widths * width, y2)
+        assert payoff.kind_of_miss(alone, shifted) == kind
+
+
+def test_the_terms_share_of_the_update_is_what_changes_without_it() -> None:
+    iou = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    positional = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    rewards = {"iou": iou, "positional": positional, "format": torch.ones(2, 2)}
+    weights = {"iou": 1.0, "positional": 0.2, "format": 1.0}
+    # Undivided, advantages are -0.1, 0.1 with the term and 0, 0 without in the first group,
+    # -0.4, 0.4 and -0.5, 0.5 in the second.
+    share = payoff.positional_share(rewards, weights, divide=False)
+    assert share == pytest.approx((0.2 + 0.2) / (0.2 + 0.8))
+    # Divided, the first group moves as much as the second, whose advantages stay.
+    assert payoff.positional_share(rewards, weights, divide=True) == pytest.approx(0.5, abs=1e-3)
+    assert payoff.positional_share({"iou": iou, "positional": iou}, {"iou": 1.0, "positional": 0.0},
+                                   divide=True) == 0
+
+
+def test_sides_are_told_beside_the_targets_where_boxes_touch_it() -> None:
+    records = list(load("synth-one", None, "val"))[:3]
+    boxes = []
+    for record, share in zip(records, (0.5, 1.0, 0.25)):
+        x1, y1, x2, y2 = record.box
+        boxes.append([x1, y1, x1 + share * (x2 - x1), y1 + share * (y2 - y1)])
+    boxes[2] = [0.0, 0.0, 1.0, 1.0]
+    sides = payoff.log_sides(metrics.tensor(boxes), records)
+    assert sides[:2] == pytest.approx([math.log(0.5), 0], abs=1e-9) and np.isnan(sides[2])
+    cells = payoff.size_cells(records, sides[None], sides[None] + math.log(0.9))
+    assert cells[2].startswith("x 0.900 [0.900, 0.900]")
+
+
+def test_the_map_has_a_row_a_regime(tmp_path: Path) -> None:
+    records = list(load("synth-one", None, "final"))[:40]
+    for arm, exact in (("sft", False), ("iou", False), ("positional", True)):
+        write_scores(tmp_path / "one/0" / arm / "eval_final", records, exact)
+    arm = tmp_path / "one/0/positional"
+    write_log(arm, "positional")
+    rollouts = {"iou": [0.0, 0.0], "positional": [0.0, 0.5], "format": [1.0, 1.0]}
+    (arm / "rollouts.jsonl").write_text(json.dumps(rollouts) + "\n")
+    (arm / "latest").mkdir()
+    reward = {"iou": 1.0, "positional": 0.1, "format": 1.0}
+    run = {"flags": {"reward": reward, "no_std": False}}
+    (arm / "latest/run.json").write_text(json.dumps(run))
+    text = payoff.chapter([tmp_path / "one"])
+    cells = cells_of(text.splitlines(), "one: one thing alone")
+    assert cells[0] == "1" and cells[1] == "0.290"
+    # 29 boxes 0.4 as wide as their target, one in the corner, ten answers without a box.
+    assert cells[2] == "0.72 / 0.00 / 0.03 / 0.25"
+    assert cells[3] == "0.250" and cells[4] == "1.000" and cells[5] == "0.250"
+    assert cells[6].startswith("+0.710 [")
+    assert cells[7] == "0.632" and cells[8] == "1.000" and cells[9].startswith("x 1.58")
+
+
+# ---------------------------------------------------------------- the figure
+
+def test_the_figure_has_no_overlap_and_needs_no_colour() -> None:
+    bars = [figure.Bar("a rather long name of an arm minus another arm, final", -0.01, 0.02,
+                       [0.0, 0.01]), figure.Bar("short", 0.05, 0.09, [0.07])]
+    groups = [figure.Group("reward, small", bars), figure.Group("weight, small", bars[1:])]
+    image = figure.draw(groups)
+    pixels = np.asarray(image).astype(int)
+    assert np.ptp(pixels, 2).max() == 0
+    font = ImageFont.load_default(13 * figure.SCALE)
+    axis = figure.fit_axis(groups, figure.MARGIN * figure.SCALE * 2 + font.getlength(bars[0].label))
+    assert axis.low < -0.01 and axis.high > 0.09 and 0.0 in [round(v, 9) for v in axis.marks()]
+    assert len(axis.marks()) <= figure.MARKS + 4
+    # Left of the axis there are labels alone: a free strip lies between them and the plot.
+    end_of_labels = round(figure.MARGIN * figure.SCALE + font.getlength(bars[0].label)) + 2
+    strip = pixels[:, end_of_labels:end_of_labels + figure.MARGIN * figure.SCALE // 3]
+    rows_of_bars = strip[figure.ROW * figure.SCALE:-2 * figure.ROW * figure.SCALE]
+    assert rows_of_bars.min() == 255
+    # Marks of the axis are further apart than their texts are wide.
+    gap = axis.x(axis.step) - axis.x(0)
+    assert max(font.getlength(f"{v:+.3g}") for v in axis.marks()) < gap
+
+
+# ---------------------------------------------------------------- speedrun.sh
+
+def speedrun(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """speedrun.sh with the stand-in for Python."""
+    stand_in = folder / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    environment = {**os.environ, "PY": str(stand_in), "CKPT": str(folder / "ckpt"), **settings}
+    return subprocess.run(["bash", "speedrun.sh"], capture_output=True, text=True, cwd=ROOT,
+                          env=environment)
+
+
+def test_the_speedrun_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    stopped = speedrun(tmp_path, STOP="2")
+    assert stopped.returncode == 130
+    assert [line.split()[0] for line in stopped.stdout.splitlines()] == ["rft.py"]
+    whole = speedrun(tmp_path).stdout.splitlines()
+    # Evaluations are told by their table alone.
+    assert [line.split()[0] for line in whole] == ["rft.py", "sft.py", "rft.py", "study/story.py"]
+    assert whole[0].endswith("--resume") and "--init toy/base" in whole[0]
+    steps = []
+    for command in (whole[0], whole[2]):
+        args = rft.flags().parse_args(command.split()[1:])
+        steps.append(args.steps)
+    assert steps[0] < steps[1]
+    assert (tmp_path / "ckpt/base").resolve() == ROOT / "toy/base"
+    again = speedrun(tmp_path)
+    assert again.returncode == 0
+    assert [line.split()[0] for line in again.stdout.splitlines()] == ["study/story.py"]
+    # An evaluation that was stopped before its end is done anew.
+    (tmp_path / "ckpt/eval/done").unlink()
+    assert speedrun(tmp_path).returncode == 0 and (tmp_path / "ckpt/eval/done").exists()
+
+
+def test_the_story_is_one_table_one_picture_and_one_comparison(tmp_path: Path) -> None:
+    records = list(load("synth", None, "test"))[:40]
+    rows = []
+    for stage, exact in (("base", False), ("direct", False), ("sft", False), ("rft", True)):
+        write_scores(tmp_path / stage, records, exact)
+        row, = json.loads((tmp_path / stage / "eval.json").read_text())["rows"]
+        rows.append(row | {"stage": stage, "temperature": 0.0, "data": "synth", "split": "test"})
+        (tmp_path / "eval").mkdir(exist_ok=True)
+        (tmp_path / stage / "predictions_x.jsonl").rename(
+            tmp_path / "eval" / f"predictions_{stage}.jsonl")
+    content = {"rows": rows, "centre_box": metrics.centre_box(records)}
+    for name in ("eval", "eval_blind", "eval_novel"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "eval.json").write_text(json.dumps(content))
+    script = subprocess.run([sys.executable, "study/story.py", tmp_path], capture_output=True,
+                            text=True, cwd=ROOT)
+    assert script.returncode == 0, script.stderr
+    lines = script.stdout.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == [
+        "| base", "| GRPO from the base", "| CoT-SFT", "| RSGround-R1"]
+    assert lines[5].startswith("| RSGround-R1 | 1.000 [1.000, 1.000] | 1.000 |")
+    assert re.fullmatch(r"RSGround-R1 - CoT-SFT, greedy, the same 40 test scenes: mIoU \+0\.710, "
+                        r"95% interval \+0\.\d+ to \+0\.\d+, p 0\.\d+", lines[-1])
+    picture = Image.open(tmp_path / "story.png")
+    assert picture.width > 4 * 224 and picture.height > 6 * 224
+    assert (tmp_path / "table.md").read_text() in script.stdout
 
 
 # ---------------------------------------------------------------- signal and noise

@@ -1,0 +1,1 @@
+"""The ablations: ablate.sh runs them, study.py tells them. See README.md."""
