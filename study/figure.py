@@ -11,7 +11,8 @@ MARGIN = 14                    # pixels around all, and between labels and the p
 # Steps between the marks of the axis: the finest of which a dozen are enough.
 STEPS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 MARKS = 8
-AXIS = "difference in mIoU (0 to 1), 95% interval over scenes; small lines: the seeds"
+AXIS = ("difference in mIoU (0 to 1), 95% interval over scenes; small lines: the seeds; "
+        "hollow: 0 lies within")
 
 
 @dataclass

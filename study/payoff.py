@@ -109,7 +109,9 @@ def update_share(arm: Path) -> float | None:
         return None
     run_flags = json.loads(run.read_text(encoding="utf-8"))["flags"]
     weights = {name: weight for name, weight in run_flags["reward"].items() if weight}
-    rewards = {name: torch.tensor([logged[name] for logged in lines]) for name in weights}
+    rewards = {}
+    for name in weights:
+        rewards[name] = torch.tensor([logged[name] for logged in lines])
     return positional_share(rewards, weights, not run_flags["no_std"])
 
 

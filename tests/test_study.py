@@ -361,9 +361,9 @@ def test_the_terms_share_of_the_update_is_what_changes_without_it() -> None:
 
 
 def test_sides_are_told_beside_the_targets_where_boxes_touch_it() -> None:
-    records = list(load("synth-one", None, "val"))[:3]
+    records = list(load("synth-one", None, "val"))[:30]
     boxes = []
-    for record, share in zip(records, (0.5, 1.0, 0.25)):
+    for record, share in zip(records, 10 * (0.5, 1.0, 0.25)):
         x1, y1, x2, y2 = record.box
         boxes.append([x1, y1, x1 + share * (x2 - x1), y1 + share * (y2 - y1)])
     boxes[2] = [0.0, 0.0, 1.0, 1.0]
@@ -408,11 +408,12 @@ def test_the_figure_has_no_overlap_and_needs_no_colour() -> None:
     axis = figure.fit_axis(groups, figure.MARGIN * figure.SCALE * 2 + font.getlength(bars[0].label))
     assert axis.low < -0.01 and axis.high > 0.09 and 0.0 in [round(v, 9) for v in axis.marks()]
     assert len(axis.marks()) <= figure.MARKS + 4
-    # Left of the axis there are labels alone: a free strip lies between them and the plot.
-    end_of_labels = round(figure.MARGIN * figure.SCALE + font.getlength(bars[0].label)) + 2
-    strip = pixels[:, end_of_labels:end_of_labels + figure.MARGIN * figure.SCALE // 3]
-    rows_of_bars = strip[figure.ROW * figure.SCALE:-2 * figure.ROW * figure.SCALE]
-    assert rows_of_bars.min() == 255
+    # A free strip lies between the longest label and the plot.
+    left = round(figure.MARGIN * figure.SCALE + font.getlength(bars[0].label)) + 2
+    top = (figure.MARGIN + figure.ROW) * figure.SCALE
+    strip = pixels[top:top + 2 * figure.ROW * figure.SCALE, left:left + 12]
+    assert strip.min() == 255
+    assert left + 12 < axis.left
     # Marks of the axis are further apart than their texts are wide.
     gap = axis.x(axis.step) - axis.x(0)
     assert max(font.getlength(f"{v:+.3g}") for v in axis.marks()) < gap
