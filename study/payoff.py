@@ -22,6 +22,7 @@ import report
 import reward
 import rft
 from data import Record, load
+from study import figure
 from study.scores import (
     SPLITS,
     data_set,
@@ -154,11 +155,8 @@ def size_cells(records: Sequence[Record], without: np.ndarray, with_term: np.nda
 
 # ---------------------------------------------------------------- the map
 
-def regime_row(regime: Path, split: str) -> str:
-    """A regime's line of the map, "" where it was not run."""
-    seeds = seeds_with(regime, WITH, split, WITHOUT)
-    if not seeds:
-        return ""
+def regime_row(regime: Path, split: str, seeds: Sequence[Path]) -> tuple[str, figure.Bar]:
+    """A regime's line of the map, and the term's effect for the figure."""
     n = read_row(seeds[0] / WITH / f"eval_{split}")["n"]
     records = list(load(data_set(regime, split), None, split))[:n]
     iou: dict[str, list[np.ndarray]] = {WITHOUT: [], WITH: []}
@@ -173,22 +171,31 @@ def regime_row(regime: Path, split: str) -> str:
     mean, (low, high) = pooled(records, gain)
     arms = [seed / WITH for seed in seeds]
     sft = [read_row(seed / "sft" / f"eval_{split}")["mIoU"] for seed in seeds]
+    of_seeds = gain.mean(1).tolist()
+    bar = figure.Bar(f"{regime.name}: {MAP[regime.name]}, {split}", low, high, of_seeds)
     return line([
         f"{regime.name}: {MAP[regime.name]}", str(len(seeds)), mean_text(sft),
         miss_text(seeds, split, records),
         mean_text([logged_mean(arm, "no_overlap_groups") for arm in arms]),
         mean_text([update_share(arm) for arm in arms]),
         mean_text([logged_mean(arm, "positional_alone_advantage") for arm in arms]),
-        f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]{deviation_text(gain.mean(1).tolist())}",
+        f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]{deviation_text(of_seeds)}",
         *size_cells(records, np.stack(sides[WITHOUT]), np.stack(sides[WITH])),
-        f"{metrics.centre_box(records)['mIoU']:.3f}"])
+        f"{metrics.centre_box(records)['mIoU']:.3f}"]), bar
 
 
-def chapter(regimes: Sequence[Path]) -> str:
-    """Markdown: the map over the regimes that were run, "" where none of them was."""
+def chapter(regimes: Sequence[Path]) -> tuple[str, list[figure.Bar]]:
+    """Markdown: the map over the regimes that were run, "" where none of them was; the effects."""
     text = ""
+    bars = []
     for split in SPLITS[:-1]:
-        rows = "".join(regime_row(r, split) for r in regimes if r.name in MAP)
+        rows = ""
+        for regime in regimes:
+            seeds = seeds_with(regime, WITH, split, WITHOUT) if regime.name in MAP else []
+            if seeds:
+                row, bar = regime_row(regime, split, seeds)
+                rows += row
+                bars.append(bar)
         if rows:
             text += f"### map, {split}\n\n" + header([
                 "regime", "seeds", "SFT's mIoU", f"SFT's misses: {', '.join(MISSES)}",
@@ -197,6 +204,7 @@ def chapter(regimes: Sequence[Path]) -> str:
                 "side beside the target's, without", "with", "with over without",
                 "centre box's mIoU"]) + rows + "\n"
     if not text:
-        return ""
-    return ("## map\n\nDoes the positional term raise mIoU where answers miss by imprecision, and "
+        return "", []
+    text = ("## map\n\nDoes the positional term raise mIoU where answers miss by imprecision, and "
             "not where they miss by a wrong choice? Does it make boxes smaller?\n\n" + text)
+    return text, bars

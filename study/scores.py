@@ -39,6 +39,8 @@ ARMS = {
 REGIMES = {
     "little": "synth", "small": "synth-small", "wide": "synth", "choice": "synth",
     "one": "synth-one", "one-tiny": "synth-tiny", "one-coarse": "synth-one"}
+# Those of the four tables; the map tells of its own.
+TABLE_REGIMES = ("little", "small", "wide")
 # Splits that are scored: final, which no choice has seen; test, of earlier studies; and what is
 # unfamiliar, which is of the full-sized world in every regime.
 SPLITS = ("final", "test", "novel")

@@ -329,6 +329,33 @@ def test_one_table_at_a_time(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- the map
 
+def test_a_map_is_no_table_and_stands_in_the_figure(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    records = list(load("synth-one", None, "final"))[:40]
+    for arm, exact in (("sft", False), ("iou", False), ("positional", True)):
+        write_scores(tmp_path / "one/0" / arm / "eval_final", records, exact)
+    monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path)])
+    study.main()
+    titles = re.findall("^## (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert titles == ["map"] and (tmp_path / "study.png").exists()
+
+
+def test_guesses_stand_beside_the_arms(tmp_path: Path) -> None:
+    records = list(load("synth", None, "final"))[:40]
+    for arm in ("sft", "iou", "direct"):
+        write_scores(tmp_path / "little/0" / arm / "eval_final", records, exact=True)
+    write_scores(tmp_path / "little/0/direct/eval_final_blind", records, exact=False)
+    text, bars, _ = study.chapter("start", study.TABLES["start"], tmp_path / "little")
+    blind = cells_of(text.splitlines(), "GRPO from the base, without seeing the image")
+    assert blind[1] == "0.290"
+    centre = cells_of(text.splitlines(), "a box of the median size in the middle")
+    assert centre[1] == f"{metrics.centre_box(records)['mIoU']:.3f}"
+    assert [bar.label for bar in bars] == [
+        "GRPO: IoU + format minus GRPO from the base, final",
+        "GRPO: IoU + format minus CoT-SFT, final"]
+
+
 def test_misses_are_near_another_thing_or_elsewhere() -> None:
     record = next(r for r in load("synth", None, "val") if len(r.image.objects) > 3)
     x1, y1, x2, y2 = record.box
@@ -385,7 +412,8 @@ def test_the_map_has_a_row_a_regime(tmp_path: Path) -> None:
     reward = {"iou": 1.0, "positional": 0.1, "format": 1.0}
     run = {"flags": {"reward": reward, "no_std": False}}
     (arm / "latest/run.json").write_text(json.dumps(run))
-    text = payoff.chapter([tmp_path / "one"])
+    text, [bar] = payoff.chapter([tmp_path / "one"])
+    assert bar.mean == pytest.approx(0.71) and bar.label.startswith("one: one thing alone")
     cells = cells_of(text.splitlines(), "one: one thing alone")
     assert cells[0] == "1" and cells[1] == "0.290"
     # 29 boxes 0.4 as wide as their target, one in the corner, ten answers without a box.
