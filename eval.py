@@ -55,6 +55,7 @@ from tqdm import tqdm
 import answer
 import data
 import images
+import memory
 import metrics
 import pictures
 import report
@@ -553,7 +554,10 @@ def validate(
     {} without records. args: the stage's flags; --data and --max-new-tokens count."""
     if not records:
         return {}
-    sampling = Sampling(max_new_tokens=args.max_new_tokens)
+    longest = memory.longest_prompt(
+        processor, [record.size for record in records], [record.text for record in records])
+    sampling = Sampling(
+        max_new_tokens=args.max_new_tokens, batch=memory.validation_batch(longest))
     with runtime.gathered(model) as whole:
         predictions = evaluate(whole, processor, records, sampling, "val")
         row = score(records, predictions, args.data in INCLUSIVE)

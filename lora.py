@@ -289,6 +289,11 @@ def check_shapes(
                 "is it an adapter of another base?")
 
 
+def rank_of(path: Path) -> int | None:
+    """The rank of the adapter in a folder, None where it holds none."""
+    return read_config(path)["r"] if (path / ADAPTER_CONFIG).exists() else None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """adapter_config.json of a folder; CheckpointError where it asks for more than plain LoRA."""
     file = path / ADAPTER_CONFIG

@@ -11,10 +11,11 @@ On a GPU the same passes run before step 1 as well (`dry_step`): what does not f
 the first minute, and not by the first long answer hours later.
 """
 import argparse
+import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ import generate
 import lora
 import runtime
 from answer import PROMPT
-from data import Record, load
-from model import Config, QwenVL, base_folder, folder
+from data import Record
+from model import ADAPTER_CONFIG, Config, QwenVL, base_folder, folder
 from processor import Pixels, Processor, Prompt, smart_resize
 
 GIB = 2 ** 30
@@ -38,13 +39,10 @@ GIB = 2 ** 30
 RESERVE = 1.5 * GIB
 # Ids of an expression where no data set says how long its longest is.
 TEXT_TOKENS = 48
-# What makes a run smaller, in the order in which it costs least: flags with their values.
-REMEDIES = {
-    "--gradient-checkpointing": ("gradient_checkpointing", True),
-    "--micro-tokens 1024": ("micro_tokens", 1024),
-    "--beta 0": ("beta", 0.0),
-    "--lora 64": ("lora", 64),
-}
+# A validation answers so many records at once, or fewer where their prompts have more tokens
+# together: at 3B's widths these take 4 GiB.
+VALIDATION_RECORDS = 32
+VALIDATION_TOKENS = 2 ** 14
 
 
 # ---------------------------------------------------------------- counting
@@ -123,39 +121,82 @@ class Step:
 
     groups: int                # questions, or records of a batch
     rollouts: int              # completions of each; 1 in SFT
+    tokens: int                # of a completion at most
     samples: bool              # whether the model writes the completions itself
+    updates: int = 1           # optimizer steps that share the groups out
+
+
+# Of some records a stage's Step; of none, what is known without the data.
+StepSize = Callable[[Processor, Sequence[Record]], Step]
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The longest prompts that a run meets."""
+
+    train: Prompt
+    val: Prompt | None         # None: there is none to validate on
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over copies of one prompt."""
+
+    prompt: Prompt
+    groups: int                # copies of it
+    rollouts: int              # completions of each
+    tokens: int                # of a completion
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The costliest step that a process may meet."""
+    """The costliest passes that a process may meet."""
 
-    prompt: Prompt             # the longest
-    groups: int                # of this process
-    groups_a_pass: int         # of them in one micro-batch
-    rollouts: int              # of a group
-    tokens: int                # of a completion at most
-    samples: bool
-
-
-def workload(
-        model: QwenVL, processor: Processor, records: Sequence[Record], step: Step,
-        args: argparse.Namespace) -> Workload:
-    """This process's share of the costliest step that these records can make."""
-    prompt = longest_of(processor, records)
-    return share(model, prompt, step, args, runtime.world())
+    update: Pass               # a micro-batch, with its gradient
+    sampling: Pass | None      # a step's rollouts
+    validation: Pass | None    # the answers to some records at once
 
 
 def share(
-        model: QwenVL, prompt: Prompt, step: Step, args: argparse.Namespace, gpus: int,
+        model: QwenVL, longest: Longest, step: Step, args: argparse.Namespace, gpus: int,
 ) -> Workload:
-    """A process's share of a step, all of whose prompts are this one."""
+    """A process's share of the costliest step and validation that these prompts can make."""
     groups = step.groups // gpus
-    tokens = step.rollouts * args.max_new_tokens
-    fit = args.micro_tokens // runtime.memory_tokens(model, prompt, tokens)
-    return Workload(
-        prompt, groups, min(groups, max(1, fit)), step.rollouts, args.max_new_tokens,
-        step.samples)
+    sampling = Pass(longest.train, groups, step.rollouts, step.tokens)
+    validation = None
+    if args.val and longest.val is not None:
+        records = min(-(-args.val // gpus), validation_batch(longest.val))
+        validation = Pass(longest.val, records, 1, args.max_new_tokens)
+    update = costliest_update(model, sampling, groups // step.updates, args.micro_tokens)
+    return Workload(update, sampling if step.samples else None, validation)
+
+
+def costliest_update(model: QwenVL, step: Pass, groups: int, budget: int) -> Pass:
+    """The micro-batch of such groups, of which an optimizer step has so many, that keeps most."""
+    prompt = runtime.memory_tokens(model, step.prompt, 0)
+    fit = max(1, budget // (prompt + step.rollouts * step.tokens))
+    if fit >= groups:
+        return replace(step, groups=groups)
+    # Of shorter prompts and completions more may come into one pass, until the budget is used
+    # up. Longer completions of these groups stand for them.
+    tokens = (budget // fit - prompt) // step.rollouts
+    return replace(step, groups=fit, tokens=max(step.tokens, tokens))
+
+
+def validation_batch(longest: Prompt) -> int:
+    """How many records a validation answers at once; longest: of their prompts."""
+    return min(VALIDATION_RECORDS, max(1, VALIDATION_TOKENS // len(longest.input_ids)))
+
+
+def longest_of(
+        processor: Processor, records: Sequence[Record], val: Sequence[Record]) -> Longest:
+    """The longest prompts of the records to train on, and of those to validate on."""
+    prompts = []
+    for part in (records, val):
+        texts = [record.text for record in part]
+        sizes = [record.size for record in part]
+        prompts.append(longest_prompt(processor, sizes, texts) if part else None)
+    return Longest(*prompts)
 
 
 def longest_prompt(
@@ -182,11 +223,11 @@ def longest_prompt(
     return Prompt(torch.tensor(ids), pixels, torch.tensor([[1, rows, columns]]), None)
 
 
-def update_pass(model: QwenVL, reference: QwenVL | None, work: Workload) -> None:
+def update_pass(model: QwenVL, reference: QwenVL | None, batch: Pass) -> None:
     """Scores a micro-batch and takes its gradient, as a step does."""
-    prompts = [work.prompt] * work.groups_a_pass
-    completion = torch.zeros(work.tokens, dtype=torch.long)
-    completions = [[completion] * work.rollouts] * work.groups_a_pass
+    prompts = [batch.prompt] * batch.groups
+    completion = torch.zeros(batch.tokens, dtype=torch.long)
+    completions = [[completion] * batch.rollouts] * batch.groups
     logp, _ = model.score(prompts, completions)
     if reference is not None:
         with torch.no_grad(), lora.reference(reference):
@@ -195,14 +236,14 @@ def update_pass(model: QwenVL, reference: QwenVL | None, work: Workload) -> None
 
 
 @torch.no_grad()
-def sampling_pass(model: QwenVL, work: Workload) -> None:
-    """Prefills all prompts of a step and decodes a token of each rollout, as a step does."""
-    prompts = [work.prompt] * work.groups
-    logits, cache, positions = model.prefill(prompts, work.rollouts, work.tokens)
-    logits = logits.repeat_interleave(work.rollouts, 0)
+def sampling_pass(model: QwenVL, batch: Pass) -> None:
+    """Prefills prompts and decodes a token of each rollout, as a step or a validation does."""
+    prompts = [batch.prompt] * batch.groups
+    logits, cache, positions = model.prefill(prompts, batch.rollouts, batch.tokens)
+    logits = logits.repeat_interleave(batch.rollouts, 0)
     random = torch.zeros(len(logits), dtype=torch.double, device=logits.device)
     tokens = generate.draw(model.distribution(logits, 1.0), random)
-    model.decode(tokens, positions.repeat_interleave(work.rollouts), cache)
+    model.decode(tokens, positions.repeat_interleave(batch.rollouts), cache)
 
 
 # ---------------------------------------------------------------- the plan
@@ -211,17 +252,18 @@ def sampling_pass(model: QwenVL, work: Workload) -> None:
 class Plan:
     """Bytes that one GPU needs, by what they are for.
 
-    standing: there all the time; sampling, update: beside it in these phases of a step.
+    standing: there all the time; sampling, update, validation: beside it in these phases.
     """
 
     standing: dict[str, float]
     sampling: dict[str, float]
     update: dict[str, float]
+    validation: dict[str, float] = field(default_factory=dict)
 
     @property
     def peak(self) -> float:
-        phases = (sum(self.sampling.values()), sum(self.update.values()))
-        return sum(self.standing.values()) + max(phases)
+        phases = (self.sampling, self.update, self.validation)
+        return sum(self.standing.values()) + max(sum(phase.values()) for phase in phases)
 
 
 def make_plan(model: QwenVL, work: Workload, gpus: int, reference: bool) -> Plan:
@@ -242,28 +284,33 @@ def make_plan(model: QwenVL, work: Workload, gpus: int, reference: bool) -> Plan
     }
     if reference and not adapters:
         standing["reference, bfloat16, on each GPU"] = 2 * total
+    elif reference:
+        starts = [p for name, p in model.named_buffers() if "start_" in name]
+        standing["starting adapters, bfloat16, on each GPU"] = 2 * sum(p.numel() for p in starts)
     standing["CUDA and fragments (allowance)"] = RESERVE
-    sampling = {}
-    if work.samples:
-        sampling["weights for sampling, bfloat16, on each GPU"] = 2 * total
-        sampling["KV cache, prompts, logits"] = sampling_bytes(model, work)
     update = {
         "gradients, float32": 4 * trained / gpus,
         "layers gathered in bfloat16": gathered_bytes(model),
-        "activations and logits": update_bytes(model, work, reference),
+        "activations and logits": update_bytes(model, work.update, reference),
     }
-    return Plan(standing, sampling, update)
+    phases = []
+    for batch in (work.sampling, work.validation):
+        phases.append({} if batch is None else {
+            "weights for sampling, bfloat16, on each GPU": 2 * total,
+            "KV cache, prompts, logits": sampling_bytes(model, batch)})
+    sampling, validation = phases
+    return Plan(standing, sampling, update, validation)
 
 
-def update_bytes(model: QwenVL, work: Workload, reference: bool) -> int:
+def update_bytes(model: QwenVL, batch: Pass, reference: bool) -> int:
     """The most that a forward and backward pass holds beside weights and gradients."""
     # A gradient leaves as soon as it is whole: it is reduced to its float32 part, which
     # make_plan counts.
     handles = [p.register_post_accumulate_grad_hook(drop_gradient)
                for p in model.parameters() if p.requires_grad]
-    counter = ByteCounter(list(model.parameters()))
+    counter = ByteCounter([*model.parameters(), *model.buffers()])
     with whole_norms(), counter:
-        update_pass(model, model if reference else None, work)
+        update_pass(model, model if reference else None, batch)
     for handle in handles:
         handle.remove()
     return counter.peak
@@ -273,11 +320,11 @@ def drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def sampling_bytes(model: QwenVL, work: Workload) -> int:
+def sampling_bytes(model: QwenVL, batch: Pass) -> int:
     """The most that prefill and decoding hold beside the weights."""
-    counter = ByteCounter(list(model.parameters()))
+    counter = ByteCounter([*model.parameters(), *model.buffers()])
     with whole_norms(), counter:
-        sampling_pass(model, work)
+        sampling_pass(model, batch)
     return counter.peak
 
 
@@ -307,6 +354,7 @@ def table(plan: Plan, gpus: int, available: float) -> str:
         "all the time": plan.standing,
         "while sampling, beside that": plan.sampling,
         "while learning, beside that": plan.update,
+        "while validating, beside that": plan.validation,
     }
     lines = [f"memory of each of {gpus} GPU{'s' if gpus > 1 else ''}, GiB"]
     for phase, rows in phases.items():
@@ -326,42 +374,77 @@ def planned_model(init: Path, args: argparse.Namespace) -> QwenVL:
     """The model that a run would train, on the meta device and in bfloat16."""
     with torch.device("meta"):
         model = QwenVL(Config.from_json(base_folder(init) / "config.json"))
-    if args.lora:
-        lora.add(model, args.lora, 1.0, args.lora_vision, args.seed)
+    from_adapter = (init / ADAPTER_CONFIG).exists()
+    if from_adapter:
+        lora.load(model, init, None, "meta")
+    lora.fit(model, argparse.Namespace(**vars(args)))
+    if from_adapter and getattr(args, "beta", 0):
+        for layer in lora.adapted(model).values():
+            layer.start_A = layer.lora_A.detach()
+            layer.start_B = layer.lora_B.detach()
     runtime.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
     return model.to(torch.bfloat16)
 
 
-def plan_of(
-        args: argparse.Namespace, step: Step, prompt: Prompt, gpus: int) -> Plan:
+def plan_of(args: argparse.Namespace, step: Step, longest: Longest, gpus: int) -> Plan:
     """The plan of the run that the flags describe."""
     model = planned_model(folder(args.init), args)
-    work = share(model, prompt, step, args, gpus)
+    work = share(model, longest, step, args, gpus)
     return make_plan(model, work, gpus, bool(getattr(args, "beta", 0)))
 
 
-def show(args: argparse.Namespace, step: Step, split: str) -> None:
+def show(args: argparse.Namespace, step_size: StepSize, split: str) -> None:
     """--plan: prints the table for --gpus of --memory; one line and exit status 2 where the run
     does not fit."""
-    if step.groups % args.gpus:
-        runtime.fail(f"{step.groups} records a step can't be shared out among --gpus {args.gpus}; "
-                     "take a multiple")
     processor = Processor.from_pretrained(folder(args.init), max_pixels=args.max_pixels)
     if args.image:
         prompt = longest_prompt(processor, [tuple(args.image)], [])
+        longest = Longest(prompt, prompt)
+        step = step_size(processor, [])
     else:
-        records = load(args.data, args.root, split, args.coords, args.stretch)
-        prompt = longest_of(processor, records)
-    check(args, step, prompt, args.gpus, args.memory * GIB)
+        run = Run(processor, *runtime.load_records(args, split), step_size)
+        longest = run.longest
+        step = run.step
+    share_out = args.gpus * step.updates
+    if step.groups % share_out:
+        runtime.fail(f"{step.groups} records a step can't be shared out among --gpus {args.gpus}"
+                     f"{' and the minibatches' if step.updates > 1 else ''}; take a multiple of "
+                     f"{share_out}")
+    check(args, step, longest, args.gpus, args.memory * GIB)
 
 
-def check_gpu(
-        args: argparse.Namespace, step: Step, processor: Processor, records: Sequence[Record],
-        device: torch.device) -> None:
+@dataclass
+class Run:
+    """What a run's memory depends on beside its flags; looked up when it is asked for."""
+
+    processor: Processor
+    records: Sequence[Record]
+    val: Sequence[Record]
+    step_size: StepSize
+
+    @functools.cached_property
+    def step(self) -> Step:
+        return self.step_size(self.processor, self.records)
+
+    @functools.cached_property
+    def longest(self) -> Longest:
+        return longest_of(self.processor, self.records, self.val)
+
+
+def check_gpu(args: argparse.Namespace, run: Run, device: torch.device) -> None:
     """Before a run on GPUs: the same table for what is there, and the same refusal."""
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
-        check(args, step, longest_of(processor, records), runtime.world(), available)
+        check(args, run.step, run.longest, runtime.world(), available)
+
+
+def try_out(
+        model: QwenVL, opt: torch.optim.Optimizer, reference: QwenVL | None, run: Run,
+        args: argparse.Namespace) -> None:
+    """Before step 1 on GPUs: the costliest passes that the run may meet (`dry_step`)."""
+    if model.device.type == "cuda":
+        work = share(model, run.longest, run.step, args, runtime.world())
+        dry_step(model, opt, reference, work)
 
 
 def dry_step(
@@ -372,16 +455,15 @@ def dry_step(
     Weights stay as they are, and moments come to lie there as 0, which is what the optimizer
     begins with. One line and exit status 2 where memory runs out.
     """
-    if model.device.type != "cuda":
-        return
     try:
         runtime.fill_moments(model, opt)
-        if work.samples:
-            with runtime.gathered(model) as sampler:
-                sampling_pass(sampler, work)
+        for batch in (work.sampling, work.validation):
+            if batch is not None:
+                with runtime.gathered(model) as sampler:
+                    sampling_pass(sampler, batch)
         # The second finds the gradients of the first in its way, as in a step of several passes.
         for _ in range(2):
-            update_pass(model, reference, work)
+            update_pass(model, reference, work.update)
     except torch.OutOfMemoryError as error:
         runtime.fail(
             f"a step of the longest prompt and completions runs out of memory ({error}); lower "
@@ -392,34 +474,64 @@ def dry_step(
               flush=True)
 
 
-def longest_of(processor: Processor, records: Sequence[Record]) -> Prompt:
-    sizes = [record.size for record in records]
-    return longest_prompt(processor, sizes, [record.text for record in records])
-
-
 def check(
-        args: argparse.Namespace, step: Step, prompt: Prompt, gpus: int, available: float,
+        args: argparse.Namespace, step: Step, longest: Longest, gpus: int, available: float,
 ) -> None:
     """Prints the table; one line that names flags which help where a GPU has less."""
-    plan = plan_of(args, step, prompt, gpus)
+    plan = plan_of(args, step, longest, gpus)
     if runtime.rank() == 0:
         print(table(plan, gpus, available), flush=True)
     if plan.peak <= available:
         return
-    smaller = argparse.Namespace(**vars(args))
-    taken = []
-    for words, (name, value) in REMEDIES.items():
-        present = getattr(smaller, name, value)
-        if present == value or name == "micro_tokens" and present < value:
-            continue
-        setattr(smaller, name, value)
-        taken.append(words)
-        peak = plan_of(smaller, step, prompt, gpus).peak
-        if peak <= available:
-            runtime.fail(
-                f"the run needs {plan.peak / GIB:.1f} GiB of a GPU that has "
-                f"{available / GIB:.1f}; with {' '.join(taken)} it needs {peak / GIB:.1f}")
+
+    def peak_with(names: Sequence[str]) -> float:
+        smaller = argparse.Namespace(**vars(args) | {name: remedies[name] for name in names})
+        return plan_of(smaller, step, longest, gpus).peak
+
+    needs = f"the run needs {plan.peak / GIB:.1f} GiB of a GPU that has {available / GIB:.1f}"
+    remedies = remedies_of(args)
+    taken: list[str] = []
+    peak = plan.peak
+    for name in remedies:
+        if peak > available:
+            taken.append(name)
+            peak = peak_with(taken)
+    if peak > available:
+        helps = peak < plan.peak
+        least = f"{peak / GIB:.1f} with {as_flags(remedies)}; " if helps else ""
+        runtime.fail(f"{needs}; {least}take more GPUs, or smaller images by --max-pixels")
+    # Of two that were taken the later may do alone. What changes the result goes first.
+    for name in ("beta", "val", "micro_tokens", "gradient_checkpointing"):
+        others = [other for other in taken if other != name]
+        if name in taken and others and peak_with(others) <= available:
+            taken = others
     runtime.fail(
-        f"the run needs {plan.peak / GIB:.1f} GiB of a GPU that has {available / GIB:.1f}, and "
-        f"{peak / GIB:.1f} with {' '.join(taken)}; take more GPUs, or smaller images by "
-        "--max-pixels")
+        f"{needs}; with {as_flags({name: remedies[name] for name in taken})} it needs "
+        f"{peak_with(taken) / GIB:.1f}")
+
+
+def remedies_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Flags with values that make this run smaller, in the order in which they cost least."""
+    remedies = {}
+    if not args.gradient_checkpointing:
+        remedies["gradient_checkpointing"] = True
+    if args.micro_tokens > 1024:
+        remedies["micro_tokens"] = 1024
+    if args.val:
+        remedies["val"] = 0
+    if getattr(args, "beta", 0) and not args.lora:
+        remedies["beta"] = 0
+    rank = lora.rank_of(folder(args.init)) or 64
+    if not args.lora or args.lora > rank:
+        remedies["lora"] = rank
+    return remedies
+
+
+def as_flags(remedies: dict[str, Any]) -> str:
+    """The flags as one types them."""
+    words = []
+    for name, value in remedies.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(str(value))
+    return " ".join(words)

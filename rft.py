@@ -891,22 +891,22 @@ def main() -> None:
     args = runtime.parse(flags(), "rft")
     check_group_flags(args)
     if args.plan:
-        memory.show(args, step_size(args), "rft")
+        memory.show(args, lambda *_: step_size(args), "rft")
         return
     records, val = runtime.load_records(args, "rft")
     runtime.set_steps(args, len(records), args.prompts, epochs=0.4)
     out = Path(args.out)
     init = folder(args.init)
     runtime.check_output(out, args.resume)
-    policy = open_policy(init, args, records)
+    policy = open_policy(init, args, records, val)
     first = runtime.restore(out, policy.model, policy.optimizer) if args.resume else 0
     lines = runtime.begin(out, first, policy.model, ("metrics.jsonl", "rollouts.jsonl"))
     run = runtime.run_description(args, "rft", records)
     checkpoints = runtime.Checkpoints(
         out, args, policy.model, policy.optimizer, policy.processor, run, first)
-    memory.dry_step(
+    memory.try_out(
         policy.model, policy.optimizer, policy.reference,
-        memory.workload(policy.model, policy.processor, records, step_size(args), args))
+        memory_run(policy.processor, records, val, args), args)
     train(policy, checkpoints, lines, records, val)
 
 
@@ -956,16 +956,25 @@ def train(
 
 def step_size(args: argparse.Namespace) -> memory.Step:
     """What a step is, for the plan of memory."""
-    return memory.Step(args.prompts, args.group, samples=True)
+    return memory.Step(
+        args.prompts, args.group, args.max_new_tokens, samples=True, updates=args.minibatches)
+
+
+def memory_run(
+        processor: Processor, records: Sequence[Record], val: Sequence[Record],
+        args: argparse.Namespace) -> memory.Run:
+    """What the plan of memory is made of."""
+    return memory.Run(processor, records, val, lambda *_: step_size(args))
 
 
 def open_policy(
-        init: Path, args: argparse.Namespace, records: Sequence[Record]) -> Policy:
+        init: Path, args: argparse.Namespace, records: Sequence[Record],
+        val: Sequence[Record] = ()) -> Policy:
     """The model to train with its optimizer, and where there is a KL the reference."""
     model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
     device = runtime.start(args.device, args.deterministic)
-    memory.check_gpu(args, step_size(args), processor, records, device)
+    memory.check_gpu(args, memory_run(processor, records, val, args), device)
     reference = None
     if args.beta and args.lora:
         # No second model: the base is frozen, so the adapters tell the two policies apart.

@@ -1074,10 +1074,10 @@ def memory_tokens(model: QwenVL, prompt: Prompt, completion_tokens: int) -> int:
     """What --micro-tokens counts of a prompt with its completions: packed tokens, and the
     image's patches by the memory that they keep beside a token's (ours).
 
-    A frozen vision tower keeps nothing.
+    A vision tower of which nothing is trained keeps nothing.
     """
     tokens = len(prompt.input_ids) + completion_tokens
-    if model.visual.patch_embed.proj.weight.requires_grad:
+    if any(p.requires_grad for p in model.visual.parameters()):
         tokens += round(PATCH_TOKENS * int(prompt.image_grid_thw.prod(-1).sum()))
     return tokens
 

@@ -15,6 +15,8 @@ not public to us: ours is synthetic, from annotations.
                                           eight GPUs, the same result to rounding
 """
 import argparse
+import functools
+import heapq
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ import memory
 import runtime
 from data import Record, open_image
 from model import QwenVL, folder
-from processor import Frame, Processor, Prompt
+from processor import Frame, Processor, Prompt, frame_by_coords
 
 
 def flags() -> runtime.FlagParser:
@@ -127,13 +129,31 @@ def accumulate_gradient(
 
 # ---------------------------------------------------------------- the stage
 
+def step_size(
+        args: argparse.Namespace, processor: Processor, records: Sequence[Record],
+) -> memory.Step:
+    """What a step is, for the plan of memory: with the longest completion of these records, or
+    without any, of --max-new-tokens."""
+    tokens = args.max_new_tokens
+    if records:
+        write_completion = cot.writer(records, args.cot, args.answer_only)
+        coords = "1000" if processor.convention == "1000" else "resized"
+
+        def completion(record: Record) -> str:
+            return write_completion(record, frame_by_coords(record.size, coords, processor))
+
+        # What has most letters has most tokens, or nearly.
+        longest = heapq.nlargest(64, map(completion, records), key=len)
+        tokens = max(len(processor.encode(text)) for text in longest)
+    return memory.Step(args.batch, 1, tokens, samples=False)
+
+
 def main() -> None:
     args = runtime.parse(flags(), "sft")
     if args.batch % runtime.world():
         runtime.fail(f"--batch {args.batch} is not a multiple of the {runtime.world()} processes")
-    step_size = memory.Step(args.batch, 1, samples=False)
     if args.plan:
-        memory.show(args, step_size, args.split)
+        memory.show(args, functools.partial(step_size, args), args.split)
         return
     records, val = runtime.load_records(args, args.split)
     runtime.set_steps(args, len(records), args.batch, steps=1000)
@@ -144,14 +164,14 @@ def main() -> None:
     model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
     device = runtime.start(args.device, args.deterministic)
-    memory.check_gpu(args, step_size, processor, records, device)
+    plan = memory.Run(processor, records, val, functools.partial(step_size, args))
+    memory.check_gpu(args, plan, device)
     model = runtime.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
     opt = runtime.optimizer(model, args.lr)
     first = runtime.restore(out, model, opt) if args.resume else 0
     lines = runtime.begin(out, first, model)
     run = runtime.run_description(args, "sft", records)
-    memory.dry_step(
-        model, opt, None, memory.workload(model, processor, records, step_size, args))
+    memory.try_out(model, opt, None, plan, args)
     checkpoints = runtime.Checkpoints(out, args, model, opt, processor, run, first)
 
     def examples_of(step: int) -> runtime.Share[Example]:

@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import bench
+import eval as evaluation
 import lora
 import memory
 import rft
 import runtime
-from memory import GIB, ByteCounter, Step
+import sft
+from data import load
+from memory import GIB, ByteCounter, Longest, Pass, Step, Workload
 from model import QwenVL
 from played_device import PlayedDevice
 from processor import Processor
@@ -74,15 +77,27 @@ def flags(**changes: Any) -> argparse.Namespace:
     return args
 
 
-def plan(tmp_path: Path, shape: str, gpus: int, **changes: Any) -> memory.Plan:
-    """Of rft.py with images of 800 x 800, G 8 and 256 tokens on a model of this shape."""
+def write_config(folder: Path, shape: str) -> Path:
+    """config.json of a model of this shape, which is all that a plan reads of it."""
     sizes = bench.SHAPES[shape]
     config = bench.hub_config(sizes, torch.bfloat16, sizes.vocab)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    args = flags(init=str(tmp_path), **changes)
-    model = memory.planned_model(tmp_path, args)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def work_of(
+        folder: Path, gpus: int, **changes: Any) -> tuple[QwenVL, Workload, argparse.Namespace]:
+    """What a process of rft.py meets with images of 800 x 800, G 8 and 256 tokens."""
+    args = flags(init=str(folder), **changes)
+    model = memory.planned_model(folder, args)
     prompt = bench.random_prompt(model, 800, seed=0)
-    work = memory.share(model, prompt, rft.step_size(args), args, gpus)
+    work = memory.share(model, Longest(prompt, prompt), rft.step_size(args), args, gpus)
+    return model, work, args
+
+
+def plan(tmp_path: Path, shape: str, gpus: int, **changes: Any) -> memory.Plan:
+    """Of rft.py on a model of this shape."""
+    model, work, args = work_of(write_config(tmp_path, shape), gpus, **changes)
     return memory.make_plan(model, work, gpus, reference=bool(args.beta))
 
 
@@ -102,6 +117,8 @@ def test_adapters_of_3b_fit_one_card_of_24(tmp_path: Path) -> None:
     assert adapters.standing["trained weights, float32"] == 4 * 119_734_272
     assert adapters.standing["frozen weights"] == 2 * 3_754_622_976
     assert not any("reference" in name for name in adapters.standing)
+    # A validation prefills more prompts than a step, and no more than fit there.
+    assert sum(adapters.validation.values()) > sum(adapters.sampling.values())
     assert 12 * GIB < adapters.peak < 23.5 * GIB
 
 
@@ -111,13 +128,44 @@ def test_7b_fits_eight_cards_of_80(tmp_path: Path) -> None:
     assert 30 * GIB < sharded.peak < 79 * GIB
 
 
+@pytest.mark.parametrize("tokens", [256, 200, 64])
+def test_the_costliest_micro_batch_uses_the_budget_up(tmp_path: Path, tokens: int) -> None:
+    """One group of 256 tokens fills half of it; two whose answers ended early fill all."""
+    write_config(tmp_path, "3b")
+    model, work, args = work_of(tmp_path, 1, max_new_tokens=tokens)
+    batch = work.update
+    cost = batch.groups * runtime.memory_tokens(model, batch.prompt, 8 * batch.tokens)
+    assert batch.tokens >= tokens and args.micro_tokens - 64 < cost <= args.micro_tokens
+
+
+def test_a_step_without_more_groups_or_with_minibatches_has_smaller_micro_batches(
+        tmp_path: Path) -> None:
+    write_config(tmp_path, "3b")
+    for gpus, minibatches in ((8, 1), (1, 8)):
+        _, work, _ = work_of(tmp_path, gpus, max_new_tokens=64, minibatches=minibatches)
+        assert (work.update.groups, work.update.tokens) == (1, 64)
+        assert work.sampling.groups == 8 // gpus
+    # What is longer than the budget is a pass of its own.
+    _, work, _ = work_of(tmp_path, 1, micro_tokens=1024)
+    assert (work.update.groups, work.update.tokens) == (1, 256)
+
+
+def test_patches_count_where_anything_of_the_vision_tower_is_trained(tmp_path: Path) -> None:
+    write_config(tmp_path, "tiny")
+    costs = []
+    for changes in ({}, {"lora": 4}, {"lora": 4, "lora_vision": True}, {"freeze_vision": True}):
+        model, work, _ = work_of(tmp_path, 1, **changes)
+        costs.append(runtime.memory_tokens(model, work.update.prompt, 0))
+    tokens = len(work.update.prompt.input_ids)
+    patches = len(work.update.prompt.pixels)
+    with_patches = tokens + round(runtime.PATCH_TOKENS * patches)
+    assert costs == [with_patches, tokens, with_patches, tokens]
+
+
 def test_a_patch_and_a_token_keep_what_the_budget_says(tmp_path: Path) -> None:
     """--micro-tokens counts a patch as PATCH_TOKENS of a token: without checkpointing they keep
     about so much at 3B widths."""
-    sizes = bench.SHAPES["3b"]
-    config = bench.hub_config(sizes, torch.bfloat16, sizes.vocab)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    args = flags(init=str(tmp_path), gradient_checkpointing=False)
+    args = flags(init=str(write_config(tmp_path, "3b")), gradient_checkpointing=False)
     model = memory.planned_model(tmp_path, args)
     prompt = bench.random_prompt(model, 800, seed=0)
     kept = []
@@ -151,7 +199,51 @@ def test_a_plan_of_sft_looks_at_the_data(
         tiny_checkpoint: Path, run: Callable[..., Any]) -> None:
     plan = run("sft.py", "--plan", "--init", tiny_checkpoint, "--batch", 4)
     assert plan.returncode == 0 and "while sampling" not in plan.stdout
-    assert "gradients, float32" in plan.stdout
+    assert "gradients, float32" in plan.stdout and "while validating" in plan.stdout
+
+
+def test_sft_plans_for_its_longest_completion(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """--max-new-tokens is of validation; one's own reasoning may be much longer."""
+    processor = Processor.from_pretrained(tiny_checkpoint)
+    records = load("synth", None, "sft")[:20]
+    reasoning = tmp_path / "cot.jsonl"
+    lines = [{"id": record.id, "think": "x" * (900 + i)} for i, record in enumerate(records)]
+    reasoning.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = sft.flags().parse_args(["--cot", str(reasoning), "--batch", "4"])
+    assert 919 < sft.step_size(args, processor, records).tokens < 1100
+    args = sft.flags().parse_args(["--answer-only", "--batch", "4"])
+    assert sft.step_size(args, processor, records).tokens < 100
+    # The data are not looked at.
+    assert sft.step_size(args, processor, []).tokens == args.max_new_tokens
+
+
+def test_a_plan_of_data_without_a_record_says_so(
+        tiny_checkpoint: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    for split in ("rft", "val"):
+        line = {"image": "missing.png", "text": "the ship", "box": [1, 1, 5, 5]}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(line) + "\n")
+    refused = run("rft.py", "--plan", "--init", tiny_checkpoint, "--data", "jsonl",
+                  "--root", tmp_path)
+    assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
+    assert "no record of jsonl rft to train on" in refused.stderr
+
+
+def test_a_validation_answers_fewer_records_of_longer_prompts_at_once(
+        tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = Processor.from_pretrained(tiny_checkpoint)
+    records = load("synth", None, "val")[:5]
+    batches = []
+
+    def count(model: QwenVL, processor: Processor, asked: Any, *rest: Any) -> list[dict[str, Any]]:
+        batches.append(len(asked))
+        return [evaluation.unreadable_prediction(record) for record in asked]
+    monkeypatch.setattr(evaluation, "answer_records", count)
+    model = QwenVL.from_pretrained(tiny_checkpoint, torch.float32)
+    longest = memory.longest_of(processor, records, records).val
+    for limit in (memory.VALIDATION_TOKENS, 2 * len(longest.input_ids), 1):
+        monkeypatch.setattr(memory, "VALIDATION_TOKENS", limit)
+        evaluation.validate(model, processor, records, flags(val=5))
+    assert batches == [5, 2, 2, 1, 1, 1, 1, 1, 1]
 
 
 def test_a_refusal_names_the_flags_that_help(
@@ -159,13 +251,59 @@ def test_a_refusal_names_the_flags_that_help(
     processor = Processor.from_pretrained(tiny_checkpoint)
     prompt = memory.longest_prompt(processor, [(112, 112), (280, 140)], ["a", "the longer one"])
     assert prompt.image_grid_thw.tolist() == [[1, 10, 20]]
+    longest = Longest(prompt, None)
+    step = Step(8, 8, 64, True)
     args = flags(init=str(tiny_checkpoint), gradient_checkpointing=False, max_new_tokens=64)
-    needed = memory.plan_of(args, Step(8, 8, True), prompt, 1).peak
+    needed = memory.plan_of(args, step, longest, 1).peak
     with pytest.raises(SystemExit) as leaving:
-        memory.check(args, Step(8, 8, True), prompt, 1, needed - 1)
+        memory.check(args, step, longest, 1, needed - 1)
     line = capsys.readouterr().err.strip()
     assert leaving.value.code == 2 and "\n" not in line
     assert "with --gradient-checkpointing it needs" in line
+
+
+@pytest.mark.parametrize("given, proposed", [
+    ({}, "with --lora 64 it needs"),
+    ({"lora": 128}, "with --lora 64 it needs"),
+    ({"lora": 8, "beta": 0.0}, None),
+    ({"lora": 8, "micro_tokens": 512, "val": 0}, None)])
+def test_a_refusal_names_no_flag_that_does_not_help(
+        tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+        given: dict[str, Any], proposed: str | None) -> None:
+    """A KL or long passes are not given up for nothing, and a rank never grows."""
+    sizes = replace(bench.SHAPES["3b"], depth=2, full_blocks=(1,), layers=2, vocab=8192)
+    monkeypatch.setitem(bench.SHAPES, "narrow", sizes)
+    args = flags(init=str(write_config(tmp_path, "narrow")), max_new_tokens=16, **given)
+    prompt = bench.random_prompt(memory.planned_model(tmp_path, args), 112, seed=0)
+    needed = {}
+    for lora_rank in (8, 64):
+        smaller = argparse.Namespace(**vars(args) | {"lora": lora_rank})
+        needed[lora_rank] = memory.plan_of(smaller, Step(2, 2, 16, True), Longest(prompt, None), 1)
+    available = needed[64].peak if proposed else needed[8].peak / 2
+    with pytest.raises(SystemExit) as leaving:
+        memory.check(args, Step(2, 2, 16, True), Longest(prompt, None), 1, available)
+    line = capsys.readouterr().err.strip()
+    assert leaving.value.code == 2 and "\n" not in line
+    assert proposed in line if proposed else "--lora" not in line and "more GPUs" in line
+
+
+def test_a_plan_from_an_adapter_has_that_adapters_layers_and_its_start(
+        tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = QwenVL.from_pretrained(tiny_checkpoint, None)
+    lora.add(model, 4, 8.0, True, 0)
+    model.save_pretrained(tmp_path)
+    Processor.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    adapters = 4 * sum(p.numel() for name, p in model.named_parameters() if lora.is_adapter(name))
+    args = flags(init=str(tmp_path), lora=4)
+    planned = memory.planned_model(tmp_path, args)
+    prompt = memory.longest_prompt(Processor.from_pretrained(tmp_path), [(112, 112)], [])
+    work = memory.share(planned, Longest(prompt, prompt), rft.step_size(args), args, 1)
+    standing = memory.make_plan(planned, work, 1, reference=True).standing
+    assert standing["trained weights, float32"] == adapters
+    assert standing["starting adapters, bfloat16, on each GPU"] == adapters / 2
+    # Without --lora it is merged, and the rank that can be proposed is its own.
+    assert not lora.adapted(memory.planned_model(tmp_path, flags(init=str(tmp_path))))
+    assert memory.remedies_of(flags(init=str(tmp_path)))["lora"] == 4
 
 
 def test_the_longest_prompt_has_the_most_patches_and_the_longest_text(
@@ -198,9 +336,10 @@ def test_the_plan_counts_what_a_device_of_true_widths_holds(
     args = flags(init=str(wide), max_new_tokens=24, **changes)
     planned = memory.planned_model(wide, args)
     prompt = bench.random_prompt(planned, 112, seed=0)
-    work = memory.Workload(prompt, 2, 2, 4, 24, samples=True)
-    update = memory.update_bytes(planned, work, reference=False)
-    sampling = memory.sampling_bytes(planned, work)
+    batch = Pass(prompt, 2, 4, 24)
+    work = Workload(batch, batch, None)
+    update = memory.update_bytes(planned, batch, reference=False)
+    sampling = memory.sampling_bytes(planned, batch)
     with PlayedDevice() as gpu:
         model = QwenVL.from_pretrained(wide, torch.bfloat16, "cuda")
         if args.lora:
@@ -216,17 +355,17 @@ def test_the_plan_counts_what_a_device_of_true_widths_holds(
         weights = expected.sampling["weights for sampling, bfloat16, on each GPU"]
         assert abs(standing / weights - 1) < 0.1
         gpu.reset_peak()
-        memory.update_pass(model, None, work)
+        memory.update_pass(model, None, batch)
         assert abs((gpu.peak_bytes - standing) / update - 1) < 0.1
         gpu.reset_peak()
-        memory.sampling_pass(model, work)
+        memory.sampling_pass(model, batch)
         assert abs((gpu.peak_bytes - standing) / sampling - 1) < 0.1
 
 
 def test_a_dry_step_leaves_weights_and_puts_moments_in_place(tiny_checkpoint: Path) -> None:
     processor = Processor.from_pretrained(tiny_checkpoint)
     prompt = memory.longest_prompt(processor, [(112, 112)], ["the ship"])
-    work = memory.Workload(prompt, 2, 1, 3, 8, samples=True)
+    work = Workload(Pass(prompt, 1, 3, 8), Pass(prompt, 2, 3, 8), Pass(prompt, 4, 1, 8))
     with PlayedDevice() as gpu:
         model = QwenVL.from_pretrained(tiny_checkpoint, torch.float32, "cuda").requires_grad_()
         opt = runtime.optimizer(model, 1e-3)
