@@ -1,8 +1,9 @@
 """The small base: a Qwen2.5-VL shape trained from nothing on the embedded world.
 
 Real weights can't ship, and this base stands in for them. It ends up knowing what a pretrained
-model knows here: the things, their colors and where they lie. It has seen neither expressions
-that need reasoning nor the answer format.
+model knows here: the things, their colors and where they lie. It follows the request for one
+box in the answer format where one thing alone has the name. It has seen no expression that
+needs reasoning: no choice by place, size or relation.
 
 Two losses in one loop. The dense ones ask each image token which object lies there, its color
 and its box; without them the language model finds nothing to read. After a while language
@@ -11,6 +12,8 @@ joins: boxes and points of things by name, by category, and the other way round.
     python toy/pretrain.py                   writes ckpt/base, a model card with its scores
                                              beside it; hours on two CPU cores
     python toy/pretrain.py --resume          goes on where it was stopped
+    python toy/pretrain.py --init toy/base --warm 0 --lr 1.5e-3 --out ckpt/longer
+                                             trains a base on, with moments and heads anew
 """
 import argparse
 import functools
@@ -47,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cot  # noqa: E402
 import reward  # noqa: E402
 import runtime  # noqa: E402
-from answer import PROMPT  # noqa: E402
+from answer import PROMPT, write  # noqa: E402
 from attention import Plan  # noqa: E402
 from data import Record, Records  # noqa: E402
 from generate import generate  # noqa: E402
@@ -236,7 +239,21 @@ def question_answer_pairs(scene: scenes.Scene, rng: random.Random) -> list[Pair]
         others.append((f"what is {near_text(o.box)}?", answer))
     pairs = rng.sample(lists, min(MAX_LISTS, len(lists)))
     pairs += rng.sample(others, min(MAX_OTHERS, len(others)))
-    return [(rng.choice(REQUESTS).format(question), answer) for question, answer in pairs]
+    pairs = [(rng.choice(REQUESTS).format(question), answer) for question, answer in pairs]
+    return pairs + grounding_pairs(scene, rng)
+
+
+def grounding_pairs(scene: scenes.Scene, rng: random.Random) -> list[Pair]:
+    """The request of every stage for one thing that has a name, and a short thought before its box.
+
+    None where no thing of the scene has a name of its own.
+    """
+    names = unique_names(scene)
+    if not names:
+        return []
+    name, o = rng.choice(names)
+    think = f"{name}. {cot.noun_phrase(o)} {near_text(o.box)}."
+    return [(PROMPT.format(text=name), write(think, box_text(o.box)))]
 
 
 def name_pair(name: str, o: scenes.Object, rng: random.Random) -> Pair:
@@ -290,8 +307,13 @@ def encode_answers(
         answer_ids = processor.encode(answer)
         targets = F.one_hot(answer_ids, vocab).float()
         soft_targets = []
-        for number in re.findall(r"\d+", answer):
-            soft_targets.extend(digit_distributions[int(number)][:len(number)])
+        for number in re.finditer(r"\d+", answer):
+            digits = number[0]
+            # The digit of "bbox_2d" is spelling and counts nothing.
+            if answer[number.start() - 1] == "_":
+                soft_targets.extend(F.one_hot(torch.tensor([int(d) for d in digits]), 10).float())
+            else:
+                soft_targets.extend(digit_distributions[int(digits)][:len(digits)])
         is_digit = torch.isin(answer_ids, digit_ids)
         for i, distribution in zip(is_digit.nonzero()[:, 0].tolist(), soft_targets):
             targets[i, digit_ids] = distribution
@@ -703,7 +725,8 @@ def flags() -> runtime.FlagParser:
     add("--out", default="ckpt/base", help="folder of the base")
     add("--resume", action="store_true", help="go on where --out was stopped")
     add("--steps", type=runtime.positive, default=14_000, help="steps")
-    add("--warm", type=runtime.positive, default=100,
+    add("--init", help="a base to train on; default: random weights and a tokenizer of its own")
+    add("--warm", type=runtime.natural, default=100,
         help="the first of them, without language")
     add("--batch", type=runtime.positive, default=16, help="scenes a step")
     add("--lr", type=float, default=3e-3, help="peak learning rate")
@@ -722,9 +745,15 @@ def main() -> None:
         runtime.fail(f"no state.pt in {out} to resume from; begin without --resume")
     if not args.resume:
         shutil.rmtree(out, ignore_errors=True)
-        write_shape(out, args.seed)
+        if args.init:
+            shutil.copytree(
+                args.init, out, ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
+        else:
+            write_shape(out, args.seed)
     processor = Processor.from_pretrained(out)
     model = fresh_model(out, args.seed)
+    if args.init:
+        model.load_state_dict(QwenVL.from_pretrained(args.init, torch.float32).state_dict())
     tokens = len(processor.tokenizer.get_vocab())
     print(f"{count_parameters(model):,} parameters, {tokens} tokens")
     train(model, processor, args, out)
