@@ -22,6 +22,7 @@ import torch
 
 import data
 import runtime
+from answer import PROMPT, format_ok, parse_box
 from model import QwenVL
 from processor import Processor
 from toy import pretrain, scenes
@@ -279,13 +280,37 @@ def test_what_the_base_is_taught_is_true_and_ends_its_turn(tmp_path: Path) -> No
     for seed in range(30):
         s = make_scene(seed, SPLITS["pretrain"])
         pairs = pretrain.question_answer_pairs(s, random.Random(seed))
-        assert 0 < len(pairs) <= pretrain.MAX_LISTS + pretrain.MAX_OTHERS
+        # One more is the request for a box in the answer format.
+        assert 0 < len(pairs) <= pretrain.MAX_LISTS + pretrain.MAX_OTHERS + 1
         encoded = pretrain.encode_answers(processor, pairs, pretrain.digit_targets(), 1024)
         for (_, answer), (ids, targets) in zip(pairs, encoded):
             assert_true_of(answer, s)
             assert targets[-1].argmax() == ids[-1] == processor.end_id
             assert torch.allclose(targets.sum(1), torch.ones(len(targets)))
             assert processor.decode(ids[-len(targets):]) == answer
+
+
+def test_the_base_is_asked_for_a_box_only_where_one_thing_has_the_name(tmp_path: Path) -> None:
+    pretrain.write_shape(tmp_path, 0)
+    processor = Processor.from_pretrained(tmp_path)
+    asked = 0
+    for seed in range(30):
+        s = make_scene(seed, SPLITS["pretrain"])
+        pairs = pretrain.grounding_pairs(s, random.Random(seed))
+        named = dict(pretrain.unique_names(s))
+        assert len(pairs) == bool(named)
+        for question, answer in pairs:
+            asked += 1
+            [name] = [n for n in named if question == PROMPT.format(text=n)]
+            assert format_ok(answer)
+            assert parse_box(answer) == tuple(round(v) for v in named[name].box)
+            [(ids, targets)] = pretrain.encode_answers(
+                processor, pairs, pretrain.digit_targets(), 1024)
+            # The 2 of "bbox_2d" is spelling: no other digit will do.
+            tokens = [processor.decode([i]) for i in ids[-len(targets):].tolist()]
+            spelling = tokens.index("_") + 1
+            assert tokens[spelling] == "2" and targets[spelling].max() == 1
+    assert asked > 10
 
 
 def assert_true_of(answer: str, scene: scenes.Scene) -> None:
