@@ -391,11 +391,13 @@ def sample(
     sampled_logp = []
     texts = []
     truncated = []
-    ids_on_host = tokens.tolist()
-    for q, ends in enumerate(lengths.tolist()):
+    # One wait for the device brings both to the host.
+    on_host = torch.cat((tokens, lengths[..., None]), -1).tolist()
+    for q, group in enumerate(on_host):
+        ends = [rollout[-1] for rollout in group]
         completions.append([tokens[q, g, :n] for g, n in enumerate(ends)])
         sampled_logp.append([logprobs[q, g, :n] for g, n in enumerate(ends)])
-        ids = [ids_on_host[q][g][:n] for g, n in enumerate(ends)]
+        ids = [rollout[:n] for rollout, n in zip(group, ends)]
         texts.append([policy.processor.decode(of_rollout) for of_rollout in ids])
         truncated.append([of_rollout[-1] not in policy.model.stop_ids for of_rollout in ids])
     return Rollouts(

@@ -194,6 +194,20 @@ def test_a_sampled_token_waits_for_no_host(
     assert not waits_of_more_tokens(setup, monkeypatch, cuda_graphs)
 
 
+@every_family
+def test_a_step_of_64_rollouts_of_256_tokens_waits_40_times_at_most(setup: Setup) -> None:
+    args = step_flags(rft, prompts=8, group=8, max_new_tokens=256, cuda_graphs=True)
+    records = setup.records[:8]
+    prompts = [setup.processor(open_image(record), record.text) for record in records]
+    with PlayedDevice() as gpu:
+        model = on_cuda(setup.path, torch.bfloat16)
+        model.stop_ids = ()
+        gpu.syncs.clear()
+        policy = rft.Policy(model, setup.processor, None, None)
+        rollouts = rft.sample(policy, records, prompts, torch.arange(8), args)
+    assert rollouts.lengths.min() == 256 and gpu.syncs.total() <= 40
+
+
 # ---------------------------------------------------------------- faults that must be seen
 
 def test_a_wait_in_every_token_would_be_seen(
