@@ -4,7 +4,7 @@
 # quarter of an hour on two CPU cores. It can be stopped at any time and started again: what is
 # finished stands, the rest goes on. Everything is written below ckpt/; without that folder it
 # begins anew. A quick look, with a Python that has the packages:
-#   PY=python CKPT=/tmp/look SFT=20 DIRECT=2 RFT=2 TEST=20 bash speedrun.sh
+#   PY=python CKPT=ckpt/look SFT=20 DIRECT=2 RFT=2 TEST=20 bash speedrun.sh
 set -euo pipefail
 cd "$(dirname "$0")"
 # Threads that wait spin shortly, then sleep: full speed alone, and no thrashing beside other work.

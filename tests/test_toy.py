@@ -363,3 +363,11 @@ def test_the_base_in_the_repository() -> None:
     miou = float(re.search(r"mean IoU of the box (\d\.\d+)", card)[1])
     named = float(re.search(r"right for (\d\.\d+)", card)[1])
     assert abs(scores["pointing_mIoU"] - miou) < 0.1 and abs(scores["named"] - named) < 0.15
+
+
+def test_a_base_that_is_not_there_costs_the_output_nothing(
+        run: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    done = run("toy/pretrain.py", "--init", tmp_path / "nowhere", "--out", tmp_path)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "no checkpoint at" in done.stderr and (tmp_path / "kept").exists()

@@ -54,7 +54,7 @@ from answer import PROMPT, write  # noqa: E402
 from attention import Plan  # noqa: E402
 from data import Record, Records  # noqa: E402
 from generate import generate  # noqa: E402
-from model import Config, QwenVL, read_token_ids  # noqa: E402
+from model import Config, QwenVL, folder, read_token_ids  # noqa: E402
 from processor import WORDS, Frame, Processor, Prompt  # noqa: E402
 from toy import scenes  # noqa: E402
 
@@ -743,17 +743,18 @@ def main() -> None:
         runtime.fail(f"{out} already holds a model; remove it, or name another --out")
     if args.resume and not (out / "state.pt").exists():
         runtime.fail(f"no state.pt in {out} to resume from; begin without --resume")
+    init = folder(args.init) if args.init else None
     if not args.resume:
         shutil.rmtree(out, ignore_errors=True)
-        if args.init:
+        if init:
             shutil.copytree(
-                args.init, out, ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
+                init, out, ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
         else:
             write_shape(out, args.seed)
     processor = Processor.from_pretrained(out)
     model = fresh_model(out, args.seed)
-    if args.init:
-        model.load_state_dict(QwenVL.from_pretrained(args.init, torch.float32).state_dict())
+    if init:
+        model.load_state_dict(QwenVL.from_pretrained(init, torch.float32).state_dict())
     tokens = len(processor.tokenizer.get_vocab())
     print(f"{count_parameters(model):,} parameters, {tokens} tokens")
     train(model, processor, args, out)
