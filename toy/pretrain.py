@@ -48,11 +48,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cot  # noqa: E402
+import eval as evaluation  # noqa: E402
+import metrics  # noqa: E402
 import reward  # noqa: E402
 import runtime  # noqa: E402
 from answer import PROMPT, write  # noqa: E402
 from attention import Plan  # noqa: E402
-from data import Record, Records  # noqa: E402
+from data import Record, Records, load  # noqa: E402
 from generate import generate  # noqa: E402
 from model import Config, QwenVL, folder, read_token_ids  # noqa: E402
 from processor import WORDS, Frame, Processor, Prompt  # noqa: E402
@@ -206,6 +208,8 @@ POINT_QUESTIONS = ("point to {}.", "about where is {}?")
 # Question and answer pairs of a scene at most.
 MAX_LISTS = 3
 MAX_OTHERS = 3
+# Tokens of an answer in the format, a thought of CoT-SFT included: none is cut.
+MAX_NEW_TOKENS = 160
 
 Pair = tuple[str, str]         # question, answer
 
@@ -685,21 +689,47 @@ def scores(model: QwenVL, processor: Processor, n: int = 400) -> dict[str, float
             "pointed": len(iou), "named": float(np.mean(named)), "asked_for_name": len(named)}
 
 
+SAMPLES = 8                    # answers to a record, as many as a group of RFT has
+
+
+def zero_shot_scores(model: QwenVL, processor: Processor, n: int = 500) -> dict[str, float]:
+    """How the base answers n val records, asked as the stages ask.
+
+    zero_shot_mIoU, zero_shot_Pr50, no_box: of greedy answers. pass_8: the chance that the best
+    of eight sampled at T=1 has IoU above 0.5. asked: how many there were."""
+    records = load("synth", None, "val")[:n]
+    greedy = evaluation.Sampling(max_new_tokens=MAX_NEW_TOKENS)
+    row = evaluation.score(records, evaluation.evaluate(model, processor, records, greedy))
+    sampling = replace(greedy, temperature=1.0, samples=SAMPLES)
+    predictions = evaluation.evaluate(model, processor, records, sampling)
+    boxes = evaluation.sampled_boxes(records, predictions)               # (N, samples, 4)
+    sampled = metrics.sampled(boxes, *metrics.targets(records), inclusive=False)
+    return {"zero_shot_mIoU": row["mIoU"], "zero_shot_Pr50": row["Pr@0.5"],
+            "no_box": evaluation.failed_share(row), "asked": len(records),
+            "pass_8": sampled["pass"][str(SAMPLES)]}
+
+
 CARD = """# toy/base: a small Qwen2.5-VL shape that knows the embedded world
 
-Trained from nothing by `{command}` at commit {commit},
+Trained {start}, by `{command}` at commit {commit},
 on scenes of the `pretrain` split of toy/scenes.py that draw themselves: \
 {steps:,} steps of {batch} scenes. {parameters:,} parameters,
 bfloat16, hub layout, its own tokenizer with single-digit numbers.
 
 It names things, lists them, and gives their boxes and points. \
-It has seen neither expressions that need reasoning nor the answer format,
-nor snow, nor the pairs of category and colour that `scenes.unseen` keeps for the novel split.
+Asked as the stages ask it has only been for things by a name that is theirs alone.
+It has seen neither expressions that need reasoning, nor snow, \
+nor the pairs of category and colour that `scenes.unseen` keeps for the novel split.
 
 On scenes of the val split, asked for things by a name that is theirs alone ({pointed}): \
 mean IoU of the box {pointing_mIoU:.3f}, IoU above
 0.5 for {pointing_Pr50:.3f}. Asked what is near an object's centre ({asked_for_name}): \
 colour and category right for {named:.3f}.
+
+Asked as the stages ask, for the val split's expressions of all kinds ({asked}): \
+greedy mean IoU {zero_shot_mIoU:.3f}, IoU above 0.5 for {zero_shot_Pr50:.3f},
+no box in the format for {no_box:.3f}; \
+the best of eight answers at T=1 has IoU above 0.5 for {pass_8:.3f}.
 """
 
 
@@ -707,9 +737,10 @@ def write_card(out: Path, args: argparse.Namespace) -> None:
     """Scores the base as it is stored, and writes and prints its model card."""
     model = QwenVL.from_pretrained(out, torch.float32)
     processor = Processor.from_pretrained(out)
+    start = f"on from {args.init} of that commit" if args.init else "from nothing"
     card = CARD.format(
-        **scores(model, processor), steps=args.steps, batch=args.batch,
-        parameters=count_parameters(model), commit=runtime.commit(),
+        **scores(model, processor), **zero_shot_scores(model, processor), steps=args.steps,
+        batch=args.batch, parameters=count_parameters(model), commit=runtime.commit(), start=start,
         command=" ".join(["python toy/pretrain.py", *sys.argv[1:]]))
     (out / "README.md").write_text(card, encoding="utf-8")
     print(card)
