@@ -26,8 +26,8 @@ PY=${PY:-.venv/bin/python}
 STUDY=${STUDY:-ckpt/study}          # the folder that everything is written to
 REGIMES=${REGIMES:-}                # where empty, the table's
 SEEDS=${SEEDS:-0 1 2}
-SFT=${SFT:-300}                     # steps of CoT-SFT; more or fewer in some regimes
-RFT=${RFT:-120}                     # steps of RFT
+SFT=${SFT:-100}                     # steps of CoT-SFT; more or fewer in some regimes
+RFT=${RFT:-90}                      # steps of RFT; a third where one thing is in a scene
 TEST=${TEST:-2000}                  # scenes of the split final to score on
 OWN=${OWN:-}                        # flags of the arm "own"
 
@@ -41,18 +41,18 @@ blind=""
 set_table() {
   case $1 in
     start)        # base: as it is; direct: RFT from it; boxes: SFT on boxes for equal compute
-      arms="base direct iou consistency boxes" blind=consistency regimes=little ;;
+      arms="base direct iou consistency boxes" blind=consistency regimes="tiny little" ;;
     reward)       # IoU and format, and which term beside them
-      arms="iou giou diou center positional" blind=positional regimes=small ;;
+      arms="iou giou diou center positional" blind=positional regimes=tiny ;;
     weight)       # positional: none; shuffled: the same weights, dealt to other groups
-      arms="positional mean variance consistency shuffled" blind=consistency regimes=small ;;
+      arms="positional mean variance consistency shuffled" blind=consistency regimes=tiny ;;
     stability)    # positional: the same reward without weights; longer: twice the steps
       arms="iou positional consistency longer consistency-longer"
-      blind=consistency-longer regimes=small ;;
+      blind=consistency-longer regimes=tiny ;;
     map)
-      arms="iou positional" blind=positional regimes="choice small one one-tiny one-coarse" ;;
+      arms="iou positional" blind=positional regimes="choice small one tiny one-coarse" ;;
     "") arms="base direct iou giou diou center positional mean variance consistency shuffled boxes"
-      arms+=" longer consistency-longer" regimes="little small" ;;
+      arms+=" longer consistency-longer" regimes="tiny little" ;;
     *) fail "no table $1; there are start, reward, weight, stability, map" ;;
   esac
 }
@@ -62,31 +62,31 @@ set_table "${1:-}"
 ARMS=${ARMS:-$arms}
 REGIMES=${REGIMES:-$regimes}
 
-# What a regime is: the records of SFT and its steps, the data of RFT, and whether advantages are
-# divided by their group's standard deviation. Without the division a group that misses altogether,
-# which the positional term alone tells apart, moves next to nothing: where such groups are the
-# question (small) it stays on.
+# What a regime is: the records of SFT and its steps, the data of RFT and its steps, and whether
+# advantages are divided by their group's standard deviation. With the division a group whose boxes
+# differ by a pixel weighs as much as one whose choices differ: it is left out where things are many.
+# Without it a group that misses altogether, which the positional term alone tells apart, moves next
+# to nothing: where misses are the question (the map) it stays on.
 set_regime() {
   start=synth_0.1             # folder of the SFT model, which regimes share
+  learn=synth:0.1 steps=$SFT rft=$RFT std=""
   case $1 in
+    tiny)         # RFT on one thing a scene, as small as things get
+      data=synth-tiny rft=$(((RFT + 2) / 3)) ;;
     little)       # SFT on a tenth of its records, RFT on the world as it is
-      learn=synth:0.1 steps=$SFT data=synth std=--no-std ;;
-    small)        # the same SFT, RFT where everything is half as long
-      learn=synth:0.1 steps=$SFT data=synth-small std="" ;;
+      data=synth std=--no-std ;;
     wide)         # SFT on all of its records
-      start=synth learn=synth steps=$((SFT * 10 / 3)) data=synth std=--no-std ;;
-    # The map. In choice a miss is a wrong choice, as the world is full of other things; in the
-    # others nothing else is there to be chosen.
-    choice)
-      learn=synth:0.1 steps=$SFT data=synth std="" ;;
+      start=synth learn=synth steps=$((SFT * 10)) data=synth std=--no-std ;;
+    # The map. In choice and small a miss is mostly a wrong choice, as scenes are full of other
+    # things; in the others nothing else is there to be chosen.
+    choice) data=synth ;;
+    small)        # everything is half as long
+      data=synth-small ;;
     one)          # one thing a scene
-      learn=synth:0.1 steps=$SFT data=synth-one std="" ;;
-    one-tiny)     # one thing, as small as things get
-      learn=synth:0.1 steps=$SFT data=synth-tiny std="" ;;
+      data=synth-one rft=$(((RFT + 2) / 3)) ;;
     one-coarse)   # one thing, and SFT cut short
-      learn=synth:0.1 steps=$(((SFT + 2) / 3)) data=synth-one std=""
-      start=short_$start ;;
-    *) fail "no regime $1; there are little, small, wide, choice, one, one-tiny, one-coarse" ;;
+      data=synth-one rft=$(((RFT + 2) / 3)) steps=$(((SFT + 2) / 3)) start=short_$start ;;
+    *) fail "no regime $1; there are tiny, little, wide, choice, small, one, one-coarse" ;;
   esac
 }
 
@@ -98,29 +98,29 @@ train_sft() {
 # train_rft FOLDER INIT STEPS FLAGS: stage 2 in this regime, for this seed. FLAGS come last, for
 # those of the arm "own" go before what stands here.
 train_rft() {
-  train "$1" rft.py --init "$2" --steps "$3" --data $data $std --prompts 32 --temperature 0.6 \
-    --lr 2e-4 --beta 0 --freeze-vision --every 40 --micro-tokens 16384 --max-new-tokens 160 \
+  train "$1" rft.py --init "$2" --steps "$3" --data $data $std --prompts 32 --temperature 0.8 \
+    --lr 3e-4 --beta 0 --freeze-vision --every 40 --micro-tokens 16384 --max-new-tokens 160 \
     --seed "$seed" "${@:4}"
 }
 
 # train_arm ARM: sets $model to what is to be scored.
 train_arm() {
   local iou="iou=1 format=1"
-  local long=$((2 * RFT)) boxes=$((10 * RFT))
+  local long=$((2 * rft)) boxes=$((10 * rft))
   model=$here/$1
   case $1 in
     sft) model=$sft ;;
     base) model=toy/base ;;
-    direct) train_rft "$model" toy/base "$RFT" --reward $iou --weighting off ;;
-    iou) train_rft "$model" "$sft" "$RFT" --reward $iou --weighting off ;;
+    direct) train_rft "$model" toy/base "$rft" --reward $iou --weighting off ;;
+    iou) train_rft "$model" "$sft" "$rft" --reward $iou --weighting off ;;
     giou | diou | center | positional)
-      train_rft "$model" "$sft" "$RFT" --reward $iou "$1=0.1" --weighting off ;;
+      train_rft "$model" "$sft" "$rft" --reward $iou "$1=0.1" --weighting off ;;
     # With no --reward the paper's: IoU, the positional term at 0.1, format.
     mean | variance | consistency | shuffled)
-      train_rft "$model" "$sft" "$RFT" --weighting "$1" ;;
+      train_rft "$model" "$sft" "$rft" --weighting "$1" ;;
     longer) train_rft "$model" "$sft" $long --reward $iou --weighting off ;;
     consistency-longer) train_rft "$model" "$sft" $long --weighting consistency ;;
-    own) train_rft "$model" "$sft" "$RFT" --weighting off $OWN ;;
+    own) train_rft "$model" "$sft" "$rft" --weighting off $OWN ;;
     # As long as RFT takes: one of its steps of 256 rollouts, made and learned from, costs what
     # ten steps of 32 answers cost.
     boxes)

@@ -40,7 +40,7 @@ WITHOUT = "iou"
 # What the regimes are, in the order of the map.
 MAP = {
     "choice": "many things, full-sized", "small": "many things, half as long",
-    "one": "one thing alone", "one-tiny": "one thing alone, tiny",
+    "one": "one thing alone", "tiny": "one thing alone, tiny",
     "one-coarse": "one thing alone, a third of SFT"}
 KERNEL = 1.25                  # deviations of the kernel, in sides of the true box
 # Within so many deviations the kernel still tells positions apart: there it has 13% of its peak.

@@ -37,10 +37,10 @@ ARMS = {
 }
 # Regimes of ablate.sh, and the data set that each trains and tests on.
 REGIMES = {
-    "little": "synth", "small": "synth-small", "wide": "synth", "choice": "synth",
-    "one": "synth-one", "one-tiny": "synth-tiny", "one-coarse": "synth-one"}
+    "tiny": "synth-tiny", "little": "synth", "wide": "synth", "choice": "synth",
+    "small": "synth-small", "one": "synth-one", "one-coarse": "synth-one"}
 # Those of the four tables; the map tells of its own.
-TABLE_REGIMES = ("little", "small", "wide")
+TABLE_REGIMES = ("tiny", "little", "wide")
 # Splits that are scored: final, which no choice has seen; test, of earlier studies; and what is
 # unfamiliar, which is of the full-sized world in every regime.
 SPLITS = ("final", "test", "novel")

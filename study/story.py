@@ -46,24 +46,33 @@ def cell(row: Row | None, name: str) -> str:
     return "" if row is None else f"{row[name]:.3f}"
 
 
-def table(scores: Mapping[str, Any], blind: Mapping[str, Any], novel: Mapping[str, Any]) -> str:
-    """Markdown: a line a stage, then two guesses that look at nothing."""
+def table(
+        scores: Mapping[str, Any], blind: Mapping[str, Any], full: Mapping[str, Any],
+        novel: Mapping[str, Any],
+) -> str:
+    """Markdown: a line a stage, then two guesses that look at nothing.
+
+    scores, blind: of one tiny thing a scene; full, novel: of the world as it is, and of what is
+    unfamiliar there."""
     n = scores["rows"][0]["n"]
-    lines = [[f"{n} test scenes", "mIoU greedy [95%]", "Pr@0.5 greedy", "mIoU at T=1",
-              "mIoU on novel scenes"], ["---"] * 5]
+    lines = [[f"{n} test scenes of one tiny thing", "mIoU greedy [95%]", "Pr@0.5 greedy",
+              "mIoU at T=1", "mIoU, many things, full-sized", "the same, unfamiliar"],
+             ["---"] * 6]
     for stage, name in STAGES.items():
         row = row_of(scores, stage)
         if row is not None:
             low, high = row["ci"]["mIoU"]
             lines.append([
                 name, f"{row['mIoU']:.3f} [{low:.3f}, {high:.3f}]", cell(row, "Pr@0.5"),
-                cell(row_of(scores, stage, 1), "mIoU"), cell(row_of(novel, stage), "mIoU")])
+                cell(row_of(scores, stage, 1), "mIoU"), cell(row_of(full, stage), "mIoU"),
+                cell(row_of(novel, stage), "mIoU")])
     unseen = row_of(blind, LAST)
     lines.append([f"{STAGES[LAST]} without seeing the image", cell(unseen, "mIoU"),
-                  cell(unseen, "Pr@0.5"), "", ""])
+                  cell(unseen, "Pr@0.5"), "", "", ""])
     centre = scores["centre_box"]
     lines.append(["a box of the median size in the middle", cell(centre, "mIoU"),
-                  cell(centre, "Pr@0.5"), "", cell(novel["centre_box"], "mIoU")])
+                  cell(centre, "Pr@0.5"), "", cell(full["centre_box"], "mIoU"),
+                  cell(novel["centre_box"], "mIoU")])
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
@@ -109,8 +118,8 @@ def main() -> None:
     parser = runtime.FlagParser("The table, picture and comparison of a run of speedrun.sh")
     parser.add_argument("ckpt", nargs="?", default="ckpt", help="its folder")
     ckpt = Path(parser.parse_args().ckpt)
-    scores, blind, novel = (
-        read_scores(ckpt / name) for name in ("eval", "eval_blind", "eval_novel"))
+    folders = ("eval", "eval_blind", "eval_full", "eval_novel")
+    scores, blind, full, novel = (read_scores(ckpt / name) for name in folders)
     row = scores["rows"][0]
     records = list(load(row["data"], None, row["split"]))[:row["n"]]
     answers = read_answers(ckpt / "eval", records)
@@ -118,7 +127,7 @@ def main() -> None:
     if missing:
         runtime.fail(f"no answers of {' and '.join(sorted(missing))} in {ckpt / 'eval'}; "
                      "run speedrun.sh again")
-    text = table(scores, blind, novel)
+    text = table(scores, blind, full, novel)
     (ckpt / "table.md").write_text(text, encoding="utf-8")
     picture(records, answers).save(ckpt / "story.png")
     print(text)

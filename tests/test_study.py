@@ -49,7 +49,7 @@ def write_scores(folder: Path, records: list[Record], exact: bool) -> None:
     lines = [json.dumps(p) + "\n" for p in predictions]
     (folder / "predictions_x.jsonl").write_text("".join(lines))
     row = {**evaluation.score(records, predictions),
-           **evaluation.details(records, predictions, "synth-small", None, records)}
+           **evaluation.details(records, predictions, "synth-tiny", None, records)}
     (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
 
 
@@ -72,11 +72,11 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     Without the positional term the arm is exact in seed 0 and as SFT in seed 1; with it, in both.
     """
     out = tmp_path_factory.mktemp("study")
-    records = list(load("synth-small", None, "test"))[:40]
+    records = list(load("synth-tiny", None, "test"))[:40]
     arms = ((0, "sft", False), (0, "iou", True), (1, "sft", False), (1, "iou", False),
             (0, "positional", True), (1, "positional", True))
     for seed, name, exact in arms:
-        arm = out / "small" / str(seed) / name
+        arm = out / "tiny" / str(seed) / name
         write_scores(arm / "eval_test", records, exact)
         write_log(arm, name)
     script = subprocess.run(
@@ -110,7 +110,7 @@ def test_what_a_term_adds_is_told_over_all_seeds(tables: tuple[Path, list[str]])
     assert missed.startswith("+0.500 [") and missed.endswith("± 0.707")
     # Distances are over 70 pairs of boxes, of which 30 differ: 29 by 0.3 widths, one by a walk
     # to the corner.
-    records = list(load("synth-small", None, "test"))[:40]
+    records = list(load("synth-tiny", None, "test"))[:40]
     narrow = sum(0.3 * (r.box[2] - r.box[0]) for r in records[:29])
     x1, y1, x2, y2 = records[29].box
     corner = math.dist(((x1 + x2) / 2, (y1 + y2) / 2), (0.5, 0.5))
@@ -133,8 +133,8 @@ def test_a_study_leaves_its_differences_and_a_figure(tables: tuple[Path, list[st
     assert (out / "study.png").exists() and (out / "study.md").exists()
     differences = json.loads((out / "study.json").read_text())
     assert [row[:4] for row in differences] == [
-        ["small", "test", "iou", "0"], ["small", "test", "iou", "1"],
-        ["small", "test", "positional", "0"], ["small", "test", "positional", "1"]]
+        ["tiny", "test", "iou", "0"], ["tiny", "test", "iou", "1"],
+        ["tiny", "test", "positional", "0"], ["tiny", "test", "positional", "1"]]
 
 
 def test_mistakes_about_a_study_are_one_line(
@@ -152,14 +152,14 @@ def test_mistakes_about_a_study_are_one_line(
     (tmp_path / "empty" / "little").mkdir(parents=True)
     assert "no scores in" in refusal(tmp_path / "empty")
 
-    records = list(load("synth-small", None, "test"))[:40]
-    write_scores(tmp_path / "a" / "tiny" / "0" / "iou" / "eval_test", records, exact=True)
-    assert "no regime tiny; there are little, small, wide" in refusal(tmp_path / "a")
-    write_scores(tmp_path / "b" / "small" / "0" / "riou" / "eval_test", records, exact=True)
+    records = list(load("synth-tiny", None, "test"))[:40]
+    write_scores(tmp_path / "a" / "teeny" / "0" / "iou" / "eval_test", records, exact=True)
+    assert "no regime teeny; there are tiny, little, wide" in refusal(tmp_path / "a")
+    write_scores(tmp_path / "b" / "tiny" / "0" / "riou" / "eval_test", records, exact=True)
     assert "no arm riou; there are base, sft, boxes" in refusal(tmp_path / "b")
 
-    write_scores(tmp_path / "c" / "small" / "0" / "sft" / "eval_test", records, exact=True)
-    scores = tmp_path / "c" / "small" / "0" / "iou" / "eval_test"
+    write_scores(tmp_path / "c" / "tiny" / "0" / "sft" / "eval_test", records, exact=True)
+    scores = tmp_path / "c" / "tiny" / "0" / "iou" / "eval_test"
     write_scores(scores, records[:30], exact=True)
     assert "scores of 30 and 40 scenes can't be compared" in refusal(tmp_path / "c")
     (scores / "eval.json").write_text((scores.parents[1] / "sft/eval_test/eval.json").read_text())
@@ -251,7 +251,7 @@ def test_every_arm_is_trained_as_its_name_says_and_has_a_name_in_the_tables(tmp_
 
 @pytest.mark.parametrize("settings, message", [
     ({"ARMS": "iou riou"}, "no arm riou; there are base, direct, iou, giou"),
-    ({"REGIMES": "tiny"}, "no regime tiny; there are little, small, wide"),
+    ({"REGIMES": "teeny"}, "no regime teeny; there are tiny, little, wide"),
     ({"ARMS": "own"}, "OWN says what your variant changes, as flags of rft.py"),
     ({"PY": "no/python"}, "no no/python"),
 ])
@@ -492,7 +492,7 @@ def test_the_story_is_one_table_one_picture_and_one_comparison(tmp_path: Path) -
         (tmp_path / stage / "predictions_x.jsonl").rename(
             tmp_path / "eval" / f"predictions_{stage}.jsonl")
     content = {"rows": rows, "centre_box": metrics.centre_box(records)}
-    for name in ("eval", "eval_blind", "eval_novel"):
+    for name in ("eval", "eval_blind", "eval_full", "eval_novel"):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "eval.json").write_text(json.dumps(content))
     script = subprocess.run([sys.executable, "study/story.py", tmp_path], capture_output=True,
