@@ -33,8 +33,8 @@ train "$CKPT/direct" rft.py --init toy/base --steps ${DIRECT:-20} --every 10 $sa
 
 # 4. CoT-SFT. Reasoning is expensive, boxes are not: 400 records with reasoning, written from their
 #    annotations. Scenes are full-sized and full of things.
-train "$CKPT/sft" sft.py --data synth:0.1 --init toy/base --steps ${SFT:-100} --batch 16 --lr 1.5e-3 \
-  --freeze-vision --every 50 --max-new-tokens 160
+train "$CKPT/sft" sft.py --data synth:0.1 --init toy/base --steps ${SFT:-100} --batch 16 \
+  --lr 1.5e-3 --freeze-vision --every 50 --max-new-tokens 160
 
 # 5. RSGround-R1: RFT from CoT-SFT on boxes alone, of things as small as things get, one a scene:
 #    answers miss by a few pixels, which is what RFT mends. Groups of eight sampled answers,

@@ -363,6 +363,13 @@ def test_the_base_in_the_repository() -> None:
     miou = float(re.search(r"mean IoU of the box (\d\.\d+)", card)[1])
     named = float(re.search(r"right for (\d\.\d+)", card)[1])
     assert abs(scores["pointing_mIoU"] - miou) < 0.1 and abs(scores["named"] - named) < 0.15
+    # It answers the stages' own request, badly: what RFT starts from, and room above it.
+    zero_shot = pretrain.zero_shot_scores(model, processor, 60)
+    told = float(re.search(r"greedy mean IoU (\d\.\d+)", card)[1])
+    best = float(re.search(r"has IoU above 0\.5 for (\d\.\d+)", card)[1])
+    assert abs(zero_shot["zero_shot_mIoU"] - told) < 0.15 and 0.15 < told < 0.40
+    assert abs(zero_shot["pass_8"] - best) < 0.2
+    assert zero_shot["pass_8"] > zero_shot["zero_shot_Pr50"]
 
 
 def test_a_base_that_is_not_there_costs_the_output_nothing(
