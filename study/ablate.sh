@@ -64,9 +64,9 @@ REGIMES=${REGIMES:-$regimes}
 
 # What a regime is: the records of SFT and its steps, the data of RFT and its steps, and whether
 # advantages are divided by their group's standard deviation. With the division a group whose boxes
-# differ by a pixel weighs as much as one whose choices differ: it is left out where things are many.
-# Without it a group that misses altogether, which the positional term alone tells apart, moves next
-# to nothing: where misses are the question (the map) it stays on.
+# differ by a pixel weighs as much as one whose choices differ: where things are many it is left
+# out. Without it a group that misses altogether, which the positional term alone tells apart, moves
+# next to nothing: where misses are the question (the map) it stays on.
 set_regime() {
   start=synth_0.1             # folder of the SFT model, which regimes share
   learn=synth:0.1 steps=$SFT rft=$RFT std=""
