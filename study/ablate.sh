@@ -68,11 +68,12 @@ REGIMES=${REGIMES:-$regimes}
 # out. Without it a group that misses altogether, which the positional term alone tells apart, moves
 # next to nothing: where misses are the question (the map) it stays on.
 set_regime() {
+  local third=$(((RFT + 2) / 3))
   start=synth_0.1             # folder of the SFT model, which regimes share
   learn=synth:0.1 steps=$SFT rft=$RFT std=""
   case $1 in
     tiny)         # RFT on one thing a scene, as small as things get
-      data=synth-tiny rft=$(((RFT + 2) / 3)) ;;
+      data=synth-tiny rft=$third ;;
     little)       # SFT on a tenth of its records, RFT on the world as it is
       data=synth std=--no-std ;;
     wide)         # SFT on all of its records
@@ -83,9 +84,9 @@ set_regime() {
     small)        # everything is half as long
       data=synth-small ;;
     one)          # one thing a scene
-      data=synth-one rft=$(((RFT + 2) / 3)) ;;
+      data=synth-one rft=$third ;;
     one-coarse)   # one thing, and SFT cut short
-      data=synth-one rft=$(((RFT + 2) / 3)) steps=$(((SFT + 2) / 3)) start=short_$start ;;
+      data=synth-one rft=$third steps=$(((SFT + 2) / 3)) start=short_$start ;;
     *) fail "no regime $1; there are tiny, little, wide, choice, small, one, one-coarse" ;;
   esac
 }
