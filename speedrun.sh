@@ -29,7 +29,7 @@ ln -sfn "$PWD/toy/base" "$CKPT/base"
 # 3. GRPO at once, with the settings of step 5 and fewer steps.
 sample="--data synth-tiny --prompts 32 --temperature 0.8 --beta 0 --lr 3e-4 --freeze-vision"
 sample+=" --micro-tokens 16384 --max-new-tokens 160"
-train "$CKPT/direct" rft.py --init toy/base --steps ${DIRECT:-20} --every 10 $sample
+train "$CKPT/direct" rft.py --init toy/base --steps ${DIRECT:-15} --every 10 $sample
 
 # 4. CoT-SFT. Reasoning is expensive, boxes are not: 400 records with reasoning, written from their
 #    annotations. Scenes are full-sized and full of things.
@@ -40,11 +40,11 @@ train "$CKPT/sft" sft.py --data synth:0.1 --init toy/base --steps ${SFT:-100} --
 #    answers miss by a few pixels, which is what RFT mends. Groups of eight sampled answers,
 #    rewarded for overlap, nearness and format; groups that fail or scatter weigh more. Reward and
 #    weights are the paper's; no reference is kept: the study's setting.
-train "$CKPT/rft" rft.py --init "$CKPT/sft" --steps ${RFT:-60} --every 20 $sample
+train "$CKPT/rft" rft.py --init "$CKPT/sft" --steps ${RFT:-40} --every 20 $sample
 
 # 6. Scores on scenes that no stage has seen: tiny things, greedy and sampled, and without looking
 #    at the image; the full-sized world; and what is unfamiliar there.
-few="--limit ${TEST:-1000} --max-new-tokens 160 --batch 125"
+few="--limit ${TEST:-500} --max-new-tokens 160 --batch 125"
 score "$CKPT/eval" "$CKPT/" --data synth-tiny --temperature 0 1 $few >/dev/null
 score "$CKPT/eval_blind" "$CKPT/rft" --data synth-tiny --blind $few >/dev/null
 score "$CKPT/eval_full" "$CKPT/" --data synth $few >/dev/null
