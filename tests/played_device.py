@@ -41,6 +41,10 @@ WAITING = {
     "_unique", "_unique2", "unique_consecutive", "unique_dim"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 COPYING = {"copy_", "_to_copy"}
+# Matrix products. A processor without instructions for bfloat16 takes minutes for those of 3B's
+# widths; they are computed in float32 there, which is what a GPU adds up in.
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+HAS_BFLOAT16_PRODUCTS = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # No kernel runs for these, though the schema does not call them views.
 FREE = {
     "detach", "alias", "lift_fresh", "_unsafe_view", "empty", "empty_like", "empty_strided",
@@ -53,6 +57,14 @@ active: "PlayedDevice | None" = None          # whose `with` we are in
 def on_cuda(device: Any) -> bool:
     """Whether this, as a caller of torch gives it, names a CUDA device."""
     return device is not None and torch.device(device).type == "cuda"
+
+
+def product_in_float32(product: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    """A product of bfloat16 by way of float32, rounded once at its end; any other as it is."""
+    if args[0].dtype != torch.bfloat16:
+        return product(*args, **kwargs)
+    widened = [x.float() if isinstance(x, Tensor) else x for x in args]
+    return product(*widened, **kwargs).bfloat16()
 
 
 def line_of_project() -> str:
@@ -450,6 +462,8 @@ class PlayedDevice(TorchFunctionMode):
             named = {a.name: value for a, value in zip(func._schema.arguments, args)} | kwargs
             check_varlen(named)
             run = ATTENTION[name]
+        if name in PRODUCTS and not HAS_BFLOAT16_PRODUCTS:
+            run = functools.partial(product_in_float32, func)
         if func.is_view or name in FREE:
             return self.wrap(func(*contents(args), **contents(kwargs)), tensors)
         run = functools.partial(run, *contents(args), **contents(kwargs))
