@@ -44,7 +44,8 @@ COPYING = {"copy_", "_to_copy"}
 # Matrix products. A processor without instructions for bfloat16 takes minutes for those of 3B's
 # widths; they are computed in float32 there, which is what a GPU adds up in.
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
-HAS_BFLOAT16_PRODUCTS = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_BFLOAT16_PRODUCTS = (
+    torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 # No kernel runs for these, though the schema does not call them views.
 FREE = {
     "detach", "alias", "lift_fresh", "_unsafe_view", "empty", "empty_like", "empty_strided",
