@@ -139,11 +139,11 @@ class Object:
     angle: float               # degrees
     length: float              # pixels
 
-    @property
+    @functools.cached_property
     def center(self) -> Point:
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
-    @property
+    @functools.cached_property
     def size(self) -> float:
         """Size of the box: the square root of its area, in pixels."""
         return math.sqrt((self.box[2] - self.box[0]) * (self.box[3] - self.box[1]))
@@ -374,6 +374,9 @@ def all_corners(parts: Sequence[Part]) -> ndarray:
     return np.concatenate([shape for shape, _ in parts])
 
 
+CATEGORY_CORNERS = {name: all_corners(parts) for name, parts in CATEGORY_PARTS.items()}
+
+
 def object_polygons(o: Object) -> Iterator[tuple[ndarray, Color]]:
     """Yields an object's polygons in the image with their colors, its shadow first."""
     parts = object_parts(o.category, o.angle, o.length)
@@ -439,7 +442,7 @@ def random_object(
     if category.ground == "river":
         length = max(length, RIVER_WIDTH + 5)
     # The box is the extent of what is drawn, so it comes from the turned parts.
-    corners = all_corners(object_parts(name, angle, length))
+    corners = turned(CATEGORY_CORNERS[name], angle) * length
     width, height = (corners.max(0) - corners.min(0)).tolist()
     edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     box = tuple(round(v, 2) for v in edges)
@@ -538,10 +541,13 @@ def sole_fit(
 
     fits: takes an object and a slack in pixels.
     """
-    fitting = [o for o in pool if fits(o, margin)]
-    if len(fitting) == 1 and fits(fitting[0], -margin):
-        return fitting[0]
-    return None
+    found = None
+    for o in pool:
+        if fits(o, margin):
+            if found is not None:
+                return None
+            found = o
+    return found if found is not None and fits(found, -margin) else None
 
 
 def clear_first(
