@@ -895,10 +895,10 @@ def main() -> None:
     if args.plan:
         memory.show(args, lambda *_: step_size(args), "rft")
         return
+    init = folder(args.init)
     records, val = runtime.load_records(args, "rft")
     runtime.set_steps(args, len(records), args.prompts, epochs=0.4)
     out = Path(args.out)
-    init = folder(args.init)
     runtime.check_output(out, args.resume)
     policy = open_policy(init, args, records, val)
     first = runtime.restore(out, policy.model, policy.optimizer) if args.resume else 0

@@ -155,10 +155,10 @@ def main() -> None:
     if args.plan:
         memory.show(args, functools.partial(step_size, args), args.split)
         return
+    init = folder(args.init)
     records, val = runtime.load_records(args, args.split)
     runtime.set_steps(args, len(records), args.batch, steps=1000)
     write_completion = cot.writer(records, args.cot, args.answer_only)
-    init = folder(args.init)
     out = Path(args.out)
     runtime.check_output(out, args.resume)
     model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
