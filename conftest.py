@@ -2,18 +2,25 @@
 
 Small random checkpoints in hub layout, a folder in DIOR-RSVG's layout, and a way to run a script.
 """
+import importlib
 import json
 import os
+import resource
+import runpy
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import distributed as dist
 from torch import nn
 
 from answer import THINK
@@ -21,6 +28,7 @@ from model import FAMILIES, Config, QwenVL
 from processor import WORDS
 
 HERE = Path(__file__).parent
+Run = Callable[..., subprocess.CompletedProcess]
 PROCESSORS = {
     "Qwen2-VL": "Qwen2VLProcessor", "Qwen2.5-VL": "Qwen2_5_VLProcessor",
     "Qwen3-VL": "Qwen3VLProcessor"}
@@ -43,6 +51,12 @@ def pytest_configure() -> None:
     settings.register_profile("brief", max_examples=50, derandomize=True, **common)
     settings.register_profile("nightly", max_examples=10_000, **common)
     settings.load_profile("nightly" if NIGHTLY else "brief")
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Each test draws the same random numbers every time, alone or among others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -177,21 +191,172 @@ def draw_ship(image: Image.Image, color: str, rng: np.random.Generator) -> str:
         f"<ymax>{y + h}</ymax></bndbox><description>the {color} ship</description></object>")
 
 
+# ---------------------------------------------------------------- commands
+
+def serve() -> None:
+    """Reads orders, a JSON list a line; answers with a JSON line each.
+
+    ["start", job] forks a process that does a job of do(), and answers with its id;
+    ["wait", ids] answers with their exit statuses, negative where a signal ended one.
+    """
+    # What each command would load by itself, seconds long.
+    for name in ("sft", "rft", "torch._dynamo"):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        order, what = json.loads(line)
+        if order == "start":
+            answer = os.fork()
+            if answer == 0:
+                do(what)
+        else:
+            answer = exit_statuses(what)
+        print(json.dumps(answer), flush=True)
+
+
+def exit_statuses(pids: Sequence[int]) -> list[int]:
+    """Waits for the processes of one run; when one fails, the others are told to end.
+
+    What hangs is killed.
+    """
+    until = time.monotonic() + 300
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(pids):
+        time.sleep(0.005)
+        for pid in set(pids) - set(statuses):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                statuses[pid] = os.waitstatus_to_exitcode(status)
+                if statuses[pid]:
+                    send(signal.SIGTERM, set(pids) - set(statuses))
+        if time.monotonic() > until:
+            send(signal.SIGKILL, set(pids) - set(statuses))
+    return [statuses[pid] for pid in pids]
+
+
+def send(number: int, pids: Iterable[int]) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def do(job: dict[str, Any]) -> None:
+    """Becomes `python SCRIPT FLAGS`, with its output in files."""
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    out, err = (os.open(job[to], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                for to in ("stdout", "stderr"))
+    for descriptor, source in enumerate((nothing, out, err)):
+        os.dup2(source, descriptor)
+    os.environ.clear()
+    os.environ |= job["environment"]
+    # The interpreter has read it before.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=os.environ.get("PYTHONIOENCODING"))
+    os.chdir(job["cwd"])
+    if job["file_bytes"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
+    script = Path(job["script"]).absolute()
+    sys.argv = [job["script"], *job["flags"]]
+    sys.path[0] = str(script.parent)
+    if job["spoil"]:
+        stage = importlib.import_module(script.stem)
+        runtime, data = map(importlib.import_module, ("runtime", "data"))
+        exec(job["spoil"], {"stage": stage, "runtime": runtime, "data": data})
+        runtime.main(stage.main, farewells=True)
+    runpy.run_path(job["script"], run_name="__main__")
+    sys.exit()
+
+
+class Forks:
+    """Commands as forks of a process that has torch loaded: they start in a moment.
+
+    They compute on the CPU with one thread a process.
+    """
+
+    def __init__(self) -> None:
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=self.environment() | {"PYTHONPATH": str(HERE)})
+        # Where the processes of each run find each other, which outlive them as torchrun's do.
+        self.stores: list[dist.TCPStore] = []
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def ask(self, order: str, what: Any) -> Any:
+        self.server.stdin.write(json.dumps([order, what]) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def ranks(self, count: int) -> list[dict[str, str]]:
+        """What torchrun has in the environment of each of a run's processes."""
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self.stores.append(store)
+        common = {
+            "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        return [common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+
+    def start(
+            self, script: Path | str, *flags: object, stdout: Path, stderr: Path | None = None,
+            cwd: Path = HERE, environment: dict[str, str] | None = None, file_bytes: int = 0,
+            spoil: str = "") -> int:
+        """Starts a script -> its process id.
+
+        script: as a user would type it in `cwd`.
+        stderr: where None, stdout's file. file_bytes: no file may grow larger; 0: any may.
+        spoil: code that runs before the script's main(), with its module as `stage`.
+        """
+        job = {"script": str(script), "flags": [str(flag) for flag in flags], "cwd": str(cwd),
+               "stdout": str(stdout), "stderr": str(stderr or stdout), "file_bytes": file_bytes,
+               "environment": self.environment() | (environment or {}), "spoil": spoil}
+        return self.ask("start", job)
+
+    def wait(self, *pids: int) -> list[int]:
+        """The exit statuses of a run's processes, negative where a signal ended one.
+
+        When one of them fails, the others are told to end, as torchrun does.
+        """
+        return self.ask("wait", pids)
+
+
 @pytest.fixture(scope="session")
-def run() -> Callable[..., subprocess.CompletedProcess]:
+def forks() -> Iterator[Forks]:
+    forks = Forks()
+    yield forks
+    forks.server.stdin.close()
+    forks.server.wait()
+
+
+@pytest.fixture(scope="session")
+def run(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """run("sft.py", "--steps", 3, processes=2) -> CompletedProcess of the real command.
 
-    It computes on the CPU with one thread a process.
+    With a number of processes they are started as torchrun starts them; an exit status that
+    is not 0 counts, and the outputs stand one behind the other.
     """
     def run(
-            script: str, *flags: object, processes: int | None = None, cwd: Path = HERE,
+            script: Path | str, *flags: object, processes: int | None = None, cwd: Path = HERE,
     ) -> subprocess.CompletedProcess:
-        launcher = []
-        if processes:
-            launcher = ["-m", "torch.distributed.run", "--standalone",
-                        "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launcher, str(HERE / script), *map(str, flags)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
+        folder = tmp_path_factory.mktemp("run")
+        environments = forks.ranks(processes) if processes else [{}]
+        outputs = []
+        for i in range(len(environments)):
+            outputs.append((folder / f"stdout_{i}", folder / f"stderr_{i}"))
+        pids = []
+        for environment, (stdout, stderr) in zip(environments, outputs):
+            pids.append(forks.start(
+                HERE / script, *flags, stdout=stdout, stderr=stderr, cwd=cwd,
+                environment=environment))
+        statuses = forks.wait(*pids)
+        return subprocess.CompletedProcess(
+            # What failed by itself counts before what a signal ended.
+            [str(script), *flags], max(statuses) or min(statuses),
+            "".join(stdout.read_text() for stdout, _ in outputs),
+            "".join(stderr.read_text() for _, stderr in outputs))
     return run
+
+
+if __name__ == "__main__":
+    serve()

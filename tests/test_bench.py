@@ -14,6 +14,7 @@ import torch
 
 import bench
 from bench import Table, Work
+from conftest import Run
 from model import Config, QwenVL
 from played_device import PlayedDevice
 
@@ -82,7 +83,7 @@ def test_both_sides_of_a_comparison_run_every_family(shape: str, tmp_path: Path)
 
 
 def test_the_table_has_a_row_for_every_part_beside_transformers(
-        run: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
+        run: Run, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     script = run("bench.py", "--shape", "tiny", "--repeats", 1, "--prompts", 2, "--tokens", 8,
                  "--device", "cpu", "--out", tmp_path)

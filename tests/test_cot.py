@@ -30,11 +30,11 @@ from PIL import Image
 import cot
 import data
 from answer import THINK, format_box, format_ok, parse_box
+from conftest import Run
 from cot import Box, Neighbor, Reasoning, explain, neighbor_finder
 from data import Record
 from processor import Frame, Processor, Prompt, to_model_frame
 
-Run = Callable[..., subprocess.CompletedProcess]
 Script = Callable[..., None]
 Teach = Callable[..., list[dict[str, Any]]]
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import generate as sampling
 import rft
 import runtime
 import sft
-from conftest import write_tiny
+from conftest import Run, write_tiny
 from data import Records, load, open_image
 from generate import generate
 from model import FAMILIES, LanguageModel, QwenVL
@@ -393,7 +392,7 @@ FLAGS = {
 
 @pytest.fixture
 def run_bfloat16(
-        setup: Setup, run: Callable[..., subprocess.CompletedProcess], dior_root: Path,
+        setup: Setup, run: Run, dior_root: Path,
         tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """run_bfloat16("sft", out, flag, ...) -> the log of a stage's run on two processes."""
     def run_stage(stage: str, out: Path, *flags: object) -> list[dict[str, Any]]:

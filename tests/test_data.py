@@ -9,7 +9,6 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +22,13 @@ from PIL import Image
 import data
 import processor
 from answer import PROMPT, format_box
+from conftest import Run
 from data import DataError, Record, Records, load
 from processor import Frame, Processor, to_image_frame, to_model_frame
 
 SHARED = Path(__file__).parents[2] / "shared"
 SAMPLES = SHARED / "samples"
 FAMILIES = ("Qwen2_VL", "Qwen2_5_VL", "Qwen3_VL")
-Run = Callable[..., subprocess.CompletedProcess]
 
 
 def needs_sample(name: str) -> pytest.MarkDecorator:

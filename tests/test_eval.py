@@ -27,6 +27,7 @@ import eval as evaluation
 import metrics
 import pictures
 from answer import format_box, locate
+from conftest import Run
 from data import DataError, Record, Records
 from eval import Sampling
 from model import CheckpointError
@@ -1168,7 +1169,7 @@ def test_a_picture_is_turned_once_in_any_format(tmp_path: Path, suffix: str) -> 
 
 
 def test_the_real_script_with_a_random_model(
-        run: Callable[..., subprocess.CompletedProcess], tiny_checkpoint: Path,
+        run: Run, tiny_checkpoint: Path,
         dior_root: Path, tmp_path: Path,
 ) -> None:
     """Samples, report and question with a real checkpoint; a mistake is one line, status 2."""

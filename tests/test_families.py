@@ -4,7 +4,6 @@ and test_generate.py, their prompts and pixels in test_data.py.)"""
 import functools
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +20,10 @@ import rft
 import runtime
 import sft
 from answer import format_box, locate, parse_box, write
-from conftest import write_tiny
+from conftest import Run, write_tiny
 from model import FAMILIES, Config, QwenVL
 from processor import Processor
 from test_model import IMAGE, PROMPTS, prompt, random_checkpoint, theirs_of
-
-Run = Callable[..., subprocess.CompletedProcess]
 
 # ---------------------------------------------------------------- the hub's shapes
 

@@ -1,17 +1,12 @@
 """What a run must survive: farewells, kills, a full disk, damaged files, a lost process.
 
 After each fault the resumed run must equal the uninterrupted one to the bit: weights, log
-and rollouts. A server (this file, run as a script) has torch loaded and forks a process
-for each command, so that one starts in a moment.
+and rollouts.
 """
-import importlib
-import json
 import os
 import random
-import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,71 +17,22 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import data
 import files
 import runtime
-from conftest import HERE, NIGHTLY
+from conftest import HERE, NIGHTLY, Forks
 
 KILLS = 200 if NIGHTLY else 10
 
 
-# ---------------------------------------------------------------- the server
-
-def serve() -> None:
-    """Reads commands, a JSON list a line; answers with one line each.
-
-    ["start", job] forks a process that does a job of main(), and answers with its id;
-    ["wait", id] answers with its exit status, negative where a signal ended it.
-    """
-    # What each process would load by itself.
-    for name in ("sft", "rft", "torch._dynamo"):
-        importlib.import_module(name)
-    for line in sys.stdin:
-        order, what = json.loads(line)
-        if order == "start":
-            answer = os.fork()
-            if answer == 0:
-                do(what)
-        else:
-            answer = exit_status_of(what)
-        print(answer, flush=True)
-
-
-def exit_status_of(pid: int) -> int:
-    """Waits for a process; one that hangs is killed."""
-    until = time.monotonic() + 200
-    ended = 0
-    while not ended:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        time.sleep(0.005)
-        if time.monotonic() > until:
-            os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(status)
-
-
-def do(job: dict[str, Any]) -> None:
-    """Becomes `python STAGE.py FLAGS`, with its output in a file."""
-    os.setsid()
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor, source in enumerate((nothing, output, output)):
-        os.dup2(source, descriptor)
-    os.environ |= job["environment"]
-    if job["file_bytes"]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
-    sys.argv = [f"{job['stage']}.py", *job["flags"]]
-    stage = importlib.import_module(job["stage"])
-    if job["spoil"]:
-        exec(job["spoil"], {"stage": stage, "runtime": runtime, "data": data})
-    runtime.main(stage.main, farewells=True)
-
+# ---------------------------------------------------------------- processes
 
 class Process:
-    """A process that the server has forked."""
+    """A stage that runs; its output goes into a file."""
 
-    def __init__(self, ask: Callable[..., int], pid: int, output: Path) -> None:
-        self.ask = ask
-        self.pid = pid
+    def __init__(self, forks: Forks, stage: str, *flags: object, output: Path,
+                 **more: Any) -> None:
+        self.forks = forks
+        self.pid = forks.start(f"{stage}.py", *flags, stdout=output, **more)
         self.output = output
 
     def kill(self, number: int) -> None:
@@ -94,7 +40,7 @@ class Process:
 
     def wait(self) -> int:
         """Its exit status."""
-        return self.ask("wait", self.pid)
+        return self.forks.wait(self.pid)[0]
 
     def lines(self) -> list[str]:
         """What it printed, without progress bars."""
@@ -105,56 +51,28 @@ class Process:
         return [line for line in lines if line and "it/s]" not in line and "s/it]" not in line]
 
 
-@pytest.fixture(scope="module")
-def ask() -> Iterator[Callable[..., int]]:
-    """ask("start", job), ask("wait", id): the server's answer."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                   "PYTHONPATH": str(HERE)}
-    server = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment)
-
-    def ask(order: str, what: Any) -> int:
-        server.stdin.write(json.dumps([order, what]) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
-    yield ask
-    server.stdin.close()
-    server.wait()
-
-
 @pytest.fixture
-def start(ask: Callable[..., int], tmp_path: Path) -> Callable[..., Process]:
+def start(forks: Forks, tmp_path: Path) -> Callable[..., Process]:
     """start("sft", flags..., file_bytes=..., spoil=...) -> Process."""
     started = []
 
-    def start(
-            stage: str, *flags: object, file_bytes: int = 0, spoil: str = "") -> Process:
+    def start(stage: str, *flags: object, **more: Any) -> Process:
         output = tmp_path / f"output_{len(started)}"
-        job = {"stage": stage, "flags": [str(flag) for flag in flags], "output": str(output),
-               "file_bytes": file_bytes, "spoil": spoil, "environment": {}}
-        process = Process(ask, ask("start", job), output)
+        process = Process(forks, stage, *flags, output=output, **more)
         started.append(process)
         return process
     return start
 
 
 def pair(
-        ask: Callable[..., int], folder: Path, stage: str, *flags: object, spoil: str = "",
+        forks: Forks, folder: Path, stage: str, *flags: object, spoil: str = "",
 ) -> list[Process]:
     """Two processes of one run, as torchrun starts them; their output lies in a folder."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     processes = []
-    for rank in ("0", "1"):
-        output = folder / f"output_{port}_{rank}"
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
-                       "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-                       "MASTER_PORT": str(port)}
-        job = {"stage": stage, "flags": [str(flag) for flag in flags], "output": str(output),
-               "file_bytes": 0, "spoil": spoil, "environment": environment}
-        processes.append(Process(ask, ask("start", job), output))
+    for environment in forks.ranks(2):
+        output = folder / f"output_{environment['MASTER_PORT']}_{environment['RANK']}"
+        processes.append(Process(
+            forks, stage, *flags, output=output, environment=environment, spoil=spoil))
     return processes
 
 
@@ -207,7 +125,7 @@ def assert_whole_checkpoints(out: Path) -> None:
 @pytest.fixture(scope="module")
 def flags_of(
         tiny_checkpoint: Path, dior_root: Path, tmp_path_factory: pytest.TempPathFactory,
-        ask: Callable[..., int]) -> dict[str, list[object]]:
+        forks: Forks) -> dict[str, list[object]]:
     """The flags of a short run of either stage; its checkpoints come every third step."""
     common = ["--data", "dior", "--root", dior_root, "--val", 1, "--every", 3, "--steps", 8,
               "--device", "cpu"]
@@ -217,9 +135,7 @@ def flags_of(
     lesson = ["--data", "dior", "--root", dior_root, "--init", tiny_checkpoint, "--device", "cpu",
               "--out", taught, "--steps", 60, "--batch", 8, "--lr", 5e-3, "--answer-only",
               "--micro-tokens", 10 ** 6, "--val", 0, "--every", 60]
-    job = {"stage": "sft", "flags": [str(flag) for flag in lesson], "environment": {},
-           "output": str(taught.parent / "output"), "file_bytes": 0, "spoil": ""}
-    assert ask("wait", ask("start", job)) == 0
+    assert Process(forks, "sft", *lesson, output=taught.parent / "output").wait() == 0
     rft_flags = [*common, "--init", taught, "--prompts", 2, "--group", 4, "--lr", 1e-4,
                  "--max-new-tokens", 40, "--micro-tokens", 10 ** 6,
                  "--reward", "iou=1", "positional=0.5", "format=0"]
@@ -228,7 +144,7 @@ def flags_of(
 
 @pytest.fixture(scope="module")
 def straight(
-        flags_of: dict[str, list[object]], ask: Callable[..., int],
+        flags_of: dict[str, list[object]], forks: Forks,
         tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """straight(stage): the folder of a run that nothing befell."""
     folders: dict[str, Path] = {}
@@ -236,10 +152,8 @@ def straight(
     def straight(stage: str) -> Path:
         if stage not in folders:
             out = tmp_path_factory.mktemp("straight") / stage
-            flags = [str(flag) for flag in [*flags_of[stage], "--keep", 9, "--out", out]]
-            job = {"stage": stage, "flags": flags, "output": f"{out}.output", "file_bytes": 0,
-                   "spoil": "", "environment": {}}
-            assert ask("wait", ask("start", job)) == 0
+            flags = [*flags_of[stage], "--keep", 9, "--out", out]
+            assert Process(forks, stage, *flags, output=Path(f"{out}.output")).wait() == 0
             folders[stage] = out
         return folders[stage]
     return straight
@@ -515,31 +429,31 @@ TWO = ["--steps", 24, "--every", 8]
 
 @pytest.fixture(scope="module")
 def straight_two(
-        ask: Callable[..., int], flags_of: dict, tmp_path_factory: pytest.TempPathFactory,
+        forks: Forks, flags_of: dict, tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A run of sft.py by two processes that nothing befell."""
     out = tmp_path_factory.mktemp("straight") / "two"
-    processes = pair(ask, out.parent, "sft", *flags_of["sft"], *TWO, "--out", out)
+    processes = pair(forks, out.parent, "sft", *flags_of["sft"], *TWO, "--out", out)
     assert [process.wait() for process in processes] == [0, 0]
     return out
 
 
-def resume_by_two(ask: Callable[..., int], out: Path) -> None:
-    processes = pair(ask, out.parent, "sft", "--out", out, "--resume")
+def resume_by_two(forks: Forks, out: Path) -> None:
+    processes = pair(forks, out.parent, "sft", "--out", out, "--resume")
     assert [process.wait() for process in processes] == [0, 0]
 
 
 def test_one_of_two_is_told_and_both_stop_behind_the_same_step(
-        ask: Callable[..., int], flags_of: dict, straight_two: Path, tmp_path: Path) -> None:
+        forks: Forks, flags_of: dict, straight_two: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    processes = pair(ask, tmp_path, "sft", *flags_of["sft"], *TWO, "--out", out)
+    processes = pair(forks, tmp_path, "sft", *flags_of["sft"], *TWO, "--out", out)
     wait_for(lambda: steps_logged(out) >= 1)
     processes[1].kill(signal.SIGUSR1)
     assert [process.wait() for process in processes] == [0, 0]
     assert "stopped behind step" in processes[0].lines()[-1]
     assert not any("stopped" in line for line in processes[1].lines())
     assert_whole_checkpoints(out)
-    resume_by_two(ask, out)
+    resume_by_two(forks, out)
     assert_same_run(out, straight_two)
 
 
@@ -547,7 +461,7 @@ def test_one_of_two_is_told_and_both_stop_behind_the_same_step(
     ("data.DataError", 2, ["sft.py: scene.jpg: unreadable"]),
     ("ValueError", 1, ["ValueError: scene.jpg: unreadable"])])
 def test_what_ended_one_of_two_is_said_once_and_by_none_but_it(
-        ask: Callable[..., int], flags_of: dict, tmp_path: Path, error: str, status: int,
+        forks: Forks, flags_of: dict, tmp_path: Path, error: str, status: int,
         words: list[str]) -> None:
     spoil = ("import os\nmake = stage.make_example\n"
              "def broken(record, *rest):\n"
@@ -556,7 +470,7 @@ def test_what_ended_one_of_two_is_said_once_and_by_none_but_it(
              "    return make(record, *rest)\n"
              "stage.make_example = broken\n").replace("GO", repr(str(tmp_path / "go")))
     out = tmp_path / "out"
-    processes = pair(ask, tmp_path, "sft", *flags_of["sft"], *TWO, "--out", out, spoil=spoil)
+    processes = pair(forks, tmp_path, "sft", *flags_of["sft"], *TWO, "--out", out, spoil=spoil)
     wait_for(lambda: steps_logged(out) >= 2)
     (tmp_path / "go").touch()
     began = time.monotonic()
@@ -571,10 +485,10 @@ def test_what_ended_one_of_two_is_said_once_and_by_none_but_it(
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_when_one_of_two_is_killed_the_other_ends_and_says_one_line(
-        ask: Callable[..., int], flags_of: dict, straight_two: Path, tmp_path: Path, killed: int,
+        forks: Forks, flags_of: dict, straight_two: Path, tmp_path: Path, killed: int,
 ) -> None:
     out = tmp_path / "out"
-    processes = pair(ask, tmp_path, "sft", *flags_of["sft"], *TWO, "--out", out)
+    processes = pair(forks, tmp_path, "sft", *flags_of["sft"], *TWO, "--out", out)
     wait_for(lambda: steps_logged(out) >= 9)
     processes[killed].kill(signal.SIGKILL)
     began = time.monotonic()
@@ -587,13 +501,13 @@ def test_when_one_of_two_is_killed_the_other_ends_and_says_one_line(
     assert other.lines()[-1].startswith("a process of this run is gone")
     assert "Traceback" not in text
     assert_whole_checkpoints(out)
-    resume_by_two(ask, out)
+    resume_by_two(forks, out)
     assert_same_run(out, straight_two)
 
 
 @pytest.mark.parametrize("rank, place", [("0", "model"), ("1", "files")])
 def test_a_disk_that_is_full_for_one_of_two_keeps_none_waiting(
-        ask: Callable[..., int], straight_two: Path, tmp_path: Path, rank: str, place: str) -> None:
+        forks: Forks, straight_two: Path, tmp_path: Path, rank: str, place: str) -> None:
     """The first process fails amid the weights, which both gather; the other with its state."""
     out = interrupted(straight_two, tmp_path / "out", 16)
     spoil = (f"import errno, os, {place}\n"
@@ -602,7 +516,7 @@ def test_a_disk_that_is_full_for_one_of_two_keeps_none_waiting(
              "    raise OSError(errno.ENOSPC, 'No space left on device')\n"
              f"if os.environ['RANK'] == '{rank}':\n"
              f"    {place}.write_tensors = full\n")
-    processes = pair(ask, tmp_path, "sft", "--out", out, "--resume", spoil=spoil)
+    processes = pair(forks, tmp_path, "sft", "--out", out, "--resume", spoil=spoil)
     assert [process.wait() for process in processes] == [2, 2]
     said = processes[0].lines() + processes[1].lines()
     # When it was due, and once more at the end.
@@ -610,7 +524,7 @@ def test_a_disk_that_is_full_for_one_of_two_keeps_none_waiting(
     assert sum("step 24 could not be saved; make room" in line for line in said) == 1
     assert_whole_checkpoints(out)
     assert (out / "latest").resolve().name == "step_000016" and not list(out.glob(".*"))
-    resume_by_two(ask, out)
+    resume_by_two(forks, out)
     assert_same_run(out, straight_two)
 
 
@@ -635,7 +549,7 @@ def process_of_rank(launcher: subprocess.Popen, rank: int) -> int:
 
 
 def test_under_torchrun_a_farewell_is_in_time_and_a_kill_ends_all(
-        ask: Callable[..., int], flags_of: dict, straight_two: Path, tmp_path: Path) -> None:
+        forks: Forks, flags_of: dict, straight_two: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     output = tmp_path / "output"
     launcher = torchrun(
@@ -658,7 +572,7 @@ def test_under_torchrun_a_farewell_is_in_time_and_a_kill_ends_all(
     # One is torchrun's own.
     assert said.count("Traceback") == 1 and said.count("a process of this run is gone") <= 1
     assert_whole_checkpoints(out)
-    resume_by_two(ask, out)
+    resume_by_two(forks, out)
     assert_same_run(out, straight_two)
 
 
@@ -679,7 +593,3 @@ def test_under_torchrun_a_mistake_is_one_line_without_a_traceback_of_ours(
     said = output.read_text()
     assert said.count("broken.py: scene.jpg: unreadable") == 1 and said.count("Traceback") == 1
     assert "exitcode  : 2" in said
-
-
-if __name__ == "__main__":
-    serve()

@@ -21,13 +21,10 @@ import lora
 import rft
 import runtime
 import sft
-from conftest import write_tiny
+from conftest import Run, write_tiny
 from eval import find_stages
 from model import CheckpointError, Config, QwenVL
 from processor import Processor, Prompt
-
-Run = Callable[..., subprocess.CompletedProcess]
-
 
 # ---------------------------------------------------------------- models, prompts, commands
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,12 +21,12 @@ import report
 import reward
 import rft
 import runtime
+from conftest import Run
 from data import UnreadableImage, load, open_image
 from model import QwenVL
 from processor import Frame, Processor
 from rft import Objective, advantages, policy_loss
 
-Run = Callable[..., subprocess.CompletedProcess]
 LogLine = dict[str, Any]
 
 

@@ -562,6 +562,7 @@ plain = QwenVL.from_pretrained(path, dtype)
 model = runtime.prepare(
     QwenVL.from_pretrained(path, torch.float32), device, gradient_checkpointing=True,
     compute_dtype=dtype)
+torch.manual_seed(0)
 pixels = Pixels(torch.zeros(16, 3, 14, 14, dtype=torch.uint8), torch.rand(3, 256), 2)
 ids = torch.tensor([5, 6, *[model.config.image_id] * 4, 7])
 prompts = [Prompt(ids, pixels, torch.tensor([[1, 4, 4]]), None)]
@@ -582,7 +583,10 @@ with runtime.gathered(model) as whole:
     assert whole.state_dict().keys() == plain.state_dict().keys()
     got = sample(whole)
 want = sample(plain)
-assert all(torch.equal(a, b) for a, b in zip(got, want))
+# Gathered weights lie elsewhere in memory, and products may differ by a rounding with the place.
+assert torch.equal(got[0], want[0]) and torch.equal(got[2], want[2])
+atol = 0.05 if dtype == torch.bfloat16 else 1e-5
+torch.testing.assert_close(got[1], want[1], rtol=0, atol=atol)
 assert got[2].min() == 8 + 16 * runtime.rank()
 assert model.lm_head.weight.shape == plain.lm_head.weight.shape
 logp, _ = model.score(prompts, [[*got[0][0, :, :8]]])

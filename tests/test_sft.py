@@ -2,7 +2,6 @@
 import argparse
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,10 @@ from safetensors.torch import load_file
 import data
 import runtime
 import sft
+from conftest import Run
 from model import CheckpointError, QwenVL
 from processor import Processor, prompt_hash
 from sft import Example
-
-Run = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture

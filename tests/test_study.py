@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from PIL import Image, ImageFont
 import eval as evaluation
 import metrics
 import rft
+from conftest import Run
 from data import Record, load, open_image
 from model import QwenVL
 from processor import Processor
@@ -593,7 +593,7 @@ def test_a_variants_gradient_is_that_of_its_own_objective(
 
 
 def test_without_a_reward_there_is_no_gradient_to_measure(
-        run: Callable[..., subprocess.CompletedProcess]) -> None:
+        run: Run) -> None:
     script = run("study/gradient.py", "--init", "toy/base", "--batches", 3, "--prompts", 2,
                  "--group", 2, "--max-new-tokens", 8, "--device", "cpu")
     assert script.returncode == 2

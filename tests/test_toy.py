@@ -10,7 +10,6 @@ import itertools
 import math
 import random
 import re
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +22,13 @@ import torch
 import data
 import runtime
 from answer import PROMPT, format_ok, parse_box
+from conftest import Run
 from model import QwenVL
 from processor import Processor
 from toy import pretrain, scenes
 from toy.scenes import CATEGORIES, COLORS, SMALL, SPLITS, Object, Split, make_scene
 
 ROOT = Path(__file__).parents[1]
-Run = Callable[..., subprocess.CompletedProcess]
 
 
 # ---------------------------------------------------------------- what expressions mean
@@ -373,7 +372,7 @@ def test_the_base_in_the_repository() -> None:
 
 
 def test_a_base_that_is_not_there_costs_the_output_nothing(
-        run: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
+        run: Run, tmp_path: Path) -> None:
     (tmp_path / "kept").touch()
     done = run("toy/pretrain.py", "--init", tmp_path / "nowhere", "--out", tmp_path)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
