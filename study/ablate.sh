@@ -85,8 +85,8 @@ set_regime() {
       data=synth-small ;;
     one)          # one thing a scene
       data=synth-one rft=$third ;;
-    one-coarse)   # one thing, and SFT cut short
-      data=synth-one rft=$third steps=$(((SFT + 2) / 3)) start=short_$start ;;
+    one-coarse)   # one thing, and SFT on boxes that lie beside the things
+      data=synth-one rft=$third learn="jsonl --root $STUDY/coarse" start=coarse ;;
     *) fail "no regime $1; there are tiny, little, wide, choice, small, one, one-coarse" ;;
   esac
 }
@@ -157,6 +157,9 @@ for seed in $SEEDS; do
     set_regime "$regime"
     here=$STUDY/$regime/$seed
     sft=$STUDY/sft_$start/$seed
+    if [ $start = coarse ] && [ ! -e "$STUDY/coarse/train.jsonl" ]; then
+      $PY study/coarse.py "$STUDY/coarse"
+    fi
     train_sft "$sft" --data $learn --init toy/base --steps "$steps" --every "$steps" \
       --batch 16 --lr 1.5e-3
     for arm in sft $ARMS; do

@@ -41,7 +41,7 @@ WITHOUT = "iou"
 MAP = {
     "choice": "many things, full-sized", "small": "many things, half as long",
     "one": "one thing alone", "tiny": "one thing alone, tiny",
-    "one-coarse": "one thing alone, a third of SFT"}
+    "one-coarse": "one thing alone, SFT on boxes beside it"}
 KERNEL = 1.25                  # deviations of the kernel, in sides of the true box
 # Within so many deviations the kernel still tells positions apart: there it has 13% of its peak.
 NEAR = 2

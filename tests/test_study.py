@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from conftest import Run
 from data import Record, load, open_image
 from model import QwenVL
 from processor import Processor
-from study import figure, gradient, paper, payoff, study
+from study import coarse, figure, gradient, paper, payoff, study
 from toy import scenes
 
 ROOT = Path(__file__).parents[1]
@@ -421,6 +422,29 @@ def test_the_map_has_a_row_a_regime(tmp_path: Path) -> None:
     assert cells[3] == "0.250" and cells[4] == "1.000" and cells[5] == "0.250"
     assert cells[6].startswith("+0.710 [")
     assert cells[7] == "0.632" and cells[8] == "1.000" and cells[9].startswith("x 1.58")
+
+
+def test_boxes_of_the_coarse_sft_lie_beside_the_things(run: Run, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    shifts = []
+    for _ in range(2000):
+        x1, y1, x2, y2 = coarse.moved((400.0, 300.0, 410.0, 320.0), (1000, 1000), rng)
+        assert x2 - x1 == pytest.approx(10, abs=0.02) and y2 - y1 == pytest.approx(20, abs=0.02)
+        shifts.append(((x1 - 400) / 10, (y1 - 300) / 20))
+    assert np.mean(shifts, 0) == pytest.approx([0, 0], abs=0.05)
+    assert np.std(shifts, 0) == pytest.approx([coarse.SPREAD] * 2, rel=0.05)
+    for _ in range(100):
+        x1, y1, x2, y2 = coarse.moved((0.0, 40.0, 90.0, 112.0), (112, 112), rng)
+        assert 0 <= x1 < x2 <= 112 and 0 <= y1 < y2 <= 112
+
+    done = run("study/coarse.py", tmp_path / "coarse")
+    assert done.returncode == 0, done.stderr
+    written = load("jsonl", tmp_path / "coarse", "train")
+    true = load("synth:0.1", None, "sft")
+    assert [r.text for r in written] == [r.text for r in true] and not written.refused
+    assert sum(r.box == t.box for r, t in zip(written, true)) == 0
+    picture = np.asarray(open_image(written[0]))
+    assert np.array_equal(picture, np.asarray(open_image(true[0])))
 
 
 # ---------------------------------------------------------------- the figure
