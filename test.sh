@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fresh machine -> environment -> the whole test suite. Two CPU cores are enough.
-#   bash test.sh                 under 12 minutes
+#   bash test.sh                 under 15 minutes
 #   NIGHTLY=1 bash test.sh       200 kills in place of 10, 10,000 random cases a test: hours
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -1547,11 +1547,11 @@ def test_a_mixture_holds_out_images_of_each_part(parent: Path) -> None:
 
 def test_a_mixtures_weights_are_for_training_and_leave_what_measures_whole() -> None:
     for split_name in ("val", "test"):
-        whole = load("synth", None, split_name)
-        share = load("synth:0.1", None, split_name)
-        assert {r.id for r in share} == {f"synth/{r.id}" for r in whole} and len(whole) > 400
-    whole = load("synth", None, "sft")
-    assert len(load("synth:0.1", None, "sft")) == round(0.1 * len(whole))
+        whole = load("synth-tiny", None, split_name)
+        share = load("synth-tiny:0.1", None, split_name)
+        assert {r.id for r in share} == {f"synth-tiny/{r.id}" for r in whole} and len(whole) > 400
+    whole = load("synth-tiny", None, "rft")
+    assert len(load("synth-tiny:0.1", None, "rft")) == round(0.1 * len(whole))
 
 
 @pytest.mark.parametrize("name", [

@@ -616,9 +616,9 @@ def test_a_variants_gradient_is_that_of_its_own_objective(
     assert dealt.norm() > 0.1 * gradients["total"].norm()
 
 
-def test_without_a_reward_there_is_no_gradient_to_measure(
-        run: Run) -> None:
-    script = run("study/gradient.py", "--init", "toy/base", "--batches", 3, "--prompts", 2,
-                 "--group", 2, "--max-new-tokens", 8, "--device", "cpu")
+def test_without_a_reward_there_is_no_gradient_to_measure(run: Run) -> None:
+    script = run("study/gradient.py", "--init", "toy/base", "--data", "synth-tiny",
+                 "--batches", 3, "--prompts", 2, "--group", 2, "--max-new-tokens", 8,
+                 "--device", "cpu")
     assert script.returncode == 2
     assert "rewarded alike" in script.stderr and "Traceback" not in script.stderr
