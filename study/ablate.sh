@@ -70,7 +70,7 @@ REGIMES=${REGIMES:-$regimes}
 set_regime() {
   local third=$(((RFT + 2) / 3))
   start=synth_0.1             # folder of the SFT model, which regimes share
-  learn=synth:0.1 steps=$SFT rft=$RFT std=""
+  learn=synth:0.1 steps=$SFT rft=$RFT std="" root=()
   case $1 in
     tiny)         # RFT on one thing a scene, as small as things get
       data=synth-tiny rft=$third ;;
@@ -86,7 +86,7 @@ set_regime() {
     one)          # one thing a scene
       data=synth-one rft=$third ;;
     one-coarse)   # one thing, and SFT on boxes that lie beside the things
-      data=synth-one rft=$third learn="jsonl --root $STUDY/coarse" start=coarse ;;
+      data=synth-one rft=$third learn=jsonl root=(--root "$STUDY/coarse") start=coarse ;;
     *) fail "no regime $1; there are tiny, little, wide, choice, small, one, one-coarse" ;;
   esac
 }
@@ -160,7 +160,7 @@ for seed in $SEEDS; do
     if [ $start = coarse ] && [ ! -e "$STUDY/coarse/train.jsonl" ]; then
       $PY study/coarse.py "$STUDY/coarse"
     fi
-    train_sft "$sft" --data $learn --init toy/base --steps "$steps" --every "$steps" \
+    train_sft "$sft" --data $learn "${root[@]}" --init toy/base --steps "$steps" --every "$steps" \
       --batch 16 --lr 1.5e-3
     for arm in sft $ARMS; do
       train_arm "$arm"
