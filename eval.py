@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,30 +52,41 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-import answer
 import data
-import images
-import memory
-import metrics
-import pictures
-import report
 import reward
-import runtime
-from answer import locate
-from data import DataError, Record, Records, UnreadableImage
-from generate import generate
-from images import ImageError, Stretch
-from metrics import THRESHOLDS
-from model import CheckpointError, QwenVL, by_number, is_checkpoint, newest_step
-from processor import Frame, Processor, Prompt, frame_by_coords, prompt_hash
+from model import QwenVL
+from qwen import answer
+from qwen.answer import Frame, locate
+from qwen.generate import generate
+from qwen.hub import CheckpointError, by_number, is_checkpoint, newest_step
+from qwen.processor import Processor, Prompt, prompt_hash
+from readers import base, images
+from readers.base import DataError, Record, Records, UnreadableImage
+from readers.images import ImageError, Stretch
+from report import metrics, page, pictures
+from report.metrics import THRESHOLDS
+from report.predictions import (
+    GREEDY,
+    UNREADABLE,
+    Prediction,
+    Predictions,
+    Sampling,
+    read_prediction,
+    read_predictions,
+    sampled_boxes,
+    strict_boxes,
+    strict_iou,
+    unreadable_prediction,
+    vrsbench_box,
+)
+from train import checkpoints, memory
+from train import dist as processes
+from train import run as runtime
 
 INCLUSIVE = ("opt",)              # data sets whose own evaluation counts IoU >= t
-UNREADABLE = "unreadable image"
 OUTCOMES = (*answer.FAILURES, "outside image", "no prediction", UNREADABLE)
 STAGE_ORDER = ("base", "pretrain", "direct", "sft", "rft")      # in the table; others behind them
 RED = (255, 64, 64)
-
-Box = tuple[float, float, float, float]
 
 
 # ---------------------------------------------------------------- flags
@@ -124,40 +135,40 @@ def check_flags(args: argparse.Namespace) -> None:
     """Ends the script where flags do not go together."""
     files = args.predictions or args.compare
     if not args.ckpt and not files:
-        runtime.fail("name a checkpoint's folder (python eval.py ckpt/), or a file with "
+        processes.fail("name a checkpoint's folder (python eval.py ckpt/), or a file with "
                      "--predictions")
     if args.predictions and args.compare:
-        runtime.fail("--predictions scores one file, --compare two; name one of them")
+        processes.fail("--predictions scores one file, --compare two; name one of them")
     check_question_flags(args)
     if args.samples > 1 and (files or not max(args.temperature) > 0):
-        runtime.fail(f"--samples {args.samples} needs a checkpoint and a --temperature above 0: "
+        processes.fail(f"--samples {args.samples} needs a checkpoint and a --temperature above 0: "
                      "greedy answers are all the same")
     if args.coords == "resized" and not args.ckpt:
-        runtime.fail("--coords resized needs a checkpoint, whose processor says how images were "
+        processes.fail("--coords resized needs a checkpoint, whose processor says how images were "
                      "resized: python eval.py CKPT --predictions ...; or give each line its "
                      '"frame"')
     if args.coords and not files:
-        if not args.data or args.coords not in data.COORDS:
-            runtime.fail("--coords is about a file given with --predictions, or about the boxes "
-                         f"of --data NAME: {', '.join(data.COORDS)}")
+        if not args.data or args.coords not in base.COORDS:
+            processes.fail("--coords is about a file given with --predictions, or about the boxes "
+                         f"of --data NAME: {', '.join(base.COORDS)}")
         args.data_coords = args.data_coords or args.coords
     if files and (args.blind or args.temperature != [0.0]):
-        runtime.fail("predictions are scored as they are; --blind and --temperature belong to a "
+        processes.fail("predictions are scored as they are; --blind and --temperature belong to a "
                      "checkpoint")
     in_range = all(0 <= t < math.inf for t in args.temperature)
     if not in_range or len(set(args.temperature)) < len(args.temperature):
-        runtime.fail(f"--temperature {args.temperature}: numbers from 0 up, each once")
+        processes.fail(f"--temperature {args.temperature}: numbers from 0 up, each once")
 
 
 def check_question_flags(args: argparse.Namespace) -> None:
     """--image and --text: both or none, and nothing that asks more than once."""
     if bool(args.image) != bool(args.text):
-        runtime.fail("--image and --text go together: a picture's file, and what to look for "
+        processes.fail("--image and --text go together: a picture's file, and what to look for "
                      "in it")
     files = args.predictions or args.compare
-    several = args.samples > 1 or len(args.temperature) > 1 or runtime.world() > 1
+    several = args.samples > 1 or len(args.temperature) > 1 or processes.world() > 1
     if args.image and (not args.ckpt or files or args.blind or several):
-        runtime.fail("--image asks one checkpoint once: one process, one --temperature, "
+        processes.fail("--image asks one checkpoint once: one process, one --temperature, "
                      "no --predictions, --compare, --samples or --blind")
 
 
@@ -177,7 +188,7 @@ class EvalSet:
     name: str                     # of the data set
     root: str | None              # its folder; None: data/<name>
     split: str
-    reading: data.Reading
+    reading: base.Reading
     records: Records              # all usable ones of the split
     limit: int | None             # only the first are scored; None: all
     refused: str                  # one sentence on those that are not usable, or ""
@@ -225,7 +236,7 @@ def newest_stage(folder: Path) -> Stage:
 
 def read_run(stage: Stage) -> dict[str, Any]:
     """The checkpoint's run.json; {} for a downloaded one, which has none."""
-    return data.read_json(stage.folder / "run.json") or {}
+    return base.read_json(stage.folder / "run.json") or {}
 
 
 def stage_flags(stage: Stage) -> dict[str, Any]:
@@ -253,10 +264,10 @@ def load_eval_set(args: argparse.Namespace, stages: Sequence[Stage]) -> EvalSet:
     root = args.root
     if not root and recorded.get("data") == name:
         root = recorded.get("root")
-    reading = data.Reading(args.data_coords, args.stretch)
+    reading = base.Reading(args.data_coords, args.stretch)
     if recorded.get("data") == name:
         run_flags = recorded.get("flags") or {}
-        reading = data.Reading(
+        reading = base.Reading(
             args.data_coords or run_flags.get("coords"), args.stretch or run_flags.get("stretch"))
     records = data.load(name, root, args.split, reading.coords, reading.stretch)
     refused = data.refusal_summary(records, name, root, args.split)
@@ -291,7 +302,7 @@ class TrainingSet(NamedTuple):
     name: str                     # of the data set
     root: str | None
     split: str
-    coords: str | None            # as in `data.Reading`
+    coords: str | None            # as in `base.Reading`
     stretch: tuple[float, ...] | None
 
 
@@ -303,7 +314,7 @@ def training_sets(stage: Stage) -> list[TrainingSet]:
     seen = set()
     while folder.resolve() not in seen and (folder / "run.json").exists():
         seen.add(folder.resolve())
-        run = data.read_json(folder / "run.json")
+        run = base.read_json(folder / "run.json")
         run_flags = run.get("flags") or {}
         if "data" in run:
             # rft.py has no --split.
@@ -380,37 +391,6 @@ def print_overlap(row: Mapping[str, Any]) -> None:
               f"Pr@0.5 {rest['Pr@0.5']:.3f}")
 
 
-# ---------------------------------------------------------------- a model's answers
-
-class Prediction(TypedDict, total=False):
-    """An answer to one record: a line of a predictions file.
-
-    It has a text, a box, or both: then the box is what the text says."""
-
-    id: str                       # the record's
-    text: str
-    box: Sequence[float] | None   # original pixels
-    frame: dict[str, Any]         # `Frame` as a dict: whose coordinates the text speaks in
-    failure: str                  # UNREADABLE: there was nothing to ask about
-    samples: Sequence[str]        # where there are several: all texts, `text` is the first
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a model is asked."""
-
-    temperature: float = 0.0      # 0 is greedy
-    samples: int = 1              # answers to each record
-    max_new_tokens: int = 256     # of an answer, reasoning included
-    batch: int = 32               # records answered at once
-    seed: int = 0
-    blind: bool = False           # show another record's image
-
-
-GREEDY = Sampling()
-Predictions = Sequence[Prediction | None]             # of N records; None: there is none
-
-
 def evaluate(
         model: QwenVL, processor: Processor, records: Sequence[Record],
         sampling: Sampling = GREEDY, label: str = "eval",
@@ -419,11 +399,11 @@ def evaluate(
 
     Processes take records rank, rank + world, ... An answer depends on its record's
     place and the seed alone, not on its batch. Boxes are strict, clamped, in original
-    pixels. A sharded model comes as `runtime.gathered` yields it.
+    pixels. A sharded model comes as `processes.gathered` yields it.
 
     label: of the progress bar."""
     shown = other_images(records) if sampling.blind else records
-    places = range(runtime.rank(), len(records), runtime.world())
+    places = range(processes.rank(), len(records), processes.world())
     batches = [places[i:i + sampling.batch] for i in range(0, len(places), sampling.batch)]
     predictions: list[Prediction] = []
     iou_sum = 0.0
@@ -440,7 +420,7 @@ def evaluate(
         return processor(image, records[i].text)
 
     bar = tqdm(total=len(places), desc=label, unit="rec", leave=False,
-               disable=runtime.rank() > 0)
+               disable=processes.rank() > 0)
     with ThreadPoolExecutor(8) as pool, bar:
         for batch, prompts in prompts_ahead(pool, make_prompt, batches):
             seeds = torch.tensor([sampling.seed * 1_000_003 + i for i in batch])
@@ -515,16 +495,11 @@ def make_prediction(record: Record, frame: Frame, texts: Sequence[str]) -> Predi
     return prediction
 
 
-def unreadable_prediction(record: Record) -> Prediction:
-    """What stands for an answer to a record whose image can't be decoded."""
-    return {"id": record.id, "box": None, "failure": UNREADABLE}
-
-
 def gather_predictions(predictions: list[Prediction], n: int) -> list[Prediction]:
     """Each process's share of n predictions -> all of them in the order of records."""
     if not dist.is_initialized():
         return predictions
-    shares: list[Any] = [None] * runtime.world()
+    shares: list[Any] = [None] * processes.world()
     dist.all_gather_object(shares, predictions)
     return [shares[i % len(shares)][i // len(shares)] for i in range(n)]
 
@@ -558,7 +533,7 @@ def validate(
         processor, [record.size for record in records], [record.text for record in records])
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens, batch=memory.validation_batch(longest))
-    with runtime.gathered(model) as whole:
+    with processes.gathered(model) as whole:
         predictions = evaluate(whole, processor, records, sampling, "val")
         row = score(records, predictions, args.data in INCLUSIVE)
     return {
@@ -566,220 +541,6 @@ def validate(
         "val_Pr@0.5": row["Pr@0.5"],
         "val_failed": failed_share(row),
     }
-
-
-# ---------------------------------------------------------------- anyone's answers
-
-def read_predictions(
-        path: str | Path, records: Sequence[Record], coords: str | None = None,
-        processor: Processor | None = None,
-) -> dict[str, Prediction]:
-    """A predictions file -> record id -> prediction, every text with its frame.
-
-    coords: --coords; processor: for "resized". A file that does not fit these records, or
-    whose boxes can't be in pixels without --coords, is a DataError."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: unreadable predictions ({error})") from None
-    by_id = {record.id: record for record in records}
-    # A plain list of records has none.
-    refusals = getattr(records, "refusals", {})
-    predictions: dict[str, Prediction] = {}
-    boxes = []                    # those that stand in the file, with their images' sizes
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            record = record_of(value, by_id, refusals)
-            if record.id in predictions:
-                raise ValueError(f"the id {record.id!r} comes a second time; one line a record")
-            prediction = parse_prediction(value, record, coords, processor)
-            predictions[record.id] = prediction
-            if "text" not in prediction and prediction["box"] and not coords:
-                boxes.append((prediction["box"], record.size))
-        except (ValueError, OverflowError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: {error}") from None
-    finite = [(box, size) for box, size in boxes if all(map(math.isfinite, box))]
-    data.refuse_other_unit(finite, f"{path}: its boxes")
-    return predictions
-
-
-def record_of(
-        value: Any, by_id: Mapping[str, Record], refusals: Mapping[str, int],
-) -> Record:
-    """A line's JSON value -> the record that its id names, else a ValueError.
-
-    refusals: reason -> how many records of the split are refused for it."""
-    if not isinstance(value, dict) or type(value.get("id")) not in (str, int):
-        raise ValueError('not a JSON object with an "id" that is a text or a whole number')
-    identity = str(value["id"])
-    if identity not in by_id:
-        advice = "check --data, --root and --split"
-        if refusals:
-            advice += f"; it may be one of those refused ({data.in_words(refusals)})"
-        raise ValueError(f"no record of this split has the id {identity!r}; {advice}")
-    return by_id[identity]
-
-
-def parse_prediction(
-        value: dict[str, Any], record: Record, coords: str | None,
-        processor: Processor | None,
-) -> Prediction:
-    """A line's JSON object -> the record's prediction.
-
-    What is wrong with it is a ValueError."""
-    has_text = isinstance(value.get("text"), str)
-    if has_text and (value.get("frame") or coords):
-        frame = value.get("frame") or asdict(frame_by_coords(record.size, coords, processor))
-        samples = value.get("samples")
-        if samples is not None and not is_texts(samples):
-            raise ValueError('"samples" is not a list of texts')
-        check_frame(frame, record)
-        prediction: Prediction = {"id": record.id, "text": value["text"], "frame": frame}
-        if samples:
-            prediction["samples"] = samples
-        return prediction
-    if "box" not in value and has_text:
-        raise ValueError(
-            'a text without a "frame" needs --coords original, resized, 1000 or fraction')
-    if "box" not in value:
-        raise ValueError('neither a "text" nor a "box"')
-    box = value["box"]
-    if box is not None and not is_four_numbers(box):
-        raise ValueError('"box" is neither four numbers nor null')
-    if box and coords:
-        box = frame_by_coords(record.size, coords, processor).to_image(box)
-    if not box and value.get("failure") == UNREADABLE:
-        return unreadable_prediction(record)
-    return {"id": record.id, "box": box and [float(x) for x in box]}
-
-
-def is_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
-
-
-def is_four_numbers(value: Any) -> bool:
-    """A boolean is no number."""
-    if not isinstance(value, list) or len(value) != 4:
-        return False
-    return all(type(x) in (int, float) for x in value)
-
-
-def is_size(value: Any) -> bool:
-    """[width, height], whole numbers above 0."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        return False
-    return all(type(x) is int and 0 < x < 10 ** 6 for x in value)
-
-
-def check_frame(frame: Any, record: Record) -> None:
-    """A ValueError where this is no frame as `asdict` has it, or another image's."""
-    well_formed = (
-        isinstance(frame, dict) and frame.keys() == {"original", "resized", "convention"}
-        and is_size(frame["original"]) and is_size(frame["resized"])
-        and frame["convention"] in ("absolute", "1000"))
-    if not well_formed:
-        raise ValueError('"frame" is not {"original": [W, H], "resized": [W, H], '
-                         '"convention": "absolute" or "1000"}')
-    if tuple(frame["original"]) != tuple(record.size):
-        raise ValueError(f"the frame is of an image of {frame['original']}, the record's is "
-                         f"{list(record.size)}: it belongs to other data")
-
-
-# ---------------------------------------------------------------- scores
-
-class Reading(NamedTuple):
-    """What a prediction says. Boxes are in original pixels, clamped."""
-
-    box: Box | None               # read strictly: what all scores but "lenient" are of
-    lenient: Box | None
-    failure: str | None           # why there is no strict box, one of OUTCOMES
-
-
-def read_prediction(prediction: Prediction | None, record: Record) -> Reading:
-    """None is a record that has no prediction."""
-    if prediction is None:
-        return Reading(None, None, "no prediction")
-    if prediction.get("failure") == UNREADABLE:
-        return Reading(None, None, UNREADABLE)
-    if "text" in prediction:
-        text = prediction["text"]
-        frame = frame_of(prediction)
-        box = locate(answer.parse_box(text), frame)
-        lenient = locate(answer.parse_box_lenient(text), frame)
-        failure = answer.failure(text)
-    else:
-        box, failure = read_box(prediction["box"], record)
-        lenient = box
-    if not box and not failure:
-        failure = "outside image"
-    return Reading(box, lenient, failure)
-
-
-def frame_of(prediction: Prediction) -> Frame:
-    """The frame of a prediction's text."""
-    frame = prediction["frame"]
-    return Frame(tuple(frame["original"]), tuple(frame["resized"]), frame["convention"])
-
-
-def read_box(
-        box: Sequence[float] | None, record: Record,
-) -> tuple[Box | None, str | None]:
-    """Anyone's box in original pixels -> clamped, or None and why there is none."""
-    if not box:
-        return None, "no answer"
-    checked, failure = answer.checked(box)
-    if failure:
-        return None, failure
-    return answer.clamp_box(checked, record.size), None
-
-
-def vrsbench_box(prediction: Prediction | None, record: Record) -> Box | None:
-    """The box as VRSBench's own metric takes it.
-
-    A line or a point within the image counts too, which is no box elsewhere: VRSBench's
-    grid gives it an area."""
-    reading = read_prediction(prediction, record)
-    if reading.failure != "no area":
-        return reading.box
-    if "text" in prediction:
-        flat, _ = answer.read_answer(prediction["text"])
-        flat = frame_of(prediction).to_image(flat)
-    else:
-        flat, _ = answer.checked(prediction["box"])
-    x1, y1, x2, y2 = flat
-    width, height = record.size
-    return flat if 0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height else None
-
-
-def strict_boxes(records: Sequence[Record], predictions: Predictions) -> Tensor:
-    """N records -> predicted boxes (N, 4), double, NaN where there is none."""
-    pairs = zip(predictions, records, strict=True)
-    return metrics.tensor([read_prediction(p, record).box for p, record in pairs])
-
-
-def strict_iou(records: Sequence[Record], predictions: Predictions) -> Tensor:
-    """N records -> IoU (N,) of the predicted boxes, double."""
-    target, size = metrics.targets(records)
-    return metrics.overlaps(strict_boxes(records, predictions), target, size).iou
-
-
-def sampled_boxes(records: Sequence[Record], predictions: Predictions) -> Tensor:
-    """N records and predictions that carry several samples -> boxes (N, k, 4), double.
-
-    k: the most samples that a record has. NaN where there is no box, or no sample."""
-    sample_lists = [(p or {}).get("samples", ()) for p in predictions]
-    k = max(len(samples) for samples in sample_lists)
-    groups = []
-    for prediction, record, samples in zip(predictions, records, sample_lists):
-        boxes: list[Box | None] = [None] * k
-        for j, text in enumerate(samples):
-            boxes[j] = read_prediction({**prediction, "text": text}, record).box
-        groups.append(metrics.tensor(boxes))
-    return torch.stack(groups)
 
 
 def score(
@@ -960,7 +721,7 @@ class Evaluation:
     blind: bool
     summary: dict[str, Any]       # of eval.json beside "rows": see FILE_KEYS
     rows: list[dict[str, Any]] = field(default_factory=list)
-    cases: list[list[report.Case]] = field(default_factory=list)       # of each row
+    cases: list[list[page.Case]] = field(default_factory=list)       # of each row
 
     def file_suffix(self, source: Source) -> str:
         """What tells a row's files from those of others."""
@@ -994,7 +755,7 @@ def add_row(
         **score(records, predictions, eval_set.inclusive),
         **details(records, predictions, eval_set.name, evaluation.train, eval_set.records),
     })
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         content = {"rows": evaluation.rows, **evaluation.summary}
         text = json.dumps(content, indent=2) + "\n"
         (evaluation.out / "eval.json").write_text(text, encoding="utf-8")
@@ -1004,18 +765,18 @@ def add_row(
         draw_cases(cases).save(sheet)
 
 
-def judge(records: Sequence[Record], predictions: Predictions) -> list[report.Case]:
+def judge(records: Sequence[Record], predictions: Predictions) -> list[page.Case]:
     """N records and their predictions -> what the report shows of each."""
     ious = strict_iou(records, predictions).tolist()
     cases = []
     for record, prediction, iou in zip(records, predictions, ious):
         box = read_prediction(prediction, record).box
         text = (prediction or {}).get("text", "")
-        cases.append(report.Case(record, box, iou, text))
+        cases.append(page.Case(record, box, iou, text))
     return cases
 
 
-def draw_cases(cases: Sequence[report.Case], n: int = 12) -> Image.Image:
+def draw_cases(cases: Sequence[page.Case], n: int = 12) -> Image.Image:
     """A sheet of n cases at most, evenly spread: target green, answer red."""
     drawn = []
     for record, box, iou, _ in pictures.spread(cases, n):
@@ -1074,8 +835,8 @@ def ask(stage: Stage, device: torch.device, args: argparse.Namespace) -> None:
     path = Path(args.image)
     stretch = args.stretch or stage_flags(stage).get("stretch")
     image, turned = open_picture(path, stretch)
-    out = runtime.writable(args.out or Path(args.ckpt) / "eval")
-    model, processor = runtime.open_checkpoint(stage.folder, device)
+    out = processes.writable(args.out or Path(args.ckpt) / "eval")
+    model, processor = checkpoints.open_checkpoint(stage.folder, device)
     prompt = processor(image, args.text)
     print_if_shrunk(path, prompt.frame, processor)
     sampling = Sampling(args.temperature[0], max_new_tokens=args.max_new_tokens)
@@ -1129,7 +890,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
     check_flags(args)
     files = args.compare or ([args.predictions] if args.predictions else [])
-    device = None if files else runtime.start(runtime.choose_device(args.device))
+    device = None if files else processes.start(processes.choose_device(args.device))
     stages = find_stages(args.ckpt) if args.ckpt else []
     if args.image:
         ask(stages[-1], device, args)
@@ -1139,14 +900,14 @@ def main() -> None:
     train = train_records(eval_set)
     # A folder that can't be written to is said before anything is computed that could
     # be lost.
-    out = runtime.writable(output_folder(args, files))
+    out = processes.writable(output_folder(args, files))
     summary = {"centre_box": metrics.centre_box(eval_set.scored)}
     evaluation = Evaluation(eval_set, train, out, args.blind, summary)
     if files:
         score_files(evaluation, files, file_predictions)
     else:
         score_stages(evaluation, stages, device, args)
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         finish(evaluation, [] if files else stages)
         print(f"report, pictures{'' if files else ', predictions'}: {out}")
 
@@ -1205,8 +966,8 @@ def score_stages(
         stretch = args.stretch or stage_flags(stage).get("stretch")
         stretch = stretch or evaluation.eval_set.reading.stretch
         records = with_stretch(evaluation.eval_set.scored, stretch)
-        model, processor = runtime.open_checkpoint(stage.folder, device)
-        if runtime.rank() == 0:
+        model, processor = checkpoints.open_checkpoint(stage.folder, device)
+        if processes.rank() == 0:
             print_if_other_prompt(stage)
         overlap = training_overlap(stage, records)
         for temperature in args.temperature:
@@ -1217,7 +978,7 @@ def score_stages(
             label = f"{stage.name} T={temperature:g}"
             predictions = evaluate(model, processor, records, sampling, label)
             source = Source(stage.name, str(stage.folder), temperature)
-            if runtime.rank() == 0:
+            if processes.rank() == 0:
                 lines = "".join(json.dumps(p) + "\n" for p in predictions)
                 file = f"predictions_{evaluation.file_suffix(source)}.jsonl"
                 (evaluation.out / file).write_text(lines, encoding="utf-8")
@@ -1245,7 +1006,7 @@ def finish(evaluation: Evaluation, stages: Sequence[Stage]) -> None:
         folder = stage.folder.resolve().parent if trained_here else stage.folder
         training.append((stage.name, folder))
     known_records = [*(evaluation.train or ()), *eval_set.records]
-    report.write(
+    page.write(
         evaluation.out / "report.html", evaluation.rows, evaluation.cases, training,
         known_records, evaluation.summary)
     print_table(evaluation.rows, evaluation.summary["centre_box"])

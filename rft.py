@@ -33,17 +33,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import answer
 import eval as evaluation
-import lora
-import memory
-import pictures
 import reward
-import runtime
-from data import Record, UnreadableImage, open_image
-from generate import generate
-from model import QwenVL, folder
-from processor import Processor, Prompt
+from data import open_image
+from model import QwenVL
+from qwen import answer, lora
+from qwen.generate import generate
+from qwen.hub import folder
+from qwen.processor import Processor, Prompt
+from readers.base import Record, UnreadableImage
+from report import pictures
+from train import checkpoints as saving
+from train import dist, memory
+from train import run as runtime
 
 # exp() of a larger log-ratio is of no use and may be infinite.
 MAX_LOG_RATIO = 20.0
@@ -173,25 +175,25 @@ def add_reward_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_group_flags(args: argparse.Namespace) -> None:
     """Refuses flags that do not go together."""
-    if args.prompts % runtime.world():
-        runtime.fail(f"--prompts {args.prompts} is not a multiple of the "
-                     f"{runtime.world()} processes")
-    if args.prompts // runtime.world() % args.minibatches:
-        runtime.fail(f"--prompts {args.prompts} is not a multiple of --minibatches "
-                     f"{args.minibatches} times {runtime.world()} (processes)")
+    if args.prompts % dist.world():
+        dist.fail(f"--prompts {args.prompts} is not a multiple of the "
+                     f"{dist.world()} processes")
+    if args.prompts // dist.world() % args.minibatches:
+        dist.fail(f"--prompts {args.prompts} is not a multiple of --minibatches "
+                     f"{args.minibatches} times {dist.world()} (processes)")
     if "format" in reward.TERMS:
-        runtime.fail("reward.TERMS has a term format, which is rft.py's own; name it otherwise")
+        dist.fail("reward.TERMS has a term format, which is rft.py's own; name it otherwise")
     for name in args.reward:
         if name not in (*reward.TERMS, "format"):
-            runtime.fail(f"the run's reward has a term {name!r}, which reward.TERMS has not; "
+            dist.fail(f"the run's reward has a term {name!r}, which reward.TERMS has not; "
                          "put it in there again")
         if name in RESERVED or name.endswith("_group_std") or "=" in name:
-            runtime.fail(f"a term of the reward can't be called {name!r}: the logs have that "
+            dist.fail(f"a term of the reward can't be called {name!r}: the logs have that "
                          "name for something else")
     if not any(args.reward.values()):
-        runtime.fail("no term of --reward has a weight; give one another weight than 0")
+        dist.fail("no term of --reward has a weight; give one another weight than 0")
     if args.group < 2:
-        runtime.fail("--group 1 leaves nothing to compare a rollout with; use 2 or more")
+        dist.fail("--group 1 leaves nothing to compare a rollout with; use 2 or more")
 
 
 # ---------------------------------------------------------------- the objective
@@ -304,10 +306,10 @@ def group_weights(iou: Tensor, args: argparse.Namespace, step: int) -> Tensor:
     weights = reward.consistency_weight(iou, mean, variance)
     if args.weighting == "consistency":
         return weights
-    weights = by_place(runtime.all_gather(weights))
+    weights = by_place(dist.all_gather(weights))
     random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     dealt = torch.randperm(len(weights), generator=random)
-    return weights[dealt][runtime.rank()::runtime.world()]
+    return weights[dealt][dist.rank()::dist.world()]
 
 
 def by_place(gathered: Tensor) -> Tensor:
@@ -316,7 +318,7 @@ def by_place(gathered: Tensor) -> Tensor:
     Process r has the places r, r + world, ... So what is dealt to a place does not
     depend on the number of processes.
     """
-    return gathered.view(runtime.world(), -1).T.flatten()
+    return gathered.view(dist.world(), -1).T.flatten()
 
 
 # ---------------------------------------------------------------- rollouts and rewards
@@ -381,7 +383,7 @@ def sample(
     Every process calls it at the same time, be it without a question (Q = 0).
     """
     # Sharded parameters are gathered once, for all the tokens of all processes.
-    with runtime.gathered(policy.model) as model:
+    with dist.gathered(policy.model) as model:
         if not prompts:
             return Rollouts([], [], [], [], [])
         tokens, logprobs, lengths = generate(
@@ -425,7 +427,7 @@ def grade(rollouts: Rollouts, args: argparse.Namespace) -> Grades:
                              f"not (Q, G) = {tuple(invalid.shape)}")
         terms[name] = value.float().masked_fill(invalid, 0.0)
         if not terms[name].isfinite().all():
-            runtime.fail(f"the reward term {name} is not finite for every box; mend it there")
+            dist.fail(f"the reward term {name} is not finite for every box; mend it there")
     rewards = torch.zeros(invalid.shape)
     for name, weight in args.reward.items():
         rewards = rewards + weight * terms[name]
@@ -485,7 +487,7 @@ def resample(
     for turn in range(1, args.resample + 1):
         flat = ~varies(grades.rewards)        # (Q,)
         # The processes go on, and stop, together: sampling gathers all their parameters.
-        n_flat = int(runtime.all_sum(flat.sum()))
+        n_flat = int(dist.all_sum(flat.sum()))
         if not n_flat:
             break
         places = []
@@ -504,7 +506,7 @@ def resample(
         again = sample(policy, records, prompts, step_seeds(args, step, turn)[places], args)
         if places:
             put_groups(rollouts, grades, again, grade(again, args), places)
-        replaced += int(runtime.all_sum(torch.tensor(len(places))))
+        replaced += int(dist.all_sum(torch.tensor(len(places))))
     return {"resampled": replaced, "seconds_resample": time.perf_counter() - started}
 
 
@@ -542,7 +544,7 @@ def fresh_records(
     order = runtime.epoch_order(len(records), args.seed, -1 - step)
     others = [i for i in order if records[i].id not in taken] or order
     first = (turn - 1) * args.prompts
-    places = range(first + runtime.rank(), first + args.prompts, runtime.world())
+    places = range(first + dist.rank(), first + args.prompts, dist.world())
     return [records[others[place % len(others)]] for place in places]
 
 
@@ -576,12 +578,12 @@ def train_step(
 
     # 4. Gradients add up over micro-batches, then the optimizer steps. From its second
     #    step on the policy has left the one that sampled, and the clip begins to act.
-    lr = runtime.lr_at(step, args.steps, args.lr)
+    lr = dist.lr_at(step, args.steps, args.lr)
     sums: Counter[str] = Counter()
     for minibatch in minibatches * args.updates:
         for batch in minibatch.batches:
             sums.update(accumulate_gradient(policy, batch, minibatch.n_tokens, args))
-        grad_norm = runtime.update(policy.model, policy.optimizer, lr)
+        grad_norm = dist.update(policy.model, policy.optimizer, lr)
         sums["not_finite"] += not grad_norm < float("inf")
     updated = time.perf_counter()
 
@@ -590,7 +592,7 @@ def train_step(
     line |= update_summary(sums, minibatches, args)
     line |= {"lr": lr, "grad_norm": grad_norm, "finite": not sums["not_finite"], **resampled}
     line |= {"seconds_rollout": sampled - started, "seconds_reward": graded - sampled}
-    line |= {"seconds_update": updated - refilled, "peak_GiB": runtime.peak_memory(policy.model)}
+    line |= {"seconds_update": updated - refilled, "peak_GiB": dist.peak_memory(policy.model)}
     return line, rollouts, grades
 
 
@@ -599,7 +601,7 @@ def step_seeds(args: argparse.Namespace, step: int, turn: int = 0) -> Tensor:
 
     Each depends on its place in the step alone.
     """
-    places = range(runtime.rank(), args.prompts, runtime.world())
+    places = range(dist.rank(), args.prompts, dist.world())
     first = ((args.seed + turn) * 1_000_003 + step) * args.prompts
     return torch.tensor([first + i for i in places])
 
@@ -643,12 +645,12 @@ def cut_into_minibatches(
     lengths = rollouts.lengths.masked_fill(weight == 0, 0)
     costs = []
     for prompt, tokens in zip(rollouts.prompts, rollouts.lengths.sum(1).tolist()):
-        costs.append(runtime.memory_tokens(model, prompt, tokens))
-    parts = runtime.equal_slices(len(weight), args.minibatches)
-    counts = runtime.all_sum(torch.stack([lengths[part].sum() for part in parts])).tolist()
+        costs.append(dist.memory_tokens(model, prompt, tokens))
+    parts = dist.equal_slices(len(weight), args.minibatches)
+    counts = dist.all_sum(torch.stack([lengths[part].sum() for part in parts])).tolist()
     minibatches = []
     for part, n_tokens in zip(parts, counts):
-        passes = runtime.micro_batches(costs[part], args.micro_tokens)
+        passes = dist.micro_batches(costs[part], args.micro_tokens)
         batches = cut_into_micro_batches(rollouts[part], advantage[part], weight[part], passes)
         minibatches.append(Minibatch(batches, max(1, n_tokens)))
     return minibatches
@@ -786,8 +788,8 @@ def summary(
     for name in ("no_overlap_advantage", "positional_alone_advantage"):
         if name in line:
             line[name] /= max(1e-12, line["advantage"])
-    line["consistency_weight_min"] = -runtime.all_max(-weight.min()).item()
-    line["consistency_weight_max"] = runtime.all_max(weight.max()).item()
+    line["consistency_weight_min"] = -dist.all_max(-weight.min()).item()
+    line["consistency_weight_max"] = dist.all_max(weight.max()).item()
     return line
 
 
@@ -809,7 +811,7 @@ def update_summary(
     line = sum_over_processes(own)
     # Later minibatches may have been scored by a policy that has left the sampler.
     largest = torch.tensor(max(batch.sampled_scored for batch in minibatches[0].batches))
-    line["sampled_scored_max"] = runtime.all_max(largest).item()
+    line["sampled_scored_max"] = dist.all_max(largest).item()
     return line
 
 
@@ -831,12 +833,12 @@ def collapse(lines: Sequence[dict[str, Any]]) -> list[str]:
 def sum_over_processes(own: dict[str, Any]) -> dict[str, float]:
     """Each figure summed over all processes, in one exchange."""
     values = torch.tensor([float(v) for v in own.values()], dtype=torch.float64)
-    return dict(zip(own, runtime.all_sum(values).tolist()))
+    return dict(zip(own, dist.all_sum(values).tolist()))
 
 
 def log_rollouts(path: Path, step: int, rollouts: Rollouts, grades: Grades) -> None:
     """Appends every rollout of the first process with its rewards, a line a question."""
-    if runtime.rank():
+    if dist.rank():
         return
     logged = {"reward": grades.rewards, **grades.terms}
     with open(path, "a", encoding="utf-8") as file:
@@ -853,7 +855,7 @@ def log_rollouts(path: Path, step: int, rollouts: Rollouts, grades: Grades) -> N
 
 def draw_first_group(path: Path, rollouts: Rollouts, grades: Grades) -> None:
     """Writes a picture of the first question's boxes, on the first process."""
-    if runtime.rank():
+    if dist.rank():
         return
     record = rollouts.records[0]
     picture = pictures.draw_rollouts(
@@ -869,17 +871,17 @@ def canary(
 
     A reward that can't rise is seen here, and not in an hour.
     """
-    seeds = torch.arange(len(records)) + 7_777 * (runtime.rank() + 1)
+    seeds = torch.arange(len(records)) + 7_777 * (dist.rank() + 1)
     rollouts = sample(policy, records, prompts, seeds, args)
     terms = grade(rollouts, args).terms
     texts = itertools.chain.from_iterable(rollouts.texts)
     outcomes = Counter(answer.failure(text) or "parsed" for text in texts)
     names = ("parsed", *answer.FAILURES)
-    counts = runtime.all_sum(torch.tensor([outcomes[name] for name in names])).tolist()
+    counts = dist.all_sum(torch.tensor([outcomes[name] for name in names])).tolist()
     n = sum(counts)
-    iou = runtime.all_sum(terms["iou"].sum()).item()
-    format_ok = runtime.all_sum(format_reward(rollouts.texts).sum()).item()
-    if runtime.rank() == 0:
+    iou = dist.all_sum(terms["iou"].sum()).item()
+    format_ok = dist.all_sum(format_reward(rollouts.texts).sum()).item()
+    if dist.rank() == 0:
         told = ", ".join(f"{count} {name}" for name, count in zip(names, counts) if count)
         print(f"before step 1: mean IoU {iou / n:.3f}, format {format_ok / n:.3f} "
               f"over {n} sampled answers; {told}")
@@ -899,12 +901,12 @@ def main() -> None:
     records, val = runtime.load_records(args, "rft")
     runtime.set_steps(args, len(records), args.prompts, epochs=0.4)
     out = Path(args.out)
-    runtime.check_output(out, args.resume)
+    saving.check_output(out, args.resume)
     policy = open_policy(init, args, records, val)
-    first = runtime.restore(out, policy.model, policy.optimizer) if args.resume else 0
+    first = saving.restore(out, policy.model, policy.optimizer) if args.resume else 0
     lines = runtime.begin(out, first, policy.model, ("metrics.jsonl", "rollouts.jsonl"))
     run = runtime.run_description(args, "rft", records)
-    checkpoints = runtime.Checkpoints(
+    checkpoints = saving.Checkpoints(
         out, args, policy.model, policy.optimizer, policy.processor, run, first)
     memory.try_out(
         policy.model, policy.optimizer, policy.reference,
@@ -913,7 +915,7 @@ def main() -> None:
 
 
 def train(
-        policy: Policy, checkpoints: runtime.Checkpoints, lines: list[dict[str, Any]],
+        policy: Policy, checkpoints: saving.Checkpoints, lines: list[dict[str, Any]],
         records: Sequence[Record], val: Sequence[Record],
 ) -> None:
     """The steps of a run from its last checkpoint on; lines: its log up to there."""
@@ -973,9 +975,9 @@ def open_policy(
         init: Path, args: argparse.Namespace, records: Sequence[Record],
         val: Sequence[Record] = ()) -> Policy:
     """The model to train with its optimizer, and where there is a KL the reference."""
-    model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
+    model, processor = saving.open_checkpoint(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
-    device = runtime.start(args.device, args.deterministic)
+    device = dist.start(args.device, args.deterministic)
     memory.check_gpu(args, memory_run(processor, records, val, args), device)
     reference = None
     if args.beta and args.lora:
@@ -984,16 +986,16 @@ def open_policy(
         reference = model
     elif args.beta:
         reference = open_reference(init, device)
-    model = runtime.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
-    return Policy(model, processor, runtime.optimizer(model, args.lr), reference)
+    model = dist.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
+    return Policy(model, processor, dist.optimizer(model, args.lr), reference)
 
 
 def open_reference(init: Path, device: torch.device) -> QwenVL:
     """The starting policy once more, in the compute dtype and frozen: it is only read."""
-    model, _ = runtime.open_checkpoint(init)
+    model, _ = saving.open_checkpoint(init)
     # In the order of the model under training: merged as stored, rounded behind that.
     lora.merge(model)
-    return model.to(device, runtime.compute_dtype_of(device)).requires_grad_(False)
+    return model.to(device, dist.compute_dtype_of(device)).requires_grad_(False)
 
 
 def progress(line: dict[str, Any]) -> str:

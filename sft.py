@@ -28,12 +28,16 @@ from torch import Tensor
 
 import cot
 import eval as evaluation
-import lora
-import memory
-import runtime
-from data import Record, open_image
-from model import QwenVL, folder
-from processor import Frame, Processor, Prompt, frame_by_coords
+from data import open_image
+from model import QwenVL
+from qwen import lora
+from qwen.answer import Frame
+from qwen.hub import folder
+from qwen.processor import Processor, Prompt, frame_by_coords
+from readers.base import Record
+from train import checkpoints as saving
+from train import dist, memory
+from train import run as runtime
 
 
 def flags() -> runtime.FlagParser:
@@ -91,21 +95,21 @@ def train_step(
     started = time.perf_counter()
     # All losses are divided by this one count, over all processes and micro-batches: so each
     # token weighs the same, however the step is cut.
-    completion_tokens = runtime.all_sum(
+    completion_tokens = dist.all_sum(
         torch.tensor(sum(len(e.completion) for e in examples))).item()
     loss = accumulate_gradient(model, examples, completion_tokens, args.micro_tokens)
-    lr = runtime.lr_at(step, args.steps, args.lr)
-    norm = runtime.update(model, opt, lr)
-    tokens = runtime.all_sum(torch.tensor(sum(e.tokens for e in examples))).item()
+    lr = dist.lr_at(step, args.steps, args.lr)
+    norm = dist.update(model, opt, lr)
+    tokens = dist.all_sum(torch.tensor(sum(e.tokens for e in examples))).item()
     return {
         "step": step + 1,
-        "loss": runtime.all_sum(torch.tensor(loss, dtype=torch.float64)).item(),
+        "loss": dist.all_sum(torch.tensor(loss, dtype=torch.float64)).item(),
         "lr": lr,
         "grad_norm": norm,
         "finite": norm < float("inf"),
         "completion_tokens": completion_tokens,
         "tokens_per_second": tokens / (time.perf_counter() - started),
-        "peak_GiB": runtime.peak_memory(model),
+        "peak_GiB": dist.peak_memory(model),
     }
 
 
@@ -114,8 +118,8 @@ def accumulate_gradient(
 ) -> float:
     """Adds the gradient up over micro-batches -> this process's part of the step's loss."""
     loss_sum = 0.0
-    costs = [runtime.memory_tokens(model, e.prompt, len(e.completion)) for e in examples]
-    micro_batches = runtime.micro_batches(costs, micro_tokens)
+    costs = [dist.memory_tokens(model, e.prompt, len(e.completion)) for e in examples]
+    micro_batches = dist.micro_batches(costs, micro_tokens)
     for micro_batch in micro_batches:
         prompts = [e.prompt for e in examples[micro_batch]]
         # score() takes a list of completions a prompt; here each has one.
@@ -150,8 +154,8 @@ def step_size(
 
 def main() -> None:
     args = runtime.parse(flags(), "sft")
-    if args.batch % runtime.world():
-        runtime.fail(f"--batch {args.batch} is not a multiple of the {runtime.world()} processes")
+    if args.batch % dist.world():
+        dist.fail(f"--batch {args.batch} is not a multiple of the {dist.world()} processes")
     if args.plan:
         memory.show(args, functools.partial(step_size, args), args.split)
         return
@@ -160,19 +164,19 @@ def main() -> None:
     runtime.set_steps(args, len(records), args.batch, steps=1000)
     write_completion = cot.writer(records, args.cot, args.answer_only)
     out = Path(args.out)
-    runtime.check_output(out, args.resume)
-    model, processor = runtime.open_checkpoint(init, max_pixels=args.max_pixels)
+    saving.check_output(out, args.resume)
+    model, processor = saving.open_checkpoint(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
-    device = runtime.start(args.device, args.deterministic)
+    device = dist.start(args.device, args.deterministic)
     plan = memory.Run(processor, records, val, functools.partial(step_size, args))
     memory.check_gpu(args, plan, device)
-    model = runtime.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
-    opt = runtime.optimizer(model, args.lr)
-    first = runtime.restore(out, model, opt) if args.resume else 0
+    model = dist.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
+    opt = dist.optimizer(model, args.lr)
+    first = saving.restore(out, model, opt) if args.resume else 0
     lines = runtime.begin(out, first, model)
     run = runtime.run_description(args, "sft", records)
     memory.try_out(model, opt, None, plan, args)
-    checkpoints = runtime.Checkpoints(out, args, model, opt, processor, run, first)
+    checkpoints = saving.Checkpoints(out, args, model, opt, processor, run, first)
 
     def examples_of(step: int) -> runtime.Share[Example]:
         """This process's records of a step with their examples."""
@@ -184,7 +188,7 @@ def main() -> None:
 
 
 def train(
-        checkpoints: runtime.Checkpoints, lines: list[dict[str, Any]], n_records: int,
+        checkpoints: saving.Checkpoints, lines: list[dict[str, Any]], n_records: int,
         val: Sequence[Record], examples_of: Callable[[int], runtime.Share[Example]],
 ) -> None:
     """The steps of a run from its last checkpoint on; lines: its log up to there.

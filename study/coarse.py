@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import runtime  # noqa: E402
 from data import Box, load, open_image  # noqa: E402
+from train import dist  # noqa: E402
+from train import run as runtime  # noqa: E402
 
 SPREAD = 0.5                   # deviation of a box's place, in its own sides
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder that is written; it is read as --data jsonl")
-    out = runtime.writable(parser.parse_args().out)
+    out = dist.writable(parser.parse_args().out)
     rng = random.Random(0)
     lines = []
     for record in load("synth:0.1", None, "sft"):

@@ -35,8 +35,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rft  # noqa: E402
-import runtime  # noqa: E402
-from data import Record, load, open_image  # noqa: E402
+from data import load, open_image  # noqa: E402
+from readers.base import Record  # noqa: E402
+from train import dist  # noqa: E402
+from train import run as runtime  # noqa: E402
 
 TARGET = "mean IoU"
 
@@ -158,7 +160,7 @@ def main() -> None:
     runtime.choose_device_flags(args)
     rft.check_group_flags(args)
     if args.batches < 3:
-        runtime.fail(f"--batches {args.batches} has no pairs left once one is left out; "
+        dist.fail(f"--batches {args.batches} has no pairs left once one is left out; "
                      "use 3 or more")
     records = load(args.data, args.root, "rft")
     # No reference: what is measured is the gradient of the reward.
@@ -176,7 +178,7 @@ def main() -> None:
                 flat.setdefault(name, []).append(g)
             bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in mean.items()))
     if not any(g.any() for g in flat["total"]):
-        runtime.fail(f"{args.init}: all answers of a group were rewarded alike, so there is no "
+        dist.fail(f"{args.init}: all answers of a group were rewarded alike, so there is no "
                      "gradient; train it longer first")
     print(f"{args.init}, {args.data}, T={args.temperature:g}, {args.batches} batches of "
           f"{args.prompts} x {args.group} rollouts: {mean_rewards(means)}\n")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data  # noqa: E402
-import runtime  # noqa: E402
+from readers import base  # noqa: E402
+from train import dist  # noqa: E402
+from train import run as runtime  # noqa: E402
 
 METRICS = ("Pr@0.5", "Pr@0.7", "mIoU")
 
@@ -18,7 +19,7 @@ def read_rows(out: Path) -> dict[str, list[dict[str, Any]]]:
     files = sorted(out.glob("eval_*/eval.json"), key=lambda f: f.stat().st_mtime)
     tables = {}
     for file in files:
-        rows = data.read_json(file)["rows"]
+        rows = base.read_json(file)["rows"]
         tables[f"{rows[0]['data']} {rows[0]['split']}"] = rows
     return tables
 
@@ -45,7 +46,7 @@ def main() -> None:
     out = Path(parser.parse_args().out)
     tables = read_rows(out)
     if not tables:
-        runtime.fail(f"no eval_*/eval.json in {out}; run study/paper.sh first")
+        dist.fail(f"no eval_*/eval.json in {out}; run study/paper.sh first")
     text = table(tables)
     (out / "table.md").write_text(text, encoding="utf-8")
     print(text)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import eval as evaluation
-import metrics
-import report
 import reward
 import rft
-from data import Record, load
+from data import load
+from readers.base import Record
+from report import metrics, page
+from report import predictions as answers
 from study import figure
 from study.scores import (
     SPLITS,
@@ -86,7 +86,7 @@ def miss_text(seeds: Sequence[Path], split: str, records: Sequence[Record]) -> s
 def boxes_of(seed: Path, arm: str, split: str, records: Sequence[Record]) -> Tensor:
     """An arm's boxes (N, 4), NaN where there is none."""
     predictions = predictions_of(seed / arm / f"eval_{split}", records)
-    return evaluation.strict_boxes(records, predictions)
+    return answers.strict_boxes(records, predictions)
 
 
 # ---------------------------------------------------------------- what the term does in training
@@ -104,7 +104,7 @@ def positional_share(rewards: dict[str, Tensor], weights: dict[str, float], divi
 
 def update_share(arm: Path) -> float | None:
     """`positional_share` of a whole run, from its rollouts; None where none are logged."""
-    lines = list(report.log_lines(arm / "rollouts.jsonl"))
+    lines = list(page.log_lines(arm / "rollouts.jsonl"))
     run = arm / "latest" / "run.json"
     if not lines or not run.exists():
         return None
@@ -118,7 +118,7 @@ def update_share(arm: Path) -> float | None:
 
 def logged_mean(arm: Path, key: str) -> float | None:
     """Mean over the steps of a figure of metrics.jsonl."""
-    values = [step[key] for step in report.log_lines(arm / "metrics.jsonl") if key in step]
+    values = [step[key] for step in page.log_lines(arm / "metrics.jsonl") if key in step]
     return sum(values) / len(values) if values else None
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-import eval as evaluation
-import metrics
-import runtime
-from data import Record, read_json
-from model import by_number
+from qwen.hub import by_number
+from readers.base import Record, read_json
+from report import metrics, predictions
+from train import dist
 
 # Arms of ablate.sh, in the order of the tables: what they are called there.
 ARMS = {
@@ -61,7 +60,7 @@ def read_row(folder: Path) -> dict[str, Any] | None:
     try:
         return content["rows"][0]
     except (KeyError, IndexError, TypeError):
-        runtime.fail(f"{folder / 'eval.json'} has no row of scores; remove {folder} and run "
+        dist.fail(f"{folder / 'eval.json'} has no row of scores; remove {folder} and run "
                      "ablate.sh again")
 
 
@@ -81,7 +80,7 @@ def seeds_with(regime: Path, arm: str, split: str, other: str = "sft") -> list[P
             counts.update(row["n"] for row in pair)
     if len(counts) > 1:
         numbers = " and ".join(map(str, sorted(counts)))
-        runtime.fail(f"{regime}: scores of {numbers} scenes can't be compared; "
+        dist.fail(f"{regime}: scores of {numbers} scenes can't be compared; "
                      "give each a study of its own")
     return seeds
 
@@ -90,9 +89,9 @@ def predictions_of(folder: Path, records: Sequence[Record]) -> list[dict[str, An
     """A folder's predictions, in the order of records; records without one are left out."""
     files = list(folder.glob("predictions_*.jsonl"))
     if len(files) != 1:
-        runtime.fail(f"{len(files)} files predictions_*.jsonl in {folder}, where one belongs; "
+        dist.fail(f"{len(files)} files predictions_*.jsonl in {folder}, where one belongs; "
                      f"remove {folder} and run ablate.sh again")
-    by_id = evaluation.read_predictions(files[0], records)
+    by_id = predictions.read_predictions(files[0], records)
     return [by_id[r.id] for r in records if r.id in by_id]
 
 
@@ -102,13 +101,13 @@ def check_names(study: Path) -> None:
     for file in scores:
         regime, _, arm = file.relative_to(study).parts[:3]
         if regime not in REGIMES:
-            runtime.fail(f"{study / regime}: no regime {regime}; there are {', '.join(REGIMES)}")
+            dist.fail(f"{study / regime}: no regime {regime}; there are {', '.join(REGIMES)}")
         if arm not in ARMS:
-            runtime.fail(f"{file.parents[1]}: no arm {arm}; there are {', '.join(ARMS)}")
+            dist.fail(f"{file.parents[1]}: no arm {arm}; there are {', '.join(ARMS)}")
     if not any((study / name).is_dir() for name in REGIMES):
-        runtime.fail(f"no regime ({', '.join(REGIMES)}) in {study}; run ablate.sh first")
+        dist.fail(f"no regime ({', '.join(REGIMES)}) in {study}; run ablate.sh first")
     if not scores:
-        runtime.fail(f"no scores in {study}; run ablate.sh first")
+        dist.fail(f"no scores in {study}; run ablate.sh first")
 
 
 # ---------------------------------------------------------------- Markdown
@@ -156,7 +155,7 @@ def read_answers(
     distance = []
     for seed in seeds:
         predictions = predictions_of(seed / arm / f"eval_{split}", records)
-        boxes = evaluation.strict_boxes(records, predictions)
+        boxes = predictions.strict_boxes(records, predictions)
         valid, overlap, _, _, away = metrics.overlaps(boxes, *metrics.targets(records))
         has_box.append(valid.numpy())
         iou.append(overlap.numpy())

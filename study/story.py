@@ -10,11 +10,15 @@ from typing import Any
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import eval as evaluation  # noqa: E402
-import metrics  # noqa: E402
-import pictures  # noqa: E402
-import runtime  # noqa: E402
-from data import Record, load, open_image, read_json  # noqa: E402
+from data import load, open_image  # noqa: E402
+from readers.base import Record, read_json  # noqa: E402
+from report import (
+    metrics,  # noqa: E402
+    pictures,  # noqa: E402
+)
+from report import predictions as answers  # noqa: E402
+from train import dist  # noqa: E402
+from train import run as runtime  # noqa: E402
 
 STAGES = {
     "base": "base", "direct": "GRPO from the base", "sft": "CoT-SFT", "rft": "RSGround-R1"}
@@ -23,13 +27,13 @@ LAST = "rft"
 SCENES = 6                        # of the picture, a row each
 
 Row = Mapping[str, Any]           # of eval.json
-Answers = Mapping[str, Sequence[evaluation.Prediction]]      # stage -> N predictions
+Answers = Mapping[str, Sequence[answers.Prediction]]      # stage -> N predictions
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
     content = read_json(folder / "eval.json")
     if content is None:
-        runtime.fail(f"no scores in {folder}; run speedrun.sh first")
+        dist.fail(f"no scores in {folder}; run speedrun.sh first")
     return content
 
 
@@ -82,7 +86,7 @@ def read_answers(folder: Path, records: Sequence[Record]) -> Answers:
     for stage in STAGES:
         file = folder / f"predictions_{stage}.jsonl"
         if file.exists():
-            by_id = evaluation.read_predictions(file, records)
+            by_id = answers.read_predictions(file, records)
             answers[stage] = [by_id.get(record.id) for record in records]
     return answers
 
@@ -93,8 +97,8 @@ def picture(records: Sequence[Record], answers: Answers) -> Image.Image:
     for i in pictures.spread(range(len(records)), SCENES):
         image = open_image(records[i])
         for stage, predictions in answers.items():
-            box = evaluation.read_prediction(predictions[i], records[i]).box
-            iou = evaluation.strict_iou(records[i:i + 1], predictions[i:i + 1]).item()
+            box = answers.read_prediction(predictions[i], records[i]).box
+            iou = answers.strict_iou(records[i:i + 1], predictions[i:i + 1]).item()
             boxes = [(records[i].box, "lime")]
             if box:
                 boxes.append((box, "red"))
@@ -106,7 +110,7 @@ def picture(records: Sequence[Record], answers: Answers) -> Image.Image:
 
 def comparison(records: Sequence[Record], answers: Answers) -> str:
     """One line: the difference in mIoU on the same scenes, its interval and p."""
-    first, last = (evaluation.strict_iou(records, answers[stage]) for stage in (FIRST, LAST))
+    first, last = (answers.strict_iou(records, answers[stage]) for stage in (FIRST, LAST))
     test = metrics.paired(records, first, last)["mIoU"]
     low, high = test["ci"]
     return (f"{STAGES[LAST]} - {STAGES[FIRST]}, greedy, the same {len(records)} test scenes: "
@@ -125,7 +129,7 @@ def main() -> None:
     answers = read_answers(ckpt / "eval", records)
     missing = {FIRST, LAST} - answers.keys()
     if missing:
-        runtime.fail(f"no answers of {' and '.join(sorted(missing))} in {ckpt / 'eval'}; "
+        dist.fail(f"no answers of {' and '.join(sorted(missing))} in {ckpt / 'eval'}; "
                      "run speedrun.sh again")
     text = table(scores, blind, full, novel)
     (ckpt / "table.md").write_text(text, encoding="utf-8")

@@ -25,12 +25,14 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import eval as evaluation  # noqa: E402
-import metrics  # noqa: E402
-import report  # noqa: E402
-import runtime  # noqa: E402
-from data import Record, load  # noqa: E402
-from model import by_number  # noqa: E402
+from data import load  # noqa: E402
+from qwen.hub import by_number  # noqa: E402
+from readers.base import Record  # noqa: E402
+from report import (
+    metrics,  # noqa: E402
+    page,  # noqa: E402
+    predictions,  # noqa: E402
+)
 from study import figure, payoff  # noqa: E402
 from study.scores import (  # noqa: E402
     ARMS,
@@ -51,6 +53,7 @@ from study.scores import (  # noqa: E402
     rows_of,
     seeds_with,
 )
+from train import run as runtime  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def arm_differences(
         ids = {p["id"] for p in sft}
         answered = [r for r in records if r.id in ids]
         test = metrics.paired(
-            answered, evaluation.strict_iou(answered, sft), evaluation.strict_iou(answered, ours))
+            answered, predictions.strict_iou(answered, sft), predictions.strict_iou(answered, ours))
         tests.append(test["mIoU"])
     return tests
 
@@ -270,10 +273,10 @@ def training(regime: Path, arms: Sequence[str]) -> str:
     for arm in arms:
         logs[arm] = []
         for seed in sorted(regime.iterdir(), key=by_number):
-            log = list(report.log_lines(seed / arm / "metrics.jsonl"))
+            log = list(page.log_lines(seed / arm / "metrics.jsonl"))
             if (seed / arm / "done").exists() and log and "dispersion" in log[0]:
                 logs[arm].append(log)
-                for keys in report.reward_curves(log[:1]):
+                for keys in page.reward_curves(log[:1]):
                     names.update(dict.fromkeys(keys))
     columns = [*names, *TRAINED]
     text = header(["first → last tenth of the steps", *columns])

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-import answer as answer_format
-from answer import (
+from qwen import answer as answer_format
+from qwen.answer import (
     FAILURES,
     Box,
+    Frame,
     clamp_box,
     failure,
     format_box,
@@ -21,7 +22,6 @@ from answer import (
     parse_box_lenient,
     write,
 )
-from processor import Frame
 
 NAN = [math.nan] * 4
 

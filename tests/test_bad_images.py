@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 import data
-import runtime
 from conftest import Run
-from data import Record, load
+from data import load
+from readers.base import Record
+from train import run as runtime
 
 RECORDS = 120
 BATCH = 4

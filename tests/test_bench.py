@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-import bench
-from bench import Table, Work
 from conftest import Run
 from model import Config, QwenVL
 from played_device import PlayedDevice
+from tools import bench
+from tools.bench import Table, Work
 
 SCORE = """
 import resource, sys, torch
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from model import QwenVL
-from bench import random_ids, random_prompt, write_checkpoint
+from tools.bench import random_ids, random_prompt, write_checkpoint
 folder = write_checkpoint(Path({folder!r}), "tiny", torch.float32, 151_936)
 model = QwenVL.from_pretrained(folder, torch.float32).requires_grad_(True)
 

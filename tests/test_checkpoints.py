@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import model as ours
-from model import CheckpointError, Config, QwenVL, by_number, folder, newest_step
+from model import Config, QwenVL
+from qwen import hub
+from qwen.hub import CheckpointError, by_number, folder, newest_step
 from test_model import random_checkpoint, theirs_of
 
 
@@ -43,20 +45,20 @@ class Watched(dict):
         return super().get(name, default)
 
 
-@pytest.mark.parametrize("family", ours.FAMILIES.values())
+@pytest.mark.parametrize("family", hub.FAMILIES.values())
 def test_every_field_of_transformers_config_is_decided(
         tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read, refused for other values, or listed as one that changes nothing."""
     random_checkpoint(tmp_path, family=family)
     theirs = theirs_of(family, "Config")().to_dict()
     whole = Watched(json.loads((tmp_path / "config.json").read_text()))
-    monkeypatch.setattr(ours, "read_config", lambda path: whole)
+    monkeypatch.setattr(hub, "read_config", lambda path: whole)
     Config.from_json("config.json")
     for part, read in (
             (theirs, whole), (theirs["text_config"], whole["text_config"]),
             (theirs["vision_config"], whole["vision_config"])):
-        assert part.keys() - read.read - ours.HARMLESS <= {"model_type"}
-        assert not ours.HARMLESS & read.read
+        assert part.keys() - read.read - hub.HARMLESS <= {"model_type"}
+        assert not hub.HARMLESS & read.read
 
 
 def at(config: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
@@ -88,7 +90,7 @@ def test_each_family_has_its_own_values(
         Config.from_json(file)
 
 
-@pytest.mark.parametrize("family", ours.FAMILIES.values())
+@pytest.mark.parametrize("family", hub.FAMILIES.values())
 def test_defaults_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     random_checkpoint(tmp_path, family=family)
     file = tmp_path / "config.json"
@@ -276,9 +278,9 @@ LAYOUTS = {
 def test_known_prefixes_are_read_and_the_hubs_names_are_saved(
         checkpoint: Path, tmp_path: Path, layout: str) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
-    hub_names = {ours.own_name(name) for name in tensors}
+    hub_names = {hub.own_name(name) for name in tensors}
     want = QwenVL.from_pretrained(checkpoint, dtype=None)
-    renamed = {LAYOUTS[layout](ours.own_name(name)): x for name, x in tensors.items()}
+    renamed = {LAYOUTS[layout](hub.own_name(name)): x for name, x in tensors.items()}
     shutil.copyfile(checkpoint / "config.json", tmp_path / "config.json")
     save_file(renamed, tmp_path / "model.safetensors")
     got = QwenVL.from_pretrained(tmp_path, dtype=None)

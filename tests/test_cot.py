@@ -29,11 +29,14 @@ from PIL import Image
 
 import cot
 import data
-from answer import THINK, format_box, format_ok, parse_box
 from conftest import Run
-from cot import Box, Neighbor, Reasoning, explain, neighbor_finder
-from data import Record
-from processor import Frame, Processor, Prompt, to_model_frame
+from cot import Neighbor, Reasoning, explain, neighbor_finder
+from qwen.answer import THINK, Frame, format_box, format_ok, parse_box, to_model_frame
+from qwen.processor import Processor, Prompt
+from readers import base
+from readers.base import Record
+from tools import teacher
+from tools.teacher import Box
 
 Script = Callable[..., None]
 Teach = Callable[..., list[dict[str, Any]]]
@@ -430,7 +433,7 @@ def test_reasoning_of_ones_own(tmp_path: Path) -> None:
 def test_a_line_that_is_no_reasoning_is_named(line: str, tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text(json.dumps({"id": "7", "think": "a"}) + "\n" + line + "\n")
-    with pytest.raises(data.DataError, match=r"own\.jsonl, line 2: "):
+    with pytest.raises(base.DataError, match=r"own\.jsonl, line 2: "):
         cot.load_reasoning(file, [SHIP])
 
 
@@ -438,7 +441,7 @@ def test_a_record_without_reasoning_is_named(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text(json.dumps({"id": "7", "think": "a"}))
     other = Record("8", None, "the ship", (1.0, 1.0, 2.0, 2.0), "ship", (9, 9))
-    with pytest.raises(data.DataError, match="no reasoning for 1 of 2"):
+    with pytest.raises(base.DataError, match="no reasoning for 1 of 2"):
         cot.load_reasoning(file, [SHIP, other])
 
 
@@ -490,7 +493,7 @@ def test_a_users_mistake_is_one_line(
     row = {"image": "a.png", "text": "the ship", "box": [1, 2, 30, 40]}
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     message = "no usable record in the split train of jsonl: 1 of 1 .*missing image: 1"
-    with pytest.raises(data.DataError, match=message) as error:
+    with pytest.raises(base.DataError, match=message) as error:
         script("jsonl", "--root", tmp_path, "--split", "train", "--out", tmp_path / "cot.png")
     assert "\n" not in str(error.value)
     (tmp_path / "file").write_text("")
@@ -500,7 +503,7 @@ def test_a_users_mistake_is_one_line(
     assert stop.value.code == 2 and str(tmp_path / "file") in printed
     assert printed.count("\n") == 1
     for name in ("cot.xyz", "cot.psd"):
-        with pytest.raises(data.DataError, match=f"can't be written to .*{name}"):
+        with pytest.raises(base.DataError, match=f"can't be written to .*{name}"):
             script("dior", "--root", dior_root, "--out", tmp_path / name)
 
 
@@ -525,7 +528,7 @@ def test_an_explanation_is_kept_where_it_is_whole_agrees_and_does_not_leak(think
     record = replace(HARBOR_SHIP, text="the ship of 1997")
     for box in (RIGHT_BOX, [52, 101, 149, 197], [50.5, 100.0, 150.2, 200.0]):
         text = "\n" + completion_of(think, box) + "\n"
-        assert cot.filter_explanation(text, record, HALF_SIZE) == (think, None)
+        assert teacher.filter_explanation(text, record, HALF_SIZE) == (think, None)
 
 
 @pytest.mark.parametrize("text", [
@@ -536,7 +539,7 @@ def test_an_explanation_is_kept_where_it_is_whole_agrees_and_does_not_leak(think
     '<answer>{"bbox_2d": [50, 100, 150, 200]}</answer>',
     "it is left." + completion_of("it is left.", RIGHT_BOX)])
 def test_an_incomplete_chain_is_refused(text: str) -> None:
-    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, "incomplete chain")
+    assert teacher.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, "incomplete chain")
 
 
 @pytest.mark.parametrize("box", [
@@ -546,7 +549,7 @@ def test_an_incomplete_chain_is_refused(text: str) -> None:
 def test_an_answer_in_another_format_is_refused(box: object) -> None:
     text = completion_of("it is left.", box)
     reason = "inconsistent coordinate format"
-    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, reason)
+    assert teacher.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, reason)
 
 
 @pytest.mark.parametrize("think", [
@@ -556,13 +559,13 @@ def test_an_answer_in_another_format_is_refused(box: object) -> None:
 def test_reasoning_whose_numbers_cant_be_converted_is_refused(think: str) -> None:
     text = completion_of(think, RIGHT_BOX)
     reason = "inconsistent coordinate format"
-    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, reason)
+    assert teacher.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, reason)
 
 
 def test_a_wrong_box_is_refused() -> None:
     for box in ([250, 100, 350, 200], [50, 100, 90, 200], [0, 0, 400, 400]):
         text = completion_of("it is left.", box)
-        assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, "wrong box")
+        assert teacher.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, "wrong box")
 
 
 @pytest.mark.parametrize("think", [
@@ -572,7 +575,7 @@ def test_a_wrong_box_is_refused() -> None:
     "left 50, top 100, width 101, height 99"])
 def test_a_box_that_is_given_away_is_refused(think: str) -> None:
     text = completion_of(think, RIGHT_BOX)
-    assert cot.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, "box given away")
+    assert teacher.filter_explanation(text, HARBOR_SHIP, HALF_SIZE) == (None, "box given away")
 
 
 def test_coordinates_of_a_teacher_are_converted_to_the_students(tmp_path: Path) -> None:
@@ -599,7 +602,7 @@ def test_a_teachers_file_may_be_unfinished_but_must_be_of_these_images(tmp_path:
     frame = Frame((800, 800), (800, 800), "absolute")
     records = [HARBOR_SHIP, other]
     assert cot.writer(records, file)(other, frame) == cot.writer(records)(other, frame)
-    with pytest.raises(data.DataError, match="record '7' is of an image of"):
+    with pytest.raises(base.DataError, match="record '7' is of an image of"):
         cot.load_reasoning(file, [replace(HARBOR_SHIP, size=(400, 400))])
 
 
@@ -679,9 +682,9 @@ def test_a_checkpoint_is_asked_in_its_own_tokens(tiny_family: Path, dior_root: P
     """Tags of ours that are tokens are such in the request, those of an expression are not."""
     processor = Processor.from_pretrained(tiny_family)
     record = replace(data.load("dior", dior_root, "sft")[0], text="a <think>{box}</think> ship")
-    prompt = cot.checkpoint_prompt(record, processor)
+    prompt = teacher.checkpoint_prompt(record, processor)
     ids = prompt.input_ids.tolist()
-    asked = cot.teacher_request(record, prompt.frame)
+    asked = teacher.teacher_request(record, prompt.frame)
     assert asked in processor.decode(ids)
     assert asked.endswith('like <answer>{"bbox_2d": [x1, y1, x2, y2]}</answer>')
     assert set(processor.tags) == (set(THINK) if processor.family == "qwen3_vl" else set())
@@ -813,7 +816,7 @@ def teach(
         script: Script, server: FakeServer, dior_root: Path, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> Teach:
     """teach("--want", 3) has the server explain the dior records -> the lines of the file."""
-    monkeypatch.setattr(cot, "FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr(teacher, "FIRST_BACKOFF", 0.01)
     out = tmp_path / "explained.jsonl"
 
     def teach(*flags: object) -> list[dict[str, Any]]:
@@ -851,7 +854,7 @@ def test_a_server_is_asked_as_the_protocol_says(
     asked = {(r.image, r.text) for r in server.requests}
     for record in records:
         frame = Frame(record.size, record.size, "absolute")
-        text = cot.teacher_request(record, frame)
+        text = teacher.teacher_request(record, frame)
         assert "in pixels of the image, which is 120 wide and 90 high" in text
         assert (Path(record.image).read_bytes(), text) in asked
     printed = capsys.readouterr()
@@ -901,7 +904,7 @@ def test_an_image_travels_as_its_file_or_as_png(
         save = save | {"exif": exif}
     Image.fromarray(pixels).save(file, **save)
     record = Record("0", file, "the ship", (1.0, 1.0, 9.0, 9.0), "ship", (30, 20))
-    head, content = cot.image_data_url(record).split(",")
+    head, content = teacher.image_data_url(record).split(",")
     content = base64.b64decode(content)
     assert head == f"data:image/{kind};base64" and (content == file.read_bytes()) == as_it_is
     with Image.open(io.BytesIO(content)) as sent:
@@ -918,7 +921,7 @@ def test_what_others_would_show_otherwise_travels_as_it_is_seen_here(tmp_path: P
     for name, stretch in (("clear", None), ("deep", (2.0, 98.0))):
         record = Record(
             "0", tmp_path / f"{name}.png", "x", (1.0, 1.0, 9.0, 9.0), "", (30, 20), stretch=stretch)
-        _, content = cot.image_data_url(record).split(",")
+        _, content = teacher.image_data_url(record).split(",")
         with Image.open(io.BytesIO(base64.b64decode(content))) as sent:
             assert sent.mode == "RGB"
             assert np.array_equal(np.asarray(sent), np.asarray(data.open_image(record)))
@@ -945,7 +948,7 @@ def test_a_bad_image_is_left_undone_and_the_others_are_explained(
 
 def test_a_drawn_scene_travels_as_png() -> None:
     record = data.load("synth", None, "val")[0]
-    head, content = cot.image_data_url(record).split(",")
+    head, content = teacher.image_data_url(record).split(",")
     assert head == "data:image/png;base64"
     with Image.open(io.BytesIO(base64.b64decode(content))) as sent:
         assert np.array_equal(np.asarray(sent), np.asarray(record.image.draw()))
@@ -1126,7 +1129,7 @@ def test_so_many_are_asked_at_once(teach: Teach, server: FakeServer) -> None:
 def test_a_server_that_is_gone_ends_the_run(
         teach: Teach, server: FakeServer, tmp_path: Path,
         capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cot, "GIVE_UP_AFTER", 3)
+    monkeypatch.setattr(teacher, "GIVE_UP_AFTER", 3)
     lines = teach("--limit", 2)
     server.shutdown()
     server.server_close()
@@ -1146,7 +1149,7 @@ def test_a_server_that_refuses_all_is_asked_no_more(
     """A redirect is not followed: the key is for this server alone."""
     headers = {"Location": server.url + "/elsewhere"}
     server.respond = lambda request: Reply(b"no", status, headers=headers)
-    with pytest.raises(data.DataError, match=message) as error:
+    with pytest.raises(base.DataError, match=message) as error:
         teach("--parallel", 1)
     assert "\n" not in str(error.value)
     assert len(server.requests) == 1 and server.paths == {"/v1/chat/completions"}
@@ -1231,8 +1234,8 @@ def test_a_mistake_about_a_server_is_one_line(
 
 def test_one_process_at_a_time_writes_a_file(
         teach: Teach, tmp_path: Path) -> None:
-    with cot.open_explanations(tmp_path / "explained.jsonl"):
-        with pytest.raises(data.DataError, match="is being written by another process"):
+    with teacher.open_explanations(tmp_path / "explained.jsonl"):
+        with pytest.raises(base.DataError, match="is being written by another process"):
             teach()
     assert teach()
 
@@ -1246,8 +1249,8 @@ def test_what_a_killed_call_left_is_repaired(
         content: bytes, kept: list[str], tmp_path: Path) -> None:
     out = tmp_path / "explained.jsonl"
     out.write_bytes(content)
-    with cot.open_explanations(out) as file:
-        assert cot.read_progress(file, out).finished == set(kept)
+    with teacher.open_explanations(out) as file:
+        assert teacher.read_progress(file, out).finished == set(kept)
     assert [line["id"] for line in read_lines(out)] == kept
 
 
@@ -1255,8 +1258,8 @@ def test_what_a_killed_call_left_is_repaired(
 def test_another_file_is_not_written_to(content: bytes, tmp_path: Path) -> None:
     out = tmp_path / "letter.txt"
     out.write_bytes(content)
-    with cot.open_explanations(out) as file, pytest.raises(data.DataError, match="letter.txt"):
-        cot.read_progress(file, out)
+    with teacher.open_explanations(out) as file, pytest.raises(base.DataError, match="letter.txt"):
+        teacher.read_progress(file, out)
     assert out.read_bytes() == content
 
 
@@ -1264,7 +1267,7 @@ def test_a_command_that_is_killed_loses_and_repeats_nothing(
         server: FakeServer, tmp_path: Path) -> None:
     """Killed three times (kill -9) while answers come in, then left to finish."""
     records = data.load("synth", None, "val")
-    id_of = {cot.image_data_url(r): r.id for r in records}
+    id_of = {teacher.image_data_url(r): r.id for r in records}
     out = tmp_path / "explained.jsonl"
 
     def respond(request: Request) -> Reply:

@@ -19,16 +19,19 @@ from torch import Tensor
 
 import cot
 import eval as evaluation
-import generate as sampling
 import rft
-import runtime
 import sft
 from conftest import Run, write_tiny
-from data import Records, load, open_image
-from generate import generate
-from model import FAMILIES, LanguageModel, QwenVL
+from data import load, open_image
+from model import LanguageModel, QwenVL
 from played_device import PlayedDevice
-from processor import Processor, Prompt
+from qwen import generate as sampling
+from qwen.generate import generate
+from qwen.hub import FAMILIES
+from qwen.processor import Processor, Prompt
+from readers.base import Records
+from train import checkpoints, dist
+from train import run as runtime
 
 DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 0.03)]
 
@@ -266,7 +269,7 @@ def reward_by_letters(rollouts: rft.Rollouts, args: argparse.Namespace) -> rft.G
 
 
 def rft_step(setup: Setup, model: QwenVL, reference: QwenVL) -> dict[str, Any]:
-    opt = runtime.optimizer(model, 1e-3)
+    opt = dist.optimizer(model, 1e-3)
     policy = rft.Policy(model, setup.processor, opt, reference.requires_grad_(False))
     records = setup.records[:4]
     prompts = [setup.processor(open_image(r), r.text) for r in records]
@@ -278,7 +281,7 @@ def sft_step(setup: Setup, model: QwenVL, reference: QwenVL) -> dict[str, Any]:
     examples = []
     for record in setup.records[:4]:
         examples.append(sft.make_example(record, setup.processor, lambda r, frame: r.text * 3))
-    opt = runtime.optimizer(model, 1e-3)
+    opt = dist.optimizer(model, 1e-3)
     return [sft.train_step(model, opt, examples, step_flags(sft), step) for step in (0, 1)][-1]
 
 
@@ -298,11 +301,11 @@ def test_a_step_in_float32_is_the_cpus(
     """Two updates with the fused optimizer; RFT samples, and has a reference."""
     monkeypatch.setattr(rft, "grade", reward_by_letters)
     reference = QwenVL.from_pretrained(setup.path, torch.float32)
-    host = runtime.prepare(setup.model, torch.device("cpu"))
+    host = dist.prepare(setup.model, torch.device("cpu"))
     want = step(setup, host, reference)
     with PlayedDevice() as gpu:
         model = QwenVL.from_pretrained(setup.path, None)
-        model = runtime.prepare(
+        model = dist.prepare(
             model, torch.device("cuda"), gradient_checkpointing=checkpointing)
         got = step(setup, model, QwenVL.from_pretrained(setup.path, torch.float32, "cuda"))
         assert got["peak_GiB"] == gpu.peak_bytes / 2 ** 30 > 0
@@ -342,23 +345,23 @@ def test_a_checkpoint_of_the_device_is_the_cpus_and_is_restored_there(
         setup: Setup, tmp_path: Path) -> None:
     """Written on the device and on the CPU behind the same step, and read on either."""
     def trained(model: QwenVL) -> torch.optim.Optimizer:
-        opt = runtime.optimizer(model, 1e-3)
+        opt = dist.optimizer(model, 1e-3)
         sum(p.square().sum() for p in model.parameters()).backward()
-        runtime.update(model, opt, 1e-3)
+        dist.update(model, opt, 1e-3)
         return opt
 
     def kept(folder: Path) -> dict[str, Tensor]:
         return load_file(next((folder / "latest" / "state").iterdir()))
 
-    host = runtime.prepare(setup.model, torch.device("cpu"))
-    runtime.save(tmp_path / "host", 1, host, trained(host), setup.processor, {})
+    host = dist.prepare(setup.model, torch.device("cpu"))
+    checkpoints.save(tmp_path / "host", 1, host, trained(host), setup.processor, {})
     with PlayedDevice() as gpu:
         model = on_cuda(setup.path)
         opt = trained(model)
-        runtime.save(tmp_path / "gpu", 1, model, opt, setup.processor, {})
+        checkpoints.save(tmp_path / "gpu", 1, model, opt, setup.processor, {})
         restored = on_cuda(setup.path)
-        restored_opt = runtime.optimizer(restored, 1e-3)
-        assert runtime.restore(tmp_path / "gpu", restored, restored_opt) == 1
+        restored_opt = dist.optimizer(restored, 1e-3)
+        assert checkpoints.restore(tmp_path / "gpu", restored, restored_opt) == 1
         for a, b in zip(restored.parameters(), model.parameters()):
             assert torch.equal(a, b)
             for kind in ("step", "exp_avg", "exp_avg_sq"):
@@ -370,7 +373,7 @@ def test_a_checkpoint_of_the_device_is_the_cpus_and_is_restored_there(
         trained(restored)
     for name, want in kept(tmp_path / "host").items():
         assert torch.allclose(kept(tmp_path / "gpu")[name], want, atol=1e-6), name
-    assert runtime.restore(tmp_path / "gpu", host, runtime.optimizer(host, 1e-3)) == 1
+    assert checkpoints.restore(tmp_path / "gpu", host, dist.optimizer(host, 1e-3)) == 1
 
 
 # ---------------------------------------------------------------- FSDP2 in bfloat16
@@ -379,10 +382,11 @@ def test_a_checkpoint_of_the_device_is_the_cpus_and_is_restored_there(
 BFLOAT16_STAGE = """
 import functools, sys, torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import rft, runtime, sft
+import rft, sft
+from train import dist, run as runtime
 from test_cuda import reward_by_letters
 rft.grade = reward_by_letters
-runtime.prepare = functools.partial(runtime.prepare, compute_dtype=torch.bfloat16)
+dist.prepare = functools.partial(dist.prepare, compute_dtype=torch.bfloat16)
 runtime.main({stage}.main)
 """
 FLAGS = {
@@ -452,5 +456,5 @@ def sft_step_of_run(setup: Setup) -> dict[str, Any]:
     examples = []
     for record in runtime.batch(setup.records, 0, 4, 0):
         examples.append(sft.make_example(record, setup.processor, write))
-    model = runtime.prepare(setup.model, torch.device("cpu"))
-    return sft.train_step(model, runtime.optimizer(model, 1e-3), examples, step_flags(sft), 0)
+    model = dist.prepare(setup.model, torch.device("cpu"))
+    return sft.train_step(model, dist.optimizer(model, 1e-3), examples, step_flags(sft), 0)

@@ -20,11 +20,15 @@ import torch
 from PIL import Image
 
 import data
-import processor
-from answer import PROMPT, format_box
 from conftest import Run
-from data import DataError, Record, Records, load
-from processor import Frame, Processor, to_image_frame, to_model_frame
+from data import load
+from qwen import processor
+from qwen.answer import PROMPT, Frame, format_box, to_image_frame, to_model_frame
+from qwen.processor import Processor
+from readers import base, collect, dior
+from readers import geopix as geopix_reader
+from readers.base import DataError, Record, Records
+from tools import check_data
 
 SHARED = Path(__file__).parents[2] / "shared"
 SAMPLES = SHARED / "samples"
@@ -378,7 +382,7 @@ def test_what_is_missing_is_said_in_one_line(folder: Path, tmp_path: Path) -> No
 
 @needs_sample("dior_rsvg")
 def test_the_genuine_record_and_split_files() -> None:
-    indices = data.dior_indices(SAMPLES / "dior_rsvg")
+    indices = dior.dior_indices(SAMPLES / "dior_rsvg")
     assert {name: len(v) for name, v in indices.items()} == data.PUBLISHED["dior"]
     assert data.PUBLISHED["dior"] == {"train": 26_991, "val": 3_829, "test": 7_500}
     assert sorted(sum(indices.values(), [])) == list(range(38_320))
@@ -830,8 +834,8 @@ def test_the_genuine_records_of_rrsis_d_in_its_converted_form(tmp_path: Path) ->
         image(tmp_path / "images" / "rrsisd" / "JPEGImages" / row["file_name"], 800, 800)
         # The masks are genuine, and their extents are not the boxes.
         mask = row["segmentation"][0]
-        assert sum(data.mask_runs(mask["counts"])) == 800 * 800
-        assert data.mask_extent(mask) != tuple(row["bbox"])
+        assert sum(geopix_reader.mask_runs(mask["counts"])) == 800 * 800
+        assert geopix_reader.mask_extent(mask) != tuple(row["bbox"])
         rows[row["split"]] = row
     for name, row in rows.items():
         lines(tmp_path / "datainfo" / f"rrsisd_{name}.jsonl", row, rows["val"], "junk")
@@ -858,7 +862,7 @@ def test_the_genuine_train_split_of_rrsis_d_has_the_published_count(
     for row in json.loads((folder / "mllm_rec_json_first150.json").read_text()):
         question, answer = (message["content"] for message in row["messages"])
         known[int(Path(row["images"][0]).stem)] = (
-            question.split(": ")[1], data.bracketed_numbers(answer.split("```json")[1]))
+            question.split(": ")[1], collect.bracketed_numbers(answer.split("```json")[1]))
     boxes = dict.fromkeys(ids, [1, 2, 30, 40]) | {i: box for i, (_, box) in known.items()}
     refs = [ref(i, "train", known[i][0] if i in known else "a ship") for i in ids]
     write_official(tmp_path, refs, boxes)
@@ -869,10 +873,10 @@ def test_the_genuine_train_split_of_rrsis_d_has_the_published_count(
     assert len(genuine) == 150
     for r in genuine:
         assert (r.text, list(r.box)) == known[int(r.id)]
-    data.print_split("rrsisd", "train", train, 1)
+    check_data.print_split("rrsisd", "train", train, 1)
     assert "expressions found: 12,181, as published" in capsys.readouterr().out
-    data.print_published(1_739, data.PUBLISHED["rrsisd"]["val"])
-    data.print_published(3_482, data.PUBLISHED["rrsisd"]["test"])
+    check_data.print_published(1_739, data.PUBLISHED["rrsisd"]["val"])
+    check_data.print_published(3_482, data.PUBLISHED["rrsisd"]["test"])
     out = capsys.readouterr().out
     assert "1,740 are published; a subset" in out and "3,481 are published; more than" in out
 
@@ -915,16 +919,16 @@ def test_the_extent_of_a_mask_equals_that_of_its_pixels() -> None:
         if len(rows):
             want = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         runs = encode(mask)
-        assert data.mask_runs(compressed(runs)) == runs
+        assert geopix_reader.mask_runs(compressed(runs)) == runs
         size = [int(height), int(width)]
         for counts in (runs, [*runs, 0, 0], compressed(runs), compressed(runs).encode()):
-            assert data.mask_extent({"size": size, "counts": counts}) == want
+            assert geopix_reader.mask_extent({"size": size, "counts": counts}) == want
     large = [640_000 - 3, 3]
-    assert data.mask_runs(compressed(large)) == large
+    assert geopix_reader.mask_runs(compressed(large)) == large
     for counts in ([1, 2], [-1, 65], "~~", None, ["x"], 3, "é", [], ""):
-        assert data.mask_extent({"size": [8, 8], "counts": counts}) is None
+        assert geopix_reader.mask_extent({"size": [8, 8], "counts": counts}) is None
     for mask in (None, {}, {"size": [8]}, {"size": ["8", 8], "counts": [0, 64]}, [], "x"):
-        assert data.mask_extent(mask) is None
+        assert geopix_reader.mask_extent(mask) is None
 
 
 Size = tuple[int, int]
@@ -1244,7 +1248,7 @@ def test_values_of_any_type_are_refused_or_read_but_never_break_a_reader(
     ".ipynb_checkpoints/00001-checkpoint.xml", ".git/00002.xml", ".00001.xml", "._00002.xml",
     "deep/.backup/00001.xml", "__MACOSX/00001.xml"])
 def test_hidden_annotations_shift_no_index(folder: Path, name: str) -> None:
-    clean = {split_name: load("dior", folder, split_name).hash for split_name in data.SPLITS}
+    clean = {split_name: load("dior", folder, split_name).hash for split_name in base.SPLITS}
     stray = folder / "Annotations" / name
     stray.parent.mkdir(parents=True, exist_ok=True)
     stray.write_text(f"<annotation><filename>1.jpg</filename>{TAG.format(1, 2, 9, 9, 'stray')}"
@@ -1268,7 +1272,7 @@ def test_a_copy_of_an_annotation_is_named_and_never_shifts_an_index(
     if name == "0.xml":
         # Its name says nothing; that two are of one image does.
         name = "00001.xml"
-    for split_name in data.SPLITS:
+    for split_name in base.SPLITS:
         with pytest.raises(DataError, match="8 objects .* name 6; ") as error:
             load("dior", folder, split_name)
         assert f"Annotations/{name} looks like a copy" in str(error.value)
@@ -1602,7 +1606,7 @@ def check(
     """check("dior", "--root", folder) -> what data.py prints."""
     def check(*flags: object) -> str:
         monkeypatch.setattr("sys.argv", ["data.py", *map(str, flags)])
-        data.main()
+        check_data.main()
         return capsys.readouterr().out
     return check
 
@@ -1713,12 +1717,12 @@ def test_the_check_of_several_data_sets_counts_what_is_trained_on_and_scored(
 
 # ---------------------------------------------------------------- a reader of one's own
 
-def read_mine(root: Path, split: str) -> data.Records:
+def read_mine(root: Path, split: str) -> base.Records:
     """The reader in the docstring of data.py."""
-    file = data.first_existing(root, f"{split}.jsonl")
-    collector = data.Collector(root)
-    for number, row in data.read_objects(file):
-        collector.add(data.Annotation(
+    file = base.first_existing(root, f"{split}.jsonl")
+    collector = collect.Collector(root)
+    for number, row in base.read_objects(file):
+        collector.add(collect.Annotation(
             f"line {number}", f"{split}-{number}", row["file"], row["text"], row["box"]))
     return collector.records
 
@@ -1740,7 +1744,7 @@ def test_a_reader_need_know_its_own_splits_alone(
         assert sizes == {"train": 40, "sft": 40, "rft": 40, "val": 1}
     else:
         assert sizes == {"train": 40, "sft": 38, "rft": 38, "val": 2}
-    with pytest.raises(data.NoSplit, match="no test.jsonl in"):
+    with pytest.raises(base.NoSplit, match="no test.jsonl in"):
         load("mine", tmp_path, "test")
 
 

@@ -24,14 +24,13 @@ from torch import Tensor
 
 import data
 import eval as evaluation
-import metrics
-import pictures
-from answer import format_box, locate
 from conftest import Run
-from data import DataError, Record, Records
-from eval import Sampling
-from model import CheckpointError
-from processor import Frame, prompt_hash, smart_resize, to_model_frame
+from qwen.answer import Frame, format_box, locate, to_model_frame
+from qwen.hub import CheckpointError
+from qwen.processor import prompt_hash, smart_resize
+from readers.base import DataError, Record, Records
+from report import metrics, pictures, predictions
+from report.predictions import Sampling
 
 NAN = [math.nan] * 4
 HERE = Path(__file__).parents[1]
@@ -308,8 +307,8 @@ def test_paired_test() -> None:
     b = [hit if i < 20 else p for i, p in enumerate(a)]
 
     def paired(first: list[dict], second: list[dict]) -> dict[str, dict[str, Any]]:
-        iou_a = evaluation.strict_iou(records, first)
-        iou_b = evaluation.strict_iou(records, second)
+        iou_a = predictions.strict_iou(records, first)
+        iou_b = predictions.strict_iou(records, second)
         return metrics.paired(records, iou_a, iou_b)
     got = paired(a, b)["Pr@0.5"]
     assert got["difference"] == pytest.approx(0.05)
@@ -489,7 +488,7 @@ def without_source(row: dict[str, Any]) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- a model's answers
 
-def evaluate(records: Sequence[Record], **sampling: Any) -> list[evaluation.Prediction]:
+def evaluate(records: Sequence[Record], **sampling: Any) -> list[predictions.Prediction]:
     return evaluation.evaluate(None, FakeProcessor(), records, Sampling(**sampling))
 
 
@@ -699,7 +698,7 @@ def test_records_that_were_trained_on_are_told_and_the_rest_scored_apart(
         assert trained_on["rest"]["n"] == 12
         others = tiny(root)[12:]
         lines = (tmp_path / "eval" / f"predictions_{name}.jsonl").read_text().splitlines()
-        boxes = evaluation.strict_boxes(others, [json.loads(line) for line in lines[12:]])
+        boxes = predictions.strict_boxes(others, [json.loads(line) for line in lines[12:]])
         expected = metrics.metrics(boxes, *metrics.targets(others))
         assert trained_on["rest"] == expected
     printed = capfd.readouterr().out
@@ -959,7 +958,7 @@ def test_a_line_that_does_not_fit_is_named(
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps({"id": "r1", "box": None}) + "\n" + json.dumps(line))
     with pytest.raises(DataError) as error:
-        evaluation.read_predictions(file, tiny(root))
+        predictions.read_predictions(file, tiny(root))
     assert says in str(error.value) and str(file) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -974,10 +973,10 @@ def test_a_broken_file_is_one_line(root: Path, tmp_path: Path, content: bytes) -
     file = tmp_path / "p.jsonl"
     file.write_bytes(content)
     with pytest.raises(DataError, match="p.jsonl") as error:
-        evaluation.read_predictions(file, tiny(root))
+        predictions.read_predictions(file, tiny(root))
     assert "\n" not in str(error.value)
     with pytest.raises(DataError, match="none.jsonl"):
-        evaluation.read_predictions(tmp_path / "none.jsonl", tiny(root))
+        predictions.read_predictions(tmp_path / "none.jsonl", tiny(root))
 
 
 @pytest.mark.parametrize("prediction, failure", [
@@ -988,12 +987,12 @@ def test_a_broken_file_is_one_line(root: Path, tmp_path: Path, content: bytes) -
     (None, "no prediction"),
 ])
 def test_what_is_no_box_has_its_reason(prediction: Any, failure: str) -> None:
-    reading = evaluation.read_prediction(prediction, tiny(".")[0])
+    reading = predictions.read_prediction(prediction, tiny(".")[0])
     assert reading == (None, None, failure)
 
 
 def test_boxes_of_others_may_be_anything() -> None:
-    reading = evaluation.read_prediction({"box": [0.0, 0.0, 1e300, 9.0]}, tiny(".")[0])
+    reading = predictions.read_prediction({"box": [0.0, 0.0, 1e300, 9.0]}, tiny(".")[0])
     assert reading == ((0, 0, 800, 9), (0, 0, 800, 9), None)
 
 

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 import data
 import eval as evaluation
 import rft
-import runtime
 import sft
-from answer import format_box, locate, parse_box, write
 from conftest import Run, write_tiny
-from model import FAMILIES, Config, QwenVL
-from processor import Processor
+from model import Config, QwenVL
+from qwen.answer import format_box, locate, parse_box, write
+from qwen.hub import FAMILIES
+from qwen.processor import Processor
 from test_model import IMAGE, PROMPTS, prompt, random_checkpoint, theirs_of
+from train import checkpoints
 
 # ---------------------------------------------------------------- the hub's shapes
 
@@ -271,7 +272,7 @@ def test_what_training_saves_loads_in_transformers(
     latest = stage(sft, tmp_path / "sft", *flags) / "latest"
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(
         latest, dtype=torch.float32).eval()
-    model, processor = runtime.open_checkpoint(latest, torch.device("cpu"))
+    model, processor = checkpoints.open_checkpoint(latest, torch.device("cpu"))
     record = data.load("dior", dior_root, "val")[0]
     p = processor(data.open_image(record), record.text)
     ids = p.input_ids[None]

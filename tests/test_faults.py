@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import files
-import runtime
 from conftest import HERE, NIGHTLY, Forks
+from train import checkpoints
+from train import run as runtime
 
 KILLS = 200 if NIGHTLY else 10
 
@@ -112,11 +112,11 @@ def assert_same_run(out: Path, straight: Path) -> None:
 def assert_whole_checkpoints(out: Path) -> None:
     """Each step that has its name can be read, and is as it was written."""
     for step in out.glob("step_*"):
-        for name, listed in files.read_manifest(step).items():
+        for name, listed in checkpoints.read_manifest(step).items():
             # An older step may have lost its state, but not a part of it.
             if name.startswith("state/") and not (step / "state").exists():
                 continue
-            assert files.is_whole(step / name, listed), (step, name)
+            assert checkpoints.is_whole(step / name, listed), (step, name)
         load_file(step / "model.safetensors")
     if os.path.lexists(out / "latest"):
         assert (out / "latest" / "state").is_dir()
@@ -207,7 +207,7 @@ def when(function: str) -> str:
 
 
 @pytest.mark.parametrize("function, done", [
-    ("stage.canary", 0), ("eval.validate", 3), ("runtime.save", 3)])
+    ("stage.canary", 0), ("eval.validate", 3), ("checkpoints.save", 3)])
 def test_a_farewell_is_obeyed_wherever_it_comes(
         start: Callable[..., Process], flags_of: dict, straight: Callable[[str], Path],
         tmp_path: Path, function: str, done: int) -> None:
@@ -299,7 +299,7 @@ def test_a_kill_at_each_turn_of_a_save_loses_nothing(
         function: str, call: int) -> None:
     out = interrupted(straight("sft"), tmp_path / "out", 3)
     process = start("sft", "--out", out, "--resume", "--keep", 1, spoil=(
-        "import os, shutil, signal\ncalls = []\nsave = runtime.save\n"
+        "import os, shutil, signal\ncalls = []\nsave = checkpoints.save\n"
         "def dying(*args, **more):\n"
         "    calls.append(args)\n"
         f"    if len(calls) == {call}:\n"
@@ -310,7 +310,7 @@ def test_a_kill_at_each_turn_of_a_save_loses_nothing(
         f"    before = {function}\n"
         f"    {function} = dying\n"
         "    return save(*args)\n"
-        "runtime.save = save_and_die\n"))
+        "checkpoints.save = save_and_die\n"))
     assert process.wait() == -signal.SIGKILL
     assert_whole_checkpoints(out)
     assert (out / "latest").resolve().name in ("step_000003", "step_000006")
@@ -325,9 +325,9 @@ def interrupted(straight: Path, out: Path, step: int) -> Path:
     """A copy of a run as if it had been killed some steps behind a checkpoint."""
     shutil.copytree(straight, out, symlinks=True)
     for folder in out.glob("step_*"):
-        if runtime.step_number(folder) > step:
+        if checkpoints.step_number(folder) > step:
             shutil.rmtree(folder)
-    files.point(out / "latest", f"step_{step:06d}")
+    checkpoints.point(out / "latest", f"step_{step:06d}")
     return out
 
 
@@ -366,7 +366,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 # With the look at the free space before a write, and without.
 @pytest.mark.parametrize("spoil, words", [
     ("", "GiB are needed and 0.00 free"),
-    ("runtime.checkpoint_bytes = lambda model: 0", "No space left on device")])
+    ("checkpoints.checkpoint_bytes = lambda model: 0", "No space left on device")])
 def test_a_small_disk_that_fills_up(
         start: Callable[..., Process], straight: Callable[[str], Path], small_disk: Path,
         spoil: str, words: str) -> None:
@@ -458,7 +458,7 @@ def test_one_of_two_is_told_and_both_stop_behind_the_same_step(
 
 
 @pytest.mark.parametrize("error, status, words", [
-    ("data.DataError", 2, ["sft.py: scene.jpg: unreadable"]),
+    ("base.DataError", 2, ["sft.py: scene.jpg: unreadable"]),
     ("ValueError", 1, ["ValueError: scene.jpg: unreadable"])])
 def test_what_ended_one_of_two_is_said_once_and_by_none_but_it(
         forks: Forks, flags_of: dict, tmp_path: Path, error: str, status: int,
@@ -580,9 +580,9 @@ def test_under_torchrun_a_mistake_is_one_line_without_a_traceback_of_ours(
         flags_of: dict, tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text(
-        "import os, data, runtime, sft\n"
+        "import os, sft\nfrom readers import base\nfrom train import run as runtime\n"
         "def broken(*args):\n"
-        "    raise data.DataError('scene.jpg: unreadable')\n"
+        "    raise base.DataError('scene.jpg: unreadable')\n"
         "if os.environ['RANK'] == '1':\n"
         "    sft.make_example = broken\n"
         "runtime.main(sft.main, farewells=True)\n")

@@ -6,14 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import files
+from qwen import hub
+from train import checkpoints
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_file_is_byte_for_byte_the_librarys(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Empty tensors, scalars, names beyond ASCII, non-contiguous and long ones among them."""
-    monkeypatch.setattr(files, "PIECE", 7)
+    monkeypatch.setattr(hub, "PIECE", 7)
     tensors = {
         "z": torch.randn(3, 5), "a.weight": torch.randn(40), "empty": torch.randn(0, 4),
         "scalar": torch.randn(()), "b\u00e9ta": torch.randn(4, 3).T, "a": torch.randn(2, 1, 2)}
@@ -21,7 +22,7 @@ def test_a_file_is_byte_for_byte_the_librarys(
     theirs = tmp_path / "theirs"
     shapes = {name: x.shape for name, x in tensors.items()}
     in_order = (tensors[name] for name in sorted(tensors))
-    files.write_tensors(ours, shapes, dtype, in_order, {"format": "pt"})
+    hub.write_tensors(ours, shapes, dtype, in_order, {"format": "pt"})
     stored = {name: x.to(dtype).contiguous() for name, x in tensors.items()}
     save_file(stored, theirs, metadata={"format": "pt"})
     assert ours.read_bytes() == theirs.read_bytes()
@@ -37,14 +38,14 @@ def test_a_tensor_is_asked_for_when_the_one_before_it_is_written(tmp_path: Path)
             sizes.append((tmp_path / "x").stat().st_size)
             yield torch.zeros(2 ** 15)
     shapes = {str(i): (2 ** 15,) for i in range(5)}
-    files.write_tensors(tmp_path / "x", shapes, torch.float32, make(), {})
+    hub.write_tensors(tmp_path / "x", shapes, torch.float32, make(), {})
     for i, size in enumerate(sizes[1:]):
         assert size >= i * 2 ** 17
 
 
 def test_a_tensor_of_another_shape_than_the_header_says_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="x is .2,., not .3,."):
-        files.write_tensors(
+        hub.write_tensors(
             tmp_path / "x", {"x": (3,)}, torch.float32, iter([torch.zeros(2)]), {})
 
 
@@ -52,10 +53,10 @@ def test_a_link_moves_and_a_folder_vanishes_under_its_name(tmp_path: Path) -> No
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file").write_text("x")
     for target in ("a", "b"):
-        files.point(tmp_path / "latest", target)
+        checkpoints.point(tmp_path / "latest", target)
         assert (tmp_path / "latest").readlink() == Path(target)
-    files.remove_folder(tmp_path / "a", tmp_path / ".a.tmp")
-    files.remove_folder(tmp_path / "nothing", tmp_path / ".nothing.tmp")
+    checkpoints.remove_folder(tmp_path / "a", tmp_path / ".a.tmp")
+    checkpoints.remove_folder(tmp_path / "nothing", tmp_path / ".nothing.tmp")
     assert [p.name for p in tmp_path.iterdir()] == ["latest"]
 
 
@@ -63,21 +64,21 @@ def test_a_file_that_changed_is_told_from_one_that_did_not(tmp_path: Path) -> No
     file = tmp_path / "state" / "x"
     file.parent.mkdir()
     file.write_bytes(b"abc")
-    files.write_manifest(tmp_path, {"state/x": files.file_hash(file)})
-    listed = files.read_manifest(tmp_path)["state/x"]
+    checkpoints.write_manifest(tmp_path, {"state/x": checkpoints.file_hash(file)})
+    listed = checkpoints.read_manifest(tmp_path)["state/x"]
     # sha256sum of "abc", as the standard has it.
     assert listed["sha256"].startswith("ba7816bf") and listed["bytes"] == 3
-    assert files.is_whole(file, listed)
+    assert checkpoints.is_whole(file, listed)
     for content, words in ((b"abd", "not as it was written"), (b"ab", "has 2 bytes, but had 3")):
         file.write_bytes(content)
-        assert not files.is_whole(file, listed) and words in files.damage(file, listed)
+        assert not checkpoints.is_whole(file, listed) and words in checkpoints.damage(file, listed)
     file.unlink()
-    assert not files.is_whole(file, listed) and "is missing" in files.damage(file, listed)
+    assert not checkpoints.is_whole(file, listed) and "is missing" in checkpoints.damage(file, listed)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a": 1}', '{"a": {"bytes": "1"}}', "\0"])
 def test_a_list_that_is_none_is_unreadable(tmp_path: Path, text: str) -> None:
-    assert files.read_manifest(tmp_path) is None
-    (tmp_path / files.MANIFEST).write_text(text)
-    with pytest.raises(files.UNREADABLE):
-        files.read_manifest(tmp_path)
+    assert checkpoints.read_manifest(tmp_path) is None
+    (tmp_path / hub.MANIFEST).write_text(text)
+    with pytest.raises(checkpoints.UNREADABLE):
+        checkpoints.read_manifest(tmp_path)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from answer import failure, format_box, format_ok, parse_box, parse_box_lenient, write
 from conftest import ADDED, byte_tokenizer
-from data import DataError
-from model import CheckpointError, QwenVL
-from processor import Frame, Processor, smart_resize
+from model import QwenVL
+from qwen.answer import Frame, failure, format_box, format_ok, parse_box, parse_box_lenient, write
+from qwen.hub import CheckpointError
+from qwen.processor import Processor, smart_resize
+from readers.base import DataError
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 import data
-from data import DataError, Records, load
+from data import load
+from readers import collect
+from readers.base import DataError, Records
 from toy import scenes
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -359,9 +361,9 @@ def test_a_strange_text_in_an_annotation_changes_no_other(tag: str, tmp_path: Pa
 def test_a_box_is_repaired_said_and_within_or_refused(
         values: list[Any], size: tuple[int, int], parts: int | None,
 ) -> None:
-    repaired = data.repair_box(values, size, parts)
+    repaired = collect.repair_box(values, size, parts)
     assert (repaired.box is None) != (repaired.problem is None)
-    numbers, _ = data.read_four_numbers(values)
+    numbers, _ = collect.read_four_numbers(values)
     if repaired.box is None:
         return
     x1, y1, x2, y2 = repaired.box
@@ -390,6 +392,6 @@ def test_a_unit_is_told_from_the_boxes(drawn: list[tuple[tuple[float, ...], Any]
     for (x1, y1, x2, y2), (width, height) in fractions:
         pixels.append(((x1 * width, y1 * height, x2 * width, y2 * height), (width, height)))
         thousandths.append(((1000 * x1, 1000 * y1, 1000 * x2, 1000 * y2), (width, height)))
-    assert data.other_unit(fractions) == "fraction"
-    assert data.other_unit(thousandths) == "1000"
-    assert data.other_unit(pixels) is None
+    assert collect.other_unit(fractions) == "fraction"
+    assert collect.other_unit(thousandths) == "1000"
+    assert collect.other_unit(pixels) is None

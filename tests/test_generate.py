@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import generate as sampling
-from generate import draw, generate, unfinished, uniform
-from model import FAMILIES, QwenVL
+from model import QwenVL
 from played_device import PlayedDevice
+from qwen import generate as sampling
+from qwen.generate import draw, generate, unfinished, uniform
+from qwen.hub import FAMILIES
 from test_model import IMAGE, MARKERS, PROMPTS, Pair, random_checkpoint, relative
 
 

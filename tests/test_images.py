@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 import data
-import images
-from data import DataError, Record, load
-from images import ImageError, read_header, read_rgb
+from data import load
+from readers import collect, images
+from readers.base import DataError, Record
+from readers.images import ImageError, read_header, read_rgb
 
 STRETCH = (2.0, 98.0)
 KINDS = ("uint16", "int16", "uint32", "float32", "float64", "int8")
@@ -383,7 +384,7 @@ def test_a_damaged_image_is_one_line_or_an_image(
         path = tmp_path / f"1.{suffix}"
         path.write_bytes(content)
         for stretch in (None, STRETCH):
-            size, problem = data.image_size(path, stretch)
+            size, problem = collect.image_size(path, stretch)
             assert (size is None) != (problem is None)
             if size and size[0] * size[1] < 1 << 24:
                 try:

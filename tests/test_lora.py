@@ -16,15 +16,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import bench
-import lora
 import rft
-import runtime
 import sft
 from conftest import Run, write_tiny
 from eval import find_stages
-from model import CheckpointError, Config, QwenVL
-from processor import Processor, Prompt
+from model import Config, QwenVL
+from qwen import lora
+from qwen.hub import CheckpointError
+from qwen.processor import Processor, Prompt
+from tools import bench
+from train import checkpoints, dist
+from train import run as runtime
 
 # ---------------------------------------------------------------- models, prompts, commands
 
@@ -178,7 +180,7 @@ def test_a_merged_checkpoint_answers_as_the_adapter_does(base: Path, tmp_path: P
     Processor.from_pretrained(base).save_pretrained(stored)
     with_adapters(stored, vision=True).save_pretrained(tmp_path / "adapter")
     script = subprocess.run(
-        [sys.executable, lora.__file__, "merge", tmp_path / "adapter", tmp_path / "whole"],
+        [sys.executable, "-m", "tools.merge_lora", tmp_path / "adapter", tmp_path / "whole"],
         capture_output=True, text=True)
     assert script.returncode == 0, script.stderr
     unmerged = QwenVL.from_pretrained(tmp_path / "adapter", torch.float32)
@@ -232,15 +234,15 @@ def test_the_reference_is_the_start_whatever_is_trained(
     model = QwenVL.from_pretrained(init, dtype=None)
     lora.fit(model, flags())
     lora.keep_start(model)
-    model = runtime.prepare(model, torch.device("cpu"))
-    opt = runtime.optimizer(model, 1e-2)
+    model = dist.prepare(model, torch.device("cpu"))
+    opt = dist.optimizer(model, 1e-2)
     for _ in range(2):
         logp = score(model, *prompts)
         with torch.no_grad(), lora.reference(model):
             reference = score(model, *prompts)
         assert torch.equal(reference, began) and not reference.requires_grad
         logp.sum().backward()
-        runtime.update(model, opt, 1e-2)
+        dist.update(model, opt, 1e-2)
     assert (score(model, *prompts) - began).abs().max() > 0.1
     # A start that is 0 needs no memory.
     kept = {name for name, _ in model.named_buffers() if "start_" in name}
@@ -251,7 +253,7 @@ def test_only_adapters_are_trained_and_their_gradient_is_that_of_the_formula(
         tiny_checkpoint: Path) -> None:
     """Beside weights W + alpha / rank B A made by hand: dA = alpha / rank B^T dW, and dB alike."""
     prompt = make_prompt(tiny_checkpoint)
-    model = runtime.prepare(with_adapters(tiny_checkpoint, vision=True), torch.device("cpu"))
+    model = dist.prepare(with_adapters(tiny_checkpoint, vision=True), torch.device("cpu"))
     layers = lora.adapted(model)
     score(model, prompt).sum().backward()
     merged = with_adapters(tiny_checkpoint, vision=True)
@@ -271,7 +273,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_checkpoint: Path) -> No
     gradients = []
     for checkpointing in (False, True):
         model = with_adapters(tiny_checkpoint, vision=True)
-        model = runtime.prepare(model, torch.device("cpu"), False, checkpointing)
+        model = dist.prepare(model, torch.device("cpu"), False, checkpointing)
         score(model, prompt).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert len(gradients[0]) == 2 * (14 + 12)
@@ -301,22 +303,24 @@ import sys
 from pathlib import Path
 import torch
 sys.path[:0] = [{root!r}, {tests!r}]
-import lora, model as model_module, runtime
+import model as model_module
+from qwen import lora
+from train import dist, run as runtime
 from model import QwenVL
 from test_lora import flags, make_prompt, score
 
 base, adapter, out = map(Path, sys.argv[1:])
-device = runtime.start("cpu")
+device = dist.start("cpu")
 # Without a gradient each image would be a pass of its own.
 model_module.PATCHES_AT_ONCE = 1
 model = QwenVL.from_pretrained(adapter, dtype=None)
 lora.fit(model, flags())
 lora.keep_start(model)
-model = runtime.prepare(model, device, False, True, compute_dtype=torch.bfloat16)
+model = dist.prepare(model, device, False, True, compute_dtype=torch.bfloat16)
 for name, p in model.named_parameters():
     assert p.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16), name
 prompt = make_prompt(base)
-prompts = [prompt] * (1 + runtime.rank())
+prompts = [prompt] * (1 + dist.rank())
 logp = score(model, *prompts)
 with torch.no_grad(), lora.reference(model):
     before = score(model, *prompts)
@@ -324,11 +328,11 @@ assert not before.requires_grad
 assert torch.equal(before, logp.detach())
 logp.sum().backward()
 gradients = {{n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}}
-if runtime.rank() == 0:
+if dist.rank() == 0:
     torch.save(gradients, out)
-opt = runtime.optimizer(model, 1e-2)
-runtime.update(model, opt, 1e-2)
-with runtime.gathered(model) as sampler, torch.no_grad():
+opt = dist.optimizer(model, 1e-2)
+dist.update(model, opt, 1e-2)
+with dist.gathered(model) as sampler, torch.no_grad():
     logits, _, _ = sampler.prefill([prompt], 1, 4)
 assert logits.dtype == torch.bfloat16
 with torch.no_grad(), lora.reference(model):
@@ -344,7 +348,7 @@ def test_a_base_in_bfloat16_under_float32_adapters_on_two_processes(
     of one. And unequal numbers of images make equally many passes, or this would hang."""
     with_adapters(tiny_checkpoint).save_pretrained(tmp_path / "adapter")
     script = tmp_path / "script.py"
-    root = Path(runtime.__file__).parent
+    root = Path(runtime.__file__).parents[1]
     script.write_text(BFLOAT16.format(root=str(root), tests=str(root / "tests")))
     done = run(script, tiny_checkpoint, tmp_path / "adapter", tmp_path / "gradients", processes=2)
     assert done.returncode == 0, done.stderr
@@ -519,12 +523,12 @@ def test_rft_of_all_weights_begins_at_the_merged_adapter(
 def test_a_second_model_is_opened_for_a_reference_without_adapters_alone(
         monkeypatch: pytest.MonkeyPatch, adapter: Path) -> None:
     opened = []
-    open_checkpoint = runtime.open_checkpoint
+    open_checkpoint = checkpoints.open_checkpoint
 
     def count(*args: Any, **more: Any) -> tuple[QwenVL, Processor]:
         opened.append(args)
         return open_checkpoint(*args, **more)
-    monkeypatch.setattr(runtime, "open_checkpoint", count)
+    monkeypatch.setattr(checkpoints, "open_checkpoint", count)
     for rank, models in ((4, 1), (None, 2)):
         opened.clear()
         args = rft.flags().parse_args(["--device", "cpu"])

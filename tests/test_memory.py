@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import bench
 import eval as evaluation
-import lora
-import memory
 import rft
-import runtime
 import sft
 from data import load
-from memory import GIB, ByteCounter, Longest, Pass, Step, Workload
 from model import QwenVL
 from played_device import PlayedDevice
-from processor import Processor
+from qwen import lora
+from qwen.processor import Processor
+from report import predictions
+from tools import bench
+from train import dist, memory
+from train.memory import GIB, ByteCounter, Longest, Pass, Step, Workload
 
 
 def meta(*shape: int) -> Tensor:
@@ -134,7 +134,7 @@ def test_the_costliest_micro_batch_uses_the_budget_up(tmp_path: Path, tokens: in
     write_config(tmp_path, "3b")
     model, work, args = work_of(tmp_path, 1, max_new_tokens=tokens)
     batch = work.update
-    cost = batch.groups * runtime.memory_tokens(model, batch.prompt, 8 * batch.tokens)
+    cost = batch.groups * dist.memory_tokens(model, batch.prompt, 8 * batch.tokens)
     assert batch.tokens >= tokens and args.micro_tokens - 64 < cost <= args.micro_tokens
 
 
@@ -155,10 +155,10 @@ def test_patches_count_where_anything_of_the_vision_tower_is_trained(tmp_path: P
     costs = []
     for changes in ({}, {"lora": 4}, {"lora": 4, "lora_vision": True}, {"freeze_vision": True}):
         model, work, _ = work_of(tmp_path, 1, **changes)
-        costs.append(runtime.memory_tokens(model, work.update.prompt, 0))
+        costs.append(dist.memory_tokens(model, work.update.prompt, 0))
     tokens = len(work.update.prompt.input_ids)
     patches = len(work.update.prompt.pixels)
-    with_patches = tokens + round(runtime.PATCH_TOKENS * patches)
+    with_patches = tokens + round(dist.PATCH_TOKENS * patches)
     assert costs == [with_patches, tokens, with_patches, tokens]
 
 
@@ -176,7 +176,7 @@ def test_a_patch_and_a_token_keep_what_the_budget_says(tmp_path: Path) -> None:
             kept.append(counter.peak)
     patch = (kept[0] - kept[1]) / len(prompt.pixels)
     token = kept[1] / (len(prompt.input_ids) + 255)
-    assert 0.7 * runtime.PATCH_TOKENS < patch / token < 1.4 * runtime.PATCH_TOKENS
+    assert 0.7 * dist.PATCH_TOKENS < patch / token < 1.4 * dist.PATCH_TOKENS
 
 
 # ---------------------------------------------------------------- the commands
@@ -236,7 +236,7 @@ def test_a_validation_answers_fewer_records_of_longer_prompts_at_once(
 
     def count(model: QwenVL, processor: Processor, asked: Any, *rest: Any) -> list[dict[str, Any]]:
         batches.append(len(asked))
-        return [evaluation.unreadable_prediction(record) for record in asked]
+        return [predictions.unreadable_prediction(record) for record in asked]
     monkeypatch.setattr(evaluation, "answer_records", count)
     model = QwenVL.from_pretrained(tiny_checkpoint, torch.float32)
     longest = memory.longest_of(processor, records, records).val
@@ -345,7 +345,7 @@ def test_the_plan_counts_what_a_device_of_true_widths_holds(
         if args.lora:
             lora.add(model, args.lora, 1.0, False, 0)
             model.to(torch.bfloat16)
-        runtime.choose_trained(model, False, args.gradient_checkpointing)
+        dist.choose_trained(model, False, args.gradient_checkpointing)
         # On a GPU too a whole gradient leaves as soon as it is reduced.
         for p in model.parameters():
             if p.requires_grad:
@@ -368,7 +368,7 @@ def test_a_dry_step_leaves_weights_and_puts_moments_in_place(tiny_checkpoint: Pa
     work = Workload(Pass(prompt, 1, 3, 8), Pass(prompt, 2, 3, 8), Pass(prompt, 4, 1, 8))
     with PlayedDevice() as gpu:
         model = QwenVL.from_pretrained(tiny_checkpoint, torch.float32, "cuda").requires_grad_()
-        opt = runtime.optimizer(model, 1e-3)
+        opt = dist.optimizer(model, 1e-3)
         before = [p.detach().clone() for p in model.parameters()]
         memory.dry_step(model, opt, None, work)
         for p, was in zip(model.parameters(), before, strict=True):

@@ -15,11 +15,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-import attention as kernels
 import model as ours
-from attention import Attended, Plan, attention, merge
-from model import CheckpointError, QwenVL, completion_layout, mrope_positions
-from processor import Processor
+from model import QwenVL, completion_layout, mrope_positions
+from qwen import attention as kernels
+from qwen import hub
+from qwen.attention import Attended, Plan, attention, merge
+from qwen.hub import CheckpointError
+from qwen.processor import Processor
 
 IMAGE = 290
 START = 292
@@ -84,7 +86,7 @@ def theirs_of(family: str, what: str) -> Any:
     return getattr(transformers, prefixes[family] + what)
 
 
-CASES = [(family, tied) for family in ours.FAMILIES.values() for tied in (False, True)]
+CASES = [(family, tied) for family in hub.FAMILIES.values() for tied in (False, True)]
 
 
 @pytest.fixture(
@@ -655,7 +657,7 @@ def test_a_tokenizer_that_cant_be_read_is_refused_by_name(
     (tmp_path / file).write_text(text)
     words = rf"{file}.* is not a tokenizer's \(.*; copy it again"
     with pytest.raises(CheckpointError, match=words):
-        ours.read_token_ids(tmp_path)
+        hub.read_token_ids(tmp_path)
 
 
 def test_a_processor_of_another_model_is_refused_by_name(

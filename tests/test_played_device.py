@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import Plan, attention
 from played_device import PlayedDevice, PlayedTensor
+from qwen.attention import Plan, attention
 
 KiB = 1024
 

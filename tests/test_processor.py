@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-import runtime
 from conftest import ADDED, byte_tokenizer
-from data import DataError
-from model import CheckpointError, QwenVL, read_token_ids
-from processor import Processor
+from model import QwenVL
+from qwen.hub import CheckpointError, read_token_ids
+from qwen.processor import Processor
+from readers.base import DataError
+from train import checkpoints, dist
 
 TOP = "preprocessor_config.json"
 NESTED = "processor_config.json"
@@ -209,7 +210,7 @@ def test_a_step_is_read_back_with_the_limit_that_it_was_trained_with(
     out = folder / "out"
     out.mkdir()
     trained = Processor.from_pretrained(folder, max_pixels=20_000)
-    runtime.save(out, 1, model, runtime.optimizer(model, 1e-3), trained, {})
+    checkpoints.save(out, 1, model, dist.optimizer(model, 1e-3), trained, {})
     assert json.loads((out / "latest" / "run.json").read_text())["pixels"] == [3136, 20_000]
     assert Processor.from_pretrained(out).max_pixels == 20_000
     # The hub's file put back, which has another limit.

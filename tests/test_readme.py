@@ -7,8 +7,8 @@ from pathlib import Path
 import eval as evaluation
 import reward
 import rft
-import runtime
 import sft
+from train import run as runtime
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

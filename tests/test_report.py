@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-import metrics
-import pictures
-import report
-from data import Record
+from readers.base import Record
+from report import metrics, pictures, predictions
+from report import page as report_page
 
 EVIL = '<script>alert(1)</script><img src=http://x/y onerror=alert(1)>"\' onload="x" &amp; \ud800'
 FRAME = {"original": [400, 300], "resized": [400, 300], "convention": "absolute"}
@@ -38,7 +37,7 @@ def make_records(folder: Path, n: int, noise: bool = False) -> list[Record]:
     return records
 
 
-def make_predictions(records: list[Record]) -> list[evaluation.Prediction]:
+def make_predictions(records: list[Record]) -> list[predictions.Prediction]:
     """Record i is off by 5 i pixels; every fifth has no box."""
     predictions = []
     for i, record in enumerate(records):
@@ -50,7 +49,7 @@ def make_predictions(records: list[Record]) -> list[evaluation.Prediction]:
 
 
 def make_row(
-        records: list[Record], predictions: list[evaluation.Prediction], name: str = EVIL,
+        records: list[Record], predictions: list[predictions.Prediction], name: str = EVIL,
 ) -> dict[str, Any]:
     details = evaluation.details(records, predictions, "vrsbench", records[:2], records)
     return {
@@ -111,7 +110,7 @@ def page(tmp_path: Path) -> str:
     rows = [make_row(records, predictions)] * 2
     cases = [evaluation.judge(records, predictions)] * 2
     summary = {"centre_box": metrics.centre_box(records)}
-    report.write(file, rows, cases, [(EVIL, run), ("none", tmp_path)], records, summary)
+    report_page.write(file, rows, cases, [(EVIL, run), ("none", tmp_path)], records, summary)
     return file.read_text(encoding="utf-8")
 
 
@@ -164,7 +163,7 @@ def stages_page(tmp_path: Path) -> str:
     for name in ("base", "rft"):
         write_logs(tmp_path / name)
         stages.append((name, tmp_path / name))
-    report.write(tmp_path / "report.html", rows, cases, stages, records)
+    report_page.write(tmp_path / "report.html", rows, cases, stages, records)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -181,7 +180,7 @@ def test_the_page_opens_on_the_last_stage(stages_page: str) -> None:
 
 def test_a_stage_that_answers_no_box_is_not_shown_at_length(stages_page: str) -> None:
     of_base = stages_page.split('<h2 id="s2">', 1)[1].split("<h3>Training", 1)[0]
-    assert "No answer has a box" in of_base and of_base.count("<img") == report.BOXLESS
+    assert "No answer has a box" in of_base and of_base.count("<img") == report_page.BOXLESS
     assert "Best" not in of_base
 
 
@@ -197,10 +196,10 @@ def test_a_narrow_screen_scrolls_tables_in_their_boxes(stages_page: str) -> None
     shrinks, and no width is fixed beyond the narrowest phone's.
     """
     assert stages_page.count("<table>") == stages_page.count("<div class=wide><table>") > 3
-    assert ".wide{overflow-x:auto;max-width:100%}" in report.STYLE
-    assert "h1,h2,h3,p,nav{overflow-wrap:anywhere}" in report.STYLE
-    assert "img,svg{max-width:100%" in report.STYLE and "pre{white-space:pre-wrap" in report.STYLE
-    without_limits = re.sub(r"max-width:\d+px|min\(\d+px,100%\)", "", report.STYLE)
+    assert ".wide{overflow-x:auto;max-width:100%}" in report_page.STYLE
+    assert "h1,h2,h3,p,nav{overflow-wrap:anywhere}" in report_page.STYLE
+    assert "img,svg{max-width:100%" in report_page.STYLE and "pre{white-space:pre-wrap" in report_page.STYLE
+    without_limits = re.sub(r"max-width:\d+px|min\(\d+px,100%\)", "", report_page.STYLE)
     widths = [int(width) for width in re.findall(r"width:(\d+)px", without_limits)]
     assert all(width <= 360 - 2 * 12 for width in widths)
 
@@ -210,9 +209,9 @@ def test_200_pictures_of_noise_stay_under_5_mb(tmp_path: Path) -> None:
     predictions = make_predictions(records)
     rows = [make_row(records, predictions, f"stage {i}") for i in range(12)]
     cases = [evaluation.judge(records, predictions)] * len(rows)
-    report.write(tmp_path / "report.html", rows, cases, [], records)
+    report_page.write(tmp_path / "report.html", rows, cases, [], records)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert 170 <= page.count("<img") <= report.PICTURES
+    assert 170 <= page.count("<img") <= report_page.PICTURES
     assert len(page.encode()) < 5e6
     jpeg = base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])
     picture = Image.open(io.BytesIO(jpeg))
@@ -221,25 +220,25 @@ def test_200_pictures_of_noise_stay_under_5_mb(tmp_path: Path) -> None:
 
 def test_texts_that_swell_in_html_and_a_thousand_categories_stay_under_5_mb() -> None:
     """Quotes take six letters each; a breakdown lists the categories of most records."""
-    quotes = len(report.text('"' * 5_000))
-    assert quotes <= 2 * report.LETTERS < len(report.text("ab" * 600)) * 3
+    quotes = len(report_page.text('"' * 5_000))
+    assert quotes <= 2 * report_page.LETTERS < len(report_page.text("ab" * 600)) * 3
     values = {}
     for i in range(1_000):
         values[f"category {i} " + "x" * 2_000] = {"n": i, "mIoU": 0.5, "Pr@0.5": 0.5}
     row = {"stage": "sft", "temperature": 0.0, "blind": False,
            "breakdowns": {"category": values}}
-    section = report.breakdown_section([row])
+    section = report_page.breakdown_section([row])
     assert len(section) < 50_000
     assert "category 999 " in section and "category 10 " not in section
     assert "940 more" in section
 
 
 def test_cases_are_best_median_worst_and_none_twice() -> None:
-    cases = [report.Case(None, None, iou / 10, "") for iou in (3, 9, 1, 5, 7)]
-    chosen = {title: some for title, some in report.choose(cases, 1)}
+    cases = [report_page.Case(None, None, iou / 10, "") for iou in (3, 9, 1, 5, 7)]
+    chosen = {title: some for title, some in report_page.choose(cases, 1)}
     assert chosen == {"Best": [cases[1]], "Median": [cases[3]], "Worst": [cases[2]]}
     everyone = []
-    for _, some in report.choose(cases, 6):
+    for _, some in report_page.choose(cases, 6):
         everyone += [case.iou for case in some]
     assert sorted(everyone) == [0.1, 0.3, 0.5, 0.7, 0.9]
 

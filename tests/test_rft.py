@@ -16,16 +16,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import pictures
-import report
 import reward
 import rft
-import runtime
 from conftest import Run
-from data import UnreadableImage, load, open_image
+from data import load, open_image
 from model import QwenVL
-from processor import Frame, Processor
+from qwen.answer import Frame
+from qwen.processor import Processor
+from readers.base import UnreadableImage
+from report import page, pictures
 from rft import Objective, advantages, policy_loss
+from train import checkpoints, dist
+from train import run as runtime
 
 LogLine = dict[str, Any]
 
@@ -642,7 +644,7 @@ def train_one_step(
             model.zero_grad()
             return 1.0
         monkeypatch.setattr(rft, "grade", grade_by_letters)
-        monkeypatch.setattr(runtime, "update", keep_gradients)
+        monkeypatch.setattr(dist, "update", keep_gradients)
         args = step_flags(**changes)
         records = load("dior", dior_root, "train")
         batch = runtime.batch(records, 0, args.prompts, args.seed)
@@ -973,7 +975,7 @@ def test_a_term_of_ones_own_is_chosen_by_name_and_stands_in_every_log(
         assert "positional" not in line and "positional_alone_advantage" not in line
     for row in read_log(out, "rollouts.jsonl"):
         assert row["reward"][0] < row["reward"][1] and len(row["width"]) == 2
-    names = report.reward_curves(lines)[0]
+    names = page.reward_curves(lines)[0]
     assert names == ("reward", "width", "format", "iou")
     curves = []
     for name in names:
@@ -996,8 +998,8 @@ def test_picture_and_log_come_before_the_checkpoint_and_a_last_gradient_must_be_
     def last_is_nan(model: QwenVL, opt: torch.optim.Optimizer, lr: float) -> float:
         # Only the last of three steps has a learning rate below 7e-5.
         return math.nan if lr < 7e-5 else 1.0
-    monkeypatch.setattr(runtime, "save", check_what_is_there)
-    monkeypatch.setattr(runtime, "update", last_is_nan)
+    monkeypatch.setattr(checkpoints, "save", check_what_is_there)
+    monkeypatch.setattr(dist, "update", last_is_nan)
     with pytest.raises(SystemExit) as leaving:
         run_main(
             monkeypatch, "--data", "dior", "--root", dior_root, "--init", tiny_checkpoint,

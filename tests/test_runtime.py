@@ -18,10 +18,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
-import runtime
-from model import CheckpointError, Config, QwenVL
-from processor import Processor
+from model import Config, QwenVL
+from qwen.hub import CheckpointError
+from qwen.processor import Processor
+from readers import base
+from train import checkpoints, dist
+from train import run as runtime
 
 
 def test_examples_in_docstrings_hold() -> None:
@@ -57,11 +59,11 @@ def test_numbers_that_are_out_of_range_are_no_flags(
 
 def test_learning_rate_by_hand() -> None:
     # 100 steps: warm-up over 3, then a cosine from 1 to 0.1
-    rates = [round(runtime.lr_at(step, 100, 1.0), 4) for step in (0, 1, 2, 3)]
+    rates = [round(dist.lr_at(step, 100, 1.0), 4) for step in (0, 1, 2, 3)]
     assert rates == [0.3333, 0.6667, 1.0, 1.0]
-    assert math.isclose(runtime.lr_at(3 + 97 / 2, 100, 1.0), 0.55)
-    assert math.isclose(runtime.lr_at(99, 100, 1.0), 0.1, abs_tol=1e-3)
-    assert runtime.lr_at(0, 1, 1.0) == 1.0
+    assert math.isclose(dist.lr_at(3 + 97 / 2, 100, 1.0), 0.55)
+    assert math.isclose(dist.lr_at(99, 100, 1.0), 0.1, abs_tol=1e-3)
+    assert dist.lr_at(0, 1, 1.0) == 1.0
 
 
 # ---------------------------------------------------------------- the device
@@ -74,8 +76,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
             (tmp_path / f"nvidia{i}").touch()
         if driver:
             (tmp_path / "version").write_text(driver)
-        monkeypatch.setattr(runtime, "GPU_FILES", tmp_path)
-        monkeypatch.setattr(runtime, "DRIVER_FILE", tmp_path / "version")
+        monkeypatch.setattr(dist, "GPU_FILES", tmp_path)
+        monkeypatch.setattr(dist, "DRIVER_FILE", tmp_path / "version")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return play
@@ -83,15 +85,15 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
 
 def test_the_device_is_cuda_where_torch_can_use_it(machine: Callable[..., None]) -> None:
     machine(gpus=1, usable=True)
-    assert runtime.choose_device(None) == runtime.choose_device("cuda") == "cuda"
-    assert runtime.choose_device("cpu") == "cpu"
+    assert dist.choose_device(None) == dist.choose_device("cuda") == "cuda"
+    assert dist.choose_device("cpu") == "cpu"
 
 
 def test_a_machine_without_a_gpu_computes_on_the_cpu(
         machine: Callable[..., None], capsys: pytest.CaptureFixture) -> None:
     machine()
-    assert runtime.choose_device(None) == "cpu"
-    assert "sees no CUDA device; use" in mistake(capsys, runtime.choose_device, "cuda")
+    assert dist.choose_device(None) == "cpu"
+    assert "sees no CUDA device; use" in mistake(capsys, dist.choose_device, "cuda")
 
 
 def test_a_gpu_that_torch_cant_use_is_not_left_for_the_cpu_unasked(
@@ -99,13 +101,13 @@ def test_a_gpu_that_torch_cant_use_is_not_left_for_the_cpu_unasked(
         monkeypatch: pytest.MonkeyPatch) -> None:
     machine(gpus=2, driver="NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat")
     for asked in (None, "cuda"):
-        line = mistake(capsys, runtime.choose_device, asked)
+        line = mistake(capsys, dist.choose_device, asked)
         assert "NVIDIA driver 535.104.05" in line and torch.__version__ in line
         assert "--device cpu" in line
-    assert runtime.choose_device("cpu") == "cpu"
+    assert dist.choose_device("cpu") == "cpu"
     # Whoever hides the GPUs has asked for the CPU.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert runtime.choose_device(None) == "cpu"
+    assert dist.choose_device(None) == "cpu"
 
 
 # ---------------------------------------------------------------- data order, micro-batches, log
@@ -115,9 +117,9 @@ def test_a_budget_counts_the_patches_that_a_trained_tower_keeps(tiny_checkpoint:
     processor = Processor.from_pretrained(tiny_checkpoint)
     prompt = processor(Image.new("RGB", (112, 84)), "the ship")     # 8 x 6 patches
     tokens = len(prompt.input_ids) + 100
-    assert runtime.memory_tokens(model, prompt, 100) == tokens + round(0.43 * 48)
+    assert dist.memory_tokens(model, prompt, 100) == tokens + round(0.43 * 48)
     model.visual.requires_grad_(False)
-    assert runtime.memory_tokens(model, prompt, 100) == tokens
+    assert dist.memory_tokens(model, prompt, 100) == tokens
 
 
 def test_every_epoch_has_each_record_once_in_an_order_of_its_own() -> None:
@@ -133,26 +135,26 @@ def test_every_epoch_has_each_record_once_in_an_order_of_its_own() -> None:
 def test_micro_batches_keep_within_the_budget_and_leave_nothing_out() -> None:
     tokens = [5, 1, 9, 2, 2, 30, 4, 4]
     for budget in (1, 9, 12, 40, 100):
-        slices = runtime.micro_batches(tokens, budget)
+        slices = dist.micro_batches(tokens, budget)
         places = []
         for s in slices:
             places += range(s.start, s.stop)
             assert sum(tokens[s]) <= budget or s.stop - s.start == 1
         assert places == list(range(len(tokens)))
-    assert len(runtime.micro_batches(tokens, 1)) == 8
-    assert len(runtime.micro_batches(tokens, 100)) == 1
+    assert len(dist.micro_batches(tokens, 1)) == 8
+    assert len(dist.micro_batches(tokens, 100)) == 1
 
 
 def test_steps_made_ahead_are_those_made_here_and_a_bad_image_is_said_in_one_line() -> None:
     def make(step: int) -> tuple[torch.Tensor, dict]:
         if step == 7:
-            raise data.DataError("scene.jpg: unreadable")
+            raise base.DataError("scene.jpg: unreadable")
         return torch.full((3,), step), {"step": step}
     for workers in (0, 2):
         made = list(runtime.prefetch(make, range(2, 7), workers))
         assert [x.tolist() for x, _ in made] == [[step] * 3 for step in range(2, 7)]
         assert [line["step"] for _, line in made] == list(range(2, 7))
-        with pytest.raises(data.DataError, match=r"^scene\.jpg: unreadable$"):
+        with pytest.raises(base.DataError, match=r"^scene\.jpg: unreadable$"):
             list(runtime.prefetch(make, range(5, 9), workers))
 
 
@@ -168,7 +170,7 @@ def test_a_log_is_cut_behind_the_step_that_a_run_goes_on_from(tmp_path: Path) ->
         assert lines == [{"step": 1}, {"step": 2}]
     # No crash leaves this.
     path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
-    with pytest.raises(data.DataError, match="metrics.jsonl, line 2"):
+    with pytest.raises(base.DataError, match="metrics.jsonl, line 2"):
         runtime.cut_log(path, 2)
 
 
@@ -182,13 +184,13 @@ def test_a_stage_needs_a_record_and_says_what_was_refused(
         (tmp_path / name).write_text(json.dumps(line))
     none_refused = (r"no record of synth:0.00001 sft to train on; "
                     r"none was refused; is its share too small\?")
-    with pytest.raises(data.DataError, match=none_refused):
+    with pytest.raises(base.DataError, match=none_refused):
         runtime.load_records(args("synth:0.00001"), "sft")
     write("train.jsonl", id="1", image="none.png")
     write("val.jsonl", id="2", image="none.png")
     all_refused = (r"to train on; 1 of 1 records are refused \(missing image: 1\); "
                    r"python data.py jsonl")
-    with pytest.raises(data.DataError, match=all_refused):
+    with pytest.raises(base.DataError, match=all_refused):
         runtime.load_records(args("jsonl", tmp_path), "train")
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
     write("train.jsonl", id="1", image="one.png")
@@ -208,12 +210,12 @@ def test_clipping_and_a_gradient_that_is_not_finite() -> None:
     opt = torch.optim.SGD(layer.parameters(), lr=0.0)
     before = layer.weight.detach().clone()
     layer.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert runtime.update(layer, opt, lr=1.0) == 5.0
+    assert dist.update(layer, opt, lr=1.0) == 5.0
     assert torch.allclose(before - layer.weight, torch.tensor([[0.6, 0.8]]), atol=1e-5)
     assert layer.weight.grad is None
     before = layer.weight.detach().clone()
     layer.weight.grad = torch.tensor([[torch.nan, 1.0]])
-    assert math.isnan(runtime.update(layer, opt, lr=1.0))
+    assert math.isnan(dist.update(layer, opt, lr=1.0))
     assert torch.equal(layer.weight, before)
 
 
@@ -250,11 +252,11 @@ def saved(
     """A stage's folder with the checkpoints of two steps, and what they were made of."""
     model = QwenVL.from_pretrained(tiny_checkpoint, dtype=None)
     processor = Processor.from_pretrained(tiny_checkpoint)
-    opt = runtime.optimizer(model, 1e-3)
+    opt = dist.optimizer(model, 1e-3)
     sum(p.square().sum() for p in model.parameters()).backward()
-    runtime.update(model, opt, 1e-3)
+    dist.update(model, opt, 1e-3)
     for step in (1, 2):
-        assert runtime.save(tmp_path / "out", step, model, opt, processor, RUN)
+        assert checkpoints.save(tmp_path / "out", step, model, opt, processor, RUN)
     return tmp_path / "out", model, opt
 
 
@@ -271,8 +273,8 @@ def test_a_step_holds_all_that_is_needed_and_latest_names_the_newest(
         assert torch.equal(a, b)
 
     restored = QwenVL.from_pretrained(tiny_checkpoint, dtype=None)
-    restored_opt = runtime.optimizer(restored, 1e-3)
-    assert runtime.restore(out, restored, restored_opt) == 2
+    restored_opt = dist.optimizer(restored, 1e-3)
+    assert checkpoints.restore(out, restored, restored_opt) == 2
     for a, b in zip(restored.parameters(), model.parameters()):
         assert torch.equal(a, b)
         for kind in ("step", "exp_avg", "exp_avg_sq"):
@@ -315,15 +317,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
         saved: tuple, capsys: pytest.CaptureFixture, words: str) -> None:
     out, model, opt = saved
     DAMAGES[words](out / "step_000002")
-    assert runtime.read_run(out)["step"] in (1, 2)
-    assert runtime.restore(out, model, opt) == 1
+    assert checkpoints.read_run(out)["step"] in (1, 2)
+    assert checkpoints.restore(out, model, opt) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and words in lines[0] and "going on from step_000001" in lines[0]
     assert (out / "latest").resolve().name == "step_000001"
     # Where it is the last one, there is nothing to go on from.
     cut_state(out / "step_000001")
     with pytest.raises(CheckpointError, match="step_000001.*bytes, but had.*start anew"):
-        runtime.restore(out, model, opt)
+        checkpoints.restore(out, model, opt)
 
 
 def test_a_state_without_a_manifest_that_is_cut_off_is_refused_by_name(saved: tuple) -> None:
@@ -335,13 +337,13 @@ def test_a_state_without_a_manifest_that_is_cut_off_is_refused_by_name(saved: tu
         file.write_bytes(file.read_bytes()[:size])
         with pytest.raises(CheckpointError, match=(
                 r"rank_00000_of_00001.safetensors: .*latest at an earlier step")):
-            runtime.restore(out, model, opt)
+            checkpoints.restore(out, model, opt)
 
 
 def test_a_state_of_another_model_is_refused(saved: tuple) -> None:
     out, _, opt = saved
     with pytest.raises(CheckpointError, match="weight does not fit this model; resume with the"):
-        runtime.restore(out, torch.nn.Linear(2, 1), opt)
+        checkpoints.restore(out, torch.nn.Linear(2, 1), opt)
 
 
 def test_an_interrupted_save_leaves_the_last_checkpoint_standing(
@@ -352,12 +354,12 @@ def test_an_interrupted_save_leaves_the_last_checkpoint_standing(
     processor = Processor.from_pretrained(out)
     monkeypatch.setattr(type(model), "save_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        runtime.save(out, 3, model, opt, processor, {})
+        checkpoints.save(out, 3, model, opt, processor, {})
     monkeypatch.undo()
     assert (out / "latest").resolve().name == "step_000002"
     assert not (out / "step_000003").exists()
     # What is left over is in nobody's way.
-    runtime.save(out, 3, model, opt, processor, {})
+    checkpoints.save(out, 3, model, opt, processor, {})
     assert (out / "latest").resolve().name == "step_000003"
 
 
@@ -378,29 +380,29 @@ def test_the_newest_states_and_the_best_weights_stay(
     scores = {1: 0.2, 2: 0.7, 3: None, 4: 0.7, 5: 0.1}
     for step, score in scores.items():
         run = RUN if score is None else {**RUN, "val_mIoU": score}
-        assert runtime.save(out, step, model, opt, processor, run)
-        runtime.prune(out, 9, None)
+        assert checkpoints.save(out, step, model, opt, processor, run)
+        checkpoints.prune(out, 9, None)
     shutil.copytree(out / "step_000005", out / "step_000010")
-    runtime.prune(out, keep, keep_weights)
+    checkpoints.prune(out, keep, keep_weights)
     left = [p for p in sorted(out.glob("step_*")) if p.name != "step_000010"]
-    assert [runtime.step_number(p) for p in left] == weights
-    assert [runtime.step_number(p) for p in left if (p / "state").exists()] == states
+    assert [checkpoints.step_number(p) for p in left] == weights
+    assert [checkpoints.step_number(p) for p in left if (p / "state").exists()] == states
     assert (out / "best").resolve().name == "step_000002"
     assert QwenVL.from_pretrained(out / "best").device.type == "cpu"
     assert not list(out.glob(".*")) and (out / "step_000010" / "state").exists()
-    assert runtime.restore(out, model, opt) == 5
+    assert checkpoints.restore(out, model, opt) == 5
 
 
 def test_a_checkpoint_that_has_no_room_is_not_begun_and_the_last_one_stands(
         saved: tuple, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     out, model, opt = saved
     processor = Processor.from_pretrained(out)
-    needed = runtime.checkpoint_bytes(model)
+    needed = checkpoints.checkpoint_bytes(model)
     written = sum(p.stat().st_size for p in (out / "latest/").rglob("*") if p.is_file())
-    assert written < needed < written + 2 * runtime.SMALL_FILES
+    assert written < needed < written + 2 * checkpoints.SMALL_FILES
     for free, stands in ((needed - 1, False), (needed, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-        assert runtime.save(out, 3, model, opt, processor, RUN) == stands
+        assert checkpoints.save(out, 3, model, opt, processor, RUN) == stands
         assert (out / "step_000003").exists() == stands and not list(out.glob(".*"))
         said = capsys.readouterr().err.splitlines()
         assert len(said) == (not stands)
@@ -427,13 +429,13 @@ def test_saving_holds_a_piece_of_a_tensor_and_no_copy_of_the_model(
     for vocab in (10_000, 327_680):
         (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": vocab}))
         model = QwenVL(Config.from_json(tmp_path / "config.json")).double()
-        opt = runtime.optimizer(model, 1e-3)
+        opt = dist.optimizer(model, 1e-3)
         for p in model.parameters():
             opt.state[p] = {"step": torch.tensor(1.0), "exp_avg": p, "exp_avg_sq": p}
         Path("/proc/self/clear_refs").write_text("5")
         held = peak_kib()
         model.save_pretrained(tmp_path)
-        runtime.save_state(tmp_path / "state", 1, model, opt)
+        checkpoints.save_state(tmp_path / "state", 1, model, opt)
     assert (tmp_path / "model.safetensors").stat().st_size > 40 * 2 ** 20
     assert peak_kib() - held < 36 * 2 ** 10
 
@@ -446,10 +448,10 @@ def test_weights_are_saved_in_the_checkpoints_own_dtype_and_masters_in_float32(
     for name in ("tokenizer.json", "preprocessor_config.json"):
         (tmp_path / "half" / name).write_bytes((tiny_checkpoint / name).read_bytes())
     model = QwenVL.from_pretrained(tmp_path / "half", dtype=None)
-    model = runtime.prepare(model, torch.device("cpu"))
+    model = dist.prepare(model, torch.device("cpu"))
     assert all(p.dtype == torch.float32 for p in model.parameters())
     processor = Processor.from_pretrained(tmp_path / "half")
-    runtime.save(tmp_path / "out", 1, model, runtime.optimizer(model, 1e-3), processor, {})
+    checkpoints.save(tmp_path / "out", 1, model, dist.optimizer(model, 1e-3), processor, {})
     step = tmp_path / "out" / "latest"
     weights = load_file(step / "model.safetensors")
     assert {x.dtype for x in weights.values()} == {torch.bfloat16}
@@ -464,12 +466,12 @@ def test_an_output_that_cant_be_written_to_is_refused_before_anything_is_loaded(
     if sys.platform == "linux":
         folders.append(Path("/proc/here"))
     for folder in folders:
-        for words in (mistake(capsys, runtime.check_output, folder, False),
-                      mistake(capsys, runtime.writable, folder)):
+        for words in (mistake(capsys, checkpoints.check_output, folder, False),
+                      mistake(capsys, dist.writable, folder)):
             assert f"nothing can be written to {folder} (" in words and "--out" in words
     nested = tmp_path / "a" / "b"
-    assert runtime.writable(nested) == nested and not list(nested.iterdir())
-    runtime.check_output(nested, False)                              # an empty folder is a new one
+    assert dist.writable(nested) == nested and not list(nested.iterdir())
+    checkpoints.check_output(nested, False)                              # an empty folder is a new one
 
 
 # ---------------------------------------------------------------- flags of a resumed run
@@ -491,8 +493,8 @@ def run_folder(saved: tuple, monkeypatch: pytest.MonkeyPatch) -> Path:
     out, model, opt = saved
     args = parse(monkeypatch, "--out", out, "--data", "dior", "--lr", 1e-4, "--init", "toy/base",
                  "--steps", 4, "--freeze-vision")
-    run = runtime.run_description(args, "sft", data.Records([], {}))
-    assert runtime.save(out, 2, model, opt, Processor.from_pretrained(out), run)
+    run = runtime.run_description(args, "sft", base.Records([], {}))
+    assert checkpoints.save(out, 2, model, opt, Processor.from_pretrained(out), run)
     return out
 
 
@@ -521,8 +523,8 @@ def test_a_resume_goes_on_with_no_other_stage_data_or_folder(
         return parse(monkeypatch, "--out", run_folder, "--resume")
     latest = run_folder / "latest"
     file = latest / "run.json"
-    record = data.Record("1", "", "x", (0, 0, 1, 1), "", (9, 9))
-    other_records = data.Records([record], {})
+    record = base.Record("1", "", "x", (0, 0, 1, 1), "", (9, 9))
+    other_records = base.Records([record], {})
     monkeypatch.setattr(runtime, "load", lambda name, root, split: other_records)
     words = mistake(capsys, runtime.load_records, resume(), "sft")
     assert "the records of dior sft are not those of the run" in words
@@ -551,15 +553,15 @@ def test_a_resume_goes_on_with_no_other_stage_data_or_folder(
 GATHERED = """
 import functools, sys, torch
 sys.path[:0] = [{root!r}]
-import runtime
-from generate import generate
+from train import dist, run as runtime
+from qwen.generate import generate
 from model import QwenVL
-from processor import Prompt, Pixels
+from qwen.processor import Prompt, Pixels
 
 path, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-device = runtime.start("cpu")
+device = dist.start("cpu")
 plain = QwenVL.from_pretrained(path, dtype)
-model = runtime.prepare(
+model = dist.prepare(
     QwenVL.from_pretrained(path, torch.float32), device, gradient_checkpointing=True,
     compute_dtype=dtype)
 torch.manual_seed(0)
@@ -568,9 +570,9 @@ ids = torch.tensor([5, 6, *[model.config.image_id] * 4, 7])
 prompts = [Prompt(ids, pixels, torch.tensor([[1, 4, 4]]), None)]
 plain.stop_ids = model.stop_ids = (270,)
 sample = functools.partial(
-    generate, prompts=prompts, group=2, max_new_tokens=8 + 16 * runtime.rank(), temperature=1.0,
-    seeds=torch.tensor([runtime.rank()]))
-with runtime.gathered(model) as whole:
+    generate, prompts=prompts, group=2, max_new_tokens=8 + 16 * dist.rank(), temperature=1.0,
+    seeds=torch.tensor([dist.rank()]))
+with dist.gathered(model) as whole:
     assert type(whole) is QwenVL and whole is not model
     for module in whole.modules():
         assert not module._forward_pre_hooks and not module._forward_hooks
@@ -587,7 +589,7 @@ want = sample(plain)
 assert torch.equal(got[0], want[0]) and torch.equal(got[2], want[2])
 atol = 0.05 if dtype == torch.bfloat16 else 1e-5
 torch.testing.assert_close(got[1], want[1], rtol=0, atol=atol)
-assert got[2].min() == 8 + 16 * runtime.rank()
+assert got[2].min() == 8 + 16 * dist.rank()
 assert model.lm_head.weight.shape == plain.lm_head.weight.shape
 logp, _ = model.score(prompts, [[*got[0][0, :, :8]]])
 logp.sum().backward()
@@ -608,12 +610,12 @@ def test_a_gathered_model_samples_without_hooks_and_without_the_other_process(
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].roll(1, 0)
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     script = tmp_path / "script.py"
-    script.write_text(GATHERED.format(root=str(Path(runtime.__file__).parent)))
+    script.write_text(GATHERED.format(root=str(Path(runtime.__file__).parents[1])))
     done = run(script, path, dtype, processes=2)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_model_that_is_not_sharded_is_gathered_as_it_is(tiny_checkpoint: Path) -> None:
-    model = runtime.prepare(QwenVL.from_pretrained(tiny_checkpoint), torch.device("cpu"))
-    with runtime.gathered(model) as whole:
+    model = dist.prepare(QwenVL.from_pretrained(tiny_checkpoint), torch.device("cpu"))
+    with dist.gathered(model) as whole:
         assert whole is model

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import runtime
 import sft
 from conftest import Run
-from model import CheckpointError, QwenVL
-from processor import Processor, prompt_hash
+from model import QwenVL
+from qwen.hub import CheckpointError
+from qwen.processor import Processor, prompt_hash
 from sft import Example
+from train import checkpoints, dist
+from train import run as runtime
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def gradient(
         gradients.update({n: p.grad.clone() for n, p in model.named_parameters()})
         model.zero_grad()
         return 1.0
-    monkeypatch.setattr(runtime, "update", keep_gradient)
+    monkeypatch.setattr(dist, "update", keep_gradient)
     line = sft.train_step(model, None, examples, settings(micro_tokens=micro_tokens), 0)
     return line, gradients
 
@@ -106,7 +108,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(
 
 def test_one_batch_is_learned_by_heart(parts: tuple) -> None:
     model, examples = parts
-    opt = runtime.optimizer(model, 3e-3)
+    opt = dist.optimizer(model, 3e-3)
     lines = [sft.train_step(model, opt, examples, settings(), step) for step in range(100)]
     assert lines[0]["loss"] > 3 and lines[-1]["loss"] < 0.01
 
@@ -116,7 +118,7 @@ def test_one_small_step_changes_the_float32_master(parts: tuple) -> None:
     model, examples = parts
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     sft.train_step(
-        model, runtime.optimizer(model, 1e-6), examples, settings(lr=1e-6, steps=10), 5)
+        model, dist.optimizer(model, 1e-6), examples, settings(lr=1e-6, steps=10), 5)
     changed_in_bfloat16 = 0
     for name, p in model.named_parameters():
         assert 0 < (p.detach() - before[name]).abs().max() < 5e-6, name
@@ -259,16 +261,16 @@ def test_a_last_step_whose_gradient_is_not_finite_is_no_success(
 
 def test_a_crash_between_checkpoint_and_log_loses_no_line(
         monkeypatch: pytest.MonkeyPatch, set_flags: Callable, tmp_path: Path) -> None:
-    save = runtime.save
+    save = checkpoints.save
 
     def save_and_die(*args: Any) -> None:
         save(*args)
         raise KeyboardInterrupt
-    monkeypatch.setattr(runtime, "save", save_and_die)
+    monkeypatch.setattr(checkpoints, "save", save_and_die)
     set_flags(tmp_path / "out", "--steps", 4)
     with pytest.raises(KeyboardInterrupt):
         sft.main()
-    monkeypatch.setattr(runtime, "save", save)
+    monkeypatch.setattr(checkpoints, "save", save)
     set_flags(tmp_path / "out", "--resume")
     sft.main()
     lines = [(line["step"], "val_mIoU" in line) for line in read_log(tmp_path / "out")]

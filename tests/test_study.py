@@ -15,12 +15,13 @@ import torch
 from PIL import Image, ImageFont
 
 import eval as evaluation
-import metrics
 import rft
 from conftest import Run
-from data import Record, load, open_image
+from data import load, open_image
 from model import QwenVL
-from processor import Processor
+from qwen.processor import Processor
+from readers.base import Record
+from report import metrics
 from study import coarse, figure, gradient, paper, payoff, study
 from toy import scenes
 

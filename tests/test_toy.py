@@ -20,13 +20,13 @@ import pytest
 import torch
 
 import data
-import runtime
-from answer import PROMPT, format_ok, parse_box
 from conftest import Run
 from model import QwenVL
-from processor import Processor
+from qwen.answer import PROMPT, format_ok, parse_box
+from qwen.processor import Processor
 from toy import pretrain, scenes
 from toy.scenes import CATEGORIES, COLORS, SMALL, SPLITS, Object, Split, make_scene
+from train import run as runtime
 
 ROOT = Path(__file__).parents[1]
 

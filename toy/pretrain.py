@@ -49,16 +49,20 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cot  # noqa: E402
 import eval as evaluation  # noqa: E402
-import metrics  # noqa: E402
 import reward  # noqa: E402
-import runtime  # noqa: E402
-from answer import PROMPT, write  # noqa: E402
-from attention import Plan  # noqa: E402
-from data import Record, Records, load  # noqa: E402
-from generate import generate  # noqa: E402
-from model import Config, QwenVL, folder, read_token_ids  # noqa: E402
-from processor import WORDS, Frame, Processor, Prompt  # noqa: E402
+from data import load  # noqa: E402
+from model import Config, QwenVL  # noqa: E402
+from qwen.answer import PROMPT, Frame, write  # noqa: E402
+from qwen.attention import Plan  # noqa: E402
+from qwen.generate import generate  # noqa: E402
+from qwen.hub import folder, read_token_ids  # noqa: E402
+from qwen.processor import WORDS, Processor, Prompt  # noqa: E402
+from readers.base import Record, Records  # noqa: E402
+from report import metrics  # noqa: E402
+from report import predictions as answers  # noqa: E402
 from toy import scenes  # noqa: E402
+from train import dist  # noqa: E402
+from train import run as runtime  # noqa: E402
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -588,7 +592,7 @@ def train(model: QwenVL, processor: Processor, args: argparse.Namespace, out: Pa
     steps = range(first, args.steps)
     with tqdm(steps, initial=first, total=args.steps, desc="pretrain") as bar:
         for step in bar:
-            lr = runtime.lr_at(step, args.steps, args.lr)
+            lr = dist.lr_at(step, args.steps, args.lr)
             batch = make_batch(step, processor, model.config.vocab, args)
             line = {"step": step + 1, **pretraining.train_step(batch, lr)}
             if step + 1 == args.warm:
@@ -698,11 +702,11 @@ def zero_shot_scores(model: QwenVL, processor: Processor, n: int = 500) -> dict[
     zero_shot_mIoU, zero_shot_Pr50, no_box: of greedy answers. pass_8: the chance that the best
     of eight sampled at T=1 has IoU above 0.5. asked: how many there were."""
     records = load("synth", None, "val")[:n]
-    greedy = evaluation.Sampling(max_new_tokens=MAX_NEW_TOKENS)
+    greedy = answers.Sampling(max_new_tokens=MAX_NEW_TOKENS)
     row = evaluation.score(records, evaluation.evaluate(model, processor, records, greedy))
     sampling = replace(greedy, temperature=1.0, samples=SAMPLES)
     predictions = evaluation.evaluate(model, processor, records, sampling)
-    boxes = evaluation.sampled_boxes(records, predictions)               # (N, samples, 4)
+    boxes = answers.sampled_boxes(records, predictions)               # (N, samples, 4)
     sampled = metrics.sampled(boxes, *metrics.targets(records), inclusive=False)
     return {"zero_shot_mIoU": row["mIoU"], "zero_shot_Pr50": row["Pr@0.5"],
             "no_box": evaluation.failed_share(row), "asked": len(records),
@@ -771,9 +775,9 @@ def main() -> None:
     args = flags().parse_args()
     out = Path(args.out)
     if (out / "model.safetensors").exists():
-        runtime.fail(f"{out} already holds a model; remove it, or name another --out")
+        dist.fail(f"{out} already holds a model; remove it, or name another --out")
     if args.resume and not (out / "state.pt").exists():
-        runtime.fail(f"no state.pt in {out} to resume from; begin without --resume")
+        dist.fail(f"no state.pt in {out} to resume from; begin without --resume")
     init = folder(args.init) if args.init else None
     if not args.resume:
         shutil.rmtree(out, ignore_errors=True)

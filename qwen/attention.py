@@ -64,10 +64,8 @@ from torch import Tensor
 
 Rows = slice | Tensor             # rows of a packed tensor: a slice, or an index (rows,)
 LayerKV = tuple[Tensor, Tensor]   # keys and values of one layer, each (N, KV, hd)
-
 # On a CPU the cache's own tokens are read in buckets of this many: less is read in vain.
 CPU_BUCKET = 8
-
 # Where the variable-length kernel is: on CUDA, and as shapes alone on the meta device, so that
 # memory.py counts what it takes.
 KERNEL_DEVICES = ("cuda", "meta")

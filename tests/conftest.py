@@ -23,11 +23,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import distributed as dist
 from torch import nn
 
-from answer import THINK
-from model import FAMILIES, Config, QwenVL
-from processor import WORDS
+from model import Config, QwenVL
+from qwen.answer import THINK
+from qwen.hub import FAMILIES
+from qwen.processor import WORDS
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 Run = Callable[..., subprocess.CompletedProcess]
 PROCESSORS = {
     "Qwen2-VL": "Qwen2VLProcessor", "Qwen2.5-VL": "Qwen2_5_VLProcessor",
@@ -259,8 +260,13 @@ def do(job: dict[str, Any]) -> None:
     sys.path[0] = str(script.parent)
     if job["spoil"]:
         stage = importlib.import_module(script.stem)
-        runtime, data = map(importlib.import_module, ("runtime", "data"))
-        exec(job["spoil"], {"stage": stage, "runtime": runtime, "data": data})
+        names = {
+            "stage": "", "runtime": "train.run", "dist": "train.dist",
+            "checkpoints": "train.checkpoints", "base": "readers.base"}
+        modules = {name: importlib.import_module(path or script.stem)
+                   for name, path in names.items()}
+        exec(job["spoil"], modules)
+        runtime = modules["runtime"]
         runtime.main(stage.main, farewells=True)
     runpy.run_path(job["script"], run_name="__main__")
     sys.exit()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import reward
-from data import Record
+from readers.base import Record
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 VRSBENCH_THRESHOLDS = (0.5, 0.7)

@@ -11,13 +11,10 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
-
-if TYPE_CHECKING:
-    from processor import Frame
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 Box = tuple[float, float, float, float]
-
 THINK = ("<think>", "</think>")
 ANSWER = ("<answer>", "</answer>")
 TAGS = (*THINK, *ANSWER)
@@ -214,3 +211,41 @@ def locate(box: Sequence[float] | None, frame: "Frame") -> Box | None:
     None where nothing of it lies in the image.
     """
     return box and clamp_box(frame.to_image(box), frame.original)
+
+
+# ---------------------------------------------------------------- coordinates
+
+@dataclass(frozen=True)
+class Frame:
+    """How a model's coordinates relate to an image.
+
+    Qwen2.5-VL answers in pixels of the resized image ("absolute"), Qwen2-VL and Qwen3-VL in
+    thousandths of its sides ("1000").
+    """
+
+    original: tuple[int, int]     # (width, height)
+    resized: tuple[int, int]
+    convention: str
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The coordinate of the right and of the lower edge in the model's frame."""
+        return self.resized if self.convention == "absolute" else (1000, 1000)
+
+    def to_model(self, box: Sequence[float]) -> Box:
+        """Original pixels -> the model's coordinates, float."""
+        return tuple(v * self.extent[i % 2] / self.original[i % 2] for i, v in enumerate(box))
+
+    def to_image(self, box: Sequence[float]) -> Box:
+        """The model's coordinates -> original pixels, float."""
+        return tuple(v * self.original[i % 2] / self.extent[i % 2] for i, v in enumerate(box))
+
+
+def to_model_frame(box: Sequence[float], frame: Frame) -> Box:
+    """`Frame.to_model` as a function: original pixels -> the model's coordinates, float."""
+    return frame.to_model(box)
+
+
+def to_image_frame(box: Sequence[float], frame: Frame) -> Box:
+    """`Frame.to_image` as a function: the model's coordinates -> original pixels, float."""
+    return frame.to_image(box)

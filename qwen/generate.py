@@ -12,16 +12,13 @@ rollouts leave the batch: Q', G' and R' are what is left of them.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from attention import Cache, sent
-
-if TYPE_CHECKING:
-    from model import QwenVL
-    from processor import Prompt
+from model import QwenVL
+from qwen.attention import Cache, sent
+from qwen.processor import Prompt
 
 # Tokens between looks at who has finished: each look waits for the device.
 CHECK_EVERY = 8
@@ -39,7 +36,7 @@ class Graph:
     for each batch size. One is kept at a time: a batch never grows again, the next call has
     another cache, and weights that are gathered once more lie elsewhere."""
 
-    def __init__(self, model: "QwenVL", cache: Cache) -> None:
+    def __init__(self, model: QwenVL, cache: Cache) -> None:
         self.model = model
         self.cache = cache
         self.tokens = torch.empty(0)
@@ -115,7 +112,7 @@ class Results:
 
 @torch.no_grad()
 def generate(
-        model: "QwenVL", prompts: "Sequence[Prompt]", group: int, max_new_tokens: int,
+        model: QwenVL, prompts: Sequence[Prompt], group: int, max_new_tokens: int,
         temperature: float, seeds: Tensor,
         cuda_graphs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """prompts: Q of Prompt, group: rollouts G of each, temperature 0 is greedy, seeds (Q,) long
@@ -179,7 +176,7 @@ def start_results(rollouts: int, max_new_tokens: int, device: torch.device) -> R
 
 
 def decoder(
-        model: "QwenVL", cache: Cache, cuda_graphs: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        model: QwenVL, cache: Cache, cuda_graphs: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """A function of tokens (R',) and positions (R',): one step of the model -> logits (R', V)."""
     if cuda_graphs:
         return Graph(model, cache)

@@ -7,7 +7,7 @@
 # it has. SHAPE=tiny LARGER=tiny DEVICE=cpu tries the script on any machine; LIMIT is a part's
 # seconds.
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 out=${OUT:-gpu} device=${DEVICE:-cuda} shape=${SHAPE:-3b} limit=${LIMIT:-570}
 mkdir -p "$out"
 
@@ -24,7 +24,7 @@ limited() {
 }
 
 bench() {
-  limited python bench.py --device "$device" "$@"
+  limited python -m tools.bench --device "$device" "$@"
 }
 
 # Loading, prefill and decoding beside transformers at 64 rollouts, and the image pipeline.

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import generate
-import lora
-import runtime
-from answer import PROMPT
-from data import Record
-from model import ADAPTER_CONFIG, Config, QwenVL, base_folder, folder
-from processor import Pixels, Processor, Prompt, smart_resize
+from model import Config, QwenVL
+from qwen import generate, lora
+from qwen.answer import PROMPT
+from qwen.hub import ADAPTER_CONFIG, base_folder, folder
+from qwen.processor import Pixels, Processor, Prompt, smart_resize
+from readers.base import Record
+from train import checkpoints, dist
+from train import run as runtime
 
 GIB = 2 ** 30
 # CUDA's own share of a GPU and what the allocator can't hand out: libraries, NCCL's buffers,
@@ -173,7 +174,7 @@ def share(
 
 def costliest_update(model: QwenVL, step: Pass, groups: int, budget: int) -> Pass:
     """The micro-batch of such groups, of which an optimizer step has so many, that keeps most."""
-    prompt = runtime.memory_tokens(model, step.prompt, 0)
+    prompt = dist.memory_tokens(model, step.prompt, 0)
     fit = max(1, budget // (prompt + step.rollouts * step.tokens))
     if fit >= groups:
         return replace(step, groups=groups)
@@ -382,7 +383,7 @@ def planned_model(init: Path, args: argparse.Namespace) -> QwenVL:
         for layer in lora.adapted(model).values():
             layer.start_A = layer.lora_A.detach()
             layer.start_B = layer.lora_B.detach()
-    runtime.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
+    dist.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
     return model.to(torch.bfloat16)
 
 
@@ -407,7 +408,7 @@ def show(args: argparse.Namespace, step_size: StepSize, split: str) -> None:
         step = run.step
     share_out = args.gpus * step.updates
     if step.groups % share_out:
-        runtime.fail(f"{step.groups} records a step can't be shared out among --gpus {args.gpus}"
+        dist.fail(f"{step.groups} records a step can't be shared out among --gpus {args.gpus}"
                      f"{' and the minibatches' if step.updates > 1 else ''}; take a multiple of "
                      f"{share_out}")
     check(args, step, longest, args.gpus, args.memory * GIB)
@@ -435,7 +436,7 @@ def check_gpu(args: argparse.Namespace, run: Run, device: torch.device) -> None:
     """Before a run on GPUs: the same table for what is there, and the same refusal."""
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
-        check(args, run.step, run.longest, runtime.world(), available)
+        check(args, run.step, run.longest, dist.world(), available)
 
 
 def try_out(
@@ -443,7 +444,7 @@ def try_out(
         args: argparse.Namespace) -> None:
     """Before step 1 on GPUs: the costliest passes that the run may meet (`dry_step`)."""
     if model.device.type == "cuda":
-        work = share(model, run.longest, run.step, args, runtime.world())
+        work = share(model, run.longest, run.step, args, dist.world())
         dry_step(model, opt, reference, work)
 
 
@@ -456,21 +457,21 @@ def dry_step(
     begins with. One line and exit status 2 where memory runs out.
     """
     try:
-        runtime.fill_moments(model, opt)
+        checkpoints.fill_moments(model, opt)
         for batch in (work.sampling, work.validation):
             if batch is not None:
-                with runtime.gathered(model) as sampler:
+                with dist.gathered(model) as sampler:
                     sampling_pass(sampler, batch)
         # The second finds the gradients of the first in its way, as in a step of several passes.
         for _ in range(2):
             update_pass(model, reference, work.update)
     except torch.OutOfMemoryError as error:
-        runtime.fail(
+        dist.fail(
             f"a step of the longest prompt and completions runs out of memory ({error}); lower "
             "--micro-tokens or --max-pixels, or see what --plan says of other flags")
     model.zero_grad(set_to_none=True)
-    if runtime.rank() == 0:
-        print(f"the costliest passes fit: {runtime.peak_memory(model):.2f} GiB at most",
+    if dist.rank() == 0:
+        print(f"the costliest passes fit: {dist.peak_memory(model):.2f} GiB at most",
               flush=True)
 
 
@@ -479,7 +480,7 @@ def check(
 ) -> None:
     """Prints the table; one line that names flags which help where a GPU has less."""
     plan = plan_of(args, step, longest, gpus)
-    if runtime.rank() == 0:
+    if dist.rank() == 0:
         print(table(plan, gpus, available), flush=True)
     if plan.peak <= available:
         return
@@ -499,13 +500,13 @@ def check(
     if peak > available:
         helps = peak < plan.peak
         least = f"{peak / GIB:.1f} with {as_flags(remedies)}; " if helps else ""
-        runtime.fail(f"{needs}; {least}take more GPUs, or smaller images by --max-pixels")
+        dist.fail(f"{needs}; {least}take more GPUs, or smaller images by --max-pixels")
     # Of two that were taken the later may do alone. What changes the result goes first.
     for name in ("beta", "val", "micro_tokens", "gradient_checkpointing"):
         others = [other for other in taken if other != name]
         if name in taken and others and peak_with(others) <= available:
             taken = others
-    runtime.fail(
+    dist.fail(
         f"{needs}; with {as_flags({name: remedies[name] for name in taken})} it needs "
         f"{peak_with(taken) / GIB:.1f}")
 

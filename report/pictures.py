@@ -9,18 +9,15 @@ import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from report.predictions import Box
+from train.dist import T
 
-T = TypeVar("T")
-Box = Sequence[float]
 Colour = str | tuple[int, int, int]
 Point = tuple[float, float]
-
 CURVE_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 CURVE_POINTS = 300                # of a curve at most; more can't be told apart
 GAP = 8                           # pixels between the pictures of a sheet

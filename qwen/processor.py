@@ -18,27 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from answer import PROMPT, TAGS, Box
-from data import ASPECT, DataError, read_json
-from images import rgb
-from model import (
-    CheckpointError,
-    base_folder,
-    newest_step,
-    read_added_tokens,
-    token_ids,
-)
+from qwen.answer import PROMPT, TAGS, Frame
+from qwen.hub import CheckpointError, base_folder, newest_step, read_added_tokens, token_ids
+from readers.base import ASPECT, DataError, read_json
+from readers.images import rgb
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 # A family's name, the convention of its coordinates, the system turn of its chat template (None:
@@ -62,44 +48,6 @@ IMAGE_SETTINGS = {
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-
-# ---------------------------------------------------------------- coordinates
-
-@dataclass(frozen=True)
-class Frame:
-    """How a model's coordinates relate to an image.
-
-    Qwen2.5-VL answers in pixels of the resized image ("absolute"), Qwen2-VL and Qwen3-VL in
-    thousandths of its sides ("1000").
-    """
-
-    original: tuple[int, int]     # (width, height)
-    resized: tuple[int, int]
-    convention: str
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        """The coordinate of the right and of the lower edge in the model's frame."""
-        return self.resized if self.convention == "absolute" else (1000, 1000)
-
-    def to_model(self, box: Sequence[float]) -> Box:
-        """Original pixels -> the model's coordinates, float."""
-        return tuple(v * self.extent[i % 2] / self.original[i % 2] for i, v in enumerate(box))
-
-    def to_image(self, box: Sequence[float]) -> Box:
-        """The model's coordinates -> original pixels, float."""
-        return tuple(v * self.original[i % 2] / self.extent[i % 2] for i, v in enumerate(box))
-
-
-def to_model_frame(box: Sequence[float], frame: Frame) -> Box:
-    """`Frame.to_model` as a function: original pixels -> the model's coordinates, float."""
-    return frame.to_model(box)
-
-
-def to_image_frame(box: Sequence[float], frame: Frame) -> Box:
-    """`Frame.to_image` as a function: the model's coordinates -> original pixels, float."""
-    return frame.to_image(box)
 
 
 # ---------------------------------------------------------------- image to patches

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import data
-import pictures
-from data import Record
+from readers import base
+from readers.base import Record
+from report import pictures, predictions
 
 PICTURES = 200
 PICTURE_BYTES = 12_000
@@ -43,8 +44,7 @@ STYLE = (
     "figcaption{font-size:.85em}pre{white-space:pre-wrap;font-size:.75em;background:#f4f4f4;"
     "padding:6px;\n"
     "margin:4px 0;max-height:14em;overflow:auto}")
-
-ColouredBoxes = Sequence[tuple[pictures.Box, pictures.Colour]]
+ColouredBoxes = Sequence[tuple[predictions.Box, pictures.Colour]]
 Row = Mapping[str, Any]           # of eval.json
 Line = Mapping[str, Any]          # of metrics.jsonl or rollouts.jsonl
 
@@ -166,7 +166,7 @@ def heading(row: Row) -> str:
     refused = row.get("refused", {})
     note = ""
     if refused:
-        reasons = text(data.in_words(refused))
+        reasons = text(base.in_words(refused))
         note = f"; {sum(refused.values()):,} more are refused ({reasons}) and not scored"
     return (f"<h1>Evaluation</h1><p>{text(row['data'])}, split {text(row['split'])}, "
             f"{row['n']:,} records{note}</p>")

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +29,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from files import write_tensors
-from model import (
+from model import QwenVL
+from qwen.hub import (
     ADAPTER_CONFIG,
     CheckpointError,
-    folder,
     nested_name,
     own_name,
     read_adapter_config,
     write_json,
+    write_tensors,
 )
-
-if TYPE_CHECKING:
-    from model import QwenVL
 
 WEIGHTS = "adapter_model.safetensors"
 # A tensor's name in the file, around the path of its layer.
@@ -322,40 +318,3 @@ def store_as(model: QwenVL, dtype: str) -> None:
         for key in ("torch_dtype", "dtype"):
             if key in part:
                 part[key] = dtype
-
-
-def main() -> None:
-    import runtime
-    from model import QwenVL
-    from processor import Processor
-    parser = runtime.FlagParser("Full weights from an adapter and the base that it names")
-    parser.add_argument("command", choices=("merge",))
-    parser.add_argument("ckpt", help="folder of an adapter, or a stage's of a LoRA run")
-    parser.add_argument("out", help="folder for the whole checkpoint, in hub layout")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the weights; bfloat16 halves the file, and rounds small adapters away")
-    args = parser.parse_args()
-    path = folder(args.ckpt)
-    if not (path / ADAPTER_CONFIG).exists():
-        raise CheckpointError(f"{path} holds no adapter: there is nothing to merge")
-    out = runtime.writable(args.out)
-    if any(out.iterdir()):
-        runtime.fail(f"{out} is not empty; name another folder")
-    model = QwenVL.from_pretrained(path, dtype=None)
-    processor = Processor.from_pretrained(path)
-    merge(model)
-    store_as(model, args.dtype)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    # What it was trained on goes with it.
-    if (path / "run.json").exists():
-        shutil.copyfile(path / "run.json", out / "run.json")
-    print(f"merged: {out}")
-
-
-if __name__ == "__main__":
-    # model.py knows this module by its name, so its LoRALinear is that module's.
-    import lora
-    import runtime
-    runtime.main(lora.main)

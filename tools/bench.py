@@ -40,10 +40,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import runtime
-from generate import generate
 from model import Config, QwenVL
-from processor import Pixels, Processor, Prompt
+from qwen.generate import generate
+from qwen.processor import Pixels, Processor, Prompt
+from train import dist
+from train import run as runtime
 
 PARTS = ("load", "prefill", "decode", "update", "step", "sft", "images", "numerics", "profile")
 # From this width on a GPU trains with gradient checkpointing: eight repeated prompts of the 3B
@@ -117,8 +118,6 @@ SHAPES = {
         layers=36, width=4096, heads=32, kv_heads=8, inner=12288, vocab=151_936, tied=False,
         image_side=800, family="Qwen3-VL", deepstack=(8, 16, 24)),
 }
-
-
 # A family's `model_type` in config.json, and transformers' class.
 MODELS = {
     "Qwen2-VL": ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
@@ -782,7 +781,7 @@ def measure(table: Table, folder: Path, args: argparse.Namespace, dtype: torch.d
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
     except ImportError:
-        runtime.fail("the peers need transformers: pip install -r requirements-dev.txt")
+        dist.fail("the peers need transformers: pip install -r requirements-dev.txt")
     parts = args.only or PARTS
     # First, while this process holds no model of its own.
     if "load" in parts:
@@ -1007,12 +1006,12 @@ def linear_weights(module: nn.Module) -> int:
 
 def main() -> None:
     args = flags().parse_args()
-    args.device = runtime.choose_device(args.device)
+    args.device = dist.choose_device(args.device)
     args.tokens = args.tokens or (256 if args.device == "cuda" else 64)
     device = torch.device(args.device)
     cuda = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
-    out = runtime.writable(args.out)
+    out = dist.writable(args.out)
     name = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
     report = {
         "device": name, "torch": torch.__version__, "shape": args.shape,
@@ -1029,7 +1028,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             measure(table, write_checkpoint(Path(folder), args.shape, dtype), args, dtype)
     except KeyboardInterrupt:
-        runtime.fail(f"stopped; what was measured stands in {table.file}")
+        dist.fail(f"stopped; what was measured stands in {table.file}")
     print(f"written: {table.file}")
 
 

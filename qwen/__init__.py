@@ -1,0 +1,1 @@
+"""From image and text to tokens and back."""

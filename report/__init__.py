@@ -1,0 +1,1 @@
+"""Metrics, predictions, the report page and pictures."""

@@ -1,0 +1,1 @@
+"""Commands besides the stages: benchmark, teacher, data check, merging of adapters."""
