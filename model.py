@@ -1032,7 +1032,7 @@ class QwenVL(nn.Module):
         of another shape is a CheckpointError that names it. Tensors are memory-mapped,
         not read twice."""
         # lora.py stands on this module.
-        import lora
+        from qwen import lora
         path = folder(path)
         base = base_folder(path)
         # On the meta device no memory is spent on weights that the checkpoint replaces.
@@ -1129,7 +1129,7 @@ class QwenVL(nn.Module):
 
         whole: gives the tensors in the order of stored_files(), where the model's own are
         sharded over processes. One at a time is asked for, and written."""
-        import lora
+        from qwen import lora
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         shards = self.stored_files(shard_bytes)
@@ -1156,7 +1156,7 @@ class QwenVL(nn.Module):
     def stored_files(self, shard_bytes: int = 5 * 10 ** 9) -> list[dict[str, Tensor]]:
         """What save_pretrained writes: for each file of at most so many bytes (more where one
         tensor has more) the names in it, sorted, with this model's tensors."""
-        import lora
+        from qwen import lora
         if lora.adapted(self):
             return [lora.stored_tensors(self)]
         shards: list[dict[str, Tensor]] = [{}]

@@ -85,7 +85,7 @@ def test_both_sides_of_a_comparison_run_every_family(shape: str, tmp_path: Path)
 def test_the_table_has_a_row_for_every_part_beside_transformers(
         run: Run, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    script = run("bench.py", "--shape", "tiny", "--repeats", 1, "--prompts", 2, "--tokens", 8,
+    script = run("tools/bench.py", "--shape", "tiny", "--repeats", 1, "--prompts", 2, "--tokens", 8,
                  "--device", "cpu", "--out", tmp_path)
     assert script.returncode == 0, script.stderr
     report = json.loads((tmp_path / "bench.json").read_text())

@@ -52,7 +52,7 @@ def test_every_field_of_transformers_config_is_decided(
     random_checkpoint(tmp_path, family=family)
     theirs = theirs_of(family, "Config")().to_dict()
     whole = Watched(json.loads((tmp_path / "config.json").read_text()))
-    monkeypatch.setattr(hub, "read_config", lambda path: whole)
+    monkeypatch.setattr(ours, "read_config", lambda path: whole)
     Config.from_json("config.json")
     for part, read in (
             (theirs, whole), (theirs["text_config"], whole["text_config"]),
