@@ -29,7 +29,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model import QwenVL
 from qwen.hub import (
     ADAPTER_CONFIG,
     CheckpointError,
@@ -91,7 +90,7 @@ def adapted(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def linears(model: QwenVL, vision: bool) -> dict[str, nn.Linear]:
+def linears(model: nn.Module, vision: bool) -> dict[str, nn.Linear]:
     """The linear layers that may have an adapter: the language model's, then the vision tower's."""
     parts = ("model.layers.", "visual.") if vision else ("model.layers.",)
     found = {}
@@ -116,7 +115,7 @@ def is_adapter(name: str) -> bool:
 
 # ---------------------------------------------------------------- before a run
 
-def fit(model: QwenVL, args: argparse.Namespace) -> None:
+def fit(model: nn.Module, args: argparse.Namespace) -> None:
     """Makes a loaded model what the flags train: with adapters under --lora, else without.
 
     An adapter that it starts from is merged without --lora. With it the adapter is trained
@@ -147,7 +146,7 @@ def fit(model: QwenVL, args: argparse.Namespace) -> None:
     args.lora_vision = vision
 
 
-def add(model: QwenVL, rank: int, alpha: float, vision: bool, seed: int) -> None:
+def add(model: nn.Module, rank: int, alpha: float, vision: bool, seed: int) -> None:
     """Gives the linear layers adapters: A at random, by the seed alike on all processes; B 0."""
     random = torch.Generator().manual_seed(seed)
     for name, linear in linears(model, vision).items():
@@ -213,7 +212,7 @@ def merge(model: nn.Module) -> None:
 
 # ---------------------------------------------------------------- PEFT's files
 
-def stored_tensors(model: QwenVL) -> dict[str, Tensor]:
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What an adapter's file holds: PEFT's names, sorted, with this model's tensors."""
     stored = {}
     for name, tensor in saved_parameters(model):
@@ -221,7 +220,7 @@ def stored_tensors(model: QwenVL) -> dict[str, Tensor]:
     return dict(sorted(stored.items()))
 
 
-def save(model: QwenVL, path: Path, whole: Iterator[Tensor]) -> None:
+def save(model: nn.Module, path: Path, whole: Iterator[Tensor]) -> None:
     """Writes adapter_model.safetensors, in the base's own dtype, and adapter_config.json.
 
     whole: gives the tensors of stored_tensors(), in its order, unsharded."""
@@ -244,7 +243,7 @@ def save(model: QwenVL, path: Path, whole: Iterator[Tensor]) -> None:
 
 
 def load(
-        model: QwenVL, path: Path, dtype: torch.dtype | None,
+        model: nn.Module, path: Path, dtype: torch.dtype | None,
         device: torch.device | str) -> None:
     """Gives a loaded base the adapters of a folder, in this dtype (None: as stored).
 
@@ -310,7 +309,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- the command
 
-def store_as(model: QwenVL, dtype: str) -> None:
+def store_as(model: nn.Module, dtype: str) -> None:
     """Weights will be written in this dtype, and config.json says so."""
     model.stored_dtype = getattr(torch, dtype)
     raw = model.config.raw
