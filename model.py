@@ -59,7 +59,7 @@ from qwen.hub import (
     write_json,
     write_tensors,
 )
-from qwen.processor import Processor, Prompt
+from qwen.processor import Prompt
 
 # Logit of an id that must not be sampled. It is finite, so that 0 * log 0 stays 0.
 NEVER = -1e30
@@ -1093,33 +1093,6 @@ class QwenVL(nn.Module):
     def stored_name(self, name: str) -> str:
         """A parameter's name in the checkpoint's files; Qwen3-VL's has both parts in "model."."""
         return nested_name(name) if self.config.family == "Qwen3-VL" else name
-
-    def check_processor(self, processor: Processor) -> None:
-        """A Processor of another family, or that cuts other patches or speaks in other ids
-        than this model's, is a CheckpointError that names the files."""
-        vision = self.config.vision
-        source = processor.source
-        # Its coordinates would be read in another convention, and nothing would tell.
-        if FAMILIES[processor.family] != self.config.family:
-            raise CheckpointError(
-                f"{processor.image_file}: the processor is that of {FAMILIES[processor.family]}, "
-                f"but config.json is that of {self.config.family}; take both files from one "
-                "checkpoint")
-        for name, theirs, ours in (
-                ("patch_size", processor.patch, vision.patch),
-                ("merge_size", processor.merge, vision.merge),
-                ("temporal_patch_size", processor.temporal_patch, vision.temporal_patch)):
-            if theirs != ours:
-                raise CheckpointError(
-                    f"{processor.image_file}: {name} is {theirs}, but config.json asks for "
-                    f"{ours}; take both files from one checkpoint")
-        image_id = processor.ids["<|image_pad|>"]
-        last_id = max(processor.tokenizer.get_vocab().values())
-        if image_id != self.config.image_id or last_id >= self.config.vocab:
-            raise CheckpointError(
-                f"{source}: the tokenizer is another model's: its <|image_pad|> is {image_id}, its "
-                f"last id {last_id}, but config.json says {self.config.image_id} and "
-                f"{self.config.vocab} ids; take both from one checkpoint")
 
     def save_pretrained(
             self, path: str | Path, whole: Iterator[Tensor] | None = None,

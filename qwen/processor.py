@@ -22,14 +22,21 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 
 from qwen.answer import PROMPT, TAGS, Frame
-from qwen.hub import CheckpointError, base_folder, newest_step, read_added_tokens, token_ids
+from qwen.hub import (
+    FAMILIES,
+    CheckpointError,
+    base_folder,
+    newest_step,
+    read_added_tokens,
+    token_ids,
+)
 from readers.base import ASPECT, DataError, read_json
 from readers.images import rgb
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 # A family's name, the convention of its coordinates, the system turn of its chat template (None:
 # it has none). `prompt_hash` covers this table.
-FAMILIES = {
+CHAT_FORMATS = {
     "Qwen2VLProcessor": ("qwen2_vl", "1000", "You are a helpful assistant."),
     "Qwen2_5_VLProcessor": ("qwen2_5_vl", "absolute", "You are a helpful assistant."),
     "Qwen3VLProcessor": ("qwen3_vl", "1000", None)}
@@ -160,7 +167,7 @@ def prompt_hash() -> str:
 
     The checkpoint carries it.
     """
-    return hashlib.sha256(repr((PROMPT, FAMILIES)).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((PROMPT, CHAT_FORMATS)).encode()).hexdigest()[:12]
 
 
 class Processor:
@@ -172,7 +179,7 @@ class Processor:
     def __init__(
             self, tokenizer: Tokenizer, image_config: dict[str, Any], family: str, source: Path,
     ) -> None:
-        """family: a key of FAMILIES; source: the file that image_config stands in, beside the
+        """family: a key of CHAT_FORMATS; source: the file that image_config stands in, beside the
         tokenizer's.
 
         KeyError, TypeError or ValueError where image_config lacks a value or has one that is
@@ -184,7 +191,7 @@ class Processor:
         # The same without added tokens: in it "<|im_end|>" is letters.
         plain = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
         self.ordinary = Tokenizer.from_str(json.dumps(plain))
-        self.family, self.convention, self.system = FAMILIES[family]
+        self.family, self.convention, self.system = CHAT_FORMATS[family]
         self.ids = {t: tokenizer.token_to_id(t) for t in (*SPECIAL, "<|endoftext|>")}
         # Tags of our answer format that are tokens: Qwen3-VL has <think> and </think>.
         added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
@@ -243,6 +250,30 @@ class Processor:
                 f"{self.image_file} resizes images to {limits[0]} to {limits[1]} pixels, but "
                 f"run.json says that the checkpoint was trained with {trained}; set them in the "
                 "file to what it was trained with")
+
+    def check_fits(self, config: Any) -> None:
+        """CheckpointError that names the files unless this processor belongs to a model of this
+        model.Config: same family, same patches, same ids."""
+        # Another family reads coordinates in another convention, and no later check would notice.
+        if FAMILIES[self.family] != config.family:
+            raise CheckpointError(
+                f"{self.image_file}: the processor is that of {FAMILIES[self.family]}, but "
+                f"config.json is that of {config.family}; take both files from one checkpoint")
+        for name, ours, theirs in (
+                ("patch_size", self.patch, config.vision.patch),
+                ("merge_size", self.merge, config.vision.merge),
+                ("temporal_patch_size", self.temporal_patch, config.vision.temporal_patch)):
+            if ours != theirs:
+                raise CheckpointError(
+                    f"{self.image_file}: {name} is {ours}, but config.json asks for {theirs}; "
+                    "take both files from one checkpoint")
+        image_id = self.ids["<|image_pad|>"]
+        last_id = max(self.tokenizer.get_vocab().values())
+        if image_id != config.image_id or last_id >= config.vocab:
+            raise CheckpointError(
+                f"{self.source}: the tokenizer is another model's: its <|image_pad|> is {image_id}, "
+                f"its last id {last_id}, but config.json says {config.image_id} and "
+                f"{config.vocab} ids; take both from one checkpoint")
 
     @property
     def end_id(self) -> int:
@@ -379,18 +410,18 @@ def read_image_config(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def read_family(path: Path, image_config: dict[str, Any]) -> str:
-    """The key of FAMILIES that a processor file names, or else config.json; DataError without."""
+    """The key of CHAT_FORMATS that a processor file names, or else config.json; DataError without."""
     whole_config = read_object(path / "processor_config.json")
     for name in (image_config.get("processor_class"), whole_config.get("processor_class")):
-        if isinstance(name, str) and name in FAMILIES:
+        if isinstance(name, str) and name in CHAT_FORMATS:
             return name
     model_type = read_object(base_folder(path) / "config.json").get("model_type")
-    for name, (family, _, _) in FAMILIES.items():
+    for name, (family, _, _) in CHAT_FORMATS.items():
         if family == model_type:
             return name
     raise DataError(
         f"{path}: neither preprocessor_config.json nor config.json names one of "
-        f"{', '.join(FAMILIES)}")
+        f"{', '.join(CHAT_FORMATS)}")
 
 
 def pixel_limits(image_config: dict[str, Any]) -> tuple[int, int]:

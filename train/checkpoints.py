@@ -157,7 +157,7 @@ def open_checkpoint(
     dtype = None if device is None else compute_dtype_of(device)
     model = QwenVL.from_pretrained(folder, dtype, device or "cpu")
     processor = Processor.from_pretrained(folder, max_pixels=max_pixels)
-    model.check_processor(processor)
+    processor.check_fits(model.config)
     return model, processor
 
 
