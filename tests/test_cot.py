@@ -31,7 +31,7 @@ import cot
 import data
 from conftest import Run
 from cot import Neighbor, Reasoning, explain, neighbor_finder
-from qwen.answer import THINK, Frame, format_box, format_ok, parse_box, to_model_frame
+from qwen.answer import THINK, Frame, format_box, format_ok, parse_box
 from qwen.processor import Processor, Prompt
 from readers import base
 from readers.base import Record
@@ -190,7 +190,7 @@ def check_text(text: str, case: Case) -> None:
     assert format_ok(text)
     think = text[len("<think>"):text.index("</think>")]
     box = parse_box(text)
-    wanted = to_model_frame(case.record.box, case.frame)
+    wanted = case.frame.to_model(case.record.box)
     assert all(abs(a - b) <= 1 for a, b in zip(box, wanted))
     # The answer is not given away before it is reasoned for.
     assert str([int(v) for v in box])[1:-1] not in think
@@ -875,7 +875,7 @@ def test_a_server_is_told_and_read_in_its_own_coordinates(
              "resized": Frame((300, 200), resized, "absolute"),
              "1000": Frame((300, 200), (300, 200), "1000")}[coords]
     assert resized != (300, 200)
-    x, y = to_model_frame((150, 100), frame)
+    x, y = frame.to_model((150, 100))
     server.respond = lambda request: right_answer(request, f"right of ({x:.0f}, {y:.0f}).")
     init = ("--init", tiny_checkpoint) if coords == "resized" else ()
     out = tmp_path / "explained.jsonl"

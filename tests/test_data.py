@@ -23,7 +23,7 @@ import data
 from conftest import Run
 from data import load
 from qwen import processor
-from qwen.answer import PROMPT, Frame, format_box, to_image_frame, to_model_frame
+from qwen.answer import PROMPT, Frame, format_box
 from qwen.processor import Processor
 from readers import base, collect, dior
 from readers import geopix as geopix_reader
@@ -182,12 +182,12 @@ def test_frames_are_exact_inverses_and_text_rounds_by_half_a_unit(
         x1 = rng.uniform(0, original[0] - 3)
         y1 = rng.uniform(0, original[1] - 3)
         box = (x1, y1, rng.uniform(x1 + 2, original[0]), rng.uniform(y1 + 2, original[1]))
-        back = to_image_frame(to_model_frame(box, frame), frame)
+        back = frame.to_image(frame.to_model(box))
         assert all(abs(a - b) < 1e-9 for a, b in zip(box, back))
         written = json.loads(format_box(box, frame))
         assert all(isinstance(v, int) and 0 <= v <= edge for v, edge in zip(written, edges))
         assert written[2] > written[0] and written[3] > written[1]
-        read = to_image_frame(written, frame)
+        read = frame.to_image(written)
         assert all(abs(a - b) <= u * 1.01 for a, b, u in zip(box, read, unit))
 
 
@@ -195,8 +195,8 @@ def test_coordinates_by_hand() -> None:
     frame = Frame((800, 800), (812, 812), "absolute")
     thousandths = Frame((800, 800), (812, 812), "1000")
     box = (400.0, 0.0, 800.0, 200.0)
-    assert to_model_frame(box, frame) == (406.0, 0.0, 812.0, 203.0)
-    assert to_model_frame(box, thousandths) == (500.0, 0.0, 1000.0, 250.0)
+    assert frame.to_model(box) == (406.0, 0.0, 812.0, 203.0)
+    assert thousandths.to_model(box) == (500.0, 0.0, 1000.0, 250.0)
     # Never without area.
     assert format_box((799.9, 10.0, 800.0, 10.2), frame) == "[811, 10, 812, 11]"
 

@@ -25,7 +25,7 @@ from torch import Tensor
 import data
 import eval as evaluation
 from conftest import Run
-from qwen.answer import Frame, format_box, locate, to_model_frame
+from qwen.answer import Frame, format_box, locate
 from qwen.hub import CheckpointError
 from qwen.processor import prompt_hash, smart_resize
 from readers.base import DataError, Record, Records
@@ -412,7 +412,7 @@ def fake_answer(prompt: SimpleNamespace, seed: int, temperature: float) -> str:
 
     At a temperature the box is off as the seed says; of another image it is a guess."""
     i, numbers = prompt.text.split(": ")
-    box = to_model_frame([float(v) for v in numbers.split(",")], prompt.frame)
+    box = prompt.frame.to_model([float(v) for v in numbers.split(",")])
     offset = seed * 7 % 30 if temperature else 0
     corners = [round(v) + offset for v in box]
     if int(i) // 2 * 10 != prompt.colour:
@@ -842,7 +842,7 @@ def test_a_perfect_answer_in_the_resized_frame_is_perfect(
         (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", **line}))
         fakes("--predictions", tmp_path / "p.jsonl", "--data", "dot", *flags)
         return rows(tmp_path / "p")[0]["mIoU"]
-    resized = {"text": text_of(to_model_frame(where, frame))}
+    resized = {"text": text_of(frame.to_model(where))}
     assert miou({**resized, "frame": FRAME}) == pytest.approx(1)
     assert miou(resized, checkpoint, "--coords", "resized") == pytest.approx(1)
     assert miou(resized, "--coords", "original") == pytest.approx(iou_unscaled, abs=1e-3)
