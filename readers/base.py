@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from qwen.answer import Box
-from readers.images import Stretch
 
 # Longer side of an image over its shorter one, at most: the families' own limit.
 ASPECT = 200
@@ -21,6 +20,8 @@ MOST_UNREADABLE = 0.01
 # --coords: what a unit of a box is, and of how many of them the image's sides are (None: a unit
 # is a pixel).
 COORDS = {"fraction": 1, "1000": 1000, "original": None}
+# (low, high): percentiles of each band that become black and white.
+Stretch = tuple[float, float]
 
 
 class DataError(Exception):

@@ -1,9 +1,10 @@
-"""images.py: every depth, transparency and orientation that a file can have, beside other programs.
+"""readers/images.py: every depth, transparency and orientation that an image file can have.
 
-tifffile writes what PIL can't; transformers is the oracle of transparency.
+tifffile writes what PIL cannot; transformers is the oracle of transparency.
 """
 import io
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def samples(kind: str = "uint16", bands: int = 3, height: int = 37, width: int =
 
 def by_hand(values: np.ndarray, stretch: tuple[float, float] = STRETCH) -> np.ndarray:
     """(H, W, bands) -> (H, W, 3) uint8: each band from its percentiles to 0..255."""
+    pytest.importorskip("rasterio")
     bands = []
     for band in np.moveaxis(values.astype(np.float64), -1, 0):
         low, high = np.percentile(band, stretch)
@@ -39,7 +41,6 @@ def by_hand(values: np.ndarray, stretch: tuple[float, float] = STRETCH) -> np.nd
 
 
 def write_tiff(path: Path, values: np.ndarray, **options: Any) -> None:
-    """A TIFF by tifffile."""
     tifffile = pytest.importorskip("tifffile")
     tifffile.imwrite(path, values, **options)
 
@@ -101,7 +102,7 @@ def test_a_tiff_of_any_depth_is_stretched_band_by_band(
 def test_a_tiff_in_any_compression_of_bytes_is_read(
         tmp_path: Path, compression: str, kind: str, predictor: int,
 ) -> None:
-    """Written by libtiff, whose predictors tifffile lacks."""
+    """Written by libtiff, because tifffile lacks its predictors."""
     values = samples(kind, 1)
     path = tmp_path / "1.tif"
     Image.fromarray(values[..., 0]).save(
@@ -122,7 +123,7 @@ def test_a_16_bit_png_in_colour_keeps_its_low_bytes(tmp_path: Path, bands: int) 
     assert np.array_equal(read_rgb(path, STRETCH), by_hand(values[..., :colours]))
     with pytest.raises(ImageError, match="16-bit"):
         read_rgb(path)
-    # The same values in 8 bits are no case for a stretch.
+    # The same values in 8 bits are not stretched.
     eight = values[..., :colours].astype(np.uint8)
     Image.fromarray(eight[..., 0] if colours == 1 else eight).save(path)
     want = np.broadcast_to(eight, (*eight.shape[:2], 3))
@@ -139,14 +140,14 @@ def test_a_16_bit_gray_image_is_stretched(tmp_path: Path, suffix: str) -> None:
 
 
 def test_a_stretch_by_hand(tmp_path: Path) -> None:
-    """0 to 100 in steps of 1: 2 becomes black, 98 white, 50 the middle; NaN has no part in it."""
+    """0 to 100 in steps of 1: 2 becomes black, 98 white, 50 the middle; NaN is ignored."""
     ramp = np.append(np.arange(101, dtype=np.float32), np.float32("nan"))[None]
     path = tmp_path / "1.tif"
     Image.fromarray(ramp).save(path)
     got = np.asarray(read_rgb(path, STRETCH))[0, :, 0]
     assert got[[0, 2, 50, 98, 100]].tolist() == [0, 0, 128, 255, 255] and got[101] == 0
     assert got[3] == round(255 / 96)
-    # What has one value alone has no contrast to show.
+    # An image of one value has no contrast.
     Image.fromarray(np.full((9, 9), 7.5, np.float32)).save(path)
     assert not np.asarray(read_rgb(path, STRETCH)).any()
     Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(path)
@@ -164,7 +165,7 @@ def test_white_may_be_zero(tmp_path: Path) -> None:
     (samples("uint16", 5), {"photometric": "minisblack", "planarconfig": "contig"},
      "5 bands of 16 bits .* which are red, green and blue"),
     (samples("uint8", 7), {"photometric": "minisblack", "planarconfig": "contig"}, "7 bands"),
-    (samples("complex64", 1)[..., 0], {}, "sample format 6")])
+    (samples("complex64", 1)[..., 0], {}, "sample formats 5 and 6")])
 def test_what_is_not_read_is_named(
         tmp_path: Path, values: np.ndarray, options: dict[str, Any], says: str,
 ) -> None:
@@ -195,7 +196,7 @@ def test_formats_whose_depth_pil_drops_are_refused_by_name(tmp_path: Path) -> No
 # ---------------------------------------------------------------- transparency and bands
 
 def see_through(mode: str, path: Path) -> None:
-    """An image of 8 bits with a transparent, a half transparent and an opaque third."""
+    """Writes an 8-bit image: one third transparent, one half transparent, one opaque."""
     rgba = np.zeros((6, 9, 4), np.uint8)
     rgba[..., :3] = (200, 30, 90)
     rgba[..., 3] = np.repeat([0, 100, 255], 3)
@@ -251,7 +252,7 @@ def test_a_fourth_band_is_alpha_only_where_the_file_says_so(
 
 
 def forget_extra_samples(path: Path) -> None:
-    """Overwrites the tag 338 of a little-endian TIFF, whose tags are sorted, by a private one."""
+    """Overwrites the tag 338 of a little-endian TIFF by a private one."""
     content = bytearray(path.read_bytes())
     place = content.find(b"\x52\x01\x03\x00\x01\x00\x00\x00")
     # 339, the sample format, follows it and says 1 for each band, which is the default.
@@ -260,13 +261,13 @@ def forget_extra_samples(path: Path) -> None:
 
 
 def test_alpha_of_16_bits(tmp_path: Path) -> None:
-    """Opaque, half and not at all: the colour, half way to white, white."""
+    """Opaque: the colour; half transparent: half way to white; transparent: white."""
     values = np.zeros((3, 9, 4), np.uint16)
     values[..., :3] = np.arange(9)[:, None] * 100
     values[..., 3] = np.repeat([65535, 32768, 0], 3)
     png16(tmp_path / "1.png", values)
     write_tiff(tmp_path / "1.tif", values, photometric="rgb", extrasamples=(2,))
-    # Of the six that are seen: 0 to 500.
+    # The six visible values go from 0 to 500.
     want = [0, 51, 102, 204, 229, 255, 255, 255, 255]
     for name in ("1.png", "1.tif"):
         got = np.asarray(read_rgb(tmp_path / name, (0, 100)))[0, :, 0].astype(int)
@@ -364,7 +365,7 @@ def whole_files(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, byt
 def test_a_damaged_image_is_one_line_or_an_image(
         whole_files: list[tuple[str, bytes]], tmp_path: Path,
 ) -> None:
-    """Bytes flipped, cut, doubled: nothing but an image of the header's size, or a DataError."""
+    """Bytes flipped or cut: either an image of the header's size, or a DataError."""
     hypothesis = pytest.importorskip("hypothesis")
     strategies = pytest.importorskip("hypothesis.strategies")
 
@@ -372,7 +373,7 @@ def test_a_damaged_image_is_one_line_or_an_image(
     def damage(draw: Any) -> None:
         suffix, content = draw.draw(strategies.sampled_from(whole_files))
         content = bytearray(content)
-        # Half of the flips are in the header, where most of what can go wrong stands.
+        # Half of the flips are in the header, which has most of the fields that matter.
         place = strategies.one_of(
             strategies.integers(0, min(len(content), 300) - 1),
             strategies.integers(0, len(content) - 1))
@@ -414,7 +415,33 @@ def test_a_file_that_claims_to_be_huge_is_refused_before_memory_is_taken(tmp_pat
 
 
 def test_a_pil_image_of_16_bits_is_refused_too(tmp_path: Path) -> None:
-    """What is handed to the processor may come from elsewhere."""
+    """The processor takes PIL images that read_rgb has not seen."""
     png16(tmp_path / "1.png", samples())
     with pytest.raises(ImageError, match="16-bit"):
         images.rgb(Image.open(tmp_path / "1.png"))
+
+
+def test_a_truncated_file_of_16_bits_is_refused_with_a_reason(tmp_path: Path) -> None:
+    pytest.importorskip("rasterio")
+    png16(tmp_path / "1.png", samples())
+    write_tiff(tmp_path / "1.tif", samples(), photometric="rgb")
+    write_tiff(tmp_path / "2.tif", samples(), photometric="rgb", compression="zlib", tile=(16, 16))
+    for path in sorted(tmp_path.glob("*")):
+        path.write_bytes(path.read_bytes()[:-500])
+        with pytest.raises(ImageError, match="damaged, or of a kind that GDAL cannot read .*fail"):
+            read_rgb(path, STRETCH)
+
+
+def test_without_rasterio_one_line_says_how_to_install_it(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    png16(tmp_path / "1.png", samples())
+    Image.fromarray(samples("uint8")).save(tmp_path / "8.tif")
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    one_record(tmp_path, "1.png")
+    record, = load("jsonl", tmp_path, "test", stretch=[2, 98])
+    # Not an UnreadableImage, which a run would replace by another record.
+    with pytest.raises(DataError, match="not installed; pip install rasterio") as error:
+        data.open_image(record)
+    assert type(error.value) is DataError and "\n" not in str(error.value)
+    assert np.array_equal(read_rgb(tmp_path / "8.tif"), samples("uint8"))
