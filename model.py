@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen.attention import Cache, Plan, Rows, attention, cumulative, sent
+from qwen.attention import Cache, Plan, Rows, attention, cumulative, to_device
 from qwen.hub import (
     ADAPTER_CONFIG,
     FAMILIES,
@@ -512,7 +512,7 @@ class VisionTower(nn.Module):
             frame_patches.append(tokens * patches_a_token)
             start += tokens
         positions = torch.cat([frame.patch_positions for frame in frames])
-        order, positions, window_starts, frame_starts = sent(
+        order, positions, window_starts, frame_starts = to_device(
             (torch.cat(orders), positions, cumulative(window_patches),
              cumulative(frame_patches)), device)
         within_window = Plan(window_patches, False, device=device, starts=window_starts)
@@ -921,7 +921,7 @@ class QwenVL(nn.Module):
             parts.append(self.positions(prompt.input_ids, own_grids))
             grids += own_grids
         ids = torch.cat([prompt.input_ids for prompt in prompts])
-        ids, positions = sent((ids, torch.cat(parts, 1)), self.device)
+        ids, positions = to_device((ids, torch.cat(parts, 1)), self.device)
         dtype = self.visual.patch_embed.proj.weight.dtype
         x, deepstack = self.embed(ids, pixels_on(prompts, self.device, dtype), grids)
         lengths = [len(prompt.input_ids) for prompt in prompts]
@@ -937,7 +937,7 @@ class QwenVL(nn.Module):
         """Q prompts -> logits (Q, V) of the first new token, a Cache for G rollouts of
         each, the position (Q,) of that token."""
         x, positions, lengths, first_positions, deepstack = self.pack(prompts)
-        starts, first_positions = sent(
+        starts, first_positions = to_device(
             (cumulative(lengths), torch.tensor(first_positions)), self.device)
         plan = Plan(lengths, kv_cache=[], device=self.device, starts=starts)
         last_rows = starts[1:] - 1

@@ -62,7 +62,7 @@ def clamp_box(box: Sequence[float], size: tuple[float, float]) -> Box | None:
 
 
 def locate(box: Sequence[float] | None, frame: Frame) -> Box | None:
-    """A box in the model's frame, or None -> original pixels, clamped; None if it is outside."""
+    """A box in the model's frame, or None -> original pixels, clamped; None if outside."""
     return box and clamp_box(frame.to_image(box), frame.original)
 
 
@@ -71,9 +71,9 @@ def locate(box: Sequence[float] | None, frame: Frame) -> Box | None:
 def format_box(box: Sequence[float], frame: Frame) -> str:
     """A box in original pixels as the model is trained to write it: "[x1, y1, x2, y2]".
 
-    The numbers are whole, in the model's frame. The written box has an area and overlaps the
-    given one, even if that is thinner than a unit. Below, 2.55 and 2.58 both round to 3, and an
-    interval from 3 to 4 would miss them:
+    The numbers are whole, in the model's frame. The written box has an area and overlaps
+    the given one, even if that is thinner than a unit. Below, 2.55 and 2.58 both round to
+    3, and an interval from 3 to 4 would miss them:
 
     >>> format_box((2.6, 2.55, 7.2, 2.58), Frame((800, 800), (800, 800), "absolute"))
     '[3, 2, 7, 3]'
@@ -107,29 +107,28 @@ WHOLE = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 def parse_box(text: str) -> Box | None:
     """The box of a completion, in the model's frame, or None.
 
-    Strict: exactly one <answer>, which holds one JSON object with exactly one "bbox_2d" of four
-    finite JSON numbers, x2 > x1 and y2 > y1. Other keys and text outside the answer are ignored.
-    Never raises and takes linear time, since a policy may write any text.
-    """
+    Strict: exactly one <answer>, which holds one JSON object with exactly one "bbox_2d" of
+    four finite JSON numbers, x2 > x1 and y2 > y1. Other keys and text outside the answer
+    are ignored. Never raises and takes linear time, since a policy may write any text. """
     box, why = read_answer(text)
     return None if why else box
 
 
 def failure(text: str) -> str | None:
-    """None if `parse_box` finds a box, otherwise the reason it does not: one of FAILURES."""
+    """None if `parse_box` finds a box, otherwise the reason: one of FAILURES."""
     return read_answer(text)[1]
 
 
 def format_ok(text: str) -> bool:
-    """True for one think block, then one answer with a box, and nothing else but white space."""
+    """True for one think block, then one answer with a box, and only white space around."""
     # Counting first keeps the pattern linear: each tag can match in one place only.
     once = all(text.count(tag) == 1 for tag in TAGS)
     return once and WHOLE.fullmatch(text) is not None and parse_box(text) is not None
 
 
 def read_answer(text: str) -> tuple[Box | None, str | None]:
-    """-> (box, None), or (None, one of FAILURES); for "no area" the box is returned as well,
-    since VRSBench's own metric gives lines and points an area."""
+    """-> (box, None), or (None, one of FAILURES); for "no area" the box is returned as
+    well, since VRSBench's own metric gives lines and points an area."""
     opening, closing = ANSWER
     if text.count(opening) > 1 or text.count(closing) > 1:
         return None, "several answers"
@@ -138,8 +137,8 @@ def read_answer(text: str) -> tuple[Box | None, str | None]:
     if start < 0 or end < start:
         return None, "no answer"
     try:
-        # Objects become tuples of pairs, which show a repeated key. NaN and Infinity are not
-        # JSON, but Python accepts them: int("NaN") raises ValueError.
+        # Objects become tuples of pairs, which show a repeated key. NaN and Infinity are
+        # not JSON, but Python accepts them: int("NaN") raises ValueError.
         content = json.loads(
             text[start + len(opening):end], object_pairs_hook=tuple, parse_int=float,
             parse_constant=int)
@@ -176,10 +175,10 @@ FOUR_NUMBERS = re.compile(
 def parse_box_lenient(text: str) -> Box | None:
     """For reports on models that were not trained on our format; the reward never uses it.
 
-    The box of `parse_box`, else the first four numbers after the last <answer> (without one,
-    after the last </think>; without that, anywhere). This reads fenced and bare JSON, Qwen2.5-VL's
-    [{"bbox_2d": [...], "label": ...}] and Qwen2-VL's <|box_start|>(x1,y1),(x2,y2)<|box_end|>.
-    """
+    The box of `parse_box`, else the first four numbers after the last <answer> (without
+    one, after the last </think>; without that, anywhere). This reads fenced and bare JSON,
+    Qwen2.5-VL's [{"bbox_2d": [...], "label": ...}] and Qwen2-VL's
+    <|box_start|>(x1,y1),(x2,y2)<|box_end|>. """
     box = parse_box(text)
     if box is not None:
         return box

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model import QwenVL
-from qwen.attention import Cache, sent
+from qwen.attention import Cache, to_device
 from qwen.processor import Prompt
 
 # Tokens between looks at who has finished: each look waits for the device.
@@ -126,7 +126,7 @@ def generate(
     logits = logits.repeat_interleave(group, 0)                            # (R, V)
     # None may be: an empty tensor would else be of floats.
     stop_ids = torch.tensor(model.stop_ids, dtype=torch.long)
-    seeds, stop_ids = sent((seeds, stop_ids), model.device)
+    seeds, stop_ids = to_device((seeds, stop_ids), model.device)
     batch = start_batch(first_positions, seeds, group, max_new_tokens)
     results = start_results(len(batch.slots), max_new_tokens, model.device)
     decode = decoder(model, cache, cuda_graphs)
@@ -143,7 +143,7 @@ def generate(
         if k + 1 == max_new_tokens:
             break
         if (k + 1) % CHECK_EVERY == 0:
-            rows = unfinished(batch.done.view(cache.questions, -1), shrink_to)
+            rows = unfinished(batch.done.view(len(cache.unseen), -1), shrink_to)
             if rows is not None:
                 if not rows.numel():
                     break
@@ -185,7 +185,7 @@ def decoder(
 
 def shrink(batch: Batch, cache: Cache, rows: Tensor) -> None:
     """Goes on with these rows (Q'', G'') of the batch; a line of `rows` is one question's."""
-    rows_a_question = len(batch.done) // cache.questions
+    rows_a_question = len(batch.done) // len(cache.unseen)
     questions = rows[:, 0] // rows_a_question
     cache.select(questions, rows.flatten())
     batch.select(rows.flatten())

@@ -1,5 +1,6 @@
 """model.py and attention.py beside transformers' three families (random weights), beside
 dense attention, and by hand."""
+import dataclasses
 import doctest
 import itertools
 import json
@@ -19,7 +20,7 @@ import model as ours
 from model import QwenVL, completion_layout, mrope_positions
 from qwen import attention as kernels
 from qwen import hub
-from qwen.attention import Attended, Plan, attention, merge
+from qwen.attention import Piece, Plan, attention, merge_attended
 from qwen.hub import CheckpointError
 from qwen.processor import Processor
 
@@ -251,8 +252,7 @@ def assert_equals_dense(plan: Plan, seen: Tensor) -> None:
 def test_attention_over_groups_equals_dense_attention(
         spelled_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if spelled_out:
-        monkeypatch.setattr(kernels, "flash", kernels.plain)
-        monkeypatch.setattr(kernels, "flash_backward", kernels.plain_backward)
+        monkeypatch.setattr(kernels, "CPU_KERNEL", False)
     prompts = [5, 9, 3]
     completions = [[4, 1, 4], [0, 2], [0, 0]]
     seen = seen_in_groups(prompts, completions)
@@ -293,7 +293,7 @@ def test_a_merge_reaches_the_rows_it_is_given(
     out, lse = over(all_rows, slice(6))
     want_out, want_lse = out.clone(), lse.clone()
     want_out[rows], want_lse[:, rows] = over(rows, slice(10))
-    merge(out, lse, rows, *over(rows, slice(6, 10)))
+    merge_attended(out, lse, rows, *over(rows, slice(6, 10)))
     assert torch.allclose(out, want_out, atol=1e-6 if dtype == torch.float32 else 2e-2)
     assert torch.allclose(lse, want_lse, atol=1e-6)
     untouched = torch.ones(6, dtype=torch.bool)
@@ -307,7 +307,7 @@ def test_pieces_with_index_rows_may_be_merged(monkeypatch: pytest.MonkeyPatch) -
     attention."""
     plan = Plan([3, 2, 4, 2])
     apart = torch.tensor([3, 4, 9, 10])
-    prompt_piece = kernels.Piece(apart, slice(0, 3), 1, causal=False, written_before=True)
+    prompt_piece = Piece(apart, slice(0, 3), 1, causal=False, written_before=True)
     plan.pieces.append(prompt_piece)
     owner = torch.repeat_interleave(torch.arange(4), torch.tensor([3, 2, 4, 2]))
     seen = (owner[:, None] == owner).tril()
@@ -316,67 +316,55 @@ def test_pieces_with_index_rows_may_be_merged(monkeypatch: pytest.MonkeyPatch) -
     assert_equals_dense(plan, seen)
 
 
-def by_sequence(
-        boundaries: kernels.Boundaries) -> list[tuple[slice, slice]]:
-    """Query rows and key rows of each sequence."""
-    queries = boundaries.queries.tolist()
-    keys = boundaries.keys.tolist()
-    query_rows = [slice(*ends) for ends in itertools.pairwise(queries)]
-    key_rows = [slice(*ends) for ends in itertools.pairwise(keys)]
-    return list(zip(query_rows, key_rows))
-
-
-def plain_flash(
-        q: Tensor, k: Tensor, v: Tensor, boundaries: kernels.Boundaries,
-        causal: bool) -> tuple[Tensor, Tensor]:
-    """`cuda_flash` on any device, sequence by sequence."""
-    outs = []
-    lses = []
-    for rows, keys in by_sequence(boundaries):
-        one = [kernels.batched(x, 1) for x in (q[rows], k[keys], v[keys])]
-        out, lse = kernels.plain(*one, causal)
-        outs.append(kernels.packed(out))
-        lses.append(lse[0])
-    return torch.cat(outs), torch.cat(lses, 1)
-
-
-def plain_flash_backward(
-        grad: Tensor, attended: Attended, boundaries: kernels.Boundaries,
-        causal: bool) -> tuple[Tensor, ...]:
-    """`cuda_flash_backward` on any device, sequence by sequence."""
-    a = attended
-    parts = []
-    for rows, keys in by_sequence(boundaries):
-        of_rows = [kernels.batched(x[rows], 1) for x in (grad, a.q, a.out)]
-        of_keys = [kernels.batched(x[keys], 1) for x in (a.k, a.v)]
-        one = Attended(of_rows[1], *of_keys, of_rows[2], a.lse[None, :, rows])
-        shares = kernels.plain_backward(of_rows[0], one, causal)
-        parts.append([kernels.packed(share) for share in shares])
-    return tuple(torch.cat(share) for share in zip(*parts))
-
-
 def test_two_launches_with_boundaries_equal_dense_attention(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way that CUDA takes, with kernels spelled out."""
-    monkeypatch.setattr(kernels, "has_kernel", lambda q: True)
-    monkeypatch.setattr(kernels, "cuda_flash", plain_flash)
-    monkeypatch.setattr(kernels, "cuda_flash_backward", plain_flash_backward)
+    """The pieces for the variable-length kernel, here computed sequence by sequence."""
+    attend = kernels.attend
+    attend_backward = kernels.attend_backward
+
+    def by_sequence(piece: Piece) -> list[tuple[slice, slice, Piece]]:
+        queries, keys = (x.tolist() for x in piece.sequences[:2])
+        one = dataclasses.replace(piece, sequences=1)
+        rows = zip(itertools.pairwise(queries), itertools.pairwise(keys))
+        return [(slice(*query), slice(*key), one) for query, key in rows]
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+        results = [attend(q[rows], k[keys], v[keys], one) for rows, keys, one in by_sequence(piece)]
+        return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results], 1)
+
+    def backward(
+            grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+            piece: Piece) -> list[Tensor]:
+        parts = []
+        for rows, keys, one in by_sequence(piece):
+            parts.append(attend_backward(
+                grad[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], one))
+        return [torch.cat(share) for share in zip(*parts)]
+
+    monkeypatch.setattr(kernels, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(kernels, "KERNEL_DTYPES", (torch.float32,))
+    monkeypatch.setattr(kernels, "attend", forward)
+    monkeypatch.setattr(kernels, "attend_backward", backward)
     seen = seen_in_groups([5, 3], [[4, 1], [2]])
     plan = Plan([5, 3, 4, 1, 2], prefix=[(5, 5), (3, 2)])
     torch.manual_seed(5)
     assert_equals_dense(plan, seen)
+    assert len(plan.kernel_pieces) == 2
 
 
-def test_plain_backward_is_the_derivative_of_plain() -> None:
+def test_the_gradient_that_is_spelled_out_is_the_derivative(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CPU_KERNEL", False)
     torch.manual_seed(4)
-    q = torch.randn(2, 4, 5, 8, requires_grad=True)
-    k = torch.randn(2, 2, 5, 8, requires_grad=True)
-    v = torch.randn(2, 2, 5, 8, requires_grad=True)
-    out, lse = kernels.plain(q, k, v, True)
+    q = torch.randn(10, 4, 8, requires_grad=True)
+    k = torch.randn(10, 2, 8, requires_grad=True)
+    v = torch.randn(10, 2, 8, requires_grad=True)
+    [piece] = Plan([5, 5]).pieces
+    out, lse = kernels.attend(q, k, v, piece)
     grad = torch.randn_like(out)
     want = torch.autograd.grad(out, (q, k, v), grad)
     with torch.no_grad():
-        got = kernels.plain_backward(grad, Attended(q, k, v, out, lse), True)
+        got = kernels.attend_backward(grad, q, k, v, out, lse, piece)
     for a, b in zip(got, want):
         assert relative(a, b) < 1e-5
 
