@@ -501,7 +501,7 @@ def show_texts(args: argparse.Namespace, records: Records) -> None:
     """Prints the texts of a few records, and writes their pictures."""
     processor = Processor.from_pretrained(args.init) if args.init else None
     out = Path(args.out or "cot_check.png")
-    dist.writable(out.parent)
+    dist.check_writable(out.parent)
     write_completion = writer(records)
     pictures = []
     # Spread evenly over the split.

@@ -835,8 +835,8 @@ def ask(stage: Stage, device: torch.device, args: argparse.Namespace) -> None:
     path = Path(args.image)
     stretch = args.stretch or stage_flags(stage).get("stretch")
     image, turned = open_picture(path, stretch)
-    out = processes.writable(args.out or Path(args.ckpt) / "eval")
-    model, processor = checkpoints.open_checkpoint(stage.folder, device)
+    out = processes.check_writable(args.out or Path(args.ckpt) / "eval")
+    model, processor = checkpoints.open_model(stage.folder, device)
     prompt = processor(image, args.text)
     print_if_shrunk(path, prompt.frame, processor)
     sampling = Sampling(args.temperature[0], max_new_tokens=args.max_new_tokens)
@@ -900,7 +900,7 @@ def main() -> None:
     train = train_records(eval_set)
     # A folder that can't be written to is said before anything is computed that could
     # be lost.
-    out = processes.writable(output_folder(args, files))
+    out = processes.check_writable(output_folder(args, files))
     summary = {"centre_box": metrics.centre_box(eval_set.scored)}
     evaluation = Evaluation(eval_set, train, out, args.blind, summary)
     if files:
@@ -966,7 +966,7 @@ def score_stages(
         stretch = args.stretch or stage_flags(stage).get("stretch")
         stretch = stretch or evaluation.eval_set.reading.stretch
         records = with_stretch(evaluation.eval_set.scored, stretch)
-        model, processor = checkpoints.open_checkpoint(stage.folder, device)
+        model, processor = checkpoints.open_model(stage.folder, device)
         if processes.rank() == 0:
             print_if_other_prompt(stage)
         overlap = training_overlap(stage, records)

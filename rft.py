@@ -592,7 +592,8 @@ def train_step(
     line |= update_summary(sums, minibatches, args)
     line |= {"lr": lr, "grad_norm": grad_norm, "finite": not sums["not_finite"], **resampled}
     line |= {"seconds_rollout": sampled - started, "seconds_reward": graded - sampled}
-    line |= {"seconds_update": updated - refilled, "peak_GiB": dist.peak_memory(policy.model)}
+    peak = dist.peak_memory(policy.model.device)
+    line |= {"seconds_update": updated - refilled, "peak_GiB": peak}
     return line, rollouts, grades
 
 
@@ -975,7 +976,7 @@ def open_policy(
         init: Path, args: argparse.Namespace, records: Sequence[Record],
         val: Sequence[Record] = ()) -> Policy:
     """The model to train with its optimizer, and where there is a KL the reference."""
-    model, processor = saving.open_checkpoint(init, max_pixels=args.max_pixels)
+    model, processor = saving.open_model(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
     device = dist.start(args.device, args.deterministic)
     memory.check_gpu(args, memory_run(processor, records, val, args), device)
@@ -986,16 +987,17 @@ def open_policy(
         reference = model
     elif args.beta:
         reference = open_reference(init, device)
-    model = dist.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
+    runtime.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
+    model = dist.prepare(model, device)
     return Policy(model, processor, dist.optimizer(model, args.lr), reference)
 
 
 def open_reference(init: Path, device: torch.device) -> QwenVL:
     """The starting policy once more, in the compute dtype and frozen: it is only read."""
-    model, _ = saving.open_checkpoint(init)
+    model, _ = saving.open_model(init)
     # In the order of the model under training: merged as stored, rounded behind that.
     lora.merge(model)
-    return model.to(device, dist.compute_dtype_of(device)).requires_grad_(False)
+    return model.to(device, dist.compute_dtype(device)).requires_grad_(False)
 
 
 def progress(line: dict[str, Any]) -> str:

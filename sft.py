@@ -109,7 +109,7 @@ def train_step(
         "finite": norm < float("inf"),
         "completion_tokens": completion_tokens,
         "tokens_per_second": tokens / (time.perf_counter() - started),
-        "peak_GiB": dist.peak_memory(model),
+        "peak_GiB": dist.peak_memory(model.device),
     }
 
 
@@ -165,12 +165,13 @@ def main() -> None:
     write_completion = cot.writer(records, args.cot, args.answer_only)
     out = Path(args.out)
     saving.check_output(out, args.resume)
-    model, processor = saving.open_checkpoint(init, max_pixels=args.max_pixels)
+    model, processor = saving.open_model(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
     device = dist.start(args.device, args.deterministic)
     plan = memory.Run(processor, records, val, functools.partial(step_size, args))
     memory.check_gpu(args, plan, device)
-    model = dist.prepare(model, device, args.freeze_vision, args.gradient_checkpointing)
+    runtime.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
+    model = dist.prepare(model, device)
     opt = dist.optimizer(model, args.lr)
     first = saving.restore(out, model, opt) if args.resume else 0
     lines = runtime.begin(out, first, model)

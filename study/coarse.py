@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder that is written; it is read as --data jsonl")
-    out = dist.writable(parser.parse_args().out)
+    out = dist.check_writable(parser.parse_args().out)
     rng = random.Random(0)
     lines = []
     for record in load("synth:0.1", None, "sft"):

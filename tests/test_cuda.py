@@ -305,8 +305,8 @@ def test_a_step_in_float32_is_the_cpus(
     want = step(setup, host, reference)
     with PlayedDevice() as gpu:
         model = QwenVL.from_pretrained(setup.path, None)
-        model = dist.prepare(
-            model, torch.device("cuda"), gradient_checkpointing=checkpointing)
+        model.visual.checkpointing = model.model.checkpointing = checkpointing
+        model = dist.prepare(model, torch.device("cuda"))
         got = step(setup, model, QwenVL.from_pretrained(setup.path, torch.float32, "cuda"))
         assert got["peak_GiB"] == gpu.peak_bytes / 2 ** 30 > 0
     compare_lines(got, want, 1e-4)
@@ -386,7 +386,7 @@ import rft, sft
 from train import dist, run as runtime
 from test_cuda import reward_by_letters
 rft.grade = reward_by_letters
-dist.prepare = functools.partial(dist.prepare, compute_dtype=torch.bfloat16)
+dist.prepare = functools.partial(dist.prepare, dtype=torch.bfloat16)
 runtime.main({stage}.main)
 """
 FLAGS = {

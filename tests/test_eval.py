@@ -448,7 +448,7 @@ def install(set_attribute: Callable[[Any, str, Any], None]) -> None:
     """The fakes, by `setattr` or monkeypatch's."""
     loader = SimpleNamespace(from_pretrained=lambda folder: FakeProcessor())
     set_attribute(evaluation, "generate", fake_generate)
-    set_attribute(evaluation.runtime, "open_checkpoint",
+    set_attribute(evaluation.runtime, "open_model",
                   lambda folder, device: (None, FakeProcessor()))
     set_attribute(evaluation, "Processor", loader)
     set_attribute(data, "READERS", {**data.READERS, "tiny": tiny})
@@ -1050,7 +1050,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (100, 100)).save("a.png")
     Path("p.jsonl").write_text(json.dumps({"id": "r0", "box": None}))
-    monkeypatch.setattr(evaluation.runtime, "open_checkpoint", None)
+    monkeypatch.setattr(evaluation.runtime, "open_model", None)
     with pytest.raises(SystemExit) as stop:
         fakes(tmp_path, "--device", "cpu", "--out", "/proc/self", *more)
     error = capfd.readouterr().err

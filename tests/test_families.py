@@ -272,7 +272,7 @@ def test_what_training_saves_loads_in_transformers(
     latest = stage(sft, tmp_path / "sft", *flags) / "latest"
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(
         latest, dtype=torch.float32).eval()
-    model, processor = checkpoints.open_checkpoint(latest, torch.device("cpu"))
+    model, processor = checkpoints.open_model(latest, torch.device("cpu"))
     record = data.load("dior", dior_root, "val")[0]
     p = processor(data.open_image(record), record.text)
     ids = p.input_ids[None]

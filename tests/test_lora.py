@@ -234,6 +234,7 @@ def test_the_reference_is_the_start_whatever_is_trained(
     model = QwenVL.from_pretrained(init, dtype=None)
     lora.fit(model, flags())
     lora.keep_start(model)
+    lora.freeze_base(model)
     model = dist.prepare(model, torch.device("cpu"))
     opt = dist.optimizer(model, 1e-2)
     for _ in range(2):
@@ -253,7 +254,9 @@ def test_only_adapters_are_trained_and_their_gradient_is_that_of_the_formula(
         tiny_checkpoint: Path) -> None:
     """Beside weights W + alpha / rank B A made by hand: dA = alpha / rank B^T dW, and dB alike."""
     prompt = make_prompt(tiny_checkpoint)
-    model = dist.prepare(with_adapters(tiny_checkpoint, vision=True), torch.device("cpu"))
+    model = with_adapters(tiny_checkpoint, vision=True)
+    lora.freeze_base(model)
+    model = dist.prepare(model, torch.device("cpu"))
     layers = lora.adapted(model)
     score(model, prompt).sum().backward()
     merged = with_adapters(tiny_checkpoint, vision=True)
@@ -273,7 +276,9 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_checkpoint: Path) -> No
     gradients = []
     for checkpointing in (False, True):
         model = with_adapters(tiny_checkpoint, vision=True)
-        model = dist.prepare(model, torch.device("cpu"), False, checkpointing)
+        lora.freeze_base(model)
+        model.visual.checkpointing = model.model.checkpointing = checkpointing
+        model = dist.prepare(model, torch.device("cpu"))
         score(model, prompt).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert len(gradients[0]) == 2 * (14 + 12)
@@ -316,7 +321,9 @@ model_module.PATCHES_AT_ONCE = 1
 model = QwenVL.from_pretrained(adapter, dtype=None)
 lora.fit(model, flags())
 lora.keep_start(model)
-model = dist.prepare(model, device, False, True, compute_dtype=torch.bfloat16)
+lora.freeze_base(model)
+model.visual.checkpointing = model.model.checkpointing = True
+model = dist.prepare(model, device, dtype=torch.bfloat16)
 for name, p in model.named_parameters():
     assert p.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16), name
 prompt = make_prompt(base)
@@ -523,12 +530,12 @@ def test_rft_of_all_weights_begins_at_the_merged_adapter(
 def test_a_second_model_is_opened_for_a_reference_without_adapters_alone(
         monkeypatch: pytest.MonkeyPatch, adapter: Path) -> None:
     opened = []
-    open_checkpoint = checkpoints.open_checkpoint
+    open_model = checkpoints.open_model
 
     def count(*args: Any, **more: Any) -> tuple[QwenVL, Processor]:
         opened.append(args)
-        return open_checkpoint(*args, **more)
-    monkeypatch.setattr(checkpoints, "open_checkpoint", count)
+        return open_model(*args, **more)
+    monkeypatch.setattr(checkpoints, "open_model", count)
     for rank, models in ((4, 1), (None, 2)):
         opened.clear()
         args = rft.flags().parse_args(["--device", "cpu"])

@@ -345,7 +345,8 @@ def test_the_plan_counts_what_a_device_of_true_widths_holds(
         if args.lora:
             lora.add(model, args.lora, 1.0, False, 0)
             model.to(torch.bfloat16)
-        dist.choose_trained(model, False, args.gradient_checkpointing)
+            lora.freeze_base(model)
+        model.visual.checkpointing = model.model.checkpointing = args.gradient_checkpointing
         # On a GPU too a whole gradient leaves as soon as it is reduced.
         for p in model.parameters():
             if p.requires_grad:

@@ -467,10 +467,10 @@ def test_an_output_that_cant_be_written_to_is_refused_before_anything_is_loaded(
         folders.append(Path("/proc/here"))
     for folder in folders:
         for words in (mistake(capsys, checkpoints.check_output, folder, False),
-                      mistake(capsys, dist.writable, folder)):
+                      mistake(capsys, dist.check_writable, folder)):
             assert f"nothing can be written to {folder} (" in words and "--out" in words
     nested = tmp_path / "a" / "b"
-    assert dist.writable(nested) == nested and not list(nested.iterdir())
+    assert dist.check_writable(nested) == nested and not list(nested.iterdir())
     checkpoints.check_output(nested, False)                              # an empty folder is a new one
 
 
@@ -561,9 +561,9 @@ from qwen.processor import Prompt, Pixels
 path, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 device = dist.start("cpu")
 plain = QwenVL.from_pretrained(path, dtype)
-model = dist.prepare(
-    QwenVL.from_pretrained(path, torch.float32), device, gradient_checkpointing=True,
-    compute_dtype=dtype)
+model = QwenVL.from_pretrained(path, torch.float32)
+model.visual.checkpointing = model.model.checkpointing = True
+model = dist.prepare(model, device, dtype)
 torch.manual_seed(0)
 pixels = Pixels(torch.zeros(16, 3, 14, 14, dtype=torch.uint8), torch.rand(3, 256), 2)
 ids = torch.tensor([5, 6, *[model.config.image_id] * 4, 7])

@@ -1011,7 +1011,7 @@ def main() -> None:
     device = torch.device(args.device)
     cuda = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
-    out = dist.writable(args.out)
+    out = dist.check_writable(args.out)
     name = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
     report = {
         "device": name, "torch": torch.__version__, "shape": args.shape,

@@ -22,7 +22,7 @@ def main() -> None:
     path = folder(args.ckpt)
     if not (path / ADAPTER_CONFIG).exists():
         raise CheckpointError(f"{path} holds no adapter: there is nothing to merge")
-    out = dist.writable(args.out)
+    out = dist.check_writable(args.out)
     if any(out.iterdir()):
         dist.fail(f"{out} is not empty; name another folder")
     model = QwenVL.from_pretrained(path, dtype=None)

@@ -301,7 +301,7 @@ def write_explanation(file: BinaryIO, explanation: Explanation, progress: Progre
 def run_teacher(args: argparse.Namespace, records: Records, ask: Ask) -> None:
     """Has a teacher explain each record's known box; writes a line for each, kept or refused."""
     out = Path(args.out or f"cot_{args.name.replace('/', '_')}_{args.split}.jsonl")
-    dist.writable(out.parent)
+    dist.check_writable(out.parent)
     with open_explanations(out) as file:
         progress = read_progress(file, out)
         remaining = [r for r in records if r.id not in progress.finished][:args.limit]
@@ -371,7 +371,7 @@ def checkpoint_prompt(record: Record, processor: Processor) -> Prompt:
 
 def checkpoint_teacher(args: argparse.Namespace, device: torch.device) -> Ask:
     """A checkpoint that explains --batch records at once."""
-    model, processor = checkpoints.open_checkpoint(args.teacher, device)
+    model, processor = checkpoints.open_model(args.teacher, device)
 
     def ask(records: Sequence[Record]) -> Iterator[Explanation]:
         for i in range(0, len(records), args.batch):

@@ -26,7 +26,7 @@ from train.dist import (
     ElsewhereError,
     all_gather,
     all_max,
-    compute_dtype_of,
+    compute_dtype,
     fail,
     first_row,
     local_rows,
@@ -145,7 +145,7 @@ def command_to_resume(out: Path) -> str:
 
 # ---------------------------------------------------------------- model and optimizer
 
-def open_checkpoint(
+def open_model(
         folder: Path, device: torch.device | None = None, max_pixels: int | None = None,
 ) -> tuple[QwenVL, Processor]:
     """Model and processor of a checkpoint; a CheckpointError where they do not fit each other.
@@ -154,7 +154,7 @@ def open_checkpoint(
     (bfloat16 on CUDA, float32 on the CPU). Without one it is as stored, to be
     prepared for training.
     """
-    dtype = None if device is None else compute_dtype_of(device)
+    dtype = None if device is None else compute_dtype(device)
     model = QwenVL.from_pretrained(folder, dtype, device or "cpu")
     processor = Processor.from_pretrained(folder, max_pixels=max_pixels)
     processor.check_fits(model.config)

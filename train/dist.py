@@ -1,4 +1,12 @@
-"""train.dist."""
+"""Processes, device, sharding (FSDP2), optimizer. Imports nothing else of this project.
+
+Trained parameters, their moments and gradient sums are float32. Passes compute in bfloat16
+on CUDA and in float32 on the CPU.
+
+Gradients are summed over processes, not averaged, because a loss is already divided by the
+token count of the whole step, over all processes. So the number of processes changes
+rounding only.
+"""
 import faulthandler
 import itertools
 import math
@@ -25,35 +33,19 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from model import QwenVL
-from qwen import lora
-from qwen.processor import Prompt
-
 T = TypeVar("T")
-# Seconds without a step, after which every process prints where it is.
+# Seconds without a step before every process prints its stack.
 STUCK_AFTER = 1800
-# What a patch of the trained vision tower counts in --micro-tokens: at the widths of the 3B
-# model it keeps 2.02 MB for the backward pass, and a token 4.68 MB (counted, not measured).
-PATCH_TOKENS = 0.43
-# Where a Linux system shows its NVIDIA GPUs and their driver.
-GPU_FILES = Path("/dev")
-DRIVER_FILE = Path("/proc/driver/nvidia/version")
 # How long a process waits for another one.
 GROUP_TIMEOUT = timedelta(seconds=2 * STUCK_AFTER)
-# What the processes share before and behind their group; None for a lone process.
+# Tokens that a patch of a trained vision tower counts as in --micro-tokens. Calculated for
+# the 3B model: the backward pass needs 2.02 MB per patch and 4.68 MB per token.
+PATCH_TOKENS = 0.43
+# Linux lists NVIDIA GPUs as /dev/nvidia0 ..., and the version of their driver here.
+GPU_FILES = Path("/dev")
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+# Key-value store of all processes, alive before and after the process group.
 STORE: dist.Store | None = None
-T = TypeVar("T")
-
-
-def fail(message: object) -> NoReturn:
-    """Ends the script after a user's mistake: one line, exit status 2.
-
-    Where several processes fail, the first alone says why: the others meet the same
-    mistake, or fail because the first is gone.
-    """
-    if first_to_fail():
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 # ---------------------------------------------------------------- processes
@@ -64,14 +56,25 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def meet() -> None:
-    """Opens the store that torchrun's processes share, before they join a group.
+def fail(message: object) -> NoReturn:
+    """Ends the script after a user's mistake: one line on stderr, exit status 2.
 
-    It outlives each of them: so they can agree on who speaks, whichever is gone.
+    If several processes fail, only the first prints: the others made the same mistake, or
+    fail because the first is gone.
+    """
+    if first_to_fail():
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def open_store() -> None:
+    """Connects to the store of torchrun's processes, before they form a group.
+
+    The store outlives the processes, so they can agree on which one prints an error.
     """
     global STORE
     if world() > 1:
@@ -79,101 +82,87 @@ def meet() -> None:
 
 
 def first_to_fail() -> bool:
-    """Whether this process is the first of all that fails: it alone says why."""
+    """Whether this process fails before all others, and so prints the error."""
     if STORE is None:
         return rank() == 0
     try:
         return STORE.compare_set("failed", "", str(rank())) == str(rank()).encode()
     except RuntimeError:
-        # The store is gone with the launcher: silence would be worse than a repetition.
+        # The store ended with the launcher. An error printed twice is better than none.
         return True
 
 
 def lost_peer(error: Exception) -> bool:
-    """Whether an error came about because another process is gone, as gloo or NCCL tell it."""
+    """Whether gloo or NCCL raised this error because another process is gone."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def choose_device(asked: str | None) -> str:
-    """"cuda" or "cpu": what --device asks for, and without it CUDA where torch can use it.
+    """"cuda" or "cpu": as --device asks, by default CUDA if torch can use it.
 
-    A GPU that is there and that torch can't use is never left for the CPU unasked: that
-    would be a run a hundred times slower, and nothing would say so.
+    If torch cannot use a GPU that is present, stop: a silent CPU run would be 100 times
+    slower.
     """
-    if asked == "cuda" and not torch.cuda.is_available():
-        fail(f"--device cuda, but torch sees no CUDA device{unusable_gpu()}; use --device cpu")
-    if asked is None and not torch.cuda.is_available() and unusable_gpu():
-        fail(f"torch can't use the GPU{unusable_gpu()}; install a torch that fits the driver "
-             "(pytorch.org lists them), or ask for --device cpu")
-    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def unusable_gpu() -> str:
-    """Of GPUs that torch does not see: " (NVIDIA driver 535.0; torch 2.13.0 for CUDA 13.0)"; ""
-    where there are none."""
+    if asked == "cpu" or torch.cuda.is_available():
+        return asked or "cuda"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if hidden or not any(GPU_FILES.glob("nvidia[0-9]*")):
-        return ""
-    driver = "of an unknown version"
-    if DRIVER_FILE.exists():
-        words = DRIVER_FILE.read_text(encoding="utf-8", errors="replace").split()
-        driver = next((word for word in words if word[:1].isdigit()), driver)
-    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-    return f" (NVIDIA driver {driver}; torch {torch.__version__} {built})"
+    gpu = ""
+    if not hidden and any(GPU_FILES.glob("nvidia[0-9]*")):
+        driver = "of an unknown version"
+        if DRIVER_FILE.exists():
+            words = DRIVER_FILE.read_text(encoding="utf-8", errors="replace").split()
+            driver = next((word for word in words if word[:1].isdigit()), driver)
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        gpu = f" (NVIDIA driver {driver}; torch {torch.__version__} {built})"
+    if asked == "cuda":
+        fail(f"--device cuda, but torch sees no CUDA device{gpu}; use --device cpu")
+    if gpu:
+        fail(f"torch cannot use the GPU{gpu}; install a torch that fits the driver "
+             "(pytorch.org lists them), or use --device cpu")
+    return "cpu"
 
 
 def start(device: str, deterministic: bool = False) -> torch.device:
-    """Joins the processes that torchrun started -> this process's device ("cuda" or "cpu" given).
+    """Joins the processes that torchrun started -> this process's device.
 
-    On CUDA a lone process joins a group of its own: only sharded models (FSDP2) have
-    bfloat16 copies of their float32 parameters to compute with. The first process prints
-    where it computes.
+    device: "cuda" or "cpu". A single process on CUDA forms a group of its own, because only
+    sharded models (FSDP2) have bfloat16 copies of float32 parameters to compute with.
     """
     faulthandler.enable()
-    group = {}
+    group: dict[str, Any] = {}
+    words = f"the CPU, {torch.get_num_threads()} threads a process; torch {torch.__version__}"
     if device == "cuda":
-        prepare_cuda(deterministic)
+        # The lengths of passes vary from step to step; blocks that can grow are reused.
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cuda.matmul.allow_tf32 = True
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            # Makes flash attention's backward pass add in a fixed order. warn_only, because
+            # sampling sums float64 probabilities by a kernel that has no such order; rounding
+            # there matters only if a draw lies within 1e-13 of a boundary.
+            torch.use_deterministic_algorithms(True, warn_only=True)
         device = f"cuda:{torch.cuda.current_device()}"
         group["device_id"] = torch.device(device)
+        gigabytes = torch.cuda.get_device_properties(device).total_memory / 1e9
+        order = "deterministic" if deterministic else "a resume repeats it to rounding"
+        words = (f"{world()} x {torch.cuda.get_device_name(device)} ({gigabytes:.0f} GB); torch "
+                 f"{torch.__version__}, CUDA {torch.version.cuda}; {order}")
     if world() > 1 or device != "cpu":
-        # Beside NCCL stands gloo, because the sums that are logged lie on the CPU.
+        # gloo next to NCCL, because sums for the log are on the CPU.
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         store = STORE if "RANK" in os.environ else dist.HashStore()
         if store is not None:
             group |= {"store": store, "rank": rank(), "world_size": world()}
         dist.init_process_group(backend, timeout=GROUP_TIMEOUT, **group)
     if rank() == 0:
-        print(f"computing on {device_words(device, deterministic)}", flush=True)
+        print(f"computing on {words}", flush=True)
     return torch.device(device)
 
 
-def prepare_cuda(deterministic: bool) -> None:
-    """Settings of CUDA, before anything lies there."""
-    # Freed blocks of one size serve another: passes differ in length from step to step.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    torch.backends.cuda.matmul.allow_tf32 = True
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # Flash attention's backward pass else adds up by atomics. Warned about, not refused,
-        # is the sum of float64 probabilities that sampling inverts: what rounding changes
-        # there would have to lie within 1e-13 of a draw.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def device_words(device: str, deterministic: bool) -> str:
-    """A device with what a log should know of it: name, memory, versions."""
-    if device == "cpu":
-        return f"the CPU, {torch.get_num_threads()} threads a process; torch {torch.__version__}"
-    gigabytes = torch.cuda.get_device_properties(device).total_memory / 1e9
-    order = "deterministic" if deterministic else "a resume repeats it to rounding"
-    return (f"{torch.cuda.get_device_name(device)} ({gigabytes:.0f} GB), {world()} of them; torch "
-            f"{torch.__version__}, CUDA {torch.version.cuda}; {order}")
-
-
 def all_sum(x: Tensor) -> Tensor:
-    """Sum of a tensor over all processes."""
+    """Sum over all processes."""
     if dist.is_initialized():
         x = x.clone()
         dist.all_reduce(x)
@@ -181,7 +170,7 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 def all_max(x: Tensor) -> Tensor:
-    """Maximum of a tensor over all processes."""
+    """Maximum over all processes."""
     if dist.is_initialized():
         x = x.clone()
         dist.all_reduce(x, dist.ReduceOp.MAX)
@@ -189,7 +178,7 @@ def all_max(x: Tensor) -> Tensor:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """The processes' (n, ...) tensors of one shape, one behind the other: (world * n, ...)."""
+    """(n, ...) on each process, of one shape -> (world * n, ...), by rank."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(world())]
@@ -197,182 +186,8 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def barrier() -> None:
-    """Waits until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def compute_dtype_of(device: torch.device) -> torch.dtype:
-    """What passes on this device compute in: bfloat16 on CUDA, float32 on the CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def prepare(
-        model: QwenVL, device: torch.device, freeze_vision: bool = False,
-        gradient_checkpointing: bool = False, compute_dtype: torch.dtype | None = None,
-) -> QwenVL:
-    """Makes a loaded model ready for training: float32, on the device, sharded (FSDP2).
-
-    Of a model with adapters these alone are trained; the base is only read, and where it is
-    sharded it lies in what it computes in.
-
-    compute_dtype: of a sharded model's passes; None is bfloat16 on CUDA and float32 on the
-    CPU. One process on a CPU shards nothing: it has neither peers nor another dtype to
-    compute in.
-    """
-    choose_trained(model, freeze_vision, gradient_checkpointing)
-    if not dist.is_initialized():
-        return model.float().to(device)
-    if compute_dtype is None:
-        compute_dtype = compute_dtype_of(device)
-    shard(model, device, compute_dtype)
-    # FSDP2 wraps forward() alone; this method needs unsharded parameters as well.
-    register_fsdp_forward_method(model, "score")
-    return model
-
-
-def choose_trained(
-        model: QwenVL, freeze_vision: bool, gradient_checkpointing: bool) -> None:
-    """Says which parameters are trained, and whether layers keep their activations."""
-    if lora.adapted(model):
-        lora.freeze_base(model)
-    else:
-        model.visual.requires_grad_(not freeze_vision)
-    model.visual.checkpointing = gradient_checkpointing
-    model.model.checkpointing = gradient_checkpointing
-
-
-def shard(model: QwenVL, device: torch.device, compute_dtype: torch.dtype) -> None:
-    """Spreads the parameters over the processes, layer by layer; gradients will be sums."""
-    dtypes = {}
-    if compute_dtype != torch.float32:
-        dtypes = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32}
-    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
-    mesh = init_device_mesh(device.type, (world(),))
-    # Beside adapters the base is only read: it lies in what it computes in. (FSDP2 asks
-    # for one dtype among the trained parameters of a module alone.)
-    frozen_dtype = compute_dtype if lora.adapted(model) else torch.float32
-    # Each layer becomes float32 just before it is sharded, so that one float32 layer
-    # at a time exists whole. The inner modules come first: an outer one takes the
-    # parameters that are left.
-    for module in (*model.visual.blocks, *model.model.layers, model.visual, model):
-        for x in (*module.parameters(), *module.buffers()):
-            dtype = torch.float32 if x.requires_grad else frozen_dtype
-            if x.is_floating_point() and x.dtype != dtype:
-                x.data = x.data.to(dtype)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    for module in sharded_modules(model):
-        # FSDP2 averages gradients. A loss is already divided by the token count of
-        # all processes, so the average would divide a second time.
-        module.set_gradient_divide_factor(1.0)
-        # A divide factor makes FSDP2 ask for NCCL's own multiplied sum, which gloo
-        # does not have. This flag makes it ask for the plain sum that both have.
-        module.set_force_sum_reduction_for_comms(True)
-
-
-def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The modules whose parameters are gathered and dropped together."""
-    return [m for m in model.modules() if isinstance(m, FSDPModule)]
-
-
-@contextmanager
-def gathered(model: QwenVL) -> Iterator[QwenVL]:
-    """The model to sample with: every process holds all parameters, and passes communicate
-    nothing.
-
-    In rollouts and validation processes make different numbers of forward passes, as their
-    answers end at different lengths; with sharded parameters each pass would wait for the
-    other processes, and the longest answer would wait forever. A model that is not sharded
-    is yielded as it is.
-    """
-    modules = sharded_modules(model)
-    for module in modules:
-        module.unshard()
-    try:
-        yield unhooked(model) if modules else model
-    finally:
-        for module in modules:
-            module.reshard()
-
-
-def unhooked(module: nn.Module) -> nn.Module:
-    """A second module of the same parameters, buffers and attributes, and the same of all
-    modules in it, without FSDP2's hooks.
-
-    The hooks find nothing to gather while parameters are whole, but cost the host a fifth of
-    the time of a step that decodes, and can't be captured in a CUDA graph.
-    """
-    # FSDP2 has put a class of its own before the module's.
-    kind = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
-    twin = kind.__new__(kind)
-    nn.Module.__init__(twin)
-    for name, value in vars(module).items():
-        # nn.Module's own, hooks among it, are empty in the twin; a method that stands among the
-        # attributes is one that FSDP2 has wrapped.
-        if name not in vars(twin) and not callable(getattr(kind, name, None)):
-            setattr(twin, name, value)
-    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-        vars(twin)[name].update(vars(module)[name])
-    for name, child in module.named_children():
-        twin._modules[name] = unhooked(child)
-    return twin.train(module.training)
-
-
-def optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW on float32 parameters, without weight decay: fine-tuning runs are short."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    fused = trained[0].is_cuda or None
-    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
-
-
-def lr_at(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
-    """Learning rate of step 0, 1, ..., steps - 1.
-
-    It rises linearly over a share of the steps, then falls by a cosine to a tenth of
-    the peak.
-    """
-    warmup_steps = max(1, round(warmup * steps))
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    angle = math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(angle)))
-
-
-def update(
-        model: nn.Module, opt: torch.optim.Optimizer, lr: float, max_norm: float = 1.0) -> float:
-    """One optimizer step -> the gradient's norm over all parameters and processes.
-
-    The gradient is clipped to max_norm first and cleared at the end; the norm is that
-    before clipping. A gradient that is not finite changes nothing: the caller sees it
-    in the norm.
-    """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if norm.isfinite():
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            local_rows(gradient).mul_(scale)
-        for group in opt.param_groups:
-            group["lr"] = lr
-        opt.step()
-    opt.zero_grad(set_to_none=True)
-    return norm.item()
-
-
-def peak_memory(model: QwenVL) -> float:
-    """GiB that this process held at most, on its GPU or, on a CPU, altogether."""
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    # Linux counts in KiB, macOS in bytes.
-    unit = 2 ** (20 if sys.platform == "linux" else 30)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 def gather_lists(own: Sequence[T]) -> list[T]:
-    """The processes' lists, one behind the other."""
+    """The items of all processes in one list, by rank; lengths may differ."""
     if not dist.is_initialized():
         return list(own)
     parts: list[Any] = [None] * world()
@@ -380,50 +195,36 @@ def gather_lists(own: Sequence[T]) -> list[T]:
     return list(itertools.chain.from_iterable(parts))
 
 
-def memory_tokens(model: QwenVL, prompt: Prompt, completion_tokens: int) -> int:
-    """What --micro-tokens counts of a prompt with its completions: packed tokens, and the
-    image's patches by the memory that they keep beside a token's (ours).
+def barrier() -> None:
+    """Waits for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
 
-    A vision tower of which nothing is trained keeps nothing.
+
+@contextmanager
+def raise_on_all_processes() -> Iterator[None]:
+    """Waits for all processes at its end; an OSError inside one of them is raised in all.
+
+    So no process waits forever for one that could not write. The first process with an
+    error raises its own, the others an OSError without a text.
     """
-    tokens = len(prompt.input_ids) + completion_tokens
-    if any(p.requires_grad for p in model.visual.parameters()):
-        tokens += round(PATCH_TOKENS * int(prompt.image_grid_thw.prod(-1).sum()))
-    return tokens
+    problem = None
+    try:
+        yield
+    except OSError as error:
+        problem = error
+    first = -int(all_max(torch.tensor(-(rank() if problem else world()))))
+    if first < world():
+        raise problem if first == rank() else OSError()
 
 
-def micro_batches(tokens: Sequence[int], budget: int) -> list[slice]:
-    """Cuts a process's items of a step into micro-batches -> slices of neighbouring items.
-
-    tokens: of each item, as `memory_tokens` counts. The slices have equally many items, to one,
-    and are as few as keep each within the budget; an item alone may exceed it. Every
-    process gets equally many slices, because each takes part in the others' forward
-    and backward passes (FSDP2): all follow the one that needs most.
-
-    >>> micro_batches([5, 1, 9, 2], budget=12)        # 6 and 11 tokens
-    [slice(0, 2, None), slice(2, 4, None)]
-    """
-    count = 1
-    while count < len(tokens) and largest_slice(tokens, count) > budget:
-        count += 1
-    return equal_slices(len(tokens), int(all_max(torch.tensor(count))))
+def print_above_bar(text: str) -> None:
+    """Prints a line on stderr, above the progress bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
-def largest_slice(tokens: Sequence[int], count: int) -> int:
-    """Tokens of the largest micro-batch, if the items are cut into this many."""
-    return max(sum(tokens[s]) for s in equal_slices(len(tokens), count))
-
-
-def equal_slices(n: int, count: int) -> list[slice]:
-    """n items in `count` runs of neighbours, whose lengths differ by one at most."""
-    edges = [n * i // count for i in range(count + 1)]
-    return [slice(first, end) for first, end in zip(edges, edges[1:])]
-
-
-# ---------------------------------------------------------------- checkpoints
-
-def writable(folder: str | Path) -> Path:
-    """Makes a folder, with those above it, and tries that a file can be written there."""
+def check_writable(folder: str | Path) -> Path:
+    """Makes a folder and its parents; ends the script if no file can be written there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -434,52 +235,175 @@ def writable(folder: str | Path) -> Path:
     return Path(folder)
 
 
-# A step's folder holds the whole weights for users (hub layout; adapters alone, in PEFT's,
-# where these are trained) and, in state/, what a resume needs: one file a process, with its
-# rows of every float32 parameter and moment. Rows are those of dimension 0, along which
-# FSDP2 cuts a tensor. A resume on another number of processes copies into each process's
-# rows what each file has of them.
+# ---------------------------------------------------------------- model
 
-def local_rows(x: Tensor) -> Tensor:
-    """This process's rows of a tensor: all of them where it is not sharded."""
-    return x.to_local() if isinstance(x, DTensor) else x
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA, float32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def first_row(x: Tensor) -> int:
-    """Where this process's rows begin in the whole tensor.
+def prepare(
+        model: nn.Module, device: torch.device, dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Makes a loaded model ready for training: float32, on the device, sharded by layers.
 
-    FSDP2 splits dimension 0 into equal parts; the last ones may be shorter or empty.
-    10 rows over 4 processes are 3, 3, 3 and 1, and begin at 0, 3, 6 and 9.
+    requires_grad must be set before. dtype: of passes, default compute_dtype(device).
+    A single process on the CPU does not shard and computes in float32.
     """
-    if not isinstance(x, DTensor):
-        return 0
-    rows = x.shape[0]
-    rows_per_process = -(-rows // world())        # rounded up
-    return min(rank() * rows_per_process, rows)
-
-
-class ElsewhereError(OSError):
-    """Another process met an OSError, and says it."""
+    if not dist.is_initialized():
+        return model.float().to(device)
+    dtype = dtype or compute_dtype(device)
+    dtypes = {}
+    if dtype != torch.float32:
+        dtypes = {"param_dtype": dtype, "reduce_dtype": torch.float32}
+    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (world(),))
+    # The base of LoRA adapters is never saved, so the compute dtype is enough for it. FSDP2
+    # asks for one dtype only among the trained parameters of a module.
+    adapted = any(hasattr(module, "lora_A") for module in model.modules())
+    frozen_dtype = dtype if adapted else torch.float32
+    # Inner modules first: an outer one takes the parameters that are left. A layer becomes
+    # float32 just before it is sharded, so only one whole float32 layer exists at a time.
+    modules = (*model.visual.blocks, *model.model.layers, model.visual, model)
+    for module in modules:
+        for x in (*module.parameters(), *module.buffers()):
+            if x.is_floating_point():
+                x.data = x.data.to(torch.float32 if x.requires_grad else frozen_dtype)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for module in modules:
+        # Sum gradients: the loss is already divided by the token count of all processes.
+        module.set_gradient_divide_factor(1.0)
+        # With a divide factor FSDP2 uses a scaled sum that only NCCL has; this flag makes it
+        # use the plain sum, which gloo has as well.
+        module.set_force_sum_reduction_for_comms(True)
+    # FSDP2 wraps forward() only; this method needs unsharded parameters as well.
+    register_fsdp_forward_method(model, "score")
+    return model
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Ends when every process is here; an OSError that one of them met inside is raised in all.
+def gathered(model: nn.Module) -> Iterator[nn.Module]:
+    """The model to sample with: each process has all parameters, no pass communicates.
 
-    So no process waits for one that could not write. The first of those that met one has
-    its own, the others an ElsewhereError.
+    Processes make different numbers of forward passes when they sample, because answers
+    differ in length. With sharded parameters each pass would wait for the other processes,
+    and the longest answer would wait forever. A model that is not sharded is yielded as is.
     """
-    problem = None
+    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in modules:
+        module.unshard()
     try:
-        yield
-    except OSError as error:
-        problem = error
-    place = world() if problem is None else rank()
-    first = -int(all_max(torch.tensor(-place)))
-    if first < world():
-        raise problem if first == rank() else ElsewhereError
+        yield unhooked(model) if modules else model
+    finally:
+        for module in modules:
+            module.reshard()
 
 
-def say(words: str) -> None:
-    """Prints a line above the progress bar."""
-    tqdm.write(words, file=sys.stderr)
+def unhooked(module: nn.Module) -> nn.Module:
+    """A copy of a module tree without FSDP2's hooks; parameters and buffers are shared.
+
+    While parameters are gathered the hooks do nothing, but they take a fifth of the host's
+    time in decoding, and cannot be captured in a CUDA graph.
+    """
+    # FSDP2 has put a class of its own before the module's.
+    kind = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+    twin = kind.__new__(kind)
+    nn.Module.__init__(twin)
+    for name, value in vars(module).items():
+        # nn.Module's own attributes, hooks among them, stay empty in the twin. A method among
+        # the attributes is one that FSDP2 has wrapped.
+        if name not in vars(twin) and not callable(getattr(kind, name, None)):
+            setattr(twin, name, value)
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        vars(twin)[name].update(vars(module)[name])
+    for name, child in module.named_children():
+        twin._modules[name] = unhooked(child)
+    return twin.train(module.training)
+
+
+def local_rows(x: Tensor) -> Tensor:
+    """This process's rows of a tensor: all of them if it is not sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+# ---------------------------------------------------------------- optimizer
+
+def optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW on float32 parameters, without weight decay: fine-tuning runs are short."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fused = trained[0].is_cuda or None
+    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+
+
+def lr_at(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
+    """Learning rate of step 0, ..., steps - 1: linear warm-up, then a cosine to peak / 10."""
+    warmup_steps = max(1, round(warmup * steps))
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    angle = math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(angle)))
+
+
+def update(model: nn.Module, opt: torch.optim.Optimizer, lr: float) -> float:
+    """One optimizer step, gradient clipped to norm 1 -> the norm before clipping.
+
+    The norm is over all parameters and processes. If it is not finite, the step is skipped.
+    Gradients are cleared in any case.
+    """
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if norm.isfinite():
+        torch.nn.utils.clip_grads_with_norm_(trained, max_norm=1.0, total_norm=norm)
+        for group in opt.param_groups:
+            group["lr"] = lr
+        opt.step()
+    opt.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has used at most: of the GPU, or on the CPU of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    # Linux counts in KiB, macOS in bytes.
+    unit = 2 ** (20 if sys.platform == "linux" else 30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def memory_tokens(model: nn.Module, prompt: Any, completion_tokens: int) -> int:
+    """What --micro-tokens counts of a prompt and its completions.
+
+    Packed tokens, and the image's patches by the memory that they need in comparison with a
+    token (ours). A vision tower without trained parameters keeps nothing.
+    """
+    tokens = len(prompt.input_ids) + completion_tokens
+    if any(p.requires_grad for p in model.visual.parameters()):
+        tokens += round(PATCH_TOKENS * int(prompt.image_grid_thw.prod(-1).sum()))
+    return tokens
+
+
+def micro_batches(tokens: Sequence[int], budget: int) -> list[slice]:
+    """Cuts this process's items of a step into micro-batches -> slices of neighbors.
+
+    tokens: memory_tokens() of each item. The slices are as few as keep each within the
+    budget, and equally long, give or take one item; an item alone may exceed the budget.
+    Every process gets the same number of slices, because FSDP2 passes need all processes.
+
+    >>> micro_batches([5, 1, 9, 2], budget=12)        # 6 and 11 tokens
+    [slice(0, 2, None), slice(2, 4, None)]
+    """
+    count = 1
+    while count < len(tokens):
+        slices = equal_slices(len(tokens), count)
+        if max(sum(tokens[s]) for s in slices) <= budget:
+            break
+        count += 1
+    return equal_slices(len(tokens), int(all_max(torch.tensor(count))))
+
+
+def equal_slices(n: int, count: int) -> list[slice]:
+    """n items in `count` slices of neighbors; lengths differ by one at most."""
+    edges = [n * i // count for i in range(count + 1)]
+    return [slice(first, end) for first, end in zip(edges, edges[1:])]

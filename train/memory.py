@@ -383,7 +383,7 @@ def planned_model(init: Path, args: argparse.Namespace) -> QwenVL:
         for layer in lora.adapted(model).values():
             layer.start_A = layer.lora_A.detach()
             layer.start_B = layer.lora_B.detach()
-    dist.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
+    runtime.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
     return model.to(torch.bfloat16)
 
 
@@ -471,7 +471,7 @@ def dry_step(
             "--micro-tokens or --max-pixels, or see what --plan says of other flags")
     model.zero_grad(set_to_none=True)
     if dist.rank() == 0:
-        print(f"the costliest passes fit: {dist.peak_memory(model):.2f} GiB at most",
+        print(f"the costliest passes fit: {dist.peak_memory(model.device):.2f} GiB at most",
               flush=True)
 
 

@@ -37,6 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import add_reading_flags, load, refusal_summary
+from qwen import lora
 from qwen.hub import CheckpointError
 from qwen.processor import prompt_hash
 from readers.base import MOST_UNREADABLE, DataError, Record, Records, UnreadableImage
@@ -53,9 +54,9 @@ from train.dist import (
     first_to_fail,
     gather_lists,
     lost_peer,
-    meet,
+    open_store,
     rank,
-    say,
+    print_above_bar,
     world,
 )
 
@@ -195,6 +196,17 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         help="--plan: for images of this size, without looking at the data")
 
 
+def choose_trained(
+        model: nn.Module, freeze_vision: bool, gradient_checkpointing: bool) -> None:
+    """Says which parameters are trained, and whether layers keep their activations."""
+    if lora.adapted(model):
+        lora.freeze_base(model)
+    else:
+        model.visual.requires_grad_(not freeze_vision)
+    model.visual.checkpointing = gradient_checkpointing
+    model.model.checkpointing = gradient_checkpointing
+
+
 def add_device_flag(add: Callable[..., Any]) -> None:
     """--device, as every script has it; `choose_device` reads it."""
     add("--device", choices=("cuda", "cpu"),
@@ -325,7 +337,7 @@ def exit_status(stage: Callable[[], None]) -> int:
     """
     try:
         try:
-            meet()
+            open_store()
             stage()
         except (DataError, CheckpointError) as error:
             fail(error)
@@ -457,7 +469,7 @@ def warn(
     line["warning"] = "; ".join(sentences)
     said = lines[-2].get("warning") if len(lines) > 1 else None
     if rank() == 0 and line["warning"] != said:
-        say(f"warning, step {line['step']}: {line['warning']}")
+        print_above_bar(f"warning, step {line['step']}: {line['warning']}")
 
 
 def last_steps(lines: Sequence[dict[str, Any]], true_of: Callable[[dict[str, Any]], bool]) -> int:
