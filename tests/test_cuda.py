@@ -353,12 +353,13 @@ def test_a_checkpoint_of_the_device_is_the_cpus_and_is_restored_there(
     def kept(folder: Path) -> dict[str, Tensor]:
         return load_file(next((folder / "latest" / "state").iterdir()))
 
+    keep = argparse.Namespace(keep=2, keep_weights=None)
     host = dist.prepare(setup.model, torch.device("cpu"))
-    checkpoints.save(tmp_path / "host", 1, host, trained(host), setup.processor, {})
+    checkpoints.save(tmp_path / "host", {"step": 1}, host, trained(host), setup.processor, {}, keep)
     with PlayedDevice() as gpu:
         model = on_cuda(setup.path)
         opt = trained(model)
-        checkpoints.save(tmp_path / "gpu", 1, model, opt, setup.processor, {})
+        checkpoints.save(tmp_path / "gpu", {"step": 1}, model, opt, setup.processor, {}, keep)
         restored = on_cuda(setup.path)
         restored_opt = dist.optimizer(restored, 1e-3)
         assert checkpoints.restore(tmp_path / "gpu", restored, restored_opt) == 1

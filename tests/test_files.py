@@ -1,4 +1,5 @@
-"""files.py: safetensors against the library's own, links and folders that change at once."""
+"""Files: safetensors against the library's own, links and folders that change at once."""
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,25 +61,30 @@ def test_a_link_moves_and_a_folder_vanishes_under_its_name(tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["latest"]
 
 
-def test_a_file_that_changed_is_told_from_one_that_did_not(tmp_path: Path) -> None:
-    file = tmp_path / "state" / "x"
-    file.parent.mkdir()
-    file.write_bytes(b"abc")
-    checkpoints.write_manifest(tmp_path, {"state/x": checkpoints.file_hash(file)})
-    listed = checkpoints.read_manifest(tmp_path)["state/x"]
+@pytest.fixture
+def step(tmp_path: Path) -> Path:
+    """A checkpoint's folder with one file."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "x").write_bytes(b"abc")
+    return tmp_path
+
+
+def test_a_file_that_changed_is_distinguished_from_one_that_did_not(step: Path) -> None:
+    file = step / "state" / "x"
+    entry = checkpoints.fingerprint(file)
     # sha256sum of "abc", as the standard has it.
-    assert listed["sha256"].startswith("ba7816bf") and listed["bytes"] == 3
-    assert checkpoints.is_whole(file, listed)
+    assert entry["sha256"].startswith("ba7816bf") and entry["bytes"] == 3
+    (step / hub.MANIFEST).write_text(json.dumps({"state/x": entry}))
+    assert checkpoints.damage(step) is checkpoints.damage(step, "state/x") is None
     for content, words in ((b"abd", "not as it was written"), (b"ab", "has 2 bytes, but had 3")):
         file.write_bytes(content)
-        assert not checkpoints.is_whole(file, listed) and words in checkpoints.damage(file, listed)
+        assert words in checkpoints.damage(step) == checkpoints.damage(step, "state/x")
     file.unlink()
-    assert not checkpoints.is_whole(file, listed) and "is missing" in checkpoints.damage(file, listed)
+    assert "is missing" in checkpoints.damage(step) == checkpoints.damage(step, "state/x")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a": 1}', '{"a": {"bytes": "1"}}', "\0"])
-def test_a_list_that_is_none_is_unreadable(tmp_path: Path, text: str) -> None:
-    assert checkpoints.read_manifest(tmp_path) is None
-    (tmp_path / hub.MANIFEST).write_text(text)
-    with pytest.raises(checkpoints.UNREADABLE):
-        checkpoints.read_manifest(tmp_path)
+def test_a_list_that_is_none_is_unreadable(step: Path, text: str) -> None:
+    assert checkpoints.damage(step) is None
+    (step / hub.MANIFEST).write_text(text)
+    assert "manifest.json is unreadable" in checkpoints.damage(step)

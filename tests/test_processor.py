@@ -3,6 +3,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,7 +211,9 @@ def test_a_step_is_read_back_with_the_limit_that_it_was_trained_with(
     out = folder / "out"
     out.mkdir()
     trained = Processor.from_pretrained(folder, max_pixels=20_000)
-    checkpoints.save(out, 1, model, dist.optimizer(model, 1e-3), trained, {})
+    keep = SimpleNamespace(keep=2, keep_weights=None)
+    checkpoints.save(
+        out, {"step": 1}, model, dist.optimizer(model, 1e-3), trained, {}, keep)
     assert json.loads((out / "latest" / "run.json").read_text())["pixels"] == [3136, 20_000]
     assert Processor.from_pretrained(out).max_pixels == 20_000
     # The hub's file put back, which has another limit.

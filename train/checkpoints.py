@@ -1,13 +1,23 @@
-"""train.checkpoints."""
+"""Checkpoints of a run: written whole or not at all, checked and resumed.
+
+    ckpt/sft/latest -> step_000200       the newest; best -> the step with the highest val_mIoU
+    ckpt/sft/step_000200/                weights and tokenizer in hub layout (adapters in PEFT's)
+        run.json                         how the run began: flags, data, versions
+        state/rank_00000_of_00008.safetensors     float32 parameters and moments, a file a process
+        manifest.json                    size and SHA-256 of each file above
+
+Nothing is pickled. A run resumes on any number of processes.
+"""
 import argparse
 import errno
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,141 +28,36 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from model import QwenVL
-from qwen import hub, lora
-from qwen.hub import MANIFEST, CheckpointError, by_number, sync_stream
+from qwen import lora
+from qwen.hub import MANIFEST, CheckpointError, by_number, sync_stream, write_tensors
 from qwen.processor import Processor
 from readers.base import read_json
 from train.dist import (
-    ElsewhereError,
-    all_gather,
-    all_max,
+    check_writable,
     compute_dtype,
     fail,
-    first_row,
+    gather_lists,
     local_rows,
+    print_above_bar,
+    raise_on_all_processes,
     rank,
-    say,
-    together,
     world,
-    writable,
 )
 
-# What reading a damaged one raises.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-
-
-def sync(path: Path) -> None:
-    """Forces a file, or the list of names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def point(link: Path, target: str) -> None:
-    """Makes a link name another target, at once."""
-    # A link cannot be changed in place, but another can take its name.
-    other = link.with_name(f".{link.name}.tmp")
-    other.unlink(missing_ok=True)
-    other.symlink_to(target)
-    os.replace(other, link)
-    sync(link.parent)
-
-
-def remove_folder(folder: Path, aside: Path) -> None:
-    """Removes a folder; it vanishes at once under its name, by a move to `aside`."""
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-# ---------------------------------------------------------------- hashes
-
-def file_hash(file: Path) -> str:
-    """The SHA-256 of a file, as sha256sum prints it."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Lists a folder's files: the hash of each path, with its size in bytes."""
-    listed = {}
-    for name in sorted(hashes):
-        listed[name] = {"bytes": (folder / name).stat().st_size, "sha256": hashes[name]}
-    with open(folder / MANIFEST, "wb") as stream:
-        stream.write(json.dumps(listed, indent=2).encode() + b"\n")
-        sync_stream(stream)
-
-
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """File -> its "bytes" and "sha256"; None where there is no list. ValueError if unreadable."""
-    file = folder / MANIFEST
-    if not file.exists():
-        return None
-    listed = json.loads(file.read_bytes())
-    for entry in listed.values():
-        if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
-            raise ValueError("not a list of files")
-    return listed
-
-
-def is_whole(file: Path, listed: Mapping[str, Any]) -> bool:
-    """Whether a file of a manifest is as it was written."""
-    if not file.is_file() or file.stat().st_size != listed["bytes"]:
-        return False
-    return file_hash(file) == listed["sha256"]
-
-
-def damage(file: Path, listed: Mapping[str, Any]) -> str:
-    """What is wrong with a file that is not whole, in words."""
-    if not file.is_file():
-        return f"{file} is missing"
-    size = file.stat().st_size
-    if size != listed["bytes"]:
-        return f"{file} has {size:,} bytes, but had {listed['bytes']:,} when it was written"
-    return f"{file} is not as it was written"
-
-
-# Bytes of a checkpoint's small files: tokenizer, settings, lists.
+# Exceptions from malformed files.
+MALFORMED = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError,
+             RecursionError)
+# Bytes of a checkpoint's small files, at most: tokenizer, settings, lists.
 SMALL_FILES = 2 ** 24
-# Of a run's folder: the records whose images can't be decoded.
-UNREADABLE_LOG = "unreadable.jsonl"
 
-
-def say_farewell(out: Path, done: int, steps: int) -> None:
-    """Ends a run that is saved behind `done` of `steps`: prints the command that goes on."""
-    if rank():
-        return
-    # It is obeyed; a resume shall not stop at once.
-    (out / "stop").unlink(missing_ok=True)
-    if done == 0:
-        # What the first answers met; a new run needs an empty folder.
-        (out / UNREADABLE_LOG).unlink(missing_ok=True)
-        print("stopped before the first step: nothing is lost; the same command starts again")
-    elif done < steps:
-        print(f"stopped behind step {done} of {steps}; go on with: {command_to_resume(out)}")
-
-
-def command_to_resume(out: Path) -> str:
-    """The command that goes on with a run, as one types it."""
-    launcher = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-    return shlex.join([*launcher, sys.argv[0], "--out", str(out), "--resume"])
-
-
-# ---------------------------------------------------------------- model and optimizer
 
 def open_model(
         folder: Path, device: torch.device | None = None, max_pixels: int | None = None,
 ) -> tuple[QwenVL, Processor]:
-    """Model and processor of a checkpoint; a CheckpointError where they do not fit each other.
+    """Model and processor of a checkpoint; CheckpointError if they do not fit each other.
 
-    With a device the model is there to answer, in what that device computes in
-    (bfloat16 on CUDA, float32 on the CPU). Without one it is as stored, to be
-    prepared for training.
+    With a device: to answer there, in the dtype that it computes in. Without: as stored, to
+    be prepared for training.
     """
     dtype = None if device is None else compute_dtype(device)
     model = QwenVL.from_pretrained(folder, dtype, device or "cpu")
@@ -161,14 +66,14 @@ def open_model(
     return model, processor
 
 
-def check_output(out: Path, resume: bool) -> None:
-    """The output folder must be writable, and new or to be resumed.
+# ---------------------------------------------------------------- before a run
 
-    The first process looks, for all: so none takes another's trial file for a run's.
-    """
+def check_output(out: Path, resume: bool) -> None:
+    """Ends the script unless `out` is writable, and empty or to be resumed."""
+    # One process for all, so that none finds another's trial file.
     if rank():
         return
-    writable(out)
+    check_writable(out)
     if resume:
         return
     if (out / "latest").exists():
@@ -179,425 +84,387 @@ def check_output(out: Path, resume: bool) -> None:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """run.json of a run that is to be resumed: the newest that is as it was written."""
+    """run.json of a run to be resumed: the newest one that is undamaged."""
     latest = out / "latest"
     if not os.path.lexists(latest):
         fail(f"--resume, but there is no checkpoint in {out}; "
              "leave --resume out, or name the --out of the run")
-    # save() replaces the link, which it could not do with a folder.
+    # save() replaces the link, but could not replace a folder.
     if not latest.is_symlink():
         newest = max((p.name for p in out.glob("step_*")), key=by_number, default="copy")
         fail(f"{latest} is a folder, but must be a link to a step's (cp -rL follows links); "
              f"mv {latest} {out / 'copy'} && ln -s {newest} {latest}")
-    candidates = resumable_steps(out)
-    whole = [step for step in candidates if run_is_whole(step)]
-    step = whole[0] if whole else candidates[0]
+    steps = steps_so_far(out)
+    step = next((step for step in steps if damage(step, "run.json") is None), steps[0])
     run = read_json(step / "run.json")
-    says_all = isinstance(run, dict) and {"stage", "data_hash"} <= run.keys()
-    if not says_all or not isinstance(run.get("flags"), dict):
+    complete = isinstance(run, dict) and {"stage", "data_hash"} <= run.keys()
+    if not complete or not isinstance(run.get("flags"), dict):
         fail(f"{step / 'run.json'} does not say how the run began; "
              f"start anew with --init {step}")
     return run
 
 
-def run_is_whole(step: Path) -> bool:
-    """Whether a checkpoint's run.json is as it was written, as far as its manifest says."""
+def steps_so_far(out: Path) -> list[Path]:
+    """The folders of a run's steps, newest first, from the one that `latest` names.
+
+    That one may be missing. Later ones are ignored: the run went back before them.
+    """
+    latest = out / os.readlink(out / "latest")
+    steps = [p for p in out.glob("step_*") if p.name.removeprefix("step_").isdecimal()]
+    earlier = [p for p in steps if by_number(p) < by_number(latest)]
+    return [latest, *sorted(earlier, key=by_number, reverse=True)]
+
+
+# ---------------------------------------------------------------- writing
+
+def save(
+        out: Path, line: Mapping[str, Any], model: QwenVL, opt: torch.optim.Optimizer,
+        processor: Processor, run: Mapping[str, Any], args: argparse.Namespace,
+) -> bool:
+    """Writes the checkpoint of the step that logged this line -> whether that worked.
+
+    run: content of run.json; scores of the line's validation are added. Removes what --keep
+    and --keep-weights do not keep.
+
+    A run that is killed at any moment keeps its last checkpoint: files are written in a
+    hidden folder, which gets its name, and then the link, when the disk has all of them. If
+    the disk is full, one line says so and the run goes on.
+    """
+    step = line["step"]
+    folder = out / f"step_{step:06d}"
+    temporary = out / f".{folder.name}.tmp"
+    state_file = f"state/rank_{rank():05d}_of_{world():05d}.safetensors"
+    written = [state_file]
     try:
-        listed = read_manifest(step)
-        if listed is None:
-            return (step / "run.json").exists()
-        return is_whole(step / "run.json", listed["run.json"])
-    except UNREADABLE:
+        with raise_on_all_processes():
+            if rank() == 0:
+                out.mkdir(parents=True, exist_ok=True)
+                # Killed runs leave unfinished folders.
+                for left in out.glob(".*.tmp"):
+                    if left.is_dir() and not left.is_symlink():
+                        shutil.rmtree(left, ignore_errors=True)
+                # Weights as stored; float32 parameters, and two moments of trained ones.
+                needed = model.stored_bytes() + SMALL_FILES
+                for _, p in lora.saved_parameters(model):
+                    needed += 4 * p.numel() * (3 if p.requires_grad else 1)
+                free = shutil.disk_usage(out).free
+                if free < needed:
+                    raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {needed / 2 ** 30:.2f} "
+                                  f"GiB are needed and {free / 2 ** 30:.2f} free")
+                (temporary / "state").mkdir(parents=True)
+
+        with raise_on_all_processes():
+            stored: dict[str, Tensor] = {}
+            for shard in model.stored_files():
+                stored |= shard
+            # One whole tensor at a time, on the device.
+            whole = (x.full_tensor() if isinstance(x, DTensor) else x for x in stored.values())
+            try:
+                if rank() == 0:
+                    model.save_pretrained(temporary, whole)
+                    processor.save_pretrained(temporary)
+            finally:
+                # full_tensor() needs all processes, whether they write, or failed to.
+                for _ in whole:
+                    pass
+            if rank() == 0:
+                scores = {key: value for key, value in line.items() if key.startswith("val_")}
+                limits = [processor.min_pixels, processor.max_pixels]
+                description = {**run, **scores, "step": step, "pixels": limits}
+                text = json.dumps(description, indent=2) + "\n"
+                (temporary / "run.json").write_text(text, encoding="utf-8")
+                written += [file.name for file in temporary.iterdir() if file.is_file()]
+            tensors, rows = training_state(model, opt)
+            # The same for all parameters; skipped steps are not counted.
+            first_state = next(iter(opt.state.values()), {"step": 0})
+            metadata = {"rows": json.dumps(rows), "step": str(step),
+                        "optimizer_steps": str(int(first_state["step"]))}
+            write_tensors(
+                temporary / state_file, {name: x.shape for name, x in tensors.items()},
+                torch.float32, (tensors[name] for name in sorted(tensors)), metadata)
+            for name in written:
+                sync(temporary / name)
+            entries = [(name, fingerprint(temporary / name)) for name in written]
+
+        manifest = dict(sorted(gather_lists(entries)))
+        with raise_on_all_processes():
+            if rank() == 0:
+                with open(temporary / MANIFEST, "wb") as stream:
+                    stream.write(json.dumps(manifest, indent=2).encode() + b"\n")
+                    sync_stream(stream)
+                # The disk must have all of it, and the log of its steps, before its name.
+                for log_file in out.glob("*.jsonl"):
+                    sync(log_file)
+                sync(temporary / "state")
+                sync(temporary)
+                remove_folder(folder, temporary.with_suffix(".old.tmp"))
+                os.replace(temporary, folder)
+                sync(out)
+                point(out / "latest", folder.name)
+    except OSError as error:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if error.strerror:
+            print_above_bar(f"step {step} is not saved: {error.strerror} ({out}); "
+                            "earlier checkpoints are unchanged")
         return False
+    if rank() == 0:
+        prune(out, args.keep, args.keep_weights)
+    return True
+
+
+def training_state(
+        model: nn.Module, opt: torch.optim.Optimizer,
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """This process's part of what a resume needs, as in its file.
+
+    -> tensors "master/<parameter>", "exp_avg/<parameter>", "exp_avg_sq/<parameter>" (its rows,
+    no copies), and of each parameter the "shape" of the whole and the "first" of its rows.
+
+    FSDP2 cuts dimension 0 into equal parts; the last ones may be shorter or empty. 10 rows
+    over 4 processes are 3, 3, 3 and 1, and begin at 0, 3, 6 and 9.
+    """
+    tensors = {}
+    rows = {}
+    for name, p in lora.saved_parameters(model):
+        first = 0
+        if isinstance(p, DTensor):
+            first = min(rank() * math.ceil(p.shape[0] / world()), p.shape[0])
+        rows[name] = {"shape": list(p.shape), "first": first}
+        for kind, x in {"master": p.data, **opt.state.get(p, {})}.items():
+            if kind != "step":
+                tensors[f"{kind}/{name}"] = local_rows(x)
+    return tensors, rows
+
+
+def prune(out: Path, keep: int, keep_weights: int | None) -> None:
+    """Points `best` at the step with the highest val_mIoU, the first of equals, and removes old
+    files.
+
+    `keep` newest steps keep their training state. The weights of all steps stay, or of the
+    `keep_weights` newest ones and the best.
+    """
+    steps = steps_so_far(out)
+    best = None
+    highest = -math.inf
+    for step in reversed(steps):
+        run = read_json(step / "run.json") if damage(step, "run.json") is None else {}
+        if run.get("val_mIoU", -math.inf) > highest:
+            best = step
+            highest = run["val_mIoU"]
+    if best:
+        point(out / "best", best.name)
+    for step in steps[keep:]:
+        remove_folder(step / "state", out / f".{step.name}.state.tmp")
+    for step in steps[max(keep, keep_weights or len(steps)):]:
+        if step != best:
+            remove_folder(step, out / f".{step.name}.tmp")
+
+
+def sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point(link: Path, target: str) -> None:
+    """Points a link at another target, atomically."""
+    # A link cannot be changed, but another one can take its name.
+    other = link.with_name(f".{link.name}.tmp")
+    other.unlink(missing_ok=True)
+    other.symlink_to(target)
+    os.replace(other, link)
+    sync(link.parent)
+
+
+def remove_folder(folder: Path, aside: Path) -> None:
+    """Removes a folder: moves it to `aside` first, so no part of it is ever seen."""
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- checking and reading
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """A file's entry in the manifest: its size, and its hash as sha256sum prints it."""
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def damage(step: Path, only: str | None = None) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None if they are as written.
+
+    only: check this file, on this process. Without it check all, shared among processes.
+    """
+    if not only and not (step / "state").is_dir():
+        return f"{step / 'state'} is missing"
+    listed: dict[str, dict[str, Any]] = {}
+    try:
+        # Earlier versions wrote no manifest: restore() looks at the headers.
+        if (step / MANIFEST).exists():
+            for name, entry in json.loads((step / MANIFEST).read_bytes()).items():
+                listed[name] = {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+    except MALFORMED as error:
+        return f"{step / MANIFEST} is unreadable ({error})"
+    found = []
+    for name in [only] if only else sorted(listed)[rank()::world()]:
+        file = step / name
+        if not file.is_file():
+            found.append(f"{file} is missing")
+        elif name in listed:
+            size = file.stat().st_size
+            expected = listed[name]
+            if size != expected["bytes"]:
+                found.append(f"{file} has {size:,} bytes, but had {expected['bytes']:,} when it "
+                             "was written")
+            elif fingerprint(file) != expected:
+                found.append(f"{file} is not as it was written")
+        if found:
+            break
+    return min(found if only else gather_lists(found), default=None)
+
+
+def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
+    """Fills parameters and optimizer from the newest undamaged checkpoint of `out` -> its step.
+
+    If it is not the one that `latest` names, the first process prints why, and `latest` moves.
+    """
+    damages = []
+    for step in steps_so_far(out):
+        if damages and not (step / "state").exists():
+            continue
+        problem = damage(step)
+        if problem is None:
+            break
+        damages.append(problem)
+    else:
+        raise CheckpointError(f"{damages[0]}; no earlier step in {out} is whole and has its "
+                              "training state; start anew with --init")
+    if damages and rank() == 0:
+        for problem in damages:
+            print_above_bar(f"warning: {problem}; going on from {step.name}")
+        point(out / "latest", step.name)
+    return load_state(step, model, opt)
+
+
+@torch.no_grad()
+def load_state(step: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
+    """Fills parameters and optimizer from a checkpoint's training state -> its step.
+
+    Any number of processes may have written it. Each of today's copies the rows that its part
+    of a tensor has in common with each file's. The second of two processes has rows 5 to 9
+    of 10; four processes wrote:
+
+        file       0        1        2       3
+        rows    0 1 2    3 4 5    6 7 8     9
+        taken              5      6 7 8     9
+    """
+    paths = sorted((step / "state").glob("rank_*.safetensors"))
+    if not paths or len(paths) != int(paths[0].stem.rsplit("_", 1)[1]):
+        raise CheckpointError(f"{step / 'state'}: the training state is not whole; "
+                              f"start anew with --init {step}")
+    files = []
+    for path in paths:
+        try:
+            file = safe_open(path, "pt")
+            metadata = file.metadata()
+            files.append((file, json.loads(metadata["rows"])))
+            step_number = int(metadata["step"])
+            optimizer_steps = float(metadata["optimizer_steps"])
+        except MALFORMED as error:
+            raise CheckpointError(
+                f"{path}: not a whole training state ({error}); point {step.parent / 'latest'} "
+                f"at an earlier step, or start anew with --init {step}") from None
+    stored_names, stored_rows = set(files[0][0].keys()), files[0][1]
+    for name, p in lora.saved_parameters(model):
+        if stored_rows.get(name, {}).get("shape") != list(p.shape):
+            raise CheckpointError(f"{step / 'state'}: {name} does not fit this model; "
+                                  "resume with the --init of the run")
+    # Frozen parameters have no moments.
+    opt.state.clear()
+    fill_moments(model, opt, optimizer_steps, stored_names)
+    tensors, rows = training_state(model, opt)
+    for key, target in tensors.items():
+        name = key.partition("/")[2]
+        begin = rows[name]["first"]
+        end = begin + len(target)
+        for file, stored_rows in files:
+            stored = file.get_slice(key)
+            stored_begin = stored_rows[name]["first"]
+            first = max(begin, stored_begin)
+            last = min(end, stored_begin + stored.get_shape()[0])
+            if first < last:
+                part = stored[first - stored_begin:last - stored_begin]
+                target[first - begin:last - begin] = part.to(target.device)
+    return step_number
+
+
+def fill_moments(
+        model: nn.Module, opt: torch.optim.Optimizer, steps: float = 0.0,
+        stored: set[str] | None = None,
+) -> None:
+    """Gives AdamW zero moments after this many steps, as its first step would make them.
+
+    Of all trained parameters, or of those that have moments among the stored tensors.
+    """
+    for name, p in model.named_parameters():
+        wanted = stored is None or f"exp_avg/{name}" in stored
+        if wanted and p.requires_grad and p not in opt.state:
+            opt.state[p] = {
+                # The fused AdamW counts on the GPU.
+                "step": torch.tensor(steps, device=p.device if p.is_cuda else "cpu"),
+                "exp_avg": torch.zeros_like(p.data),
+                "exp_avg_sq": torch.zeros_like(p.data)}
+
+
+# ---------------------------------------------------------------- to move to train/run.py
+
+UNREADABLE_LOG = "unreadable.jsonl"
+
+
+def say_farewell(out: Path, done: int, steps: int) -> None:
+    if rank():
+        return
+    (out / "stop").unlink(missing_ok=True)
+    if done == 0:
+        (out / UNREADABLE_LOG).unlink(missing_ok=True)
+        print("stopped before the first step: nothing is lost; the same command starts again")
+    elif done < steps:
+        print(f"stopped behind step {done} of {steps}; go on with: {command_to_resume(out)}")
+
+
+def command_to_resume(out: Path) -> str:
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+    return shlex.join([*launcher, sys.argv[0], "--out", str(out), "--resume"])
 
 
 @dataclass
 class Checkpoints:
-    """A run's checkpoints: what they are made of, and how far they reach."""
-
     out: Path
-    args: argparse.Namespace           # --steps, --keep and --keep-weights count
+    args: argparse.Namespace
     model: QwenVL
     optimizer: torch.optim.Optimizer
     processor: Processor
-    run: dict[str, Any]                # run_description()
-    saved: int                         # the newest step that is in one; 0: none
+    run: dict[str, Any]
+    saved: int
 
     def save(self, line: dict[str, Any]) -> None:
-        """Saves the step that logged this line, and removes what need not stay."""
-        scores = {key: value for key, value in line.items() if key.startswith("val_")}
-        stands = save(self.out, line["step"], self.model, self.optimizer, self.processor,
-                      self.run | scores)
-        if stands:
+        if save(self.out, line, self.model, self.optimizer, self.processor, self.run, self.args):
             self.saved = line["step"]
-            prune(self.out, self.args.keep, self.args.keep_weights)
 
     def end(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Ends the run behind its last step, finished or told to stop; lines: its log."""
         done = lines[-1]["step"] if lines else self.saved
-        # A farewell, or a disk that was full, leaves steps behind the last checkpoint.
         if self.saved < done:
             self.save(lines[-1])
         if self.saved < done:
             fail(f"step {done} could not be saved; make room in {self.out}, then "
                  + (command_to_resume(self.out) if self.saved else "start again"))
         say_farewell(self.out, done, self.args.steps)
-
-
-def save(
-        out: Path, step: int, model: QwenVL, opt: torch.optim.Optimizer, processor: Processor,
-        run: dict[str, Any],
-) -> bool:
-    """Writes out/step_000200: weights (or adapters) and tokenizer, run.json, and state/.
-
-    The folder appears whole or not at all, and `latest` moves to it at once: a run
-    that is killed at any moment leaves its last checkpoint standing. False where the
-    disk has no room or refuses: that is said in one line, and the last one stands.
-    """
-    name = f"step_{step:06d}"
-    temporary = out / f".{name}.tmp"
-    try:
-        with together():
-            if rank() == 0:
-                begin_checkpoint(temporary, checkpoint_bytes(model))
-        with together():
-            hashes = write_files(temporary, step, model, opt, processor, run)
-        state_hashes = gather_hashes(hashes[f"state/{state_file_name(rank())}"])
-        with together():
-            if rank() == 0:
-                for r, state_hash in enumerate(state_hashes):
-                    hashes[f"state/{state_file_name(r)}"] = state_hash
-                finish_checkpoint(temporary, out / name, hashes)
-    except OSError as error:
-        if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if not isinstance(error, ElsewhereError):
-            say(f"step {step} is not saved: {error.strerror} ({out}); what was saved before stands")
-        return False
-    return True
-
-
-def checkpoint_bytes(model: QwenVL) -> int:
-    """What save() will write: weights as stored, float32 parameters, two moments of each."""
-    state = 0
-    for _, p in lora.saved_parameters(model):
-        copies = 3 if p.requires_grad else 1
-        state += copies * hub.tensor_bytes(p.shape, torch.float32)
-    return model.stored_bytes() + state + SMALL_FILES
-
-
-def begin_checkpoint(temporary: Path, needed: int) -> None:
-    """Makes an empty folder to write to; an OSError where the disk has less than is needed."""
-    out = temporary.parent
-    out.mkdir(parents=True, exist_ok=True)
-    # What a run that was killed has left takes room.
-    for left in out.glob(".*.tmp"):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {needed / 2 ** 30:.2f} GiB "
-                      f"are needed and {free / 2 ** 30:.2f} free")
-    (temporary / "state").mkdir(parents=True)
-
-
-def write_files(
-        folder: Path, step: int, model: QwenVL, opt: torch.optim.Optimizer,
-        processor: Processor, run: dict[str, Any],
-) -> dict[str, str]:
-    """Writes this process's files of a checkpoint, down to the disk -> the hash of each."""
-    save_weights(folder, model, processor)
-    written = []
-    if rank() == 0:
-        limits = [processor.min_pixels, processor.max_pixels]
-        description = json.dumps({**run, "step": step, "pixels": limits}, indent=2) + "\n"
-        (folder / "run.json").write_text(description, encoding="utf-8")
-        written += [file.name for file in folder.iterdir() if file.is_file()]
-    save_state(folder / "state", step, model, opt)
-    written.append(f"state/{state_file_name(rank())}")
-    for name in written:
-        sync(folder / name)
-    return {name: file_hash(folder / name) for name in written}
-
-
-def finish_checkpoint(temporary: Path, folder: Path, hashes: dict[str, str]) -> None:
-    """Lists the files of a checkpoint with their hashes, and gives it its name."""
-    write_manifest(temporary, hashes)
-    # The disk must know all of it, and the log of its steps, before it knows the name.
-    for log_file in folder.parent.glob("*.jsonl"):
-        sync(log_file)
-    sync(temporary / "state")
-    sync(temporary)
-    remove_folder(folder, temporary.with_suffix(".old.tmp"))
-    os.replace(temporary, folder)
-    sync(folder.parent)
-    point(folder.parent / "latest", folder.name)
-
-
-def gather_hashes(own: str) -> list[str]:
-    """The hash that each process has of its file of the state, by rank."""
-    digest = torch.tensor(list(bytes.fromhex(own)), dtype=torch.uint8)
-    return [bytes(row).hex() for row in all_gather(digest[None]).tolist()]
-
-
-def state_file_name(of_rank: int) -> str:
-    return f"rank_{of_rank:05d}_of_{world():05d}.safetensors"
-
-
-def save_state(
-        folder: Path, step: int, model: nn.Module, opt: torch.optim.Optimizer) -> None:
-    """Writes this process's file of the training state.
-
-    Its tensors are "master/<parameter>", "exp_avg/<parameter>" and
-    "exp_avg_sq/<parameter>"; its metadata say which rows these are.
-    """
-    tensors = {}
-    rows = {}
-    for key, p in lora.saved_parameters(model):
-        rows[key] = {"shape": list(p.shape), "first": first_row(p)}
-        tensors[f"master/{key}"] = local_rows(p)
-        for kind, x in opt.state.get(p, {}).items():
-            if kind != "step":
-                tensors[f"{kind}/{key}"] = local_rows(x)
-    # The optimizer counts the steps that were not skipped, the same for every
-    # parameter.
-    states = list(opt.state.values())
-    optimizer_steps = int(states[0]["step"]) if states else 0
-    metadata = {
-        "rows": json.dumps(rows), "step": str(step), "optimizer_steps": str(optimizer_steps)}
-    shapes = {name: x.shape for name, x in tensors.items()}
-    in_order = (tensors[name] for name in sorted(tensors))
-    hub.write_tensors(
-        folder / state_file_name(rank()), shapes, torch.float32, in_order, metadata)
-
-
-def save_weights(folder: Path, model: QwenVL, processor: Processor) -> None:
-    """Writes weights and tokenizer in hub layout, on the first process."""
-    whole = gather_tensors(model)
-    try:
-        if rank() == 0:
-            model.save_pretrained(folder, whole)
-            processor.save_pretrained(folder)
-    finally:
-        # Gathering takes every process, also one that writes nothing, or no more.
-        for _ in whole:
-            pass
-
-
-def gather_tensors(model: QwenVL) -> Iterator[Tensor]:
-    """The whole tensors of the weights, in the order of their files.
-
-    One at a time exists unsharded, on the device.
-    """
-    for shard in model.stored_files():
-        for x in shard.values():
-            yield x.full_tensor() if isinstance(x, DTensor) else x
-
-
-# ---------------------------------------------------------------- which checkpoints there are
-
-def step_number(folder: Path | str) -> int:
-    """step_000200 -> 200."""
-    return int(Path(folder).name.removeprefix("step_"))
-
-
-def steps_so_far(out: Path) -> list[Path]:
-    """The folders of a run's steps, oldest first, up to the one that `latest` names.
-
-    Later ones are of a course that the run has left.
-    """
-    newest = step_number(os.readlink(out / "latest"))
-    folders = [p for p in out.glob("step_*") if p.name.removeprefix("step_").isdecimal()]
-    return sorted((p for p in folders if step_number(p) <= newest), key=step_number)
-
-
-def resumable_steps(out: Path) -> list[Path]:
-    """The step that `latest` names, then those before it that have their training state."""
-    newest = out / os.readlink(out / "latest")
-    earlier = [p for p in steps_so_far(out) if p != newest and (p / "state").exists()]
-    return [newest, *reversed(earlier)]
-
-
-def prune(out: Path, keep: int, keep_weights: int | None) -> None:
-    """Removes what the run in `out` need not keep, and lets `best` name its best step.
-
-    `keep` newest steps keep their training state. The weights of every step stay, or of
-    `keep_weights` newest ones and the best.
-    """
-    if rank():
-        return
-    steps = steps_so_far(out)
-    best = best_step(steps)
-    if best is not None:
-        point(out / "best", best.name)
-    for folder in steps[:-keep]:
-        remove_folder(folder / "state", out / f".{folder.name}.state.tmp")
-    if keep_weights is not None:
-        for folder in steps[:-max(keep, keep_weights)]:
-            if folder != best:
-                remove_folder(folder, out / f".{folder.name}.tmp")
-
-
-def best_step(steps: Sequence[Path]) -> Path | None:
-    """The step with the highest val_mIoU in its run.json, the first of equals."""
-    scores = {}
-    for folder in steps:
-        run = read_json(folder / "run.json") if run_is_whole(folder) else None
-        if run and "val_mIoU" in run:
-            scores[folder] = run["val_mIoU"]
-    return max(scores, key=scores.__getitem__, default=None)
-
-
-def newest_whole(out: Path) -> Path:
-    """The newest step of a run whose files are as they were written.
-
-    Where that is not the one that `latest` names, the first process says why, and
-    `latest` moves.
-    """
-    damages = []
-    for step in resumable_steps(out):
-        damage = first_damage(step)
-        if damage is None:
-            break
-        damages.append(damage)
-    else:
-        raise CheckpointError(f"{damages[0]}; no earlier step in {out} is whole and has its "
-                              "training state; start anew with --init")
-    if damages and rank() == 0:
-        for damage in damages:
-            say(f"warning: {damage}; going on from {step.name}")
-        point(out / "latest", step.name)
-    return step
-
-
-def first_damage(step: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, in words; None where they are whole.
-
-    The processes share the work, and come to one result.
-    """
-    if not (step / "state").is_dir():
-        return f"{step / 'state'} is missing"
-    try:
-        listed = read_manifest(step)
-    except UNREADABLE as error:
-        return f"{step / hub.MANIFEST} is unreadable ({error})"
-    if listed is None:
-        # A checkpoint of an earlier version: load_state() looks at the headers.
-        return None
-    names = sorted(listed)
-    place = len(names)
-    for i in range(rank(), len(names), world()):
-        if not is_whole(step / names[i], listed[names[i]]):
-            place = i
-            break
-    place = -int(all_max(torch.tensor(-place)))
-    if place == len(names):
-        return None
-    return damage(step / names[place], listed[names[place]])
-
-
-# ---------------------------------------------------------------- a training state, read
-
-@dataclass
-class StateFile:
-    """One process's file of the training state, opened."""
-
-    tensors: safe_open                 # "master/<parameter>", "exp_avg/<parameter>", ...
-    rows: dict[str, dict[str, Any]]    # parameter -> "shape" of the whole, "first" row in the file
-    step: int
-    optimizer_steps: float
-
-    def read_into(self, target: Tensor, first: int, kind: str, key: str) -> None:
-        """Copies what this file has of rows `first`, `first` + 1, ... of a tensor."""
-        stored = self.tensors.get_slice(f"{kind}/{key}")
-        stored_first = self.rows[key]["first"]
-        stored_rows = range(stored_first, stored_first + stored.get_shape()[0])
-        rows = shared_rows(range(first, first + len(target)), stored_rows)
-        if rows:
-            source = stored[rows.start - stored_first:rows.stop - stored_first]
-            target[rows.start - first:rows.stop - first] = source.to(target.device)
-
-
-def shared_rows(a: range, b: range) -> range:
-    """The rows that two parts of a tensor have in common, numbered as in the whole tensor.
-
-    Of 10 rows the second of two processes has 5 to 9. Written by four processes, they
-    lie in four files: rows 0 to 2, 3 to 5, 6 to 8, and 9. The second file has one of
-    them, the third has three, the first has none.
-
-    >>> shared_rows(range(5, 10), range(3, 6)), shared_rows(range(5, 10), range(6, 9))
-    (range(5, 6), range(6, 9))
-    >>> len(shared_rows(range(5, 10), range(0, 3)))
-    0
-    """
-    return range(max(a.start, b.start), min(a.stop, b.stop))
-
-
-def open_state(step: Path) -> list[StateFile]:
-    """The files of a checkpoint's training state; a CheckpointError if it is not whole."""
-    paths = sorted((step / "state").glob("rank_*.safetensors"))
-    if not paths or len(paths) != int(paths[0].stem.rsplit("_", 1)[1]):
-        raise CheckpointError(f"{step / 'state'}: the training state is not whole; "
-                              f"start anew with --init {step}")
-    opened = []
-    for path in paths:
-        try:
-            tensors = safe_open(path, "pt")
-            metadata = tensors.metadata()
-            opened.append(StateFile(
-                tensors, json.loads(metadata["rows"]), int(metadata["step"]),
-                float(metadata["optimizer_steps"])))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: not a whole training state ({error}); point {step.parent / 'latest'} at "
-                f"an earlier step, or start anew with --init {step}") from None
-    return opened
-
-
-def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
-    """Fills parameters and optimizer from the newest whole checkpoint of `out` -> its step.
-
-    Any number of processes may have written it.
-    """
-    return load_state(newest_whole(out), model, opt)
-
-
-@torch.no_grad()
-def load_state(step: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
-    """Fills parameters and optimizer from a checkpoint's training state -> its step."""
-    parts = open_state(step)
-    # A parameter that was frozen has no moments. The first process has rows of every
-    # parameter.
-    stored_names = set(parts[0].tensors.keys())
-    for key, p in lora.saved_parameters(model):
-        stored = parts[0].rows.get(key)
-        if stored is None or stored["shape"] != list(p.shape):
-            raise CheckpointError(f"{step / 'state'}: {key} does not fit this model; "
-                                  "resume with the --init of the run")
-        targets = {"master": p.data}
-        if f"exp_avg/{key}" in stored_names:
-            opt.state[p] = empty_moments(p, parts[0].optimizer_steps)
-            targets["exp_avg"] = opt.state[p]["exp_avg"]
-            targets["exp_avg_sq"] = opt.state[p]["exp_avg_sq"]
-        for kind, target in targets.items():
-            for part in parts:
-                part.read_into(local_rows(target), first_row(p), kind, key)
-    return parts[0].step
-
-
-def fill_moments(model: nn.Module, opt: torch.optim.Optimizer) -> None:
-    """Puts AdamW's state in place before its first step, which would make the same."""
-    for p in model.parameters():
-        if p.requires_grad and p not in opt.state:
-            opt.state[p] = empty_moments(p, 0.0)
-
-
-def empty_moments(p: Tensor, optimizer_steps: float) -> dict[str, Tensor]:
-    """AdamW's state of a parameter after so many steps, its moments still to be filled."""
-    steps = torch.tensor(optimizer_steps)
-    return {
-        # The fused AdamW counts on the GPU.
-        "step": steps.to(p.device) if p.is_cuda else steps,
-        "exp_avg": torch.zeros_like(p.data),
-        "exp_avg_sq": torch.zeros_like(p.data),
-    }

@@ -55,8 +55,8 @@ from train.dist import (
     gather_lists,
     lost_peer,
     open_store,
-    rank,
     print_above_bar,
+    rank,
     world,
 )
 
