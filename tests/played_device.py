@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).parents[1]
+SOURCES = {ROOT, ROOT / "qwen", ROOT / "train", ROOT / "report"}
 CUDA = torch.device("cuda", 0)
 # Operations whose result the host has to see, or whose shape depends on values.
 WAITING = {
@@ -73,7 +74,7 @@ def line_of_project() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.parent == ROOT:
+        if path.parent in SOURCES:
             return f"{path.name}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside of the project"
@@ -656,7 +657,7 @@ def check_boundaries(call: dict[str, Any]) -> None:
         require(int(ends[0]) == 0 and int(ends[-1]) == len(rows),
                 f"{side}: rows outside of every sequence stay unwritten")
         require(type(call[which]) is int and int(ends.diff().max()) <= call[which],
-                f"{which}: rows behind it are not computed")
+                f"{which}: rows after it are not computed")
         counts.add(len(ends))
     require(len(counts) == 1, "as many sequences of queries as of keys")
     # With one query a sequence and fewer key heads the kernel reshapes queries by sequence.

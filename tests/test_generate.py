@@ -1,4 +1,4 @@
-"""generate.py beside transformers' generate, beside scoring, and by its own statistics."""
+"""generate.py against transformers' generate, against scoring, and by its own statistics."""
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 from model import QwenVL
 from played_device import PlayedDevice
 from qwen import generate as sampling
+from qwen.attention import Cache
 from qwen.generate import draw, generate, unfinished, uniform
 from qwen.hub import FAMILIES
 from test_model import IMAGE, MARKERS, PROMPTS, Pair, random_checkpoint, relative
@@ -23,7 +24,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def greedy_of_transformers(theirs: Any, prompt: Any, max_new_tokens: int) -> list[int]:
-    """The ids that transformers' generate puts behind a prompt."""
+    """The ids that transformers' generate appends to a prompt."""
     ids = prompt.input_ids[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs["mm_token_type_ids"] = (ids == IMAGE).int()
@@ -45,7 +46,7 @@ def test_greedy_tokens_equal_transformers_generate(pair: Pair) -> None:
 
 
 def rollouts(tokens: Tensor, lengths: Tensor) -> list[list[Tensor]]:
-    """(Q, G, L) and (Q, G) -> each rollout without what lies behind its end."""
+    """(Q, G, L) and (Q, G) -> each rollout without its padding."""
     return [unpadded(group, ns) for group, ns in zip(tokens, lengths)]
 
 
@@ -63,8 +64,8 @@ def test_sampled_log_probabilities_are_the_scored_ones(
         scored, _ = model.score(PROMPTS, rollouts(tokens, lengths), temperature)
     sampled = torch.cat(unpadded(logprobs.flatten(0, 1), lengths.flatten()))
     assert torch.allclose(sampled, scored, atol=1e-4)
-    behind_the_end = torch.arange(tokens.shape[-1]) >= lengths[..., None]
-    assert (logprobs[behind_the_end] == 0).all()
+    padding = torch.arange(tokens.shape[-1]) >= lengths[..., None]
+    assert (logprobs[padding] == 0).all()
 
 
 def test_a_rollout_does_not_depend_on_its_batch(pair: Pair) -> None:
@@ -146,7 +147,7 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
 def test_unfinished_keeps_the_rollouts_that_go_on() -> None:
     done = torch.tensor([
         [True, False, True, False], [True, True, True, True], [True, True, False, True]])
-    # Question 1 is through; 8 is a filler beside 10.
+    # Question 1 is finished; 8 is a filler next to 10.
     assert unfinished(done, 0.75).tolist() == [[1, 3], [10, 8]]
     assert unfinished(torch.zeros(2, 4, dtype=torch.bool), 0.75) is None
     assert unfinished(torch.ones(2, 4, dtype=torch.bool), 0.75).numel() == 0
@@ -199,13 +200,13 @@ def test_a_graph_is_captured_once_for_each_batch_size(
     gpu = on_gpu(tmp_path, 100, cuda_graphs=True)
     assert (gpu.captures, gpu.replays) == (1, 99)
     shrunk = []
-    shrink = sampling.shrink
+    select = Cache.select
 
-    def watched_shrink(batch: sampling.Batch, *rest: Any) -> None:
-        shrink(batch, *rest)
-        shrunk.append(len(batch.done))
+    def watched_select(cache: Cache, questions: Tensor, rollouts: Tensor) -> None:
+        select(cache, questions, rollouts)
+        shrunk.append(len(rollouts))
 
-    monkeypatch.setattr(sampling, "shrink", watched_shrink)
+    monkeypatch.setattr(Cache, "select", watched_select)
     shrinking = on_gpu(tmp_path, 100, SOME, cuda_graphs=True)
     assert shrunk and shrinking.captures == 1 + len(shrunk)
     assert shrinking.syncs.total() <= gpu.syncs.total()

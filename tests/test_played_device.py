@@ -155,7 +155,7 @@ def test_bytes_count_storages_once_and_leave_with_the_last_view() -> None:
         host = y.cpu()
         del y
         assert gpu.live_bytes == 0 and len(host) == 4
-        # Time goes on behind the `with`, too.
+        # Memory is counted after the `with` as well.
         z = torch.zeros(256, device="cuda")
     del z
     assert gpu.live_bytes == 0
@@ -246,7 +246,7 @@ def test_the_kernel_of_variable_lengths_is_attention_by_pieces(
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"max_q": 2}, "max_q: rows behind it"), ({"dtype": torch.float32}, "only supports fp16"),
+    ({"max_q": 2}, "max_q: rows after it"), ({"dtype": torch.float32}, "only supports fp16"),
     ({"ends": [0, 2, 4]}, "outside of every sequence"), ({"width": 12}, "multiple of 8"),
     ({"int": torch.int64}, "must be int32"), ({"where": "cpu"}, "same device|must be on CUDA")])
 def test_the_kernel_of_variable_lengths_refuses_what_it_cant_do(change: dict, words: str) -> None:
