@@ -529,8 +529,7 @@ def validate(
     {} without records. args: the stage's flags; --data and --max-new-tokens count."""
     if not records:
         return {}
-    longest = memory.longest_prompt(
-        processor, [record.size for record in records], [record.text for record in records])
+    longest = memory.longest_prompt(processor, records)
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens, batch=memory.validation_batch(longest))
     with processes.gathered(model) as whole:

@@ -896,7 +896,8 @@ def main() -> None:
     args = runtime.parse(flags(), "rft")
     check_group_flags(args)
     if args.plan:
-        memory.show(args, lambda *_: step_size(args), "rft")
+        records, val = ((), ()) if args.image else runtime.load_records(args, "rft")
+        memory.show(args, step_size(args), records, val)
         return
     init = folder(args.init)
     records, val = runtime.load_records(args, "rft")
@@ -909,9 +910,8 @@ def main() -> None:
     run = runtime.run_description(args, "rft", records)
     checkpoints = saving.Checkpoints(
         out, args, policy.model, policy.optimizer, policy.processor, run, first)
-    memory.try_out(
-        policy.model, policy.optimizer, policy.reference,
-        memory_run(policy.processor, records, val, args), args)
+    memory.try_out(policy.model, policy.optimizer, policy.reference, policy.processor, records, val,
+                   args, step_size(args))
     train(policy, checkpoints, lines, records, val)
 
 
@@ -965,13 +965,6 @@ def step_size(args: argparse.Namespace) -> memory.Step:
         args.prompts, args.group, args.max_new_tokens, samples=True, updates=args.minibatches)
 
 
-def memory_run(
-        processor: Processor, records: Sequence[Record], val: Sequence[Record],
-        args: argparse.Namespace) -> memory.Run:
-    """What the plan of memory is made of."""
-    return memory.Run(processor, records, val, lambda *_: step_size(args))
-
-
 def open_policy(
         init: Path, args: argparse.Namespace, records: Sequence[Record],
         val: Sequence[Record] = ()) -> Policy:
@@ -979,7 +972,7 @@ def open_policy(
     model, processor = saving.open_model(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
     device = dist.start(args.device, args.deterministic)
-    memory.check_gpu(args, memory_run(processor, records, val, args), device)
+    memory.check_gpu(args, processor, records, val, step_size(args), device)
     reference = None
     if args.beta and args.lora:
         # No second model: the base is frozen, so the adapters tell the two policies apart.
@@ -987,7 +980,7 @@ def open_policy(
         reference = model
     elif args.beta:
         reference = open_reference(init, device)
-    runtime.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
+    lora.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
     model = dist.prepare(model, device)
     return Policy(model, processor, dist.optimizer(model, args.lr), reference)
 

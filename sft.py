@@ -15,7 +15,6 @@ not public to us: ours is synthetic, from annotations.
                                           eight GPUs, the same result to rounding
 """
 import argparse
-import functools
 import heapq
 import time
 from collections.abc import Callable, Sequence
@@ -157,7 +156,9 @@ def main() -> None:
     if args.batch % dist.world():
         dist.fail(f"--batch {args.batch} is not a multiple of the {dist.world()} processes")
     if args.plan:
-        memory.show(args, functools.partial(step_size, args), args.split)
+        records, val = ((), ()) if args.image else runtime.load_records(args, args.split)
+        processor = Processor.from_pretrained(folder(args.init), max_pixels=args.max_pixels)
+        memory.show(args, step_size(args, processor, records), records, val)
         return
     init = folder(args.init)
     records, val = runtime.load_records(args, args.split)
@@ -168,15 +169,15 @@ def main() -> None:
     model, processor = saving.open_model(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
     device = dist.start(args.device, args.deterministic)
-    plan = memory.Run(processor, records, val, functools.partial(step_size, args))
-    memory.check_gpu(args, plan, device)
-    runtime.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
+    step = step_size(args, processor, records)
+    memory.check_gpu(args, processor, records, val, step, device)
+    lora.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
     model = dist.prepare(model, device)
     opt = dist.optimizer(model, args.lr)
     first = saving.restore(out, model, opt) if args.resume else 0
     lines = runtime.begin(out, first, model)
     run = runtime.run_description(args, "sft", records)
-    memory.try_out(model, opt, None, plan, args)
+    memory.try_out(model, opt, None, processor, records, val, args, step)
     checkpoints = saving.Checkpoints(out, args, model, opt, processor, run, first)
 
     def examples_of(step: int) -> runtime.Share[Example]:

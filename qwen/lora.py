@@ -170,6 +170,17 @@ def freeze_base(model: nn.Module) -> None:
         p.requires_grad_(is_adapter(name))
 
 
+def choose_trained(
+        model: nn.Module, freeze_vision: bool, gradient_checkpointing: bool) -> None:
+    """Marks the parameters to train, and whether layers recompute their activations."""
+    if adapted(model):
+        freeze_base(model)
+    else:
+        model.visual.requires_grad_(not freeze_vision)
+    model.visual.checkpointing = gradient_checkpointing
+    model.model.checkpointing = gradient_checkpointing
+
+
 def keep_start(model: nn.Module) -> None:
     """Remembers the adapters as they are, for `reference`; one that is 0 needs no memory."""
     for layer in adapted(model).values():

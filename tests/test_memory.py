@@ -1,9 +1,10 @@
-"""memory.py: tensors counted by hand, plans of the real shapes, the refusal, the dry step."""
+"""train/memory.py: tensors counted by hand, plans of real shapes, refusals, passes before step 1."""
 import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,7 +24,7 @@ from qwen.processor import Processor
 from report import predictions
 from tools import bench
 from train import dist, memory
-from train.memory import GIB, ByteCounter, Longest, Pass, Step, Workload
+from train.memory import GIB, ByteCounter, Pass, Step, meta_model
 
 
 def meta(*shape: int) -> Tensor:
@@ -85,56 +86,63 @@ def write_config(folder: Path, shape: str) -> Path:
     return folder
 
 
-def work_of(
-        folder: Path, gpus: int, **changes: Any) -> tuple[QwenVL, Workload, argparse.Namespace]:
-    """What a process of rft.py meets with images of 800 x 800, G 8 and 256 tokens."""
+def passes_of(
+        folder: Path, gpus: int, **changes: Any,
+) -> tuple[QwenVL, dict[str, Pass], argparse.Namespace]:
+    """The largest passes of rft.py with images of 800 x 800, 8 rollouts and 256 tokens."""
     args = flags(init=str(folder), **changes)
-    model = memory.planned_model(folder, args)
+    model = meta_model(args)
     prompt = bench.random_prompt(model, 800, seed=0)
-    work = memory.share(model, Longest(prompt, prompt), rft.step_size(args), args, gpus)
-    return model, work, args
+    passes = memory.largest_passes(model, args, rft.step_size(args), gpus, prompt, prompt)
+    return model, passes, args
 
 
-def plan(tmp_path: Path, shape: str, gpus: int, **changes: Any) -> memory.Plan:
-    """Of rft.py on a model of this shape."""
-    model, work, args = work_of(write_config(tmp_path, shape), gpus, **changes)
-    return memory.make_plan(model, work, gpus, reference=bool(args.beta))
+def plan(
+        tmp_path: Path, shape: str, gpus: int, **changes: Any,
+) -> tuple[float, dict[str, float], dict[str, dict[str, float]]]:
+    """Of rft.py on a model of this shape: peak, rows that are always there, rows by phase."""
+    args = flags(init=str(write_config(tmp_path, shape)), **changes)
+    prompt = bench.random_prompt(meta_model(args), 800, seed=0)
+    peak, phases = memory.plan(args, rft.step_size(args), gpus, prompt, prompt)
+    by_name = {phase.split(",")[0]: rows for phase, rows in phases.items()}
+    return peak, by_name.pop("all the time"), by_name
 
 
 def test_full_fine_tuning_of_3b_fits_one_card_of_80(tmp_path: Path) -> None:
-    full = plan(tmp_path, "3b", gpus=1)
+    peak, always, phases = plan(tmp_path, "3b", gpus=1)
     parameters = 3_754_622_976
-    assert full.standing["trained weights, float32"] == 4 * parameters
-    assert full.standing["moments, float32"] == 8 * parameters
-    assert full.update["gradients, float32"] == 4 * parameters
-    assert full.standing["reference, bfloat16, on each GPU"] == 2 * parameters
-    assert 60 * GIB < full.peak < 79 * GIB
+    assert always["trained weights, float32"] == 4 * parameters
+    assert always["moments, float32"] == 8 * parameters
+    assert phases["while updating"]["gradients, float32"] == 4 * parameters
+    assert always["reference, bfloat16, on each GPU"] == 2 * parameters
+    assert 60 * GIB < peak < 79 * GIB
 
 
 def test_adapters_of_3b_fit_one_card_of_24(tmp_path: Path) -> None:
-    adapters = plan(tmp_path, "3b", gpus=1, lora=64)
+    peak, always, phases = plan(tmp_path, "3b", gpus=1, lora=64)
     # A and B of seven linear layers: 119.7 million numbers.
-    assert adapters.standing["trained weights, float32"] == 4 * 119_734_272
-    assert adapters.standing["frozen weights"] == 2 * 3_754_622_976
-    assert not any("reference" in name for name in adapters.standing)
-    # A validation prefills more prompts than a step, and no more than fit there.
-    assert sum(adapters.validation.values()) > sum(adapters.sampling.values())
-    assert 12 * GIB < adapters.peak < 23.5 * GIB
+    assert always["trained weights, float32"] == 4 * 119_734_272
+    assert always["frozen weights"] == 2 * 3_754_622_976
+    assert not any("reference" in name for name in always)
+    # A validation prefills more prompts than a step, and no more than fit.
+    validation = sum(phases["while validating"].values())
+    assert validation > sum(phases["while sampling"].values())
+    assert 12 * GIB < peak < 23.5 * GIB
 
 
 def test_7b_fits_eight_cards_of_80(tmp_path: Path) -> None:
-    sharded = plan(tmp_path, "7b", gpus=8)
-    assert sharded.standing["moments, float32"] == 8 * 8_292_166_656 / 8
-    assert 30 * GIB < sharded.peak < 79 * GIB
+    peak, always, _ = plan(tmp_path, "7b", gpus=8)
+    assert always["moments, float32"] == 8 * 8_292_166_656 / 8
+    assert 30 * GIB < peak < 79 * GIB
 
 
 @pytest.mark.parametrize("tokens", [256, 200, 64])
 def test_the_costliest_micro_batch_uses_the_budget_up(tmp_path: Path, tokens: int) -> None:
-    """One group of 256 tokens fills half of it; two whose answers ended early fill all."""
+    """One group of 256 tokens fills half of it; two with shorter answers fill all of it."""
     write_config(tmp_path, "3b")
-    model, work, args = work_of(tmp_path, 1, max_new_tokens=tokens)
-    batch = work.update
-    cost = batch.groups * dist.memory_tokens(model, batch.prompt, 8 * batch.tokens)
+    model, passes, args = passes_of(tmp_path, 1, max_new_tokens=tokens)
+    batch = passes["updating"]
+    cost = batch.prompts * dist.memory_tokens(model, batch.prompt, 8 * batch.tokens)
     assert batch.tokens >= tokens and args.micro_tokens - 64 < cost <= args.micro_tokens
 
 
@@ -142,22 +150,23 @@ def test_a_step_without_more_groups_or_with_minibatches_has_smaller_micro_batche
         tmp_path: Path) -> None:
     write_config(tmp_path, "3b")
     for gpus, minibatches in ((8, 1), (1, 8)):
-        _, work, _ = work_of(tmp_path, gpus, max_new_tokens=64, minibatches=minibatches)
-        assert (work.update.groups, work.update.tokens) == (1, 64)
-        assert work.sampling.groups == 8 // gpus
-    # What is longer than the budget is a pass of its own.
-    _, work, _ = work_of(tmp_path, 1, micro_tokens=1024)
-    assert (work.update.groups, work.update.tokens) == (1, 256)
+        _, passes, _ = passes_of(tmp_path, gpus, max_new_tokens=64, minibatches=minibatches)
+        assert (passes["updating"].prompts, passes["updating"].tokens) == (1, 64)
+        assert passes["sampling"].prompts == 8 // gpus
+    # A group longer than the budget is a pass of its own.
+    _, passes, _ = passes_of(tmp_path, 1, micro_tokens=1024)
+    assert (passes["updating"].prompts, passes["updating"].tokens) == (1, 256)
 
 
-def test_patches_count_where_anything_of_the_vision_tower_is_trained(tmp_path: Path) -> None:
+def test_patches_count_if_anything_of_the_vision_tower_is_trained(tmp_path: Path) -> None:
     write_config(tmp_path, "tiny")
     costs = []
     for changes in ({}, {"lora": 4}, {"lora": 4, "lora_vision": True}, {"freeze_vision": True}):
-        model, work, _ = work_of(tmp_path, 1, **changes)
-        costs.append(dist.memory_tokens(model, work.update.prompt, 0))
-    tokens = len(work.update.prompt.input_ids)
-    patches = len(work.update.prompt.pixels)
+        model, passes, _ = passes_of(tmp_path, 1, **changes)
+        prompt = passes["updating"].prompt
+        costs.append(dist.memory_tokens(model, prompt, 0))
+    tokens = len(prompt.input_ids)
+    patches = len(prompt.pixels)
     with_patches = tokens + round(dist.PATCH_TOKENS * patches)
     assert costs == [with_patches, tokens, with_patches, tokens]
 
@@ -166,7 +175,7 @@ def test_a_patch_and_a_token_keep_what_the_budget_says(tmp_path: Path) -> None:
     """--micro-tokens counts a patch as PATCH_TOKENS of a token: without checkpointing they keep
     about so much at 3B widths."""
     args = flags(init=str(write_config(tmp_path, "3b")), gradient_checkpointing=False)
-    model = memory.planned_model(tmp_path, args)
+    model = meta_model(args)
     prompt = bench.random_prompt(model, 800, seed=0)
     kept = []
     for trained in (True, False):
@@ -239,85 +248,108 @@ def test_a_validation_answers_fewer_records_of_longer_prompts_at_once(
         return [predictions.unreadable_prediction(record) for record in asked]
     monkeypatch.setattr(evaluation, "answer_records", count)
     model = QwenVL.from_pretrained(tiny_checkpoint, torch.float32)
-    longest = memory.longest_of(processor, records, records).val
+    longest = memory.longest_prompt(processor, records)
     for limit in (memory.VALIDATION_TOKENS, 2 * len(longest.input_ids), 1):
         monkeypatch.setattr(memory, "VALIDATION_TOKENS", limit)
         evaluation.validate(model, processor, records, flags(val=5))
     assert batches == [5, 2, 2, 1, 1, 1, 1, 1, 1]
 
 
-def test_a_refusal_names_the_flags_that_help(
+def records_of(*sizes_and_texts: tuple[tuple[int, int], str]) -> list[Any]:
+    return [SimpleNamespace(size=size, text=text) for size, text in sizes_and_texts]
+
+
+def test_a_refusal_names_the_first_flags_that_help(
         tiny_checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     processor = Processor.from_pretrained(tiny_checkpoint)
-    prompt = memory.longest_prompt(processor, [(112, 112), (280, 140)], ["a", "the longer one"])
+    records = records_of(((112, 112), "a"), ((280, 140), "the longer one"))
+    prompt = memory.longest_prompt(processor, records)
     assert prompt.image_grid_thw.tolist() == [[1, 10, 20]]
-    longest = Longest(prompt, None)
     step = Step(8, 8, 64, True)
     args = flags(init=str(tiny_checkpoint), gradient_checkpointing=False, max_new_tokens=64)
-    needed = memory.plan_of(args, step, longest, 1).peak
+    needed, _ = memory.plan(args, step, 1, prompt, None)
+    args.memory = (needed - 1) / GIB
     with pytest.raises(SystemExit) as leaving:
-        memory.check(args, step, longest, 1, needed - 1)
+        memory.check_gpu(args, processor, records, [], step)
     line = capsys.readouterr().err.strip()
     assert leaving.value.code == 2 and "\n" not in line
     assert "with --gradient-checkpointing it needs" in line
 
 
-@pytest.mark.parametrize("given, proposed", [
-    ({}, "with --lora 64 it needs"),
-    ({"lora": 128}, "with --lora 64 it needs"),
-    ({"lora": 8, "beta": 0.0}, None),
-    ({"lora": 8, "micro_tokens": 512, "val": 0}, None)])
+@pytest.mark.parametrize("given, limit, proposed", [
+    ({}, "lora 64", "with --lora 64 it needs"),
+    ({"lora": 128}, "lora 64", "with --lora 64 it needs"),
+    ({}, "2 GPUs", "with 2 GPUs it needs"),
+    ({"lora": 8, "beta": 0.0}, "half", None),
+    ({"lora": 8, "micro_tokens": 512, "val": 0}, "half", None)])
 def test_a_refusal_names_no_flag_that_does_not_help(
         tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
-        given: dict[str, Any], proposed: str | None) -> None:
+        given: dict[str, Any], limit: str, proposed: str | None) -> None:
     """A KL or long passes are not given up for nothing, and a rank never grows."""
     sizes = replace(bench.SHAPES["3b"], depth=2, full_blocks=(1,), layers=2, vocab=8192)
-    monkeypatch.setitem(bench.SHAPES, "narrow", sizes)
-    args = flags(init=str(write_config(tmp_path, "narrow")), max_new_tokens=16, **given)
-    prompt = bench.random_prompt(memory.planned_model(tmp_path, args), 112, seed=0)
-    needed = {}
-    for lora_rank in (8, 64):
-        smaller = argparse.Namespace(**vars(args) | {"lora": lora_rank})
-        needed[lora_rank] = memory.plan_of(smaller, Step(2, 2, 16, True), Longest(prompt, None), 1)
-    available = needed[64].peak if proposed else needed[8].peak / 2
+    with mock.patch.dict(bench.SHAPES, narrow=sizes):
+        args = flags(init=str(write_config(tmp_path, "narrow")), max_new_tokens=16, **given)
+    prompt = bench.random_prompt(meta_model(args), 112, seed=0)
+    monkeypatch.setattr(memory, "longest_prompt", lambda _, records, __: prompt if records else None)
+    step = Step(2, 2, 16, True)
+
+    def needed(gpus: int = 1, **changes: Any) -> float:
+        smaller = argparse.Namespace(**vars(args) | changes)
+        return memory.plan(smaller, step, gpus, prompt, None)[0]
+    available = needed() / 2
+    if limit == "lora 64":
+        available = needed(lora=64)
+    if limit == "2 GPUs":
+        # Adapters are not among the remedies of a run of adapters.
+        args.lora, args.beta = 8, 0.0
+        available = needed(gpus=2)
+    args.memory = available / GIB
     with pytest.raises(SystemExit) as leaving:
-        memory.check(args, Step(2, 2, 16, True), Longest(prompt, None), 1, available)
+        memory.check_gpu(args, None, [None], [], step)
     line = capsys.readouterr().err.strip()
     assert leaving.value.code == 2 and "\n" not in line
     assert proposed in line if proposed else "--lora" not in line and "more GPUs" in line
 
 
 def test_a_plan_from_an_adapter_has_that_adapters_layers_and_its_start(
-        tiny_checkpoint: Path, tmp_path: Path) -> None:
+        tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = QwenVL.from_pretrained(tiny_checkpoint, None)
     lora.add(model, 4, 8.0, True, 0)
     model.save_pretrained(tmp_path)
-    Processor.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    processor = Processor.from_pretrained(tiny_checkpoint)
+    processor.save_pretrained(tmp_path)
     adapters = 4 * sum(p.numel() for name, p in model.named_parameters() if lora.is_adapter(name))
     args = flags(init=str(tmp_path), lora=4)
-    planned = memory.planned_model(tmp_path, args)
-    prompt = memory.longest_prompt(Processor.from_pretrained(tmp_path), [(112, 112)], [])
-    work = memory.share(planned, Longest(prompt, prompt), rft.step_size(args), args, 1)
-    standing = memory.make_plan(planned, work, 1, reference=True).standing
-    assert standing["trained weights, float32"] == adapters
-    assert standing["starting adapters, bfloat16, on each GPU"] == adapters / 2
-    # Without --lora it is merged, and the rank that can be proposed is its own.
-    assert not lora.adapted(memory.planned_model(tmp_path, flags(init=str(tmp_path))))
-    assert memory.remedies_of(flags(init=str(tmp_path)))["lora"] == 4
+    prompt = memory.longest_prompt(processor, [], (112, 112))
+    always = memory.plan(args, rft.step_size(args), 1, prompt, prompt)[1]["all the time"]
+    assert always["trained weights, float32"] == adapters
+    assert always["starting adapters, bfloat16, on each GPU"] == adapters / 2
+    # Without --lora the adapter is merged, and the rank that can be proposed is its own.
+    small = {"init": str(tmp_path), "image": (112, 112), "micro_tokens": 64, "val": 0, "beta": 0.0}
+    args = flags(lora=4, **small)
+    memory_of_rank_4 = memory.plan(args, rft.step_size(args), 1, prompt, prompt)[0] / GIB
+    args = flags(memory=memory_of_rank_4, **small)
+    assert not lora.adapted(meta_model(args))
+    with pytest.raises(SystemExit):
+        memory.check_gpu(args, processor, [], [], rft.step_size(args))
+    assert "with --lora 4 it needs" in capsys.readouterr().err
 
 
 def test_the_longest_prompt_has_the_most_patches_and_the_longest_text(
         tiny_checkpoint: Path) -> None:
     processor = Processor.from_pretrained(tiny_checkpoint)
-    short = memory.longest_prompt(processor, [(112, 112)], ["the ship"])
-    long = memory.longest_prompt(processor, [(112, 112)], ["the ship", "the ship at the pier"])
+    size = (112, 112)
+    short = memory.longest_prompt(processor, records_of((size, "the ship")))
+    long = memory.longest_prompt(
+        processor, records_of((size, "the ship"), (size, "the ship at the pier")))
     assert len(long.input_ids) - len(short.input_ids) == len(" at the pier")
-    unknown = memory.longest_prompt(processor, [(112, 112)], [])
+    unknown = memory.longest_prompt(processor, [], size)
     empty = processor.turns(memory.PROMPT, 16, text="")
     assert len(unknown.input_ids) == len(empty) + memory.TEXT_TOKENS
+    assert memory.longest_prompt(processor, []) is None
 
 
-# ---------------------------------------------------------------- beside a played device
+# ---------------------------------------------------------------- on a played device
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -334,48 +366,47 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_plan_counts_what_a_device_of_true_widths_holds(
         wide: Path, changes: dict[str, Any]) -> None:
     args = flags(init=str(wide), max_new_tokens=24, **changes)
-    planned = memory.planned_model(wide, args)
+    planned = meta_model(args)
     prompt = bench.random_prompt(planned, 112, seed=0)
-    batch = Pass(prompt, 2, 4, 24)
-    work = Workload(batch, batch, None)
-    update = memory.update_bytes(planned, batch, reference=False)
-    sampling = memory.sampling_bytes(planned, batch)
+    update = Pass(prompt, 2, 4, 24, trains=True)
+    sampling = Pass(prompt, 2, 4, 24, trains=False)
+    _, phases = memory.plan(args, Step(2, 4, 24, True), 1, prompt, None)
+    [weights] = [rows["weights for sampling, bfloat16, on each GPU"]
+                 for phase, rows in phases.items() if "sampling" in phase]
     with PlayedDevice() as gpu:
         model = QwenVL.from_pretrained(wide, torch.bfloat16, "cuda")
         if args.lora:
             lora.add(model, args.lora, 1.0, False, 0)
             model.to(torch.bfloat16)
-            lora.freeze_base(model)
-        model.visual.checkpointing = model.model.checkpointing = args.gradient_checkpointing
-        # On a GPU too a whole gradient leaves as soon as it is reduced.
+        lora.choose_trained(model, False, args.gradient_checkpointing)
+        # As under FSDP2 on a GPU, a complete gradient is dropped once it is reduced.
         for p in model.parameters():
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(memory.drop_gradient)
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         standing = gpu.live_bytes
-        expected = memory.make_plan(planned, work, 1, False)
-        weights = expected.sampling["weights for sampling, bfloat16, on each GPU"]
         assert abs(standing / weights - 1) < 0.1
-        gpu.reset_peak()
-        memory.update_pass(model, None, batch)
-        assert abs((gpu.peak_bytes - standing) / update - 1) < 0.1
-        gpu.reset_peak()
-        memory.sampling_pass(model, batch)
-        assert abs((gpu.peak_bytes - standing) / sampling - 1) < 0.1
+        for work in (update, sampling):
+            gpu.reset_peak()
+            work.run(model)
+            counted = memory.peak_bytes(planned, work)
+            assert abs((gpu.peak_bytes - standing) / counted - 1) < 0.1
 
 
-def test_a_dry_step_leaves_weights_and_puts_moments_in_place(tiny_checkpoint: Path) -> None:
+def test_the_passes_before_step_1_leave_weights_and_put_moments_in_place(
+        tiny_checkpoint: Path) -> None:
     processor = Processor.from_pretrained(tiny_checkpoint)
-    prompt = memory.longest_prompt(processor, [(112, 112)], ["the ship"])
-    work = Workload(Pass(prompt, 1, 3, 8), Pass(prompt, 2, 3, 8), Pass(prompt, 4, 1, 8))
+    records = records_of(((112, 112), "the ship"))
+    args = flags(init=str(tiny_checkpoint), max_new_tokens=8)
+    step = Step(2, 3, 8, True)
     with PlayedDevice() as gpu:
         model = QwenVL.from_pretrained(tiny_checkpoint, torch.float32, "cuda").requires_grad_()
         opt = dist.optimizer(model, 1e-3)
         before = [p.detach().clone() for p in model.parameters()]
-        memory.dry_step(model, opt, None, work)
+        memory.try_out(model, opt, None, processor, records, records, args, step)
         for p, was in zip(model.parameters(), before, strict=True):
             assert torch.equal(p, was) and p.grad is None
             assert opt.state[p]["step"] == 0 and not opt.state[p]["exp_avg"].any()
         gpu.memory.total = gpu.live_bytes + 1000
         with pytest.raises(SystemExit) as leaving:
-            memory.dry_step(model, opt, None, work)
+            memory.try_out(model, opt, None, processor, records, records, args, step)
     assert leaving.value.code == 2

@@ -37,7 +37,6 @@ from torch import nn
 from tqdm import tqdm
 
 from data import add_reading_flags, load, refusal_summary
-from qwen import lora
 from qwen.hub import CheckpointError
 from qwen.processor import prompt_hash
 from readers.base import MOST_UNREADABLE, DataError, Record, Records, UnreadableImage
@@ -194,17 +193,6 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--memory", type=above_zero, default=80.0, help="--plan: GiB of a GPU: 24, 80")
     add("--image", type=positive, nargs=2, metavar=("WIDTH", "HEIGHT"),
         help="--plan: for images of this size, without looking at the data")
-
-
-def choose_trained(
-        model: nn.Module, freeze_vision: bool, gradient_checkpointing: bool) -> None:
-    """Says which parameters are trained, and whether layers keep their activations."""
-    if lora.adapted(model):
-        lora.freeze_base(model)
-    else:
-        model.visual.requires_grad_(not freeze_vision)
-    model.visual.checkpointing = gradient_checkpointing
-    model.model.checkpointing = gradient_checkpointing
 
 
 def add_device_flag(add: Callable[..., Any]) -> None:
