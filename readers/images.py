@@ -9,7 +9,7 @@ them. Transparent pixels are composited on white, as transformers does.
 """
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,16 +60,12 @@ def opened(path: Path) -> Iterator[tuple[Image.Image | None, dict[int, Any], Hea
             file.seek(tags.next)
             tags.load(file)
             size = (tags[WIDTH], tags[HEIGHT])
-            if min(size) < 1:
-                raise ImageError(f"damaged: a TIFF of {size} pixels")
             deep = max(tags.get(BITS, (1,))) > 8 or max(tags.get(FORMAT, (1,))) in (2, 3, 5, 6)
             image = None
             if not deep:
                 file.seek(0)
-                try:
+                with suppress(UnidentifiedImageError):
                     image = Image.open(file)
-                except UnidentifiedImageError:
-                    pass
             yield image, dict(tags), Header(size, deep)
     except (FileNotFoundError, ImageError, DataError):
         raise
@@ -171,46 +167,15 @@ def read_samples(
         path: Path, image: Image.Image | None, tags: dict[int, Any],
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Colour (H, W, 1 or 3) in the file's own type and range, and alpha (H, W) in 0..1 or None."""
+    bands = tags.get(BANDS, 1)
     photometric = tags.get(PHOTOMETRIC, BLACK_IS_ZERO)
-    if tags:
-        bands = tags.get(BANDS, 1)
-        extra = tags.get(EXTRA_BANDS, (0,))[0]
-        # Scientific software writes three bands of colour as gray.
-        gray = (WHITE_IS_ZERO, BLACK_IS_ZERO)
-        allowed = {1: gray, 2: gray, 3: (BLACK_IS_ZERO, RGB)}.get(bands, (RGB,))
-        if photometric not in allowed:
-            raise ImageError(
-                f"a TIFF of {bands} bands of {max(tags.get(BITS, (1,)))} bits (photometric "
-                f"{photometric}) does not say which are red, green and blue; write three bands of "
-                "it to a file")
-        samples = read_raster(path)
-    elif image.mode[0] in "IF":
-        samples = np.asarray(image)[..., None]
-    elif image.format == "PNG":
-        samples = read_raster(path)
-        extra = 2
-    else:
-        raise ImageError(f"{image.format} of more than 8 bits a sample in colour cannot be read; "
-                         "convert it to PNG or TIFF")
-    n = 1 if samples.shape[-1] < 3 else 3
-    colour = samples[..., :n]
-    alpha = None
-    if photometric == WHITE_IS_ZERO:
-        colour = 255 - colour if colour.dtype == np.uint8 else -colour.astype(np.float64)
-    if not tags and image.info.get("transparency") is not None:
-        alpha = (samples != np.array(image.info["transparency"])).any(-1).astype(np.float64)
-    elif samples.shape[-1] > n and extra in (1, 2):
-        alpha = samples[..., n].astype(np.float64)
-        if samples.dtype.kind != "f":
-            alpha = alpha / np.iinfo(samples.dtype).max
-        if extra == 1:
-            # Colours are premultiplied by alpha.
-            colour = colour / np.where(alpha > 0, alpha, 1)[..., None]
-    return colour, alpha
-
-
-def read_raster(path: Path) -> np.ndarray:
-    """All bands of a PNG or TIFF: (H, W, bands), in the file's own type."""
+    # Scientific software writes three bands of colour as gray.
+    allowed = (RGB,) if bands > 3 else (BLACK_IS_ZERO, RGB if bands == 3 else WHITE_IS_ZERO)
+    if photometric not in allowed:
+        raise ImageError(
+            f"a TIFF of {bands} bands of {max(tags.get(BITS, (1,)))} bits (photometric "
+            f"{photometric}) does not say which are red, green and blue; write three bands of it "
+            "to a file")
     try:
         # Not in requirements.txt: only images of more than 8 bits need it.
         import rasterio
@@ -225,13 +190,27 @@ def read_raster(path: Path) -> np.ndarray:
             if dtype.kind == "c":
                 raise ImageError("complex samples (TIFF sample formats 5 and 6) cannot be read; "
                                  "convert them to 16 bits or float32")
-            if source.width * source.height * source.count * dtype.itemsize > (
-                    LARGEST_RATIO * path.stat().st_size):
+            size = source.width * source.height * source.count * dtype.itemsize
+            if size > LARGEST_RATIO * path.stat().st_size:
                 raise ImageError("damaged: the file is too short for its size in pixels")
-            return np.moveaxis(source.read(), 0, -1)
+            samples = np.moveaxis(source.read(), 0, -1)
+            kinds = [kind.name for kind in source.colorinterp]
     except rasterio.errors.RasterioError as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ImageError(f"damaged, or of a kind that GDAL cannot read ({reason})") from None
+    n = 1 if len(kinds) < 3 else 3
+    colour = samples[..., :n]
+    alpha = None
+    if photometric == WHITE_IS_ZERO:
+        colour = 255 - colour if dtype == np.uint8 else -colour.astype(np.float64)
+    if "alpha" in kinds[n:n + 1]:
+        alpha = samples[..., n] / np.float64(1 if dtype.kind == "f" else np.iinfo(dtype).max)
+        if tags.get(EXTRA_BANDS, (0,))[0] == 1:
+            # Colours are premultiplied by alpha.
+            colour = colour / np.where(alpha > 0, alpha, 1)[..., None]
+    elif image and image.info.get("transparency") is not None:
+        alpha = (samples != np.array(image.info["transparency"])).any(-1).astype(np.float64)
+    return colour, alpha
 
 
 def stretched(colour: np.ndarray, alpha: np.ndarray | None, stretch: Stretch) -> np.ndarray:
@@ -247,10 +226,9 @@ def stretched(colour: np.ndarray, alpha: np.ndarray | None, stretch: Stretch) ->
         finite = np.isfinite(values)
         known = values[finite & visible]
         low, high = np.percentile(known, stretch) if len(known) else (0.0, 0.0)
-        if high > low:
-            with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):
+            scaled = (values > low) * 255.0
+            if high > low:
                 scaled = (values - low) * (255 / (high - low))
-        else:
-            scaled = np.where(values > low, 255.0, 0.0)
         pixels[..., band] = np.rint(np.where(finite, scaled, 0.0).clip(0, 255))
     return pixels

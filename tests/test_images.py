@@ -175,22 +175,26 @@ def test_what_is_not_read_is_named(
     assert "\n" not in str(error.value)
 
 
-def test_formats_whose_depth_pil_drops_are_refused_by_name(tmp_path: Path) -> None:
-    colour = np.full((9, 9, 3), 100, ">u2")
-    (tmp_path / "1.ppm").write_bytes(b"P6 9 9 65535\n" + colour.tobytes())
-    with pytest.raises(ImageError, match="PPM of more than 8 bits"):
-        read_rgb(tmp_path / "1.ppm", STRETCH)
+def test_colour_of_formats_of_which_pil_drops_the_low_bytes(tmp_path: Path) -> None:
+    values = samples()
+    path = tmp_path / "1.ppm"
+    path.write_bytes(b"P6 53 37 65535\n" + values.astype(">u2").tobytes())
+    assert read_header(path).deep and np.array_equal(read_rgb(path, STRETCH), by_hand(values))
     with pytest.raises(ImageError, match="16-bit"):
-        read_rgb(tmp_path / "1.ppm")
-    (tmp_path / "1.ppm").write_bytes(b"P6 9 9 255\n" + colour.astype(np.uint8).tobytes())
-    assert read_rgb(tmp_path / "1.ppm").getpixel((3, 3)) == (100, 100, 100)
-    Image.fromarray(samples("uint8", 3)).save(tmp_path / "1.jp2", irreversible=False)
-    assert np.array_equal(read_rgb(tmp_path / "1.jp2"), samples("uint8", 3))
-    deep = bytearray((tmp_path / "1.jp2").read_bytes())
-    siz = deep.find(b"\xff\x51")
-    deep[siz + 40:siz + 49:3] = b"\x0f" * 3
-    (tmp_path / "1.jp2").write_bytes(deep)
-    assert read_header(tmp_path / "1.jp2").deep
+        read_rgb(path)
+    path.write_bytes(b"P6 53 37 255\n" + values.astype(np.uint8).tobytes())
+    assert np.array_equal(read_rgb(path), values)
+
+    path = tmp_path / "1.jp2"
+    Image.fromarray(samples("uint8")).save(path, irreversible=False)
+    assert np.array_equal(read_rgb(path), samples("uint8"))
+    rasterio = pytest.importorskip("rasterio")
+    with rasterio.open(path, "w", driver="JP2OpenJPEG", width=53, height=37, count=3,
+                       dtype="uint16", quality=100, reversible=True) as file:
+        file.write(np.moveaxis(values, -1, 0))
+    assert read_header(path).deep and np.array_equal(read_rgb(path, STRETCH), by_hand(values))
+    with pytest.raises(ImageError, match="16-bit"):
+        read_rgb(path)
 
 
 # ---------------------------------------------------------------- transparency and bands
