@@ -1005,7 +1005,7 @@ def finish(evaluation: Evaluation, stages: Sequence[Stage]) -> None:
         folder = stage.folder.resolve().parent if trained_here else stage.folder
         training.append((stage.name, folder))
     known_records = [*(evaluation.train or ()), *eval_set.records]
-    page.write(
+    page.write_page(
         evaluation.out / "report.html", evaluation.rows, evaluation.cases, training,
         known_records, evaluation.summary)
     print_table(evaluation.rows, evaluation.summary["centre_box"])

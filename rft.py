@@ -860,7 +860,8 @@ def draw_first_group(path: Path, rollouts: Rollouts, grades: Grades) -> None:
         return
     record = rollouts.records[0]
     picture = pictures.draw_rollouts(
-        open_image(record), grades.boxes[0], grades.rewards[0], record.box, record.text)
+        open_image(record), grades.boxes[0].tolist(), grades.rewards[0].tolist(), record.box,
+        record.text)
     picture.save(path)
 
 

@@ -276,8 +276,9 @@ def training(regime: Path, arms: Sequence[str]) -> str:
             log = list(page.log_lines(seed / arm / "metrics.jsonl"))
             if (seed / arm / "done").exists() and log and "dispersion" in log[0]:
                 logs[arm].append(log)
-                for keys in page.reward_curves(log[:1]):
-                    names.update(dict.fromkeys(keys))
+                for key in log[0]:
+                    if key.endswith("_group_std"):
+                        names.update({key.removesuffix("_group_std"): None, key: None})
     columns = [*names, *TRAINED]
     text = header(["first → last tenth of the steps", *columns])
     for arm, of_seeds in logs.items():

@@ -1,4 +1,4 @@
-"""report.py: one safe, small, self-contained page, whatever the texts say."""
+"""report/page.py: one safe, small, self-contained page, for any texts."""
 import base64
 import io
 import json
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import eval as evaluation
@@ -101,7 +100,7 @@ def write_logs(folder: Path) -> None:
 
 @pytest.fixture
 def page(tmp_path: Path) -> str:
-    """A page of two rows and a stage with logs, all of whose texts are hostile."""
+    """A page of two rows and a stage with logs; all texts are hostile."""
     records = make_records(tmp_path, 20)
     predictions = make_predictions(records)
     run = tmp_path / "run"
@@ -110,7 +109,7 @@ def page(tmp_path: Path) -> str:
     rows = [make_row(records, predictions)] * 2
     cases = [evaluation.judge(records, predictions)] * 2
     summary = {"centre_box": metrics.centre_box(records)}
-    report_page.write(file, rows, cases, [(EVIL, run), ("none", tmp_path)], records, summary)
+    report_page.write_page(file, rows, cases, [(EVIL, run), ("none", tmp_path)], records, summary)
     return file.read_text(encoding="utf-8")
 
 
@@ -131,7 +130,7 @@ def test_hostile_texts_stay_texts(page: str) -> None:
     assert not re.search(r"url\(|@import|https?://", page.replace("http://x/y", ""))
 
 
-def test_the_page_tells_the_whole_story(page: str) -> None:
+def test_the_page_shows_every_part(page: str) -> None:
     for words in (
             "20 records; 1,234 more are refused (&lt;script&gt;", "Scores",
             "in the middle of each image: mIoU 0.0", "Breakdowns", "VRSBench", "By size",
@@ -141,11 +140,10 @@ def test_the_page_tells_the_whole_story(page: str) -> None:
         assert words in page, words
     # Terms of the reward, their deviations, dispersion, length, KL; no loss, no validation.
     assert page.count("<svg") == 5
-    # A record of the same id in other data is another.
+    # The group of another data set's r0 is not shown.
     shown = [int(step) for step in re.findall(r"<b>step (\d+)</b>", page)]
     assert shown[0] == 1 and shown[-1] == 29 and len(shown) == 4
-    # Seven of the reward's curve, seven of the deviations' and three more: none vanishes,
-    # however many there are.
+    # Seven curves of rewards, seven of deviations and three more: none is left out.
     assert page.count("<polyline") == 17
     assert page.count("stroke-dasharray") == 2
     assert "nan" not in page.lower().split("<svg", 1)[1].split("</svg>")[0]
@@ -163,7 +161,7 @@ def stages_page(tmp_path: Path) -> str:
     for name in ("base", "rft"):
         write_logs(tmp_path / name)
         stages.append((name, tmp_path / name))
-    report_page.write(tmp_path / "report.html", rows, cases, stages, records)
+    report_page.write_page(tmp_path / "report.html", rows, cases, stages, records)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -172,7 +170,7 @@ def test_the_page_opens_on_the_last_stage(stages_page: str) -> None:
     assert first[0] == "rft" and float(first[1]) > 0
     titles = re.findall(r'<h2 id="s\d">(.*?)</h2>', stages_page)
     assert titles == ["Scores", "rft", "base", "Breakdowns"]
-    # A stage's cases come before its training; both stand under its heading.
+    # A stage's cases come before its training, under the same heading.
     of_rft = stages_page.split('<h2 id="s1">', 1)[1].split("<h2", 1)[0]
     parts = re.findall(r"<h3>(\w+).*?: (\w+)", of_rft)
     assert parts == [("Cases", "rft"), ("Training", "rft"), ("Groups", "rft")]
@@ -192,8 +190,8 @@ def test_the_contents_lead_to_every_section(stages_page: str) -> None:
 
 
 def test_a_narrow_screen_scrolls_tables_in_their_boxes(stages_page: str) -> None:
-    """Without a browser: every table lies alone in a box that scrolls, what else is wide wraps or
-    shrinks, and no width is fixed beyond the narrowest phone's.
+    """Every table has a box that scrolls, other wide parts wrap or shrink, and no fixed width is
+    larger than the narrowest phone.
     """
     assert stages_page.count("<table>") == stages_page.count("<div class=wide><table>") > 3
     assert ".wide{overflow-x:auto;max-width:100%}" in report_page.STYLE
@@ -209,7 +207,7 @@ def test_200_pictures_of_noise_stay_under_5_mb(tmp_path: Path) -> None:
     predictions = make_predictions(records)
     rows = [make_row(records, predictions, f"stage {i}") for i in range(12)]
     cases = [evaluation.judge(records, predictions)] * len(rows)
-    report_page.write(tmp_path / "report.html", rows, cases, [], records)
+    report_page.write_page(tmp_path / "report.html", rows, cases, [], records)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert 170 <= page.count("<img") <= report_page.PICTURES
     assert len(page.encode()) < 5e6
@@ -219,9 +217,9 @@ def test_200_pictures_of_noise_stay_under_5_mb(tmp_path: Path) -> None:
 
 
 def test_texts_that_swell_in_html_and_a_thousand_categories_stay_under_5_mb() -> None:
-    """Quotes take six letters each; a breakdown lists the categories of most records."""
-    quotes = len(report_page.text('"' * 5_000))
-    assert quotes <= 2 * report_page.LETTERS < len(report_page.text("ab" * 600)) * 3
+    """A quote takes six letters; a breakdown lists the categories with the most records."""
+    quotes = len(report_page.safe('"' * 5_000))
+    assert quotes <= 2 * report_page.LETTERS < len(report_page.safe("ab" * 600)) * 3
     values = {}
     for i in range(1_000):
         values[f"category {i} " + "x" * 2_000] = {"n": i, "mIoU": 0.5, "Pr@0.5": 0.5}
@@ -233,26 +231,28 @@ def test_texts_that_swell_in_html_and_a_thousand_categories_stay_under_5_mb() ->
     assert "940 more" in section
 
 
-def test_cases_are_best_median_worst_and_none_twice() -> None:
-    cases = [report_page.Case(None, None, iou / 10, "") for iou in (3, 9, 1, 5, 7)]
-    chosen = {title: some for title, some in report_page.choose(cases, 1)}
-    assert chosen == {"Best": [cases[1]], "Median": [cases[3]], "Worst": [cases[2]]}
-    everyone = []
-    for _, some in report_page.choose(cases, 6):
-        everyone += [case.iou for case in some]
-    assert sorted(everyone) == [0.1, 0.3, 0.5, 0.7, 0.9]
+def test_cases_are_best_worst_and_median_and_none_twice(tmp_path: Path) -> None:
+    records = make_records(tmp_path, 5)
+    cases = []
+    for record, iou in zip(records, (0.3, 0.9, 0.1, 0.5, 0.7)):
+        cases.append(report_page.Case(record, record.box, iou, ""))
+    row = {"stage": "sft", "temperature": 0.0, "blind": False}
+    shown = re.findall(r"<h4>(\w+)</h4>|IoU (0\.\d)", report_page.case_section(row, cases, 1))
+    assert [title or iou for title, iou in shown] == ["Best", "0.9", "Worst", "0.1", "Median", "0.5"]
+    ious = re.findall(r"IoU (0\.\d)", report_page.case_section(row, cases, 6))
+    assert sorted(ious) == ["0.1", "0.3", "0.5", "0.7", "0.9"]
+    assert report_page.case_section(row, cases, 0) == ""
 
 
-def test_rollouts_have_one_shade_in_the_report_and_beside_training() -> None:
-    """The worst box red, the best orange, the target green above them; none for no box."""
+def test_rollouts_are_red_to_orange_and_the_target_is_green() -> None:
+    """The worst box red, the best orange, the target drawn last; nothing for no box."""
     image = Image.new("RGB", (100, 100))
     boxes = [[10.0, 10.0, 30.0, 30.0], None, [50.0, 50.0, 90.0, 90.0]]
     target = (40.0, 10.0, 60.0, 30.0)
-    drawn = pictures.rollout_boxes(boxes, [0.0, 0.2, 2.0], target)
-    assert drawn == [(boxes[0], (255, 0, 0)), (boxes[2], (255, 199, 0)), (target, "lime")]
-    caption = "a ship (reward 0.00 to 2.00)"
-    in_report = pictures.draw_boxes(image, drawn, caption)
-    tensors = metrics.tensor(boxes).float()
-    rewards = torch.tensor([0.0, 0.2, 2.0])
-    in_training = pictures.draw_rollouts(image, tensors, rewards, target, "a ship")
-    assert in_training.tobytes() == in_report.tobytes()
+    expected = pictures.draw_boxes(
+        image, [(boxes[0], (255, 0, 0)), (boxes[2], (255, 199, 0)), (target, "lime")],
+        "a ship (reward 0.00 to 2.00)")
+    for no_box in (None, [float("nan")] * 4):
+        boxes[1] = no_box
+        drawn = pictures.draw_rollouts(image, boxes, [0.0, 0.2, 2.0], target, "a ship")
+        assert drawn.tobytes() == expected.tobytes()

@@ -3,6 +3,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 from collections import defaultdict
@@ -24,7 +25,7 @@ from model import QwenVL
 from qwen.answer import Frame
 from qwen.processor import Processor
 from readers.base import UnreadableImage
-from report import page, pictures
+from report import page
 from rft import Objective, advantages, policy_loss
 from train import checkpoints, dist
 from train import run as runtime
@@ -975,14 +976,8 @@ def test_a_term_of_ones_own_is_chosen_by_name_and_stands_in_every_log(
         assert "positional" not in line and "positional_alone_advantage" not in line
     for row in read_log(out, "rollouts.jsonl"):
         assert row["reward"][0] < row["reward"][1] and len(row["width"]) == 2
-    names = page.reward_curves(lines)[0]
-    assert names == ("reward", "width", "format", "iou")
-    curves = []
-    for name in names:
-        curves.append((name, [(line["step"], line[name]) for line in lines]))
-    figure = pictures.curve(curves)
-    for name in names:
-        assert f">{name}</span>" in figure
+    figure = page.training_section("rft", out, [])
+    assert re.findall(">(.*?)</span>", figure)[:4] == ["reward", "width", "format", "iou"]
     description = json.loads((out / "latest" / "run.json").read_text())
     assert description["flags"]["reward"] == {"width": 0.5, "format": 1.0}
 
