@@ -1,93 +1,56 @@
-"""Chain-of-thought: spatial reasoning in words, written from annotations or by a teacher.
+"""Stage 0: reasoning for CoT-SFT, written from the annotations or by a teacher.
 
-A text says what is asked for. It says where the object lies that the expression refers to
-(its anchor), if there is one. Then it goes through the candidates in the order that the
-expression asks about ("the topmost": from top to bottom). Each candidate has its place, what
-the expression tells candidates apart by (size, side or distance of the anchor), and whether it
-fits. The box comes last. Reasons stand before what follows from them, because a model writes
-in this order.
+A text first repeats the expression. If the expression refers to another object (the anchor), the
+text says where that is. Then it lists the candidates in the order that the expression asks about
+("the topmost": from top to bottom), each with its place, what tells candidates apart (size, side
+or distance of the anchor), and whether it fits. The box comes last, because a model writes from
+left to right and reasons must come before what follows from them.
 
-One thing has one wording: in RFT every token that could as well be another is noise in the
-gradient. Every sentence is true of the annotated boxes. A real data set annotates some of its
-objects only: a text speaks of those alone whose own expression is in the split at hand, and
-never claims that there are no more.
+Each fact has one wording: in RFT, every token that could just as well be another one adds noise
+to the gradient. Every sentence is true of the annotated boxes. Real data sets annotate only some
+objects, so a text speaks only of objects with an expression of their own in the same split, and
+never claims that there are no others. The source is "synthetic spatial reasoning" in the abstract
+of RSGround-R1 (arXiv 2601.21634); the form is ours, because the paper's texts are not public.
 
-Source: our reading of "synthetic spatial reasoning" in the abstract of RSGround-R1
-(arXiv 2601.21634); the paper's own texts are not public to us.
+    python cot.py dior                  prints a few texts and draws their boxes, in image pixels
+    python cot.py dior --init CKPT      the same in the coordinates that sft.py --init CKPT uses
+    python cot.py dior --teacher URL    a teacher explains the boxes: see tools/teacher.py
 
-    python cot.py dior                    a few texts beside their pictures, in pixels of the
-                                          picture
-    python cot.py dior --init CKPT        the same in that checkpoint's coordinates, as
-                                          sft.py --init CKPT trains on them
+sft.py --cot FILE reads reasoning from a JSONL, and adds the answer from the annotation:
 
-A line of a JSONL of your own (sft.py --cot FILE); the answer is added from the annotation:
+    {"id": "123", "think": "...", "frame": {"original": [W, H], "resized": [W, H],
+                                            "convention": "absolute" or "1000"}}
+    {"id": "124", "refused": "..."}     none; the text is written from the annotations
 
-    {"id": "123", "think": "..."}
-    {"id": "124", "refused": "..."}       no such reasoning: the record gets the one that is
-                                          written from the annotations
-
-A teacher writes such a file. It is shown image, expression and true box, and explains how one
-finds the object: a checkpoint, or any server that speaks OpenAI's chat-completions protocol
-(vLLM, SGLang). The same command goes on where it was stopped. A record for which a server has
-no whole answer in --tries requests is left undone, and asked for again by the next call.
-
-    python cot.py dior --teacher CKPT
-    python cot.py dior --teacher http://localhost:8000/v1 --model Qwen2.5-VL-72B-Instruct \\
-        --coords resized --init Qwen2.5-VL-3B-Instruct/ --parallel 32 --want 30000
-
-The paper's teacher is Qwen2.5-VL-72B, and 30,000 samples are kept. Incomplete chains,
-inconsistent coordinate formats and wrong boxes are dropped (known second-hand). That the
-reasoning must not give the box away is ours. `filter_explanation` has all four.
-
-A teacher's reasoning is in the teacher's coordinates, and the student's may be others. So a
-line carries the teacher's frame, and its coordinates are converted when the text is written
-for training. That takes coordinates that can be told from other numbers: points (x, y) and
-boxes [x1, y1, x2, y2]. Reasoning with others ("40 pixels wide") has an inconsistent coordinate
-format, whichever student it is for.
+"frame" is optional. With it, points (x, y) and boxes [x1, y1, x2, y2] in "think" are converted
+from that frame to the student's. Without it, "think" is used as it is.
 """
-import argparse
 import math
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import torch
 
 import data
-from qwen.answer import TAGS, Frame, format_box, format_ok, write
+import reward
+from qwen.answer import TAGS, Box, Frame, format_box, format_ok, write
 from qwen.processor import Processor
-from readers.base import DataError, Record, Records, read_json_lines
+from readers.base import DataError, Record, read_json_lines
 from report.pictures import draw_boxes
-from tools import check_data
-from tools.teacher import (
-    COORDINATES,
-    PLAIN_NUMBER,
-    Box,
-    add_teacher_flags,
-    box_area,
-    box_iou,
-    check_teacher_flags,
-    checkpoint_teacher,
-    is_server,
-    run_teacher,
-    server_teacher,
-)
-from train import dist
-from train import run as runtime
+from tools.check_data import save_sheet
+from tools.teacher import COORDINATES, PLAIN_NUMBER, check_teacher_flags, run_teacher
+from train import run
+from train.dist import check_writable
 
-Point = tuple[float, float]
-REGION_NAMES = (
-    ("upper left", "top", "upper right"),
-    ("left", "center", "right"),
-    ("lower left", "bottom", "lower right"),
-)
-# IoU from which another annotation is the target itself under another expression.
-SAME_OBJECT_IOU = 0.9
-# Places and distances are rounded to about this share of the frame's longer side, in fives.
-ROUNDING = 0.02
-# Candidates beside the target: the nearest ones.
-MAX_OTHER_CANDIDATES = 5
+REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"),
+           ("lower left", "bottom", "lower right"))
+ROUNDING = 0.02               # of places and distances, as a share of the frame's longer side
+MAX_OTHER_CANDIDATES = 5      # the nearest ones
+SAME_OBJECT_IOU = 0.9         # from which two annotations are one object, under two expressions
 SIZE_WORDS = re.compile(
     r"\b(?:large|larger|largest|big|bigger|biggest|huge"
     r"|small|smaller|smallest|tiny|tinier|tiniest|little)\b")
@@ -97,415 +60,318 @@ SIDE_WORDS = re.compile(
 RELATION_WORDS = re.compile(
     r"\b(?:left of|right of|above|below|over|under|beside|near|nearest|closest|next|of"
     r"|higher|further)\b")
+# Words that ask for an order, how the text announces it, what it sorts by, descending or not.
+ORDERS = (
+    ("leftmost|farthest to the left", "from left to right: ", "x", False),
+    ("rightmost|farthest to the right", "from right to left: ", "x", True),
+    ("topmost|uppermost|highest|nearest to the top|closest to the top",
+     "from top to bottom: ", "y", False),
+    ("lowest|bottommost|nearest to the bottom|closest to the bottom",
+     "from bottom to top: ", "y", True),
+    ("nearest|closest|next to", "from near to far: ", "distance", False),
+    ("largest|biggest", "from large to small: ", "area", True),
+    ("smallest|tiniest", "from small to large: ", "area", False))
 
 
 @dataclass(frozen=True)
 class Neighbor:
-    """Another annotated object of the image."""
+    """An annotated object of the image."""
 
     category: str
     box: Box                   # original pixels
-    color: str = ""
+    color: str = ""            # "" if unknown
 
 
-# ---------------------------------------------------------------- places in words
-
-def box_center(box: Box) -> Point:
+def box_center(box: Box) -> tuple[float, float]:
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
-def region_name(box: Box, size: tuple[int, int]) -> str:
-    """Name of the ninth of the image, of size (width, height), in which the center lies."""
-    x, y = box_center(box)
-    row = min(2, int(3 * y / size[1]))
-    column = min(2, int(3 * x / size[0]))
-    return REGION_NAMES[row][column]
-
-
-def direction(a: Box, b: Box) -> str:
-    """Where box a lies as seen from box b, by the axis on which their centers differ more.
-
-    The centers must not be the same.
-    """
-    ax, ay = box_center(a)
-    bx, by = box_center(b)
-    if abs(ax - bx) >= abs(ay - by):
-        return "left of" if ax < bx else "right of"
-    return "above" if ay < by else "below"
+def box_area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def round_coarsely(value: float, frame: Frame) -> int:
-    """A coordinate or distance in the model's frame, rounded as the texts write it."""
+    """A coordinate or distance in the model's frame -> the nearest multiple of 5, 10, 15, ..."""
     step = 5 * max(1, round(ROUNDING * max(frame.extent) / 5))
     return step * round(value / step)
 
 
-def model_center(box: Box, frame: Frame) -> Point:
-    """The center of a box in original pixels, in the model's frame."""
-    return frame.to_model((*box_center(box), 0, 0))[:2]
-
-
 def point_text(box: Box, frame: Frame) -> str:
-    """The center of a box as the texts write it: "(45, 60)", rounded, in the model's frame."""
-    x, y = model_center(box, frame)
+    """The rounded center of a box in original pixels, in the model's frame: "(45, 60)"."""
+    x, y = frame.to_model(box_center(box))
     return f"({round_coarsely(x, frame)}, {round_coarsely(y, frame)})"
 
 
-def relation_text(box: Box, anchor: Box, text: str, frame: Frame) -> str:
-    """Where a box lies to the anchor's box, as the expression `text` asks for it.
-
-    That is the direction, or the distance of the centers in units of the model's frame, or
-    both where the expression asks for both or neither. What has its center there as well (a
-    field in its stadium) lies in no direction.
-    """
-    x, y = model_center(box, frame)
-    anchor_x, anchor_y = model_center(anchor, frame)
-    distance = round_coarsely(math.hypot(x - anchor_x, y - anchor_y), frame)
-    if not distance:
-        return "about where it is"
-    asks_distance = DISTANCE_WORDS.search(text)
-    asks_side = SIDE_WORDS.search(text)
-    parts = []
-    if asks_side or not asks_distance:
-        parts.append(f"{direction(box, anchor)} it")
-    if asks_distance or not asks_side:
-        parts.append(f"{distance} away")
-    return ", ".join(parts)
-
-
 def noun_phrase(neighbor: Neighbor) -> str:
-    """An object's color, where known, and category, with their article: "an orange car"."""
+    """Color, if known, and category with their article: "an orange car"."""
     words = f"{neighbor.color} {neighbor.category.lower() or 'object'}".strip()
-    article = "an" if words[0] in "aeiou" else "a"
-    return f"{article} {words}"
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 # ---------------------------------------------------------------- one text
 
-@dataclass(frozen=True)
-class CandidateOrder:
-    """An order in which a text goes through the candidates, and the expressions that ask for it."""
-
-    words: str                 # regular expression of the words that ask for it
-    text: str                  # how the text says it
-    # Candidates are sorted by this key of their box, given the anchor's box.
-    key: Callable[[Box, Box | None], float | Point]
-    is_size: bool = False      # its words count only in the expression's head, see `head_of`
-    needs_anchor: bool = False
-
-
-CANDIDATE_ORDERS = (
-    CandidateOrder("leftmost|farthest to the left", "from left to right: ",
-                   lambda box, anchor: box_center(box)[0]),
-    CandidateOrder("rightmost|farthest to the right", "from right to left: ",
-                   lambda box, anchor: -box_center(box)[0]),
-    CandidateOrder("topmost|uppermost|highest|nearest to the top|closest to the top",
-                   "from top to bottom: ", lambda box, anchor: box_center(box)[1]),
-    CandidateOrder("lowest|bottommost|nearest to the bottom|closest to the bottom",
-                   "from bottom to top: ", lambda box, anchor: -box_center(box)[1]),
-    CandidateOrder("nearest|closest|next to", "from near to far: ",
-                   lambda box, anchor: math.dist(box_center(box), box_center(anchor)),
-                   needs_anchor=True),
-    CandidateOrder("largest|biggest", "from large to small: ",
-                   lambda box, anchor: -box_area(box), is_size=True),
-    CandidateOrder("smallest|tiniest", "from small to large: ",
-                   lambda box, anchor: box_area(box), is_size=True),
-)
-# Expressions that ask for none of these: from left to right, without saying so.
-PLAIN_ORDER = CandidateOrder("", "", lambda box, anchor: box_center(box))
-
-
-def head_of(text: str) -> str:
-    """An expression up to its relation.
-
-    A size word behind the relation is the anchor's: "the car below the largest plane".
-    """
-    return RELATION_WORDS.split(text)[0]
-
-
-def candidate_order(text: str, anchor: Neighbor | None) -> CandidateOrder:
-    """The order that an expression, in lower case, asks for."""
-    for order in CANDIDATE_ORDERS:
-        asking_part = head_of(text) if order.is_size else text
-        if order.needs_anchor and anchor is None:
-            continue
-        if re.search(rf"\b(?:{order.words})\b", asking_part):
-            return order
-    return PLAIN_ORDER
-
-
-def same_kind(record: Record, others: Sequence[Neighbor], color: str) -> list[Neighbor]:
-    """The others that are of the target's category, and of its color if the expression says so."""
-    noun = record.category.lower() or "object"
-    names_color = bool(color) and f"{color} {noun}" in record.text.lower()
-    return [o for o in others
-            if o.category == record.category and (not names_color or o.color == color)]
-
-
 def find_anchor(
         record: Record, others: Sequence[Neighbor], candidates: Sequence[Neighbor],
 ) -> Neighbor | None:
-    """The object that the expression refers to beside the target, None where there is none.
-
-    An object of the target's own category is it only if its color tells it from the candidates:
-    "the ship next to the red ship".
-    """
+    """The object, none of the candidates, that the expression refers to; None without one."""
     text = record.text.lower()
-    noun = record.category.lower() or "object"
     mentioned = []
     for o in others:
-        own_category = o.category == record.category
-        words = f"{o.color} {noun}" if own_category else o.category.lower()
-        if o not in candidates and o.category and words in text:
-            mentioned.append(o)
-    return min(mentioned, key=lambda o: anchor_rank(o, text), default=None)
-
-
-def anchor_rank(neighbor: Neighbor, text: str) -> tuple[bool, float]:
-    """Sort key of a possible anchor; the least is meant.
-
-    First come those of the color that the expression names, then the largest or smallest, as
-    its size word asks.
-    """
-    noun = neighbor.category.lower()
-    pattern = r"\b(?:{}) (?:[a-z]+ )?" + re.escape(noun)
-    size_rank = 0.0
-    if re.search(pattern.format("largest|biggest"), text):
-        size_rank = -box_area(neighbor.box)
-    elif re.search(pattern.format("smallest|tiniest"), text):
-        size_rank = box_area(neighbor.box)
-    return f"{neighbor.color} {noun}" not in text, size_rank
-
-
-def candidate_text(
-        candidate: Neighbor, anchor: Neighbor | None, record: Record, frame: Frame) -> str:
-    """A candidate with its place and what the expression tells candidates apart by."""
-    text = record.text.lower()
-    point = point_text(candidate.box, frame)
-    region = region_name(candidate.box, record.size)
-    line = f"{noun_phrase(candidate)} near {point}, at the {region}"
-    if SIZE_WORDS.search(head_of(text)):
-        line += f", of size {round(math.sqrt(box_area(frame.to_model(candidate.box))))}"
-    if anchor is not None:
-        line += f", {relation_text(candidate.box, anchor.box, text, frame)}"
-    return line
+        noun = o.category.lower()
+        # An object of the target's own category needs a color: "the ship next to the red ship".
+        words = f"{o.color} {noun}" if o.category == record.category else noun
+        if o in candidates or not noun or words not in text:
+            continue
+        # Prefer the color that the expression names, then the size: "the largest red tank".
+        named = rf" (?:[a-z]+ )?{re.escape(noun)}"
+        size_rank = 0.0
+        if re.search(rf"\b(?:largest|biggest){named}", text):
+            size_rank = -box_area(o.box)
+        elif re.search(rf"\b(?:smallest|tiniest){named}", text):
+            size_rank = box_area(o.box)
+        mentioned.append((f"{o.color} {noun}" not in text, size_rank, o))
+    return min(mentioned, key=lambda entry: entry[:2])[2] if mentioned else None
 
 
 def explain(
         record: Record, others: Sequence[Neighbor], frame: Frame, color: str = "") -> str:
-    """One record's completion.
+    """One record's completion, in the coordinates of `frame`.
 
-    others: the other objects of its image. frame: in whose coordinates the text speaks.
-    color: of the target, where known.
+    others: the other objects of the image. color: the target's, if known.
     """
-    target = Neighbor(record.category, record.box, color)
-    alike = same_kind(record, others, color)
-    anchor = find_anchor(record, others, alike)
-    anchor_box = anchor.box if anchor else None
-    order = candidate_order(record.text.lower(), anchor)
-    target_center = box_center(record.box)
-    nearest = sorted(alike, key=lambda o: math.dist(box_center(o.box), target_center))
-    candidates = [target, *nearest[:MAX_OTHER_CANDIDATES]]
-    candidates.sort(key=lambda o: order.key(o.box, anchor_box))
+    text = record.text.lower()
+    # A size word after the relation describes the anchor: "the car below the largest plane".
+    head = RELATION_WORDS.split(text)[0]
 
+    # 1. Candidates have the target's category, and its color if the expression names that.
+    target = Neighbor(record.category, record.box, color)
+    center = box_center(record.box)
+    alike = [o for o in others if o.category == record.category]
+    if color and f"{color} {record.category.lower() or 'object'}" in text:
+        alike = [o for o in alike if o.color == color]
+    anchor = find_anchor(record, others, alike)
+    nearest = sorted(alike, key=lambda o: math.dist(box_center(o.box), center))
+
+    # 2. Sort them as the expression asks; otherwise from left to right, without saying so.
+    for order in ORDERS:
+        words, introduction, measure, descending = order
+        possible = measure != "distance" or anchor is not None
+        asking = head if measure == "area" else text
+        if possible and re.search(rf"\b(?:{words})\b", asking):
+            break
+    else:
+        introduction, measure, descending = "", "center", False
+    candidates = []
+    for o in [target, *nearest[:MAX_OTHER_CANDIDATES]]:
+        x, y = box_center(o.box)
+        values = {"x": x, "y": y, "center": (x, y), "area": box_area(o.box)}
+        if anchor is not None:
+            values["distance"] = math.dist((x, y), box_center(anchor.box))
+        candidates.append((values[measure], o))
+    candidates.sort(key=lambda entry: entry[0], reverse=descending)
+
+    # 3. The expression, the anchor, then a sentence for each candidate.
     sentences = [f"{record.text}."]
     if anchor is not None:
         sentences.append(f"{noun_phrase(anchor)} near {point_text(anchor.box, frame)}.")
-    # The order is said once, before the first candidate.
-    introduction = order.text
-    for candidate in candidates:
-        verdict = ": it fits." if candidate is target else "."
-        line = candidate_text(candidate, anchor, record, frame)
-        sentences.append(introduction + line + verdict)
+    for _, o in candidates:
+        x, y = box_center(o.box)
+        region = REGIONS[min(2, int(3 * y / record.size[1]))][min(2, int(3 * x / record.size[0]))]
+        line = f"{introduction}{noun_phrase(o)} near {point_text(o.box, frame)}, at the {region}"
         introduction = ""
-    # A tag inside an expression must not look like one of ours.
+        if SIZE_WORDS.search(head):
+            line += f", of size {round(math.sqrt(box_area(frame.to_model(o.box))))}"
+        if anchor is not None:
+            # The side, the distance, or both if the expression asks for both or neither.
+            asks_side = SIDE_WORDS.search(text)
+            asks_distance = DISTANCE_WORDS.search(text)
+            origin = box_center(anchor.box)
+            if abs(x - origin[0]) >= abs(y - origin[1]):
+                side = "left of" if x < origin[0] else "right of"
+            else:
+                side = "above" if y < origin[1] else "below"
+            distance = round_coarsely(
+                math.dist(frame.to_model((x, y)), frame.to_model(origin)), frame)
+            if not distance:
+                # A field and its stadium share a center: neither lies to the left of the other.
+                line += ", about where it is"
+            else:
+                line += f", {side} it" if asks_side or not asks_distance else ""
+                line += f", {distance} away" if asks_distance or not asks_side else ""
+        sentences.append(line + (": it fits." if o is target else "."))
+    # A tag within an expression must not look like one of the answer format.
     think = " ".join(sentences).replace("<", "(").replace(">", ")")
     return write(think, format_box(record.box, frame))
 
 
-def answer_text(record: Record, frame: Frame) -> str:
-    """The answer to a record, in the model's frame."""
-    return write(None, format_box(record.box, frame))
-
-
 # ---------------------------------------------------------------- texts of a split
 
-def neighbor_finder(records: Sequence[Record]) -> Callable[[Record], list[Neighbor]]:
-    """Records of one split -> function from a record to the other objects of its image.
+def other_objects(record: Record, same_image: Sequence[Record]) -> list[Neighbor]:
+    """The other objects of a record's image; a synth scene knows them all.
 
-    A synth scene knows all its objects. Elsewhere they are the other records of these on the
-    same image, so that reasoning for a training record never speaks of a test record's object.
+    same_image: the split's records of that image, so that reasoning for a training record
+    never mentions a test record's object.
     """
-    by_image: dict[Any, list[Record]] = {}
-    for record in records:
-        if not hasattr(record.image, "objects"):
-            by_image.setdefault(record.image, []).append(record)
-
-    def find_neighbors(record: Record) -> list[Neighbor]:
-        if hasattr(record.image, "objects"):
-            return [Neighbor(o.category, o.box, o.color)
-                    for o in record.image.objects if o.box != record.box]
-        neighbors = []
-        # The target and each neighbor may be annotated several times, under other expressions.
-        distinct_boxes = [record.box]
-        for other in by_image.get(record.image, ()):
-            if all(box_iou(other.box, box) < SAME_OBJECT_IOU for box in distinct_boxes):
-                distinct_boxes.append(other.box)
-                neighbors.append(Neighbor(other.category, other.box))
-        return neighbors
-
-    return find_neighbors
-
-
-def target_color(record: Record) -> str:
-    """The color of a record's target, which only a synth scene knows; else ""."""
-    for o in getattr(record.image, "objects", ()):
-        if o.box == record.box:
-            return o.color
-    return ""
+    if hasattr(record.image, "objects"):
+        return [Neighbor(o.category, o.box, o.color)
+                for o in record.image.objects if o.box != record.box]
+    # An object can be annotated several times, under several expressions.
+    boxes = torch.tensor([record.box, *(r.box for r in same_image)], dtype=torch.float64)
+    same = reward.iou(boxes[:, None], boxes) >= SAME_OBJECT_IOU        # (boxes, boxes)
+    neighbors = []
+    distinct = [0]
+    for i, other in enumerate(same_image, 1):
+        if not same[i, distinct].any():
+            neighbors.append(Neighbor(other.category, other.box))
+            distinct.append(i)
+    return neighbors
 
 
 def writer(
         records: Sequence[Record], file: str | Path | None = None, answer_only: bool = False,
 ) -> Callable[[Record, Frame], str]:
-    """-> function from record and frame to the completion's text.
+    """-> function (record, frame) -> text of the completion.
 
-    Its reasoning is written from the annotations, or read from a JSONL file, where that has
-    some; answer_only leaves it out.
+    file: JSONL of reasoning; what it lacks or refuses is written from the annotations.
+    answer_only: without reasoning.
     """
-    if answer_only:
-        return answer_text
-    find_neighbors = neighbor_finder(records)
-    reasoning = load_reasoning(file, records) if file else {}
+    reasoning = load_reasoning(file, records) if file and not answer_only else {}
+    by_image = defaultdict(list)
+    for record in records:
+        by_image[record.image].append(record)
 
     def write_completion(record: Record, frame: Frame) -> str:
+        box_text = format_box(record.box, frame)
+        if answer_only:
+            return write(None, box_text)
         given = reasoning.get(record.id)
-        if given is not None:
-            return write(given.in_frame(frame), format_box(record.box, frame))
-        return explain(record, find_neighbors(record), frame, target_color(record))
+        if given is None:
+            known = getattr(record.image, "objects", ())
+            color = next((o.color for o in known if o.box == record.box), "")
+            others = other_objects(record, by_image[record.image])
+            return explain(record, others, frame, color)
+        think, teacher_frame = given
+        if teacher_frame is None or teacher_frame.extent == frame.extent:
+            return write(think, box_text)
+        # Convert points and boxes to the student's frame, in whole numbers.
+        converted = ""
+        end = 0
+        for match in COORDINATES.finditer(think):
+            numbers = [float(number) for number in re.findall(PLAIN_NUMBER, match[0])]
+            numbers = frame.to_model(teacher_frame.to_image(numbers))
+            blanks = re.sub(PLAIN_NUMBER, "{}", match[0])              # "(12, 30)" -> "({}, {})"
+            converted += think[end:match.start()] + blanks.format(*map(round, numbers))
+            end = match.end()
+        return write(converted + think[end:], box_text)
 
     return write_completion
 
 
-# ---------------------------------------------------------------- reasoning from a file
-
-@dataclass(frozen=True)
-class Reasoning:
-    """What stands between the <think> tags."""
-
-    think: str
-    # Frame of the coordinates in it. None: they are the student's already, whoever that is.
-    frame: Frame | None = None
-
-    def in_frame(self, student: Frame) -> str:
-        """The reasoning with its points and boxes in the student's frame, in whole numbers."""
-        if self.frame is None or self.frame.extent == student.extent:
-            return self.think
-
-        def to_student(match: re.Match[str]) -> str:
-            values = [float(number) for number in re.findall(PLAIN_NUMBER, match[0])]
-            values = student.to_model(self.frame.to_image(values))
-            numbers = iter(values)
-            return re.sub(PLAIN_NUMBER, lambda _: str(round(next(numbers))), match[0])
-
-        return COORDINATES.sub(to_student, self.think)
-
-
 def load_reasoning(
-        path: str | Path, records: Sequence[Record]) -> dict[str, Reasoning | None]:
-    """A JSONL of reasoning -> id -> Reasoning, None where the line says "refused".
+        path: str | Path, records: Sequence[Record],
+) -> dict[str, tuple[str, Frame | None] | None]:
+    """A JSONL of reasoning -> id -> (think, frame), None if the line says "refused".
 
-    DataError where a line does not fit, or a record has none. A teacher's file, whose lines
-    carry a frame, may be unfinished.
+    DataError if a line does not fit or a record has none. A file with frames is a teacher's, and
+    may be unfinished.
     """
     reasoning = {}
+    unfinished = False
     for number, line in read_json_lines(path):
-        identity, given = read_reasoning(line, f"{path}, line {number}")
-        reasoning[identity] = given
-    of_teacher = any(given is not None and given.frame for given in reasoning.values())
-    missing = [r.id for r in records if r.id not in reasoning]
-    if missing and not of_teacher:
+        place = f"{path}, line {number}"
+        try:
+            identity = str(line["id"])
+            if "refused" in line:
+                reasoning[identity] = None
+                continue
+            think, frame = line["think"], line.get("frame")
+            think.encode()        # fails for a lone surrogate, which has no bytes to train on
+            if frame is not None:
+                original, resized = tuple(frame["original"]), tuple(frame["resized"])
+                frame = Frame(original, resized, frame["convention"])
+                frame.to_model(frame.to_image((1, 1)))
+                unfinished = True
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+            raise DataError(f'{place}: not a JSON object with "id", a text "think" and, perhaps, '
+                            'the "frame" of a teacher') from None
+        if any(tag in think for tag in TAGS):
+            raise DataError(
+                f'{place}: "think" is the reasoning alone, without <think> or <answer> tags')
+        reasoning[identity] = think, frame
+    missing = [record.id for record in records if record.id not in reasoning]
+    if missing and not unfinished:
         raise DataError(f"{path}: no reasoning for {len(missing)} of {len(records)} records, "
                         f"the first is {missing[0]!r}")
     for record in records:
-        given = reasoning.get(record.id)
-        if given is not None and given.frame and given.frame.original != record.size:
+        _, frame = reasoning.get(record.id) or (None, None)
+        if frame is not None and frame.original != record.size:
             raise DataError(
-                f"{path}: the reasoning of record {record.id!r} is of an image of "
-                f"{given.frame.original}, but the record's image is {record.size}; is it of "
-                "another data set?")
+                f"{path}: the reasoning of record {record.id!r} is for an image of "
+                f"{frame.original}, but its image is {record.size}; is it for another data set?")
     return reasoning
-
-
-def read_reasoning(line: Any, place: str) -> tuple[str, Reasoning | None]:
-    """One line's value -> id and reasoning, None where refused. place: of the line, for errors."""
-    try:
-        identity = str(line["id"])
-        if "refused" in line:
-            return identity, None
-        think = line["think"]
-        if not isinstance(think, str):
-            raise TypeError
-        # A lone surrogate has no bytes to train on.
-        think.encode()
-    except (ValueError, KeyError, TypeError):
-        raise DataError(
-            f'{place}: not a JSON object with "id" and a text "think"') from None
-    tags = TAGS
-    if any(tag in think for tag in tags):
-        raise DataError(
-            f'{place}: "think" is the reasoning alone, without <think> or <answer> tags')
-    return identity, Reasoning(think, read_frame(line.get("frame"), place))
-
-
-def read_frame(value: Any, place: str) -> Frame | None:
-    """A line's "frame" -> the Frame, None where it has none."""
-    if value is None:
-        return None
-    try:
-        frame = Frame(tuple(value["original"]), tuple(value["resized"]), value["convention"])
-        sides = (*frame.original, *frame.resized)
-        fits = len(sides) == 4 and all(type(side) is int and side > 0 for side in sides)
-    except (KeyError, TypeError):
-        fits = False
-    if not fits or frame.convention not in ("absolute", "1000"):
-        raise DataError(f'{place}: "frame" is not {{"original": [W, H], "resized": [W, H], '
-                        '"convention": "absolute" or "1000"}')
-    return frame
 
 
 # ---------------------------------------------------------------- command line
 
-def flags() -> runtime.FlagParser:
-    parser = runtime.FlagParser(
-        "Shows the reasoning that sft.py trains on, beside the picture it speaks of; "
-        "or has a teacher write some")
+def flags() -> run.FlagParser:
+    parser = run.FlagParser(
+        "Shows the reasoning that sft.py trains on, with its pictures, or has a teacher write it")
     add = parser.add_argument
     add("name", help="data set")
     add("--root", help="its folder; default data/<name>")
     add("--split", default="sft", help="split")
     data.add_reading_flags(add, "--data-coords")
     add("--init", metavar="CKPT",
-        help="checkpoint in whose coordinates texts are shown, as sft.py --init writes them; "
-        "without it they are in pixels of the picture. With --coords resized: one that resizes "
-        "images as the teacher does")
-    add("--show", type=runtime.positive, default=8, help="records")
+        help="checkpoint that sets the coordinates of the texts, as sft.py --init does; default: "
+        "pixels of the image. With --coords resized: one that resizes images as the teacher does")
+    add("--show", type=run.positive, default=8, help="records")
     add("--seed", type=int, default=0, help="of the teacher's sampling")
     add("--out", help="picture, default cot_check.png; "
         "with --teacher the JSONL, default cot_<name>_<split>.jsonl")
-    add_teacher_flags(parser)
+    add = parser.add_argument_group("teacher").add_argument
+    add("--teacher", metavar="CKPT or URL", help="has this checkpoint explain the known boxes, "
+        "or the server at this address of OpenAI's protocol: http://host:port/v1")
+    add("--limit", type=run.positive, help="records in this call; default: all that are left")
+    add("--want", type=run.positive,
+        help="stop once this many explanations are kept, earlier calls included")
+    add("--max-new-tokens", type=run.positive, default=400, help="longest explanation, tokens")
+    add("--temperature", type=run.not_negative, default=0.7, help="of sampling; 0 is greedy")
+    add = parser.add_argument_group("teacher, a checkpoint").add_argument
+    add("--batch", type=run.positive, default=16, help="records at once")
+    run.add_device_flag(add)
+    add = parser.add_argument_group("teacher, a server").add_argument
+    add("--model", help="name of the model there")
+    add("--coords", choices=("original", "resized", "1000"),
+        help="coordinates that the model knows: pixels of the original image, pixels of the "
+        "image as it is resized (needs --init), thousandths of its sides")
+    add("--parallel", type=run.positive, default=8, help="requests at once")
+    add("--tries", type=run.positive, default=8,
+        help="requests for a whole answer; after them a record is left to the next call")
+    add("--timeout", type=run.above_zero, default=120.0, help="seconds for an answer")
+    add("--key-env", metavar="NAME", default="OPENAI_API_KEY",
+        help="environment variable with the server's key; if it is not set, none is sent")
     return parser
 
 
-def show_texts(args: argparse.Namespace, records: Records) -> None:
-    """Prints the texts of a few records, and writes their pictures."""
+def main() -> None:
+    args = flags().parse_args()
+    # An expression may hold characters that the terminal's encoding lacks.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    check_teacher_flags(args)
+    records = data.load(args.name, args.root, args.split, args.data_coords, args.stretch)
+    if not records:
+        refused = data.refusal_summary(records, args.name, args.root, args.split)
+        raise DataError(f"no usable record in the split {args.split} of {args.name}: "
+                        f"{refused or 'it is empty'}")
+    if args.teacher:
+        run_teacher(args, records)
+        return
     processor = Processor.from_pretrained(args.init) if args.init else None
     out = Path(args.out or "cot_check.png")
-    dist.check_writable(out.parent)
+    check_writable(out.parent)
     write_completion = writer(records)
     pictures = []
-    # Spread evenly over the split.
-    stride = max(1, len(records) // args.show)
+    stride = max(1, len(records) // args.show)         # evenly over the split
     for record in records[::stride][:args.show]:
         image = data.open_image(record)
         frame = Frame(image.size, image.size, "absolute")
@@ -516,29 +382,9 @@ def show_texts(args: argparse.Namespace, records: Records) -> None:
             sys.exit(f"cot.py: record {record.id} makes a text that breaks the format: {text}")
         print(f"{record.id}: {record.text}\n  {text}")
         pictures.append(draw_boxes(image, [(record.box, "red")], text))
-    check_data.save_sheet(pictures, out)
+    save_sheet(pictures, out)
     print(f"written: {out}")
 
 
-def main() -> None:
-    args = flags().parse_args()
-    # An expression may hold what the terminal's encoding has no bytes for.
-    sys.stdout.reconfigure(errors="backslashreplace")
-    check_teacher_flags(args)
-    runs_here = args.teacher and not is_server(args.teacher)
-    device = dist.start(dist.choose_device(args.device)) if runs_here else None
-    records = data.load(args.name, args.root, args.split, args.data_coords, args.stretch)
-    if not records:
-        refused = data.refusal_summary(records, args.name, args.root, args.split)
-        raise DataError(f"no usable record in the split {args.split} of {args.name}: "
-                        f"{refused or 'it is empty'}")
-    if not args.teacher:
-        show_texts(args, records)
-    elif is_server(args.teacher):
-        run_teacher(args, records, server_teacher(args))
-    else:
-        run_teacher(args, records, checkpoint_teacher(args, device))
-
-
 if __name__ == "__main__":
-    runtime.main(main)
+    run.main(main)

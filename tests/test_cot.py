@@ -3,6 +3,7 @@
 Every sentence is read back and held against the boxes, without the writer's code. A teacher is
 a real HTTP server on the loopback that errs.
 """
+import argparse
 import base64
 import io
 import json
@@ -30,13 +31,13 @@ from PIL import Image
 import cot
 import data
 from conftest import Run
-from cot import Neighbor, Reasoning, explain, neighbor_finder
-from qwen.answer import THINK, Frame, format_box, format_ok, parse_box
+from cot import Neighbor, explain, other_objects
+from qwen.answer import THINK, Box, Frame, format_box, format_ok, parse_box
 from qwen.processor import Processor, Prompt
 from readers import base
 from readers.base import Record
 from tools import teacher
-from tools.teacher import Box
+from tools.teacher import Explanation
 
 Script = Callable[..., None]
 Teach = Callable[..., list[dict[str, Any]]]
@@ -327,13 +328,12 @@ def test_every_sentence_is_true_of_made_up_records(convention: str) -> None:
 def test_every_sentence_is_true_of_the_embedded_world() -> None:
     records = data.load("synth", None, "val")
     write_completion = cot.writer(records)
-    find_neighbors = neighbor_finder(records)
     for record in records:
         frame = Frame(record.size, record.size, "absolute")
         target, = (o for o in record.image.objects if o.box == record.box)
         others = [Neighbor(o.category, o.box, o.color)
                   for o in record.image.objects if o is not target]
-        assert find_neighbors(record) == others
+        assert other_objects(record, records) == others
         check_text(write_completion(record, frame), Case(record, others, frame, target.color))
 
 
@@ -355,13 +355,15 @@ def test_a_checker_that_accepts_anything_would_be_no_test() -> None:
             check_text(text.replace(right, wrong), case)
 
 
-def test_reasoning_for_training_speaks_of_training_records_only(dior_root: Path) -> None:
+def test_reasoning_for_training_speaks_of_training_records_only(
+        dior_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = data.load("dior", dior_root, "train")
     test = data.load("dior", dior_root, "test")
-    find_neighbors = neighbor_finder(train)
+    monkeypatch.setattr(cot, "explain", lambda record, others, frame, color: others)
+    find_others = cot.writer(train)
     train_boxes = {r.box for r in train}
     for record in train:
-        boxes = {o.box for o in find_neighbors(record)}
+        boxes = {o.box for o in find_others(record, Frame(record.size, record.size, "absolute"))}
         assert boxes <= train_boxes - {record.box}
         assert not boxes & {r.box for r in test}
 
@@ -373,8 +375,8 @@ def test_the_target_under_another_expression_is_no_other_object() -> None:
     same_object = ship("1", "the grey one", 10.0, 10.0, 51.0, 50.0)
     other = ship("2", "the far ship", 70.0, 70.0, 90.0, 90.0)
     overlapping = ship("3", "the ship beside it", 30.0, 10.0, 70.0, 50.0)      # IoU 1/3
-    find_neighbors = neighbor_finder([target, same_object, other, overlapping])
-    assert [o.box for o in find_neighbors(target)] == [other.box, overlapping.box]
+    same_image = [target, same_object, other, overlapping]
+    assert [o.box for o in other_objects(target, same_image)] == [other.box, overlapping.box]
 
 
 @pytest.mark.parametrize("category", ["</think>", "<answer>", "<think>"])
@@ -410,6 +412,8 @@ def test_of_several_anchors_the_one_that_the_words_mean_is_placed(words: str, me
 
 # ---------------------------------------------------------------- reasoning of one's own
 
+answer_text = cot.writer((), answer_only=True)
+
 SHIP = Record("7", None, "the ship", (1.0, 1.0, 2.0, 2.0), "ship", (9, 9))
 
 
@@ -419,11 +423,11 @@ def test_reasoning_of_ones_own(tmp_path: Path) -> None:
     for think in ("it is there.", "one\u2028line", "one\x85line"):
         line = json.dumps({"id": 7, "think": think}, ensure_ascii=False)
         file.write_text("\n" + line + "\n", encoding="utf-8")
-        assert cot.load_reasoning(file, [SHIP]) == {"7": Reasoning(think)}
+        assert cot.load_reasoning(file, [SHIP]) == {"7": (think, None)}
     # As Windows writes it.
     line = json.dumps({"id": "7", "think": "a"}).encode()
     file.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n")
-    assert cot.load_reasoning(file, [SHIP]) == {"7": Reasoning("a")}
+    assert cot.load_reasoning(file, [SHIP]) == {"7": ("a", None)}
 
 
 @pytest.mark.parametrize("line", [
@@ -591,7 +595,7 @@ def test_coordinates_of_a_teacher_are_converted_to_the_students(tmp_path: Path) 
             (own_line, thousandths, think)]:
         file.write_text(json.dumps(content))
         text = cot.writer([HARBOR_SHIP], file)(HARBOR_SHIP, student)
-        assert text == f"<think>{wanted}</think>{cot.answer_text(HARBOR_SHIP, student)}"
+        assert text == f"<think>{wanted}</think>{answer_text(HARBOR_SHIP, student)}"
 
 
 def test_a_teachers_file_may_be_unfinished_but_must_be_of_these_images(tmp_path: Path) -> None:
@@ -602,7 +606,7 @@ def test_a_teachers_file_may_be_unfinished_but_must_be_of_these_images(tmp_path:
     frame = Frame((800, 800), (800, 800), "absolute")
     records = [HARBOR_SHIP, other]
     assert cot.writer(records, file)(other, frame) == cot.writer(records)(other, frame)
-    with pytest.raises(base.DataError, match="record '7' is of an image of"):
+    with pytest.raises(base.DataError, match="record '7' is for an image of"):
         cot.load_reasoning(file, [replace(HARBOR_SHIP, size=(400, 400))])
 
 
@@ -634,12 +638,14 @@ class EverySecondRight:
     def __init__(self, processor: Processor) -> None:
         self.processor = processor
         self.requests: list[str] = []
+        self.prompts: list[list[int]] = []
 
     def __call__(
             self, model: object, prompts: list[Prompt], *settings: object,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         completions = []
         for prompt in prompts:
+            self.prompts.append(prompt.input_ids.tolist())
             self.requests.append(self.processor.decode(prompt.input_ids))
             text = completion_of("by the pier.", requested_box(self.requests[-1]))
             if len(self.requests) % 2 == 0:
@@ -655,41 +661,49 @@ def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_f
         tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     records = data.load("dior", dior_root, "sft")
     out = tmp_path / "explained.jsonl"
-    teacher = EverySecondRight(Processor.from_pretrained(tiny_checkpoint))
-    monkeypatch.setattr(cot, "generate", teacher)
+    explainer = EverySecondRight(Processor.from_pretrained(tiny_checkpoint))
+    monkeypatch.setattr(teacher, "generate", explainer)
     for limit in (3, 1000, 1000):
         # Stopped in the middle of a line.
-        if len(teacher.requests) == 3:
+        if len(explainer.requests) == 3:
             out.write_text(out.read_text() + '{"id": "9", "thi')
         script("dior", "--root", dior_root, "--teacher", tiny_checkpoint, "--out", out,
                "--limit", limit, "--batch", 2, "--device", "cpu")
     # Each record is explained once.
-    assert len(teacher.requests) == len(records) > 3
+    assert len(explainer.requests) == len(records) > 3
     assert f"refused: {len(records) // 2} incomplete chain" in capfd.readouterr().out
     write_explained = cot.writer(records, out)
     write_own = cot.writer(records)
     for i, record in enumerate(records):
         frame = Frame(record.size, record.size, "absolute")
         text = write_explained(record, frame)
-        assert format_ok(text) and text.endswith(cot.answer_text(record, frame))
+        assert format_ok(text) and text.endswith(answer_text(record, frame))
         if i % 2 == 0:
             assert text.startswith("<think>by the pier.</think>")
         else:
             assert text == write_own(record, frame)
 
 
-def test_a_checkpoint_is_asked_in_its_own_tokens(tiny_family: Path, dior_root: Path) -> None:
+def teacher_request(record: Record, frame: Frame) -> str:
+    """What a teacher is asked."""
+    return teacher.TEACHER_PROMPT.format(**teacher.prompt_blanks(record, frame))
+
+
+def test_a_checkpoint_is_asked_in_its_own_tokens(
+        tiny_family: Path, dior_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tags of ours that are tokens are such in the request, those of an expression are not."""
     processor = Processor.from_pretrained(tiny_family)
+    explainer = EverySecondRight(processor)
+    monkeypatch.setattr(teacher, "generate", explainer)
     record = replace(data.load("dior", dior_root, "sft")[0], text="a <think>{box}</think> ship")
-    prompt = teacher.checkpoint_prompt(record, processor)
-    ids = prompt.input_ids.tolist()
-    asked = teacher.teacher_request(record, prompt.frame)
-    assert asked in processor.decode(ids)
+    args = argparse.Namespace(batch=2, max_new_tokens=8, temperature=0)
+    explanation, = teacher.ask_checkpoint(args, None, processor, [Explanation(record, 0)])
+    asked = teacher_request(record, explanation.frame)
+    assert asked in explainer.requests[0]
     assert asked.endswith('like <answer>{"bbox_2d": [x1, y1, x2, y2]}</answer>')
     assert set(processor.tags) == (set(THINK) if processor.family == "qwen3_vl" else set())
     for tag, i in processor.tags.items():
-        assert asked.count(tag) == 2 and ids.count(i) == 1
+        assert asked.count(tag) == 2 and explainer.prompts[0].count(i) == 1
 
 
 # ---------------------------------------------------------------- a server that errs
@@ -854,7 +868,7 @@ def test_a_server_is_asked_as_the_protocol_says(
     asked = {(r.image, r.text) for r in server.requests}
     for record in records:
         frame = Frame(record.size, record.size, "absolute")
-        text = teacher.teacher_request(record, frame)
+        text = teacher_request(record, frame)
         assert "in pixels of the image, which is 120 wide and 90 high" in text
         assert (Path(record.image).read_bytes(), text) in asked
     printed = capsys.readouterr()
@@ -887,7 +901,7 @@ def test_a_server_is_told_and_read_in_its_own_coordinates(
     text = cot.writer([record], out)(record, student)
     point = re.search(r"right of \((\d+), (\d+)\)\.", text).groups()
     assert abs(int(point[0]) - 150) <= 1 and abs(int(point[1]) - 100) <= 1
-    assert text.endswith(cot.answer_text(record, student))
+    assert text.endswith(answer_text(record, student))
 
 
 @pytest.mark.parametrize("save, kind, as_it_is", [
@@ -1216,9 +1230,9 @@ def test_a_key_that_no_header_can_carry_is_not_shown(
     (("--coords", "1000"), "needs --model"), (("--model", "big"), "needs --model"),
     (("--model", "big", "--coords", "resized"), "--coords resized needs --init"),
     (("--model", "big", "--coords", "1000", "--teacher", "http://me:secret@there/v1"),
-     "holds a user, a password or a query"),
+     "without a user, a password or a query"),
     (("--model", "big", "--coords", "1000", "--teacher", "http://there:99999/v1"),
-     "is no address"),
+     "must be like http://host:port/v1"),
     (("--model", "big", "--coords", "1000", "--parallel", "0"), "--parallel")])
 def test_a_mistake_about_a_server_is_one_line(
         flags: tuple[str, ...], message: str, script: Script,
@@ -1249,8 +1263,8 @@ def test_what_a_killed_call_left_is_repaired(
         content: bytes, kept: list[str], tmp_path: Path) -> None:
     out = tmp_path / "explained.jsonl"
     out.write_bytes(content)
-    with teacher.open_explanations(out) as file:
-        assert teacher.read_progress(file, out).finished == set(kept)
+    with teacher.open_explanations(out) as (_, finished):
+        assert set(finished) == set(kept)
     assert [line["id"] for line in read_lines(out)] == kept
 
 
@@ -1258,8 +1272,8 @@ def test_what_a_killed_call_left_is_repaired(
 def test_another_file_is_not_written_to(content: bytes, tmp_path: Path) -> None:
     out = tmp_path / "letter.txt"
     out.write_bytes(content)
-    with teacher.open_explanations(out) as file, pytest.raises(base.DataError, match="letter.txt"):
-        teacher.read_progress(file, out)
+    with pytest.raises(base.DataError, match="letter.txt"), teacher.open_explanations(out):
+        pass
     assert out.read_bytes() == content
 
 

@@ -1,25 +1,38 @@
-"""tools.teacher."""
+"""A teacher gets image, expression and true box, and explains how one finds the object.
+
+The teacher is a checkpoint, or a server with OpenAI's chat-completions protocol (vLLM, SGLang).
+Each explanation is a line of a JSONL, kept or refused (cot.py shows the format). The same command
+continues after a stop, and asks again for records that got no whole answer in --tries requests.
+
+    python cot.py dior --teacher CKPT
+    python cot.py dior --teacher http://localhost:8000/v1 --model Qwen2.5-VL-72B-Instruct \\
+        --coords resized --init Qwen2.5-VL-3B-Instruct/ --parallel 32 --want 30000
+
+`filter_explanation` refuses incomplete chains, inconsistent coordinate formats and wrong boxes, as
+the paper does (teacher Qwen2.5-VL-72B, 30,000 texts kept; second-hand), and reasoning that gives
+the box away, which is ours.
+"""
 import argparse
 import base64
 import fcntl
+import functools
 import http.client
 import io
+import itertools
 import json
-import math
 import os
-import queue
 import random
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from email.utils import mktime_tz, parsedate_tz
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 import torch
@@ -27,27 +40,15 @@ from tqdm import tqdm
 
 import data
 import reward
-from qwen.answer import EXAMPLE, Frame, format_box, parse_box
+from model import QwenVL
+from qwen.answer import EXAMPLE, TAGS, Frame, format_box, parse_box
 from qwen.generate import generate
 from qwen.processor import Processor, Prompt, frame_by_coords
-from readers import base, images
-from readers.base import DataError, Record, Records, UnreadableImage, read_json_lines
-from train import checkpoints, dist
-from train import run as runtime
+from readers.base import DataError, Record, Records, UnreadableImage, fingerprint
+from readers.images import is_plain
+from train.checkpoints import open_model
+from train.dist import check_writable, choose_device, fail, start
 
-Box = tuple[float, float, float, float]          # (x1, y1, x2, y2)
-# A teacher's box agrees with the annotation from this IoU on.
-MIN_TEACHER_IOU = 0.5
-# Four numbers this near to the box's, in units of the model's frame, reveal it.
-REVEALING_DISTANCE = 3
-# Whole numbers up to this one may count objects; larger ones are taken for coordinates or sizes.
-MAX_COUNT = 20
-PLAIN_NUMBER = r"\d++(?:\.\d++)?+"
-# A point (x, y) or a box [x1, y1, x2, y2], in either kind of brackets.
-TWO_NUMBERS = rf"{PLAIN_NUMBER}\s*,\s*{PLAIN_NUMBER}"
-COORDINATES = re.compile(rf"[(\[]\s*{TWO_NUMBERS}(?:\s*,\s*{TWO_NUMBERS})?\s*[)\]]")
-# "x1 = 12" is a coordinate and "12 pixels" are a size, however small.
-BARE_COORDINATE = re.compile(r"\b[xywh]\d?\s*[=:]\s*\d|\d\s*(?:px|pixels?)\b", re.IGNORECASE)
 TEACHER_PROMPT = (
     "The object that is described as {text} lies in the box {box}; coordinates are {units}. "
     "Write down how one finds it who does not know the box: what is asked for, which objects of "
@@ -55,52 +56,40 @@ TEACHER_PROMPT = (
     "this one fits. Write a place as a point (x, y) in the same coordinates; use no other "
     "numbers, but to count objects. Put that into <think> </think> tags and do not write the "
     "box there. Then answer with the box in <answer> </answer> tags, like " + EXAMPLE)
-# Why an explanation is refused. The first three are the paper's.
-INCOMPLETE = "incomplete chain"
 INCONSISTENT = "inconsistent coordinate format"
-WRONG_BOX = "wrong box"
-GIVEN_AWAY = "box given away"
-# How each line of a teacher's file begins.
-LINE_START = b'{"id": '
-# Seconds before the second try of a request; they double with every further one.
-FIRST_BACKOFF = 1.0
+MIN_TEACHER_IOU = 0.5         # of the teacher's box with the annotation
+REVEALING_DISTANCE = 3        # in units of the model's frame
+MAX_COUNT = 20                # larger whole numbers are no counts, but coordinates or sizes
+PLAIN_NUMBER = r"\d++(?:\.\d++)?+"
+# A point (x, y) or a box [x1, y1, x2, y2], in either kind of brackets.
+TWO_NUMBERS = rf"{PLAIN_NUMBER}\s*,\s*{PLAIN_NUMBER}"
+COORDINATES = re.compile(rf"[(\[]\s*{TWO_NUMBERS}(?:\s*,\s*{TWO_NUMBERS})?\s*[)\]]")
+# "x1 = 12" is a coordinate and "12 pixels" a size, however small the number is.
+BARE_COORDINATE = re.compile(r"\b[xywh]\d?\s*[=:]\s*\d|\d\s*(?:px|pixels?)\b", re.IGNORECASE)
+# No percents, and no digits that follow a letter: "A380".
+OTHER_NUMBER = re.compile(rf"(?<![A-Za-z\d.]){PLAIN_NUMBER}(?!\s*%)")
+
+LINE_START = b'{"id": '       # of each line in a teacher's file
+FIRST_BACKOFF = 1.0           # seconds before the second try, doubled for each further one
 MAX_BACKOFF = 60.0
-# A server that asks for a longer pause is not waited for so long.
-MAX_RETRY_AFTER = 3600.0
-# So many records in a row without an answer mean that the server is gone.
-GIVE_UP_AFTER = 20
-# A shorter key is no secret, but a word such as vLLM's EMPTY, which an explanation may hold too.
-MIN_SECRET_LENGTH = 8
+MAX_RETRY_AFTER = 3600.0      # seconds that a server can ask to wait
+GIVE_UP_AFTER = 20            # records in a row without an answer: the server is gone
+MIN_SECRET_LENGTH = 8         # shorter keys are words, such as vLLM's EMPTY
 
 
-def box_area(box: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
-def box_iou(a: Box, b: Box) -> float:
-    """IoU of two boxes, in double precision."""
-    tensors = (torch.tensor(box, dtype=torch.float64) for box in (a, b))
-    return reward.iou(*tensors).item()
-
-
-# ---------------------------------------------------------------- a teacher's explanations
-
-@dataclass(frozen=True)
+@dataclass
 class Explanation:
-    """What a teacher says of a record."""
+    """What is asked about a record, and the answer."""
 
     record: Record
-    frame: Frame               # that the teacher's coordinates are in
-    text: str | None           # None where no whole answer came
-    failure: str = ""          # why not
+    seed: int                     # of the sampling for this record, in whatever order
+    frame: Frame | None = None    # of the teacher's coordinates
+    text: str | None = None       # None: no whole answer
+    failure: str = ""             # why not
 
 
-# What tells teachers apart: how they are asked. Yields explanations in any order.
-Ask = Callable[[Sequence[Record]], Iterator[Explanation]]
-
-
-def teacher_blanks(record: Record, frame: Frame) -> dict[str, str]:
-    """What fills in TEACHER_PROMPT; the box is told in the teacher's frame."""
+def prompt_blanks(record: Record, frame: Frame) -> dict[str, str]:
+    """What fills in TEACHER_PROMPT, with the box in the teacher's frame."""
     units = "in thousandths of the image's width and height, from 0 to 1000"
     if frame.convention == "absolute":
         width, height = frame.resized
@@ -108,615 +97,360 @@ def teacher_blanks(record: Record, frame: Frame) -> dict[str, str]:
     return {"text": record.text, "box": format_box(record.box, frame), "units": units}
 
 
-def teacher_request(record: Record, frame: Frame) -> str:
-    """What a teacher is asked."""
-    return TEACHER_PROMPT.format(**teacher_blanks(record, frame))
-
-
 def filter_explanation(text: str, record: Record, frame: Frame) -> tuple[str | None, str | None]:
-    """A teacher's completion -> its reasoning and None, or None and why it is refused.
+    """A teacher's text -> (reasoning, None), or (None, why it is refused)."""
+    # 1. One closed think block that is not empty, then an answer.
+    once = text.count("<think>") == text.count("</think>") == 1
+    blocks = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>.*</answer>\s*", text, re.DOTALL)
+    think = blocks[1].strip() if once and blocks else ""
+    if not think or any(tag in think for tag in TAGS):
+        return None, "incomplete chain"
 
-    incomplete chain: not one closed think block with something in it, then an answer.
-    inconsistent coordinate format: no box that can be parsed, or one that is right in another
-        convention than the teacher's; or reasoning whose numbers can't be converted.
-    wrong box: its IoU with the annotation is below MIN_TEACHER_IOU.
-    box given away: the reasoning already writes it.
-    """
-    think = complete_reasoning(text)
-    if think is None:
-        return None, INCOMPLETE
+    # 2. The right box. A box that is right in another convention does not mean a wrong object.
     box = parse_box(text)
     if box is None:
         return None, INCONSISTENT
-    if box_iou(frame.to_image(box), record.box) < MIN_TEACHER_IOU:
-        readings = [box_iou(other, record.box) for other in other_readings(box, frame)]
-        # A box that is right when it is read otherwise is no mistake about the object.
-        return None, INCONSISTENT if max(readings) >= MIN_TEACHER_IOU else WRONG_BOX
-    if reveals_box(think, [box, frame.to_model(record.box)]):
-        return None, GIVEN_AWAY
-    if not is_convertible(think, record.text, frame):
-        return None, INCONSISTENT
-    return think, None
+    pixels = Frame(frame.original, frame.resized, "absolute")
+    thousandths = Frame(frame.original, frame.resized, "1000")
+    readings = torch.tensor(
+        [frame.to_image(box), box, pixels.to_image(box), thousandths.to_image(box),
+         thousandths.to_image([1000 * v for v in box])], dtype=torch.float64)
+    iou = reward.iou(readings, torch.tensor(record.box, dtype=torch.float64))      # (5,)
+    if iou[0] < MIN_TEACHER_IOU:
+        return None, INCONSISTENT if iou.max() >= MIN_TEACHER_IOU else "wrong box"
 
+    # 3. The reasoning does not write the box, as corners or as corner and size, in any order
+    #    and with up to two numbers in between. "x1" is a name, "100-150" are two numbers.
+    numbers = [float(n) for n in re.findall(r"(?<![A-Za-z\d.])\d{1,6}(?:\.\d+)?", think)]
+    windows = [sorted(numbers[i:i + 6]) for i in range(max(1, len(numbers) - 5))]
+    notations = []
+    for x1, y1, x2, y2 in (box, frame.to_model(record.box)):
+        notations += [sorted((x1, y1, x2, y2)), sorted((x1, y1, x2 - x1, y2 - y1))]
+    for notation, window in itertools.product(notations, windows):
+        for four in itertools.combinations(window, 4):
+            if all(abs(a - b) <= REVEALING_DISTANCE for a, b in zip(four, notation)):
+                return None, "box given away"
 
-def complete_reasoning(text: str) -> str | None:
-    """The reasoning of a completion, None where it is empty, unclosed, or without an answer."""
-    if text.count("<think>") != 1 or text.count("</think>") != 1:
-        return None
-    blocks = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>.*</answer>\s*", text, re.DOTALL)
-    think = blocks[1].strip() if blocks else ""
-    if not think or "<answer>" in think or "</answer>" in think:
-        return None
-    return think
-
-
-def other_readings(box: Box, frame: Frame) -> list[Box]:
-    """An answer's box in original pixels, had it been written in other conventions.
-
-    These are pixels of the original image, pixels of the resized one, thousandths and shares of
-    the sides.
-    """
-    shares = [1000 * v for v in box]
-    in_thousandths = Frame(frame.original, frame.resized, "1000")
-    in_resized = Frame(frame.original, frame.resized, "absolute")
-    return [box, in_resized.to_image(box), in_thousandths.to_image(box),
-            in_thousandths.to_image(shares)]
-
-
-def is_convertible(think: str, expression: str, frame: Frame) -> bool:
-    """Whether all coordinates in the reasoning can be told from other numbers, and fit the frame.
-
-    Other numbers are counts, percents, and those of the expression.
-    """
+    # 4. Coordinates can be converted: they are points and boxes within the frame, not shares of
+    #    the sides. Other numbers are counts, or the expression's.
     for match in COORDINATES.finditer(think):
-        values = [float(number) for number in re.findall(PLAIN_NUMBER, match[0])]
-        beyond = [value > frame.extent[i % 2] for i, value in enumerate(values)]
-        # (0.25, 0.4) are shares of the sides.
-        if any(beyond) or ("." in match[0] and max(values) <= 1):
-            return False
+        values = [float(n) for n in re.findall(PLAIN_NUMBER, match[0])]
+        beyond = any(value > frame.extent[i % 2] for i, value in enumerate(values))
+        if beyond or ("." in match[0] and max(values) <= 1):
+            return None, INCONSISTENT
     rest = COORDINATES.sub(" ", think)
-    if BARE_COORDINATE.search(rest):
-        return False
-    # The reasoning repeats the expression, and its numbers are not coordinates.
-    expression_numbers = re.findall(PLAIN_NUMBER, expression)
-    # Digits that follow a letter are part of a name: "A380".
-    for match in re.finditer(rf"(?<![A-Za-z\d.]){PLAIN_NUMBER}(?!\s*%)", rest):
-        is_count = "." not in match[0] and float(match[0]) <= MAX_COUNT
-        if not is_count and match[0] not in expression_numbers:
-            return False
-    return True
+    known = re.findall(PLAIN_NUMBER, record.text)
+    for number in OTHER_NUMBER.findall(rest):
+        is_count = "." not in number and float(number) <= MAX_COUNT
+        if not is_count and number not in known:
+            return None, INCONSISTENT
+    return (None, INCONSISTENT) if BARE_COORDINATE.search(rest) else (think, None)
 
 
-def reveals_box(think: str, boxes: Sequence[Box]) -> bool:
-    """Whether the reasoning writes one of these boxes, by its corners or corner and size.
-
-    Its four numbers may stand in any order, with up to two other numbers between them.
-    """
-    # "x1" is a name and no number; "100-150" are two numbers.
-    numbers = re.findall(r"(?<![A-Za-z\d.])\d{1,6}(?:\.\d+)?", think)
-    values = [float(number) for number in numbers]
-    windows = [values[i:i + 6] for i in range(max(1, len(values) - 5))]
-    for x1, y1, x2, y2 in boxes:
-        for notation in ((x1, y1, x2, y2), (x1, y1, x2 - x1, y2 - y1)):
-            if any(contains_all(window, notation) for window in windows):
-                return True
-    return False
-
-
-def contains_all(values: Sequence[float], wanted: Sequence[float]) -> bool:
-    """Whether each of the wanted numbers is near a value of its own, in whatever order."""
-    if not wanted:
-        return True
-    for i, value in enumerate(values):
-        is_near = abs(value - wanted[0]) <= REVEALING_DISTANCE
-        if is_near and contains_all([*values[:i], *values[i + 1:]], wanted[1:]):
-            return True
-    return False
-
-
-# ---------------------------------------------------------------- the file of explanations
-
-@dataclass
-class Progress:
-    """What a teacher's file holds, and what this call could not get."""
-
-    finished: set[str] = field(default_factory=set)    # ids
-    kept: int = 0
-    refusals: Counter[str] = field(default_factory=Counter)
-    undone: list[Explanation] = field(default_factory=list)
-    undone_in_a_row: int = 0
-    answered: bool = False                             # by the teacher, in this call
-
-    def add(self, identity: str, reason: str | None) -> None:
-        """Counts a line; reason: why it is refused, None where it is kept."""
-        self.finished.add(identity)
-        if reason is None:
-            self.kept += 1
-        else:
-            self.refusals[reason] += 1
-
-
-def open_explanations(out: Path) -> BinaryIO:
-    """Opens a teacher's file to be read and appended to, by this process alone."""
+@contextmanager
+def open_explanations(out: Path) -> Iterator[tuple[BinaryIO, dict[str, str | None]]]:
+    """Opens a teacher's file for this process alone -> file, {id: why refused, None if kept}."""
+    advice = "name another file with --out"
     try:
         file = open(out, "a+b")
     except OSError as error:
-        raise DataError(f"{out} can't be written ({error.strerror}); "
-                        "name another file with --out") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise DataError(f"{out} is being written by another process; "
-                        "wait for it, or name another file with --out") from None
-    return file
-
-
-def read_progress(file: BinaryIO, out: Path) -> Progress:
-    """Reads the file so far; what a call that was killed has left of a line is removed."""
-    file.seek(0)
-    content = file.read()
-    whole_lines, _, last_line = content.rpartition(b"\n")
-    if is_json(last_line):
-        # Only its end is missing.
-        whole_lines = content
-    progress = Progress()
-    for number, line in read_json_lines(out, whole_lines):
-        if not isinstance(line, dict) or "id" not in line:
-            raise DataError(f'{out}, line {number}: not a JSON object with an "id"; '
-                            "name another file with --out")
-        progress.add(str(line["id"]), str(line["refused"]) if "refused" in line else None)
-    if is_json(last_line):
-        file.write(b"\n")
-        file.flush()
-    elif last_line.startswith(LINE_START) or LINE_START.startswith(last_line):
-        file.truncate(len(content) - len(last_line))
-    else:
-        raise DataError(f"{out}: its last line is not of a teacher's file; "
-                        "name another file with --out")
-    return progress
-
-
-def is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def write_explanation(file: BinaryIO, explanation: Explanation, progress: Progress) -> None:
-    """Judges an explanation, appends its line and counts it."""
-    record = explanation.record
-    think, reason = filter_explanation(explanation.text, record, explanation.frame)
-    line = {"id": record.id, "think": think}
-    if reason is not None:
-        line = {"id": record.id, "refused": reason, "text": explanation.text}
-    line["frame"] = asdict(explanation.frame)
-    file.write((json.dumps(line) + "\n").encode())
-    # At once, so that a call that is killed loses no line.
-    file.flush()
-    progress.add(record.id, reason)
-
-
-def run_teacher(args: argparse.Namespace, records: Records, ask: Ask) -> None:
-    """Has a teacher explain each record's known box; writes a line for each, kept or refused."""
-    out = Path(args.out or f"cot_{args.name.replace('/', '_')}_{args.split}.jsonl")
-    dist.check_writable(out.parent)
-    with open_explanations(out) as file:
-        progress = read_progress(file, out)
-        remaining = [r for r in records if r.id not in progress.finished][:args.limit]
-        if not is_enough(progress, args):
-            collect_explanations(args, remaining, ask, file, progress)
-    print_progress(progress, out, len(records))
-    if progress.undone and (progress.undone_in_a_row == GIVE_UP_AFTER or not progress.answered):
-        dist.fail(f"no answer from {args.teacher} ({progress.undone[-1].failure}); "
-                     "the same command goes on when it answers")
-
-
-def is_enough(progress: Progress, args: argparse.Namespace) -> bool:
-    return bool(args.want) and progress.kept >= args.want
-
-
-def collect_explanations(
-        args: argparse.Namespace, records: Sequence[Record], ask: Ask, file: BinaryIO,
-        progress: Progress) -> None:
-    """Writes the lines of these records until there are enough, or the server is gone."""
-    bar = tqdm(total=len(records), desc="teacher")
-    with bar, closing(ask(records)) as explanations:
-        for explanation in explanations:
-            if explanation.text is None:
-                progress.undone.append(explanation)
-                progress.undone_in_a_row += 1
-            else:
-                write_explanation(file, explanation, progress)
-                progress.undone_in_a_row = 0
-                progress.answered = True
-            bar.set_postfix_str(
-                f"kept {progress.kept} refused {progress.refusals.total()}", refresh=False)
-            bar.update()
-            if is_enough(progress, args) or progress.undone_in_a_row == GIVE_UP_AFTER:
-                break
-
-
-def print_progress(progress: Progress, out: Path, total: int) -> None:
-    """Says what was written, why how many are refused, and what is left. total: of records."""
-    done = len(progress.finished)
-    print(f"written: {out}; {progress.kept} of {done} records have reasoning, "
-          f"{total - done} are still to come")
-    for reason, count in sorted(progress.refusals.items()):
-        print(f"  refused: {count} {reason}")
-    if progress.undone:
-        first = progress.undone[0]
-        print(f"  left undone: {len(progress.undone)}, the first is {first.record.id!r} "
-              f"({first.failure}); the same command asks for them again")
-
-
-# ---------------------------------------------------------------- a checkpoint as teacher
-
-def record_seed(args: argparse.Namespace, record: Record) -> int:
-    """Of a record's sampling: its own, so that it does not depend on where a call began."""
-    digest = base.fingerprint(f"{args.seed} {record.id}")
-    return int.from_bytes(digest[:4], "big")
-
-
-def checkpoint_prompt(record: Record, processor: Processor) -> Prompt:
-    """The request to a checkpoint; its frame is the one that the checkpoint answers in."""
-    image = data.open_image(record)
-    pixels, grid, resized = processor.patches(image)
-    frame = Frame(image.size, resized, processor.convention)
-    image_tokens = int(grid.prod()) // processor.merge ** 2
-    ids = processor.turns(TEACHER_PROMPT, image_tokens, **teacher_blanks(record, frame))
-    return Prompt(torch.tensor(ids), pixels, grid, frame)
-
-
-def checkpoint_teacher(args: argparse.Namespace, device: torch.device) -> Ask:
-    """A checkpoint that explains --batch records at once."""
-    model, processor = checkpoints.open_model(args.teacher, device)
-
-    def ask(records: Sequence[Record]) -> Iterator[Explanation]:
-        for i in range(0, len(records), args.batch):
-            batch = records[i:i + args.batch]
-            readable = []
-            prompts = []
-            for record in batch:
-                try:
-                    prompts.append(checkpoint_prompt(record, processor))
-                except UnreadableImage as error:
-                    frame = Frame(record.size, record.size, "absolute")
-                    yield Explanation(record, frame, None, str(error))
-                    continue
-                readable.append(record)
-            if not readable:
-                continue
-            seeds = torch.tensor([record_seed(args, record) for record in readable])
-            tokens, _, lengths = generate(
-                model, prompts, 1, args.max_new_tokens, args.temperature, seeds)
-            # tokens (Q, 1, L), lengths (Q, 1)
-            for record, prompt, ids, n in zip(readable, prompts, tokens[:, 0], lengths[:, 0]):
-                yield Explanation(record, prompt.frame, processor.decode(ids[:n]))
-
-    return ask
-
-
-# ---------------------------------------------------------------- a server as teacher
-
-class Unanswered(Exception):
-    """A request without a whole answer; the message says why."""
-
-    def __init__(
-            self, message: str, retry: bool = True, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.retry = retry
-        self.retry_after = retry_after             # seconds that the server asks to wait
-
-
-class ChatServer:
-    """A server that speaks OpenAI's chat-completions protocol; its methods run in threads.
-
-    The key stands in the request's header alone. Whatever comes from the server may echo it, so
-    `redact` goes over all that leaves this class.
-    """
-
-    def __init__(self, args: argparse.Namespace, processor: Processor | None) -> None:
-        self.args = args
-        self.processor = processor                 # that resizes as the teacher's, or None
-        self.url = urlsplit(args.teacher)
-        self.key = read_key(args.key_env)
-        # Set when no more answers are wanted: who waits to try again then does not.
-        self.stopped = threading.Event()
-
-    def explain(self, record: Record) -> Explanation:
-        """Asks until a whole answer has come, --tries times at most."""
-        frame = self.teacher_frame(record)
+        raise DataError(f"{out} can't be written ({error.strerror}); {advice}") from None
+    with file:
         try:
-            request = self.request_of(record, frame)
-        except UnreadableImage as error:
-            return Explanation(record, frame, None, str(error))
-        reason = ""
-        for attempt in range(self.args.tries):
-            if self.stopped.is_set():
-                break
-            # Each try has its own seed, because the same one would be cut at the same place.
-            request["seed"] = (record_seed(self.args, record) + attempt) % 2 ** 31
-            try:
-                content = self.post(json.dumps(request).encode())
-                return Explanation(record, frame, self.redact(read_completion(content)))
-            except Unanswered as error:
-                reason = one_line(self.redact(str(error)))
-                if not error.retry:
-                    break
-                if attempt + 1 < self.args.tries:
-                    self.stopped.wait(backoff(attempt, error.retry_after))
-        return Explanation(record, frame, None, reason)
-
-    def teacher_frame(self, record: Record) -> Frame:
-        """The frame that --coords names."""
-        return frame_by_coords(record.size, self.args.coords, self.processor)
-
-    def request_of(self, record: Record, frame: Frame) -> dict[str, Any]:
-        """The body of a request, but for its seed."""
-        # A lone surrogate in an expression has no bytes to send.
-        text = teacher_request(record, frame).encode("utf-8", "replace").decode()
-        content = [
-            {"type": "image_url", "image_url": {"url": image_data_url(record)}},
-            {"type": "text", "text": text},
-        ]
-        return {
-            "model": self.args.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": self.args.max_new_tokens,
-            "temperature": self.args.temperature,
-        }
-
-    def post(self, body: bytes) -> bytes:
-        """Sends one request -> the body of its answer. Redirects are not followed.
-
-        Unanswered where the server fails, DataError where the flags must be wrong.
-        """
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        path = self.url.path.rstrip("/") + "/chat/completions"
-        deadline = time.monotonic() + self.args.timeout
-        secure = self.url.scheme == "https"
-        connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = connect(self.url.hostname, self.url.port, timeout=self.args.timeout)
-        try:
-            connection.request("POST", path, body, headers)
-            response = connection.getresponse()
-            content = read_body(response, deadline)
-        except TimeoutError:
-            raise Unanswered(f"no whole answer within {self.args.timeout:g} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise Unanswered(f"{type(error).__name__}: {error}") from None
-        finally:
-            connection.close()
-        self.check_status(response, content)
-        return content
-
-    def check_status(self, response: http.client.HTTPResponse, content: bytes) -> None:
-        """Raises what an HTTP status other than 200 means."""
-        status = response.status
-        if status == 200:
-            return
-        if status in (408, 429) or status >= 500:
-            wait = retry_after(response.getheader("Retry-After"))
-            raise Unanswered(f"{status}: {error_message(content)}", retry_after=wait)
-        # A server may quote the key, or parts of it, when it refuses it: that is not repeated.
-        if status in (401, 403):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
             raise DataError(
-                f"{self.args.teacher} answers {status}: it refuses the key in the environment "
-                f"variable {self.args.key_env}, or its absence")
-        if status == 404 or status < 400:
-            message = one_line(self.redact(error_message(content)))
-            raise DataError(f"{self.args.teacher} answers {status} ({message}); "
-                            "check --teacher and --model")
-        raise Unanswered(f"{status}: {error_message(content)}", retry=False)
+                f"{out} is being written by another process; wait for it, or {advice}") from None
+        file.seek(0)
+        finished = {}
+        end = 0                       # of the whole lines, in bytes
+        missing = b""                 # at the end of the last one
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                finished[str(row["id"])] = row.get("refused")
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                # A killed call may leave the start of a line, which is removed.
+                is_start = line.startswith(LINE_START) or LINE_START.startswith(line)
+                if line.endswith(b"\n") or not is_start:
+                    raise DataError(
+                        f"{out}, line {number}: not a line of a teacher; {advice}") from None
+                break
+            end += len(line)
+            missing = b"" if line.endswith(b"\n") else b"\n"
+        file.truncate(end)
+        file.write(missing)
+        yield file, finished
 
-    def redact(self, text: str) -> str:
-        """A text without the key."""
-        if len(self.key) < MIN_SECRET_LENGTH:
-            return text
-        return text.replace(self.key, "[key]")
 
-
-def read_key(name: str) -> str:
-    """The key in this environment variable, "" where there is none: not every server asks."""
-    key = os.environ.get(name, "").strip()
-    if not all("!" <= character <= "~" for character in key):
-        dist.fail(f"the key in the environment variable {name} holds characters that no "
-                     "HTTP header can carry; set it again")
-    return key
-
-
-def image_data_url(record: Record) -> str:
-    """A record's image as a data URL: its file as it is where that is JPEG or PNG, else as PNG."""
-    image = data.open_image(record)
-    content = b""
-    # A server may turn an image as its EXIF orientation says, show it on black or cut its bits.
-    if not hasattr(record.image, "draw") and images.is_plain(record.image):
-        content = Path(record.image).read_bytes()
-    if content.startswith(b"\xff\xd8\xff"):
-        kind = "jpeg"
+def run_teacher(args: argparse.Namespace, records: Records) -> None:
+    """Writes a line per record until all are done, --want are kept, or the teacher is gone."""
+    if args.model:
+        processor = Processor.from_pretrained(args.init) if args.coords == "resized" else None
+        ask = functools.partial(ask_server, args, processor)
     else:
-        kind = "png"
-        if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-            buffer = io.BytesIO()
-            # Without what the file says beside its pixels.
-            image.info = {}
-            image.save(buffer, "PNG")
-            content = buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        model, processor = open_model(args.teacher, start(args.device))
+        ask = functools.partial(ask_checkpoint, args, model, processor)
+    out = Path(args.out or f"cot_{args.name.replace('/', '_')}_{args.split}.jsonl")
+    check_writable(out.parent)
+    with open_explanations(out) as (file, finished):
+        counts = Counter(finished.values())        # reason -> lines; None: kept
+        done_before = len(finished)
+        requests = []
+        for record in records:
+            if record.id not in finished:
+                digest = fingerprint(f"{args.seed} {record.id}")
+                requests.append(Explanation(record, int.from_bytes(digest[:4], "big")))
+        enough = args.want is not None and counts[None] >= args.want
+        requests = [] if enough else requests[:args.limit]
+        undone = []
+        in_a_row = 0
+        bar = tqdm(total=len(requests), desc="teacher")
+        with bar, closing(ask(requests)) as explanations:
+            for explanation in explanations:
+                record, frame, text = explanation.record, explanation.frame, explanation.text
+                if text is None:
+                    undone.append(explanation)
+                    in_a_row += 1
+                else:
+                    think, reason = filter_explanation(text, record, frame)
+                    line = {"id": record.id, "think": think}
+                    if reason is not None:
+                        line = {"id": record.id, "refused": reason, "text": text}
+                    line["frame"] = asdict(frame)
+                    file.write((json.dumps(line) + "\n").encode())
+                    file.flush()                   # a killed call loses no line
+                    finished[record.id] = reason
+                    counts[reason] += 1
+                    in_a_row = 0
+                refused = counts.total() - counts[None]
+                bar.set_postfix_str(f"kept {counts[None]} refused {refused}", refresh=False)
+                bar.update()
+                if counts[None] == args.want or in_a_row == GIVE_UP_AFTER:
+                    break
+    print(f"written: {out}; {counts.pop(None, 0)} of {len(finished)} records have reasoning, "
+          f"{len(records) - len(finished)} are still to come")
+    for reason, count in sorted(counts.items()):
+        print(f"  refused: {count} {reason}")
+    if undone:
+        print(f"  left undone: {len(undone)}, the first is {undone[0].record.id!r} "
+              f"({undone[0].failure}); the same command asks for them again")
+        if in_a_row == GIVE_UP_AFTER or len(finished) == done_before:
+            fail(f"no answer from {args.teacher} ({undone[-1].failure}); "
+                 "the same command continues when it answers")
 
 
-def read_body(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """Reads an answer to its end, piece by piece, so that a slow one is given up in time."""
-    pieces = []
-    while piece := response.read1(1 << 16):
-        pieces.append(piece)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-    # Bytes that the header promised and that never came.
+def ask_checkpoint(
+        args: argparse.Namespace, model: QwenVL, processor: Processor,
+        requests: Sequence[Explanation],
+) -> Iterator[Explanation]:
+    """Yields the requests with a checkpoint's answers, --batch at once."""
+    for i in range(0, len(requests), args.batch):
+        batch = []
+        prompts = []
+        for request in requests[i:i + args.batch]:
+            try:
+                image = data.open_image(request.record)
+            except UnreadableImage as error:
+                request.failure = str(error)
+                yield request
+                continue
+            pixels, grid, resized = processor.patches(image)
+            request.frame = Frame(image.size, resized, processor.convention)
+            blanks = prompt_blanks(request.record, request.frame)
+            image_tokens = int(grid.prod()) // processor.merge ** 2
+            ids = processor.turns(TEACHER_PROMPT, image_tokens, **blanks)
+            prompts.append(Prompt(torch.tensor(ids), pixels, grid, request.frame))
+            batch.append(request)
+        if batch:
+            seeds = torch.tensor([request.seed for request in batch])
+            tokens, _, lengths = generate(          # tokens (Q, 1, L), lengths (Q, 1)
+                model, prompts, 1, args.max_new_tokens, args.temperature, seeds)
+            for request, ids, length in zip(batch, tokens[:, 0], lengths[:, 0]):
+                request.text = processor.decode(ids[:length])
+                yield request
+
+
+# ---------------------------------------------------------------- a server
+
+@dataclass(eq=False)
+class Unanswered(Exception):
+    """A request without a whole answer."""
+
+    reason: str
+    retry: bool = True
+    wait: float = 0.0             # seconds that the server asks to wait
+    remedy: str = ""              # what to change, if no request can succeed
+
+
+def ask_server(
+        args: argparse.Namespace, processor: Processor | None, requests: Sequence[Explanation],
+) -> Iterator[Explanation]:
+    """Yields the requests with a server's answers in any order, --parallel at once.
+
+    processor: resizes images as the teacher's does. DataError if no request can succeed.
+    """
+    key = os.environ.get(args.key_env, "").strip()
+    # The server may repeat the key. It is replaced in all that is printed or written.
+    secret = re.compile(re.escape(key) if len(key) >= MIN_SECRET_LENGTH else "(?!)")
+    stopped = threading.Event()
+
+    def ask(request: Explanation) -> Explanation:
+        record = request.record
+        request.frame = frame_by_coords(record.size, args.coords, processor)
+        try:
+            url = image_data_url(record)
+        except UnreadableImage as error:
+            request.failure = str(error)
+            return request
+        prompt = TEACHER_PROMPT.format(**prompt_blanks(record, request.frame))
+        prompt = prompt.encode("utf-8", "replace").decode()        # lone surrogates have no bytes
+        content = [{"type": "image_url", "image_url": {"url": url}},
+                   {"type": "text", "text": prompt}]
+        body = {"model": args.model, "messages": [{"role": "user", "content": content}],
+                "max_tokens": args.max_new_tokens, "temperature": args.temperature}
+        for attempt in range(args.tries):
+            if stopped.is_set():
+                break
+            # With the same seed, the next answer would be cut at the same place.
+            body["seed"] = (request.seed + attempt) % 2 ** 31
+            try:
+                answer = post(args, key, json.dumps(body).encode())
+                request.text = secret.sub("[key]", read_completion(answer))
+                break
+            except Unanswered as error:
+                reason = secret.sub("[key]", error.reason)
+                printable = "".join(c if c.isprintable() else " " for c in reason)
+                request.failure = " ".join(printable.split())[:200]
+                if error.remedy:
+                    stopped.set()
+                    raise DataError(
+                        f"{args.teacher} answers {request.failure}; {error.remedy}") from None
+                if not error.retry or attempt + 1 == args.tries:
+                    break
+                # Random, so that requests that failed together do not come back together.
+                backoff = min(MAX_BACKOFF, FIRST_BACKOFF * 2 ** attempt) * random.uniform(0.5, 1)
+                wait = min(MAX_RETRY_AFTER, error.wait) * random.uniform(1, 1.1)
+                stopped.wait(max(backoff, wait))
+        return request
+
+    # These threads are daemons, unlike ThreadPoolExecutor's: once enough explanations are kept,
+    # or after Ctrl-C, the process ends without waiting for the requests under way.
+    pool = ThreadPool(args.parallel)
+    try:
+        yield from pool.imap_unordered(ask, requests)
+    finally:
+        stopped.set()
+        pool.terminate()
+
+
+def post(args: argparse.Namespace, key: str, body: bytes) -> bytes:
+    """Sends one request -> the body of the answer, or Unanswered. Follows no redirects."""
+    url = urlsplit(args.teacher)
+    secure = url.scheme == "https"
+    connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    connection = connect(url.hostname, url.port, timeout=args.timeout)
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    deadline = time.monotonic() + args.timeout
+    content = b""
+    try:
+        connection.request("POST", url.path.rstrip("/") + "/chat/completions", body, headers)
+        response = connection.getresponse()
+        # A socket's timeout never runs out if a byte comes now and then.
+        while piece := response.read1(1 << 16):
+            content += piece
+            if time.monotonic() > deadline:
+                raise TimeoutError
+    except TimeoutError:
+        raise Unanswered(f"no whole answer within {args.timeout:g} s") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise Unanswered(f"{type(error).__name__}: {error}") from None
+    finally:
+        connection.close()
     if response.length:
         raise Unanswered("the answer was cut")
-    return b"".join(pieces)
+    status = response.status
+    if status == 200:
+        return content
+    # A server that refuses a key may quote parts of it, so its words are not shown.
+    if status in (401, 403):
+        raise Unanswered(str(status), remedy="it refuses the key in the environment variable "
+                         f"{args.key_env}, or its absence")
+    message = content.decode("utf-8", "replace")
+    with suppress(ValueError, LookupError, TypeError, RecursionError):
+        value = json.loads(content)
+        message = json.dumps(value)
+        message = str(value["error"]["message"])       # as OpenAI's servers put it
+    wait = 0.0
+    retry_after = response.getheader("Retry-After", "")
+    with suppress(ValueError, TypeError, OverflowError):
+        if re.fullmatch(PLAIN_NUMBER, retry_after):
+            wait = float(retry_after)
+        else:
+            wait = mktime_tz(parsedate_tz(retry_after)) - time.time()
+    hopeless = status == 404 or status < 400
+    raise Unanswered(
+        f"{status}: {message}", retry=status in (408, 429) or status >= 500, wait=wait,
+        remedy="check --teacher and --model" if hopeless else "")
 
 
 def read_completion(content: bytes) -> str:
-    """The text of a chat completion. Unanswered where it is none, or was cut at its length."""
+    """The text of a chat completion; Unanswered if there is none, or it was cut."""
     try:
         choice = json.loads(content)["choices"][0]
-        text = choice["message"]["content"]
+        # A lone surrogate has no bytes to train on.
+        text = choice["message"]["content"].encode("utf-8", "replace").decode()
         finish_reason = choice.get("finish_reason")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise Unanswered("the answer is no chat completion") from None
-    if not isinstance(text, str):
-        raise Unanswered("the answer holds no text")
+        raise Unanswered("the answer is no chat completion with a text") from None
     if finish_reason == "length":
         raise Unanswered("the explanation was cut at --max-new-tokens")
-    # A lone surrogate has no bytes to train on.
-    return text.encode("utf-8", "replace").decode()
+    return text
 
 
-def error_message(content: bytes) -> str:
-    """What the body of an error says: OpenAI's {"error": {"message": ...}}, or all of it."""
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return content.decode("utf-8", "replace")
-    if isinstance(value, dict) and isinstance(value.get("error"), dict):
-        value = value["error"].get("message", value)
-    return value if isinstance(value, str) else json.dumps(value)
+def image_data_url(record: Record) -> str:
+    """A record's image as a data URL: its JPEG or PNG file, or a PNG of its pixels.
 
-
-def one_line(text: str) -> str:
-    """The beginning of a text, without line ends and what no terminal should get."""
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    return " ".join(printable.split())[:200]
-
-
-def retry_after(header: str | None) -> float | None:
-    """A Retry-After header, seconds or an HTTP date -> seconds, None where it says nothing."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            moment = parsedate_to_datetime(header)
-            # RFC 9110: a date without a zone is in universal time.
-            moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-            seconds = (moment - datetime.now(UTC)).total_seconds()
-        except (ValueError, OverflowError):
-            return None
-    return min(seconds, MAX_RETRY_AFTER) if seconds >= 0 else None
-
-
-def backoff(attempt: int, wanted: float | None) -> float:
-    """Seconds to wait behind try 0, 1, ...: twice as long each time, spread at random.
-
-    The spread keeps requests that failed together from coming again together. wanted: what the
-    server asks for; that is not gone below.
+    Other programs may show a file differently: turn it as EXIF says, put transparency on black.
     """
-    delay = min(MAX_BACKOFF, FIRST_BACKOFF * 2 ** attempt) * random.uniform(0.5, 1.0)
-    if wanted is None:
-        return delay
-    return max(delay, wanted * random.uniform(1.0, 1.1))
-
-
-def server_teacher(args: argparse.Namespace) -> Ask:
-    """A server that is asked for --parallel records at once, each in a thread."""
-    processor = Processor.from_pretrained(args.init) if args.coords == "resized" else None
-    server = ChatServer(args, processor)
-
-    def ask(records: Sequence[Record]) -> Iterator[Explanation]:
-        waiting: queue.SimpleQueue[Record] = queue.SimpleQueue()
-        results: queue.SimpleQueue[Explanation | Exception] = queue.SimpleQueue()
-        for record in records:
-            waiting.put(record)
-
-        def work() -> None:
-            while not server.stopped.is_set() and not waiting.empty():
-                try:
-                    results.put(server.explain(waiting.get_nowait()))
-                except queue.Empty:                # another thread has taken the last one
-                    return
-                except Exception as error:         # raised below, where the results are read
-                    server.stopped.set()
-                    results.put(error)
-
-        # Daemons: a call that has enough does not wait for the answers under way.
-        for _ in range(min(args.parallel, len(records))):
-            threading.Thread(target=work, daemon=True).start()
-        try:
-            for _ in records:
-                result = results.get()
-                if isinstance(result, Exception):
-                    raise result
-                yield result
-        finally:
-            # Also where the caller has enough and reads no further.
-            server.stopped.set()
-
-    return ask
-
-
-def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("teacher").add_argument
-    add("--teacher", metavar="CKPT or URL",
-        help="have this checkpoint explain the known boxes, or the server behind this address "
-        "of OpenAI's protocol: http://host:port/v1")
-    add("--limit", type=runtime.positive,
-        help="records in this call; default: all that are left")
-    add("--want", type=runtime.positive,
-        help="stop when so many explanations are kept, those of earlier calls among them")
-    add("--max-new-tokens", type=runtime.positive, default=400,
-        help="tokens of an explanation at most")
-    add("--temperature", type=float, default=0.7, help="of sampling; 0 is greedy")
-    add = parser.add_argument_group("teacher, a checkpoint").add_argument
-    add("--batch", type=runtime.positive, default=16, help="records at once")
-    runtime.add_device_flag(add)
-    add = parser.add_argument_group("teacher, a server").add_argument
-    add("--model", help="name of the model there")
-    add("--coords", choices=("original", "resized", "1000"),
-        help="coordinates that the model knows: pixels of the original image, pixels of the "
-        "image as it is resized (needs --init), thousandths of its sides")
-    add("--parallel", type=runtime.positive, default=8, help="requests at once")
-    add("--tries", type=runtime.positive, default=8,
-        help="of a request that gets no whole answer; then the record is left undone")
-    add("--timeout", type=runtime.above_zero, default=120.0, help="seconds for an answer")
-    add("--key-env", metavar="NAME", default="OPENAI_API_KEY",
-        help="environment variable with the server's key; none is sent where it is not set")
-
-
-def is_server(teacher: str | None) -> bool:
-    return teacher is not None and teacher.startswith(("http://", "https://"))
+    image = data.open_image(record)
+    content = b""
+    if not hasattr(record.image, "draw") and is_plain(record.image):
+        content = Path(record.image).read_bytes()
+    kind = "jpeg" if content.startswith(b"\xff\xd8\xff") else "png"
+    if kind == "png" and not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        buffer = io.BytesIO()
+        image.info = {}                            # metadata of the file
+        image.save(buffer, "PNG")
+        content = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def check_teacher_flags(args: argparse.Namespace) -> None:
-    """Ends the script where flags do not fit together."""
-    if not 0 <= args.temperature < math.inf:
-        dist.fail(f"--temperature {args.temperature} is not a number from 0 up; 0 is greedy")
-    if not is_server(args.teacher):
-        if args.teacher and args.init:
-            dist.fail("--init is for the check; a --teacher speaks in its own frame")
+    """Ends the script if flags do not fit together, or the device or the key can't be used."""
+    if not (args.teacher or "").startswith(("http://", "https://")):
         if args.model or args.coords:
-            dist.fail("--model and --coords are about a server: --teacher http://host:port/v1")
+            fail("--model and --coords are about a server: --teacher http://host:port/v1")
+        if args.teacher and args.init:
+            fail("--init is for the check, or for a server; a checkpoint has its own coordinates")
+        args.device = choose_device(args.device) if args.teacher else None
         return
     if not args.model or not args.coords:
-        dist.fail("a server as --teacher needs --model, the name of the model there, and "
-                     "--coords original, resized or 1000, the coordinates that it knows")
+        fail("a server as --teacher needs --model, the name of the model there, and --coords "
+             "original, resized or 1000, the coordinates that it knows")
     if args.coords == "resized" and not args.init:
-        dist.fail("--coords resized needs --init, a checkpoint whose processor resizes images "
-                     "as the teacher's does")
-    url = urlsplit(args.teacher)
-    # What stands there would be shown wherever the address is.
-    if url.username or url.password or url.query:
-        dist.fail("the address of --teacher holds a user, a password or a query; it is to "
-                     "end in /v1, and a key belongs into the environment variable of --key-env")
+        fail("--coords resized needs --init, a checkpoint that resizes images as the teacher does")
     try:
-        fits = bool(url.hostname) and url.port != 0
+        url = urlsplit(args.teacher)
+        fits = url.hostname and url.port != 0
     except ValueError:
         fits = False
-    if not fits:
-        dist.fail(f"--teacher {args.teacher} is no address like http://host:port/v1")
+    if not fits or url.username or url.password or url.query:
+        # The address is not shown: it may hold a password.
+        fail("the address of --teacher must be like http://host:port/v1, without a user, a "
+             "password or a query; put a key into the environment variable of --key-env")
+    if not re.fullmatch("[!-~]*", os.environ.get(args.key_env, "").strip()):
+        fail(f"the key in the environment variable {args.key_env} holds characters that no "
+             "HTTP header can carry; set it again")
