@@ -97,7 +97,7 @@ def picture(records: Sequence[Record], answers: Answers) -> Image.Image:
     for i in pictures.spread(range(len(records)), SCENES):
         image = open_image(records[i])
         for stage, predictions in answers.items():
-            box = answers.read_prediction(predictions[i], records[i]).box
+            box, _, _ = answers.read_prediction(predictions[i], records[i])
             iou = answers.strict_iou(records[i:i + 1], predictions[i:i + 1]).item()
             boxes = [(records[i].box, "lime")]
             if box:

@@ -30,7 +30,7 @@ from qwen.hub import CheckpointError
 from qwen.processor import prompt_hash, smart_resize
 from readers.base import DataError, Record, Records
 from report import metrics, pictures, predictions
-from report.predictions import Sampling
+from test_docs import explained
 
 NAN = [math.nan] * 4
 HERE = Path(__file__).parents[1]
@@ -448,7 +448,7 @@ def install(set_attribute: Callable[[Any, str, Any], None]) -> None:
     """The fakes, by `setattr` or monkeypatch's."""
     loader = SimpleNamespace(from_pretrained=lambda folder: FakeProcessor())
     set_attribute(evaluation, "generate", fake_generate)
-    set_attribute(evaluation.runtime, "open_model",
+    set_attribute(evaluation, "open_model",
                   lambda folder, device: (None, FakeProcessor()))
     set_attribute(evaluation, "Processor", loader)
     set_attribute(data, "READERS", {**data.READERS, "tiny": tiny})
@@ -482,14 +482,14 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 def without_source(row: dict[str, Any]) -> dict[str, Any]:
     """A row but for where its predictions come from, and what their model was trained on."""
-    source = (*evaluation.Source._fields, "trained_on")
+    source = ("stage", "checkpoint", "temperature", "trained_on")
     return {key: v for key, v in row.items() if key not in source}
 
 
 # ---------------------------------------------------------------- a model's answers
 
 def evaluate(records: Sequence[Record], **sampling: Any) -> list[predictions.Prediction]:
-    return evaluation.evaluate(None, FakeProcessor(), records, Sampling(**sampling))
+    return evaluation.evaluate(None, FakeProcessor(), records, **sampling)
 
 
 def test_answers_come_in_record_order_and_in_original_pixels(
@@ -637,7 +637,7 @@ def key_paths(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
 
 
 def fits(path: Sequence[str], pattern: str) -> bool:
-    """Does a path of keys fit a key of ROW_KEYS?"""
+    """Does a path of keys fit a key of docs/logs.md?"""
     parts = pattern.split("/")
     if len(parts) != len(path):
         return False
@@ -652,7 +652,7 @@ def tiny_vrsbench(root: Path | str, split: str) -> Records:
     return Records(records, {"missing image": ["line 25"]})
 
 
-def test_every_key_of_eval_json_is_told_and_no_other(
+def test_every_key_of_eval_json_is_explained_and_no_other(
         root: Path, fakes: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:
     monkeypatch.setitem(data.READERS, "vrsbench", tiny_vrsbench)
@@ -665,17 +665,16 @@ def test_every_key_of_eval_json_is_told_and_no_other(
     content = json.loads((tmp_path / "both" / "eval.json").read_text())
     model_rows = rows(folder)
     file_rows = content.pop("rows")
-    for keys, values in ((evaluation.ROW_KEYS, [*model_rows, *file_rows]),
-                         (evaluation.FILE_KEYS, [content])):
+    for keys, values in ((explained("## eval.json"), [*model_rows, *file_rows]),
+                         (explained("next to `rows`"), [content])):
         fitting = set()
         for value in values:
             for path in key_paths(value):
                 patterns = [pattern for pattern in keys if fits(path, pattern)]
                 assert len(patterns) == 1, (path, patterns)
                 fitting.update(patterns)
-        assert fitting == set(keys)
-        assert all(sentence.endswith(".") for sentence in keys.values())
-    # What "*" stands for where a sentence says "mIoU to n".
+        assert fitting == keys
+    # What "*" is if a sentence says "`mIoU` to `n`".
     assert tuple(model_rows[0]["lenient"]) == tuple(content["centre_box"]) == SCORES
 
 
@@ -1050,7 +1049,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (100, 100)).save("a.png")
     Path("p.jsonl").write_text(json.dumps({"id": "r0", "box": None}))
-    monkeypatch.setattr(evaluation.runtime, "open_model", None)
+    monkeypatch.setattr(evaluation, "open_model", None)
     with pytest.raises(SystemExit) as stop:
         fakes(tmp_path, "--device", "cpu", "--out", "/proc/self", *more)
     error = capfd.readouterr().err
@@ -1126,7 +1125,7 @@ def test_ask_about_a_picture_that_is_stored_lying_and_shown_standing(
     lying = tmp_path / "lying.jpg"
     Image.new("RGB", (200, 100)).save(lying, exif=exif)
     output = script(lying, "0: 10,20,90,180")
-    box = printed_box(output, "box in pixels of the picture, turned upright as its EXIF says")
+    box = printed_box(output, "box in pixels of the picture, turned upright by its EXIF")
     assert box == pytest.approx((10, 20, 90, 180), abs=2)
     assert Image.open(out / "lying_answer.png").size == (100, 200)
 
@@ -1194,7 +1193,8 @@ def test_the_real_script_with_a_random_model(
 
 # ---------------------------------------------------------------- several processes
 
-SCRIPT = """import test_eval, runtime
+SCRIPT = """import test_eval
+from train import run as runtime
 test_eval.install(setattr)
 runtime.main(test_eval.evaluation.main)
 """

@@ -21,7 +21,6 @@ from model import QwenVL
 from played_device import PlayedDevice
 from qwen import lora
 from qwen.processor import Processor
-from report import predictions
 from tools import bench
 from train import dist, memory
 from train.memory import GIB, ByteCounter, Pass, Step, meta_model
@@ -243,10 +242,10 @@ def test_a_validation_answers_fewer_records_of_longer_prompts_at_once(
     records = load("synth", None, "val")[:5]
     batches = []
 
-    def count(model: QwenVL, processor: Processor, asked: Any, *rest: Any) -> list[dict[str, Any]]:
-        batches.append(len(asked))
-        return [predictions.unreadable_prediction(record) for record in asked]
-    monkeypatch.setattr(evaluation, "answer_records", count)
+    def count(model: QwenVL, processor: Processor, prompts: Any, *rest: Any) -> list[list[str]]:
+        batches.append(len(prompts))
+        return [["no box"]] * len(prompts)
+    monkeypatch.setattr(evaluation, "sample_texts", count)
     model = QwenVL.from_pretrained(tiny_checkpoint, torch.float32)
     longest = memory.longest_prompt(processor, records)
     for limit in (memory.VALIDATION_TOKENS, 2 * len(longest.input_ids), 1):

@@ -1,10 +1,9 @@
-"""README.md: its glossary is the code's, its commands and files exist."""
+"""README.md: its commands and files exist."""
 import argparse
 import itertools
 import re
 from pathlib import Path
 
-import eval as evaluation
 import reward
 import rft
 import sft
@@ -18,23 +17,6 @@ SCRIPTS = {"sft.py": sft.flags, "rft.py": rft.flags}
 def options(parser: argparse.ArgumentParser) -> set[str]:
     """All flags of a script."""
     return set(itertools.chain.from_iterable(a.option_strings for a in parser._actions))
-
-
-def glossary(marker: str) -> dict[str, str]:
-    """The rows `key` | sentence of the table behind a heading's sentence."""
-    section = README.split(marker, 1)[1].split("\n\n", 2)[1].strip()
-    rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", section, re.MULTILINE)
-    assert len(rows) == section.count("\n") - 1
-    return dict(rows)
-
-
-def test_the_glossary_of_the_log_is_that_of_the_code() -> None:
-    assert glossary("A line of `metrics.jsonl`") == runtime.LOG_KEYS
-
-
-def test_the_glossary_of_the_scores_is_that_of_the_code() -> None:
-    assert glossary("A row of `eval.json`") == evaluation.ROW_KEYS
-    assert glossary("Beside its `rows`") == evaluation.FILE_KEYS
 
 
 def test_the_table_of_settings_has_the_defaults_of_the_code() -> None:

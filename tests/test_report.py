@@ -107,7 +107,7 @@ def page(tmp_path: Path) -> str:
     write_logs(run)
     file = tmp_path / "report.html"
     rows = [make_row(records, predictions)] * 2
-    cases = [evaluation.judge(records, predictions)] * 2
+    cases = [evaluation.make_cases(records, predictions)] * 2
     summary = {"centre_box": metrics.centre_box(records)}
     report_page.write_page(file, rows, cases, [(EVIL, run), ("none", tmp_path)], records, summary)
     return file.read_text(encoding="utf-8")
@@ -156,7 +156,7 @@ def stages_page(tmp_path: Path) -> str:
     predictions = make_predictions(records)
     silent = [prediction | {"text": "no"} for prediction in predictions]
     rows = [make_row(records, silent, "base"), make_row(records, predictions, "rft")]
-    cases = [evaluation.judge(records, silent), evaluation.judge(records, predictions)]
+    cases = [evaluation.make_cases(records, silent), evaluation.make_cases(records, predictions)]
     stages = []
     for name in ("base", "rft"):
         write_logs(tmp_path / name)
@@ -206,7 +206,7 @@ def test_200_pictures_of_noise_stay_under_5_mb(tmp_path: Path) -> None:
     records = make_records(tmp_path, 24, noise=True)
     predictions = make_predictions(records)
     rows = [make_row(records, predictions, f"stage {i}") for i in range(12)]
-    cases = [evaluation.judge(records, predictions)] * len(rows)
+    cases = [evaluation.make_cases(records, predictions)] * len(rows)
     report_page.write_page(tmp_path / "report.html", rows, cases, [], records)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert 170 <= page.count("<img") <= report_page.PICTURES

@@ -396,7 +396,7 @@ def test_sides_are_told_beside_the_targets_where_boxes_touch_it() -> None:
         x1, y1, x2, y2 = record.box
         boxes.append([x1, y1, x1 + share * (x2 - x1), y1 + share * (y2 - y1)])
     boxes[2] = [0.0, 0.0, 1.0, 1.0]
-    sides = payoff.log_sides(metrics.tensor(boxes), records)
+    sides = payoff.log_sides(metrics.box_tensor(boxes), records)
     assert sides[:2] == pytest.approx([math.log(0.5), 0], abs=1e-9) and np.isnan(sides[2])
     cells = payoff.size_cells(records, sides[None], sides[None] + math.log(0.9))
     assert cells[2].startswith("x 0.900 [0.900, 0.900]")

@@ -702,14 +702,15 @@ def zero_shot_scores(model: QwenVL, processor: Processor, n: int = 500) -> dict[
     zero_shot_mIoU, zero_shot_Pr50, no_box: of greedy answers. pass_8: the chance that the best
     of eight sampled at T=1 has IoU above 0.5. asked: how many there were."""
     records = load("synth", None, "val")[:n]
-    greedy = answers.Sampling(max_new_tokens=MAX_NEW_TOKENS)
-    row = evaluation.score(records, evaluation.evaluate(model, processor, records, greedy))
-    sampling = replace(greedy, temperature=1.0, samples=SAMPLES)
-    predictions = evaluation.evaluate(model, processor, records, sampling)
+    greedy = evaluation.evaluate(model, processor, records, max_new_tokens=MAX_NEW_TOKENS)
+    row = evaluation.score(records, greedy)
+    predictions = evaluation.evaluate(
+        model, processor, records, temperature=1.0, samples=SAMPLES,
+        max_new_tokens=MAX_NEW_TOKENS)
     boxes = answers.sampled_boxes(records, predictions)               # (N, samples, 4)
     sampled = metrics.sampled(boxes, *metrics.targets(records), inclusive=False)
     return {"zero_shot_mIoU": row["mIoU"], "zero_shot_Pr50": row["Pr@0.5"],
-            "no_box": evaluation.failed_share(row), "asked": len(records),
+            "no_box": sum(row["failures"].values()) / len(records), "asked": len(records),
             "pass_8": sampled["pass"][str(SAMPLES)]}
 
 
