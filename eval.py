@@ -63,10 +63,10 @@ from report.predictions import (
     vrsbench_box,
 )
 from reward import agreement
-from train import memory, run
+from train import dist, memory, run
 from train.ahead import ahead
 from train.checkpoints import open_model
-from train.dist import check_writable, choose_device, fail, gather_lists, gathered, rank, start, world
+from train.dist import check_writable, fail, gather_lists, gathered, rank, world
 
 INCLUSIVE = ("opt",)              # data sets that count IoU >= t
 OUTCOMES = (*answer.FAILURES, "outside image", "no prediction", UNREADABLE)
@@ -551,7 +551,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
     check_flags(args)
     files = args.compare or ([args.predictions] if args.predictions else [])
-    device = None if files else start(choose_device(args.device))
+    device = None if files else dist.start(dist.choose_device(args.device))
     stages = find_stages(args.ckpt) if args.ckpt else []
     if args.image:
         ask(stages[-1], device, args)
