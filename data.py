@@ -1,252 +1,72 @@
-"""Records and images: the readers of the embedded and the public data sets.
+"""Data sets: `load` gives the records of a split, `open_image` the image of a record.
 
-One sample's way: `load` reads the annotations -> `open_image`; what follows is processor.py's.
-Boxes are xyxy, float pixels of the original image.
-
-    python data.py dior           counts beside the published ones, refused and repaired records,
+    python data.py dior           counts next to the published ones, refused and repaired records,
                                   images that don't decode, a contact sheet
     python data.py dior rrsisd    what is trained on in one and scored in the other
 
-A new data set is one function in READERS: (root, split) -> Records, or NoSplit. It knows the
-splits that its files have; `read_split` makes "sft", "rft" and, where there is none, "val" of its
-"train". It hands each annotation to a Collector, which finds the image, repairs what has one
-reading and counts what it refuses:
+Boxes are xyxy, float pixels of the original image. The way of a sample: readers/dior.read finds
+annotations -> readers/collect finds each image and repairs or refuses its box -> `load` ->
+`open_image` -> qwen/processor.
 
-    def read_mine(root: Path, split: str) -> Records:
-        file = first_existing(root, f"{split}.jsonl")
+A new data set is one file in readers/ and its line in READERS below. Its function reads the splits
+that the files have. `read_split` takes "sft" and "rft" from train, and holds "val" out of train if
+the files have none. For lines like {"file": "1.jpg", "text": "a ship", "box": [1, 2, 30, 40]}:
+
+    def read(root: Path, split: str) -> Records:
+        file = first_existing(root, f"{split}.jsonl")          # NoSplit if there is none
         collector = Collector(root)
-        for number, row in read_objects(file):
-            collector.add(Annotation(
-                f"line {number}", f"{split}-{number}", row["file"], row["text"], row["box"]))
+        for number, row in read_json_lines(file):
+            where = f"{file}, line {number}"
+            if row is None:
+                collector.refuse("no JSON object", where)
+                continue
+            collector.add(
+                where, f"{split}-{number}", row.get("file"), row.get("text"), row.get("box"))
         return collector.records
 """
 import argparse
 import functools
 import math
 import runpy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from PIL import Image
 
 import reward
 from qwen.answer import Box
-from readers import images
+from readers import (
+    collect,
+    dior,
+    geopix,
+    images,
+    jsonl,
+    refgeo,
+    rrsisd,
+    rsvg_hr,
+    vrsbench,
+)
 from readers.base import (
     COORDS,
     DataError,
     NoSplit,
-    Reading,
     Record,
     Records,
+    Stretch,
     UnreadableImage,
     fingerprint,
     in_words,
-    reading,
 )
-from readers.collect import DEEP, hold_out
-from readers.dior import read_dior, read_opt
-from readers.geopix import read_geopix
-from readers.images import ImageError, Stretch
-from readers.jsonl import read_jsonl
-from readers.refgeo import read_refgeo
-from readers.rrsisd import read_rrsisd
-from readers.rsvg_hr import read_rsvg_hr
-from readers.vrsbench import read_vrsbench
 
+# Boxes of one image are taken for the same object's from this IoU on.
+SAME_BOX = 0.9
 
-def refusal_summary(records: Records, name: str, root: str | Path | None, split: str) -> str:
-    """How many of a split's records are refused, why, and the command that says where.
-
-    "" where none is.
-    """
-    refused = sum(records.refusals.values())
-    if not refused:
-        return ""
-    command = f"python data.py {name}{f' --root {root}' if root else ''} --split {split}"
-    deep = "; --stretch 2 98 reads 16-bit and float images" if DEEP in records.refused else ""
-    return (
-        f"{refused:,} of {refused + len(records):,} records are refused "
-        f"({in_words(records.refusals)}){deep}; {command} says where")
-
-
-def load(
-        name: str, root: str | Path | None = None, split: str = "train",
-        coords: str | None = None, stretch: Stretch | None = None,
-) -> Records:
-    """Records of a data set's split.
-
-    "sft" and "rft" mean "train" where a data set has no split of that name. A mixture is written
-    "dior+vrsbench:0.5": then root is the folder that holds dior/ and vrsbench/.
-
-    coords: the unit of the boxes, where the data set leaves it open. stretch: percentiles that
-    become black and white in images of 16 bits or floats, which are refused without.
-
-    DataError where there is no such data set or split, or its files don't fit. One annotation
-    that does not fit is refused (`Records.refused`); where all are, no record is left.
-    """
-    if coords and ("+" in name or ":" in name or name in OWN_UNIT):
-        raise DataError(
-            f"--coords {coords} is for a data set that leaves the unit of its boxes open, which "
-            f"{name} does not; leave it out")
-    before = reading.set(Reading(coords, tuple(stretch) if stretch else None))
-    try:
-        if "+" in name or ":" in name:
-            records = mixture(name, Path(root or "data"), split)
-        elif name in READERS:
-            records = read_split(name, Path(root) if root else Path("data") / name, split)
-        else:
-            raise DataError(
-                f"no data set is called {name!r}; there are {', '.join(READERS)}, and mixtures "
-                "like dior+vrsbench:0.5")
-    finally:
-        reading.reset(before)
-    check_boxes(records, name, split)
-    return records
-
-
-def read_split(name: str, root: Path, split: str) -> Records:
-    """Records of a split, by the data set's reader.
-
-    Where its files have no "sft" or "rft" these are "train"; and where they have no "val" either,
-    it is held out of "train" (`hold_out`).
-    """
-    reader = READERS[name]
-    try:
-        return reader(root, split)
-    except NoSplit as error:
-        if split not in ("sft", "rft", "val") or not has_split(reader, root, "train"):
-            raise error
-    train = reader(root, "train")
-    if split != "val" and has_split(reader, root, "val"):
-        return train
-    return hold_out(train, split, root)
-
-
-def has_split(reader: Callable[[Path, str], Records], root: Path, split: str) -> bool:
-    try:
-        reader(root, split)
-    except NoSplit:
-        return False
-    return True
-
-
-def check_boxes(records: Records, name: str, split: str) -> None:
-    """DataError for a box that does not lie within its image with an area.
-
-    A Collector keeps none, but a reader may do without one. Whatever is answered to such a
-    record would score 0, and nobody would be told.
-    """
-    for r in records:
-        x1, y1, x2, y2 = r.box
-        width, height = r.size
-        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-            raise DataError(
-                f"{name} {split}, record {r.id}: its box {r.box} has no area within the image of "
-                f"{width} x {height}; mend its reader, or hand its annotations to a Collector")
-
-
-def mixture(names: str, root: Path, split: str) -> Records:
-    """Records of several data sets, each with its weight.
-
-    A part with a weight below 1 gives that share of its records, one above 1 repeats them (2.5:
-    all twice and a half of them again). Weights are for training: of splits that measure, each
-    part gives every record once. Which records, and their order, depend on their ids alone; an
-    id is preceded by its data set's name and followed by its repetition.
-    """
-    training = is_training(split)
-    mixed = Records([], {})
-    notes = []
-    for name, weight in mixture_parts(names):
-        records = read_split(name, root / name, split)
-        weighted = weighted_records(name, records, weight if training else 1.0)
-        mixed.absorb(Records(weighted, records.refused, records.repaired), f"{name}: ")
-        if records.note:
-            notes.append(f"{name}: {records.note}")
-    shuffled = sorted(mixed, key=lambda r: fingerprint(r.id))
-    return Records(shuffled, mixed.refused, mixed.repaired, "; ".join(notes))
-
-
-def is_training(split: str) -> bool:
-    """Is this a split to train on? Those of one part of a data set are called "rsvg_train"."""
-    return split in ("sft", "rft") or split.removesuffix("_v2").endswith("train")
-
-
-def mixture_parts(names: str) -> Iterator[tuple[str, float]]:
-    """Yields name and weight of each part of "dior+vrsbench:0.5".
-
-    DataError for what has no meaning.
-    """
-    seen = set()
-    for part in names.split("+"):
-        name, colon, weight_text = part.partition(":")
-        try:
-            weight = float(weight_text) if colon else 1.0
-        except ValueError:
-            weight = 0
-        if name not in READERS or name in seen or not 0 < weight < 1000:
-            raise DataError(
-                f"{part!r} can't be a part of the mixture {names!r}; each part is a data set's "
-                "name, no name comes twice, and :WEIGHT may follow, above 0 and below 1000; "
-                f"there are {', '.join(READERS)}")
-        seen.add(name)
-        yield name, weight
-
-
-def weighted_records(name: str, records: Records, weight: float) -> list[Record]:
-    """A mixture's part: all records `weight` times, the last time a share of them."""
-    ordered = sorted(records, key=lambda r: fingerprint(f"{name}/{r.id}"))
-    weighted = []
-    for turn in range(math.ceil(weight)):
-        share = min(weight - turn, 1)
-        repetition = f"#{turn + 1}" if turn else ""
-        for record in ordered[:round(share * len(ordered))]:
-            weighted.append(replace(record, id=f"{name}/{record.id}{repetition}"))
-    return weighted
-
-
-# ---------------------------------------------------------------- images
-
-def open_image(record: Record) -> Image.Image:
-    """The record's image, PIL RGB; a synth record is drawn here.
-
-    DataError where it can't be decoded to its end.
-
-    Pixels are as the file stores them, for the boxes of data sets are: an orientation, of EXIF or
-    of a TIFF, turns nothing. (`eval.py --image` turns the picture upright, as viewers show it,
-    and answers in pixels of what it then is.)
-    """
-    if hasattr(record.image, "draw"):
-        return record.image.draw()
-    try:
-        image = images.read_rgb(record.image, record.stretch)
-        if image.size != tuple(record.size):
-            raise ImageError(f"{image.size} pixels, where {record.size} were found before")
-        return image
-    except (OSError, ImageError) as error:
-        raise UnreadableImage(
-            f"{record.image}: unreadable image of record {record.id} ({error}); repair or remove "
-            "it") from None
-
-
-def open_or_blank(record: Record) -> Image.Image:
-    """The record's image to be looked at, a gray one of its size where it can't be read."""
-    try:
-        return open_image(record)
-    except UnreadableImage:
-        return Image.new("RGB", record.size, "gray")
-
-
-# ---------------------------------------------------------------- readers
 
 def read_synth(root: Path, split: str, name: str = "synth") -> Records:
-    """An embedded world, one of scenes.WORLDS.
-
-    Drawn, not read: root is not used.
-    """
+    """An embedded world, one of scenes.WORLDS. It is drawn, so root is not used."""
     from toy import scenes
 
     splits = scenes.WORLDS[name]
@@ -262,19 +82,19 @@ def read_synth(root: Path, split: str, name: str = "synth") -> Records:
 READERS: dict[str, Callable[[Path, str], Records]] = {
     "synth": read_synth,
     "synth-small": functools.partial(read_synth, name="synth-small"),
-    "dior": read_dior,
-    "opt": read_opt,
-    "rsvg-hr": read_rsvg_hr,
-    "vrsbench": read_vrsbench,
-    "refgeo": read_refgeo,
-    "rrsisd": read_rrsisd,
-    "geopix": read_geopix,
-    "jsonl": read_jsonl,
+    "dior": dior.read,
+    "opt": functools.partial(dior.read, name="opt", image_folder="Image", withdrawn={}),
+    "rsvg-hr": rsvg_hr.read,
+    "vrsbench": vrsbench.read,
+    "refgeo": refgeo.read,
+    "rrsisd": rrsisd.read,
+    "geopix": geopix.read,
+    "jsonl": jsonl.read,
     "synth-one": functools.partial(read_synth, name="synth-one"),
     "synth-tiny": functools.partial(read_synth, name="synth-tiny")}
-# Data sets whose own form says in which unit each box is.
+# Data sets with files that say in which unit each box is.
 OWN_UNIT = ("synth", "synth-small", "synth-one", "synth-tiny", "vrsbench")
-# Expressions of a split, where they were published.
+# Published numbers of expressions.
 PUBLISHED = {
     "dior": {"train": 26_991, "val": 3_829, "test": 7_500},
     "opt": {"train": 19_580, "val": 4_895, "test": 24_477},
@@ -283,17 +103,174 @@ PUBLISHED = {
     "rrsisd": {"train": 12_181, "val": 1_740, "test": 3_481}}
 
 
-# ---------------------------------------------------------------- what data sets share
+def load(
+        name: str, root: str | Path | None = None, split: str = "train",
+        coords: str | None = None, stretch: Stretch | None = None,
+) -> Records:
+    """The records of a data set's split. root: its folder, by default data/<name>.
 
-# IoU from which two boxes of one image are taken for one object's.
-SAME_BOX = 0.9
+    A mixture is "dior+vrsbench:0.5"; then root is the folder that holds dior/ and vrsbench/.
+    coords: a key of COORDS, the unit of the boxes if the data set leaves it open. stretch:
+    percentiles that become black and white in 16-bit or float images, else these are refused.
+
+    DataError if there is no such data set or split, or its files don't fit. An annotation that
+    doesn't fit is refused and counted in `Records.refused`.
+    """
+    is_mixture = "+" in name or ":" in name
+    if coords and (is_mixture or name in OWN_UNIT):
+        raise DataError(
+            f"--coords {coords} is for a data set that leaves the unit of its boxes open, which "
+            f"{name} does not; leave it out")
+    if not is_mixture and name not in READERS:
+        raise DataError(
+            f"no data set is called {name!r}; there are {', '.join(READERS)}, and mixtures "
+            "like dior+vrsbench:0.5")
+    before = collect.reading.set((coords, tuple(stretch) if stretch else None))
+    try:
+        if is_mixture:
+            records = mixture(name, Path(root or "data"), split)
+        else:
+            records = read_split(name, Path(root or Path("data") / name), split)
+    finally:
+        collect.reading.reset(before)
+    # A Collector keeps no such box, but a reader may do without one. Any answer would score 0.
+    for r in records:
+        x1, y1, x2, y2 = r.box
+        width, height = r.size
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+            raise DataError(
+                f"{name} {split}, record {r.id}: its box {r.box} has no area within the image of "
+                f"{width} x {height}; mend its reader, or pass its annotations to a Collector")
+    return records
+
+
+def read_split(name: str, root: Path, split: str) -> Records:
+    """Records of a split, by the data set's reader.
+
+    If the files have no "sft" or "rft", these are "train". If they have no "val" either, it is
+    one image in 20 of train, chosen by name, and "sft" and "rft" get the others.
+    """
+    read = READERS[name]
+    try:
+        return read(root, split)
+    except NoSplit:
+        if split not in ("sft", "rft", "val"):
+            raise
+    train = read(root, "train")
+    if split != "val":
+        if "val" in PUBLISHED.get(name, ()):
+            return train          # known, so it need not be read
+        try:
+            read(root, "val")
+            return train
+        except NoSplit:
+            pass
+    images_of_train = {r.image for r in train}
+    by_name = sorted(images_of_train, key=lambda path: (fingerprint(path.name), path))
+    if len(by_name) < 2:
+        refused = f" (refused: {in_words(train.refusals)})" if train.refused else ""
+        raise NoSplit(
+            f"{split} needs two usable images in train, since one is held out for validation, and "
+            f"{root} has {len(by_name)}{refused}; add images, or records of a split val")
+    held_out = set(by_name[:max(len(by_name) // 20, 1)])
+    note = (
+        f"validation is {len(held_out):,} of train's {len(by_name):,} images, which sft and rft "
+        "leave out")
+    if split == "val":
+        return Records([r for r in train if r.image in held_out], {}, {}, note)
+    rest = [r for r in train if r.image not in held_out]
+    return Records(rest, train.refused, train.repaired, note)
+
+
+def mixture(names: str, root: Path, split: str) -> Records:
+    """Records of several data sets, "dior+vrsbench:0.5", shuffled in a fixed order.
+
+    A weight below 1 is the share of a part's records that is taken. One above 1 repeats them:
+    2.5 is all twice and half of them again. Weights are for training: other splits hold each
+    record once. An id begins with its data set's name and ends with its repetition. What is
+    taken, and the order, depend on ids alone, so a larger share holds the smaller one.
+    """
+    mixed = Records([], {})
+    notes = []
+    seen = set()
+    for part in names.split("+"):
+        name, colon, weight_text = part.partition(":")
+        try:
+            weight = float(weight_text) if colon else 1.0
+        except ValueError:
+            weight = 0
+        if name not in READERS or name in seen or not 0 < weight < 1000:
+            raise DataError(
+                f"{part!r} can't be a part of the mixture {names!r}; each part is a data set's "
+                "name, no name comes twice, and :WEIGHT may follow, above 0 and below 1000; "
+                f"there are {', '.join(READERS)}")
+        seen.add(name)
+        weight = weight if is_training(split) else 1.0
+        records = read_split(name, root / name, split)
+        ordered = sorted(records, key=lambda r: fingerprint(f"{name}/{r.id}"))
+        for turn in range(math.ceil(weight)):
+            repetition = f"#{turn + 1}" if turn else ""
+            for record in ordered[:round(min(weight - turn, 1) * len(ordered))]:
+                mixed.append(replace(record, id=f"{name}/{record.id}{repetition}"))
+        for mine, its in ((mixed.refused, records.refused), (mixed.repaired, records.repaired)):
+            for reason, places in its.items():
+                mine.setdefault(reason, []).extend(f"{name}: {place}" for place in places)
+        if records.note:
+            notes.append(f"{name}: {records.note}")
+    mixed.sort(key=lambda r: fingerprint(r.id))
+    mixed.note = "; ".join(notes)
+    return mixed
+
+
+def is_training(split: str) -> bool:
+    """Is this a split to train on? refGeo has "rsvg_train" and "rsvg_train_v2"."""
+    return split in ("sft", "rft") or split.removesuffix("_v2").endswith("train")
+
+
+def refusal_summary(records: Records, name: str, root: str | Path | None, split: str) -> str:
+    """How many of a split's records are refused, why, and how to see where; "" if none is."""
+    refused = sum(records.refusals.values())
+    if not refused:
+        return ""
+    command = f"python data.py {name}{f' --root {root}' if root else ''} --split {split}"
+    has_deep = images.DEEP in records.refused
+    deep = "; --stretch 2 98 reads 16-bit and float images" if has_deep else ""
+    return (
+        f"{refused:,} of {refused + len(records):,} records are refused "
+        f"({in_words(records.refusals)}){deep}; {command} says where")
+
+
+# ---------------------------------------------------------------- images
+
+def open_image(record: Record) -> Image.Image:
+    """The record's image, PIL RGB; UnreadableImage if it can't be decoded to its end.
+
+    Pixels are as the file stores them, since boxes are: an EXIF orientation turns nothing.
+    (`eval.py --image` turns a picture upright, as viewers do, and answers in its pixels then.)
+    """
+    if not isinstance(record.image, Path):
+        return record.image.draw()
+    try:
+        image = images.read_rgb(record.image, record.stretch)
+        if image.size != tuple(record.size):
+            raise images.ImageError(f"{image.size} pixels, but {record.size} were found before")
+        return image
+    except (OSError, images.ImageError) as error:
+        raise UnreadableImage(
+            f"{record.image}: unreadable image of record {record.id} ({error}); repair or remove "
+            "it") from None
+
+
+def open_or_blank(record: Record) -> Image.Image:
+    """The record's image, for a picture; a gray one of its size if it can't be decoded."""
+    try:
+        return open_image(record)
+    except UnreadableImage:
+        return Image.new("RGB", record.size, "gray")
 
 
 def image_name(record: Record) -> Any:
-    """What names a record's image in any data set: its file's name without suffix.
-
-    A drawn scene is its own name.
-    """
+    """A file's name without suffix, the same in all data sets; a drawn scene is its own name."""
     return record.image.stem if isinstance(record.image, Path) else record.image
 
 
@@ -303,49 +280,36 @@ def find_shared(
 ) -> list[str | None]:
     """What of each record is in the training data: "record", "image" or None.
 
-    "record": its image, and in it a box with an IoU of 0.9 or more, whatever the expression.
-    image_key: tells whether two records have the same image. Boxes are compared in parts of the
-    image's sides, so that a resized copy of an image is the same.
+    "record": its image, and a box with an IoU of SAME_BOX or more, whatever the expression.
+    Records have the same image if image_key gives the same. Boxes are compared as fractions of
+    the image's sides, so a resized copy is the same image.
     """
-    training_boxes: dict[Any, list[Box]] = {}
+    by_image: dict[Any, list[Record]] = {}
     for r in training:
-        training_boxes.setdefault(image_key(r), []).append(relative_box(r))
+        by_image.setdefault(image_key(r), []).append(r)
     shared: list[str | None] = [None] * len(records)
-    # One pair for each record and each box that is trained on in its image.
-    pairs = []
-    owners = []
+    owners = []                   # one pair for each record and each trained box of its image
+    boxes: list[tuple[Box, Box]] = []
+    sizes = []
     for i, r in enumerate(records):
-        boxes = training_boxes.get(image_key(r))
-        if boxes:
+        for trained in by_image.get(image_key(r), ()):
             shared[i] = "image"
-            pairs += [(relative_box(r), box) for box in boxes]
-            owners += [i] * len(boxes)
-    if pairs:
-        a, b = torch.tensor(pairs, dtype=torch.float64).unbind(1)      # (pairs, 4) each
+            owners.append(i)
+            boxes.append((r.box, trained.box))
+            sizes.append((tuple(r.size) * 2, tuple(trained.size) * 2))
+    if boxes:
+        relative = torch.tensor(boxes, dtype=torch.float64) / torch.tensor(sizes)
+        a, b = relative.unbind(1)                                              # (pairs, 4) each
         for i, iou in zip(owners, reward.iou(a, b).tolist()):
             if iou >= SAME_BOX:
                 shared[i] = "record"
     return shared
 
 
-def relative_box(record: Record) -> Box:
-    """A record's box in parts of its image's sides."""
-    x1, y1, x2, y2 = record.box
-    width, height = record.size
-    return x1 / width, y1 / height, x2 / width, y2 / height
-
-
-# ---------------------------------------------------------------- the check of data sets
-
-class DataParser(argparse.ArgumentParser):
-    """A wrong flag is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"data.py: {message}; data.py --help explains every flag\n")
-
+# ---------------------------------------------------------------- flags
 
 class StretchFlag(argparse.Action):
-    """LOW HIGH -> a Stretch."""
+    """LOW HIGH -> two percentiles."""
 
     def __call__(
             self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
@@ -359,18 +323,15 @@ class StretchFlag(argparse.Action):
 
 
 def add_reading_flags(add: Callable[..., argparse.Action], coords: str = "--coords") -> None:
-    """The flags on what a data set's files leave open.
-
-    add: a parser's add_argument; coords: the first one's name, where that is another's.
-    """
+    """Adds --coords and --stretch by a parser's add_argument. coords: another name for it."""
     add(coords, choices=list(COORDS),
-        help="unit of the data set's boxes, where it leaves it open: fractions or thousandths of "
-        "the image's sides, or pixels; without it they are pixels, unless that can't be")
+        help="unit of the data set's boxes, if it leaves it open: fractions or thousandths of the "
+        "image's sides, or pixels; by default pixels, and an error if that can't be")
     add("--stretch", type=float, nargs=2, action=StretchFlag, metavar=("LOW", "HIGH"),
-        help="percentiles, of each image and band, that become black and white in images of 16 "
-        "bits or floats, as in 2 98; without it these are refused")
+        help="percentiles, of each image and band, that become black and white in 16-bit or float "
+        "images, as in 2 98; without it these are refused")
 
 
 if __name__ == "__main__":
-    # The check of a data set is a tool of its own, built on this module.
-    runpy.run_module("tools.check_data", run_name="__main__")
+    # A tool of its own, built on this module.
+    runpy.run_path(str(Path(__file__).parent / "tools" / "check_data.py"), run_name="__main__")

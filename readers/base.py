@@ -1,27 +1,24 @@
-"""readers.base."""
-import contextvars
+"""What every reader shares: records, errors, and text, JSON and JSONL files."""
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen.answer import Box
 
-# Longer side of an image over its shorter one, at most: the families' own limit.
-ASPECT = 200
-# Pixels. A box with a thinner side is as good as empty: in the float32 of the rewards, on the
-# largest images, it has no area, so that whatever is answered scores 0.
-THINNEST = 1 / 16
 SPLITS = ("train", "val", "test")
-# Share of a run's records whose images can't be decoded, at most.
+# A limit of the model families: the longer side of an image over its shorter one.
+ASPECT = 200
+# A run ends if the images of more than this share of its records can't be decoded.
 MOST_UNREADABLE = 0.01
-# --coords: what a unit of a box is, and of how many of them the image's sides are (None: a unit
-# is a pixel).
+# --coords: units per image side; None: a unit is a pixel.
 COORDS = {"fraction": 1, "1000": 1000, "original": None}
-# (low, high): percentiles of each band that become black and white.
+# (low, high): the percentiles of each band that become black and white.
 Stretch = tuple[float, float]
+# Lines of a JSONL file over which one object may go on. A longer one is broken.
+LONGEST_OBJECT = 100
 
 
 class DataError(Exception):
@@ -33,10 +30,12 @@ class UnreadableImage(DataError):
 
 
 class NoSplit(DataError):
-    """There is no split of that name, or not the file that holds it."""
+    """No split of that name, or not the file that holds it."""
 
 
-# ---------------------------------------------------------------- records
+class Refused(Exception):
+    """Why one annotation can't be used, in a few words. The Collector counts these."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -48,22 +47,31 @@ class Record:
     box: Box                      # (x1, y1, x2, y2), float pixels of the original image
     category: str
     size: tuple[int, int]         # (width, height) of the original image
-    # Kind of expression, where the data set knows it; for `refgeo` the data set it comes from.
-    kind: str = ""
-    # VRSBench: True where the image holds one object of the category, False where more.
-    unique: bool | None = None
+    kind: str = ""                # of expression, if known; for `refgeo` the source data set
+    unique: bool | None = None    # VRSBench: is the object the only one of its category?
     # VRSBench: its own box, whole hundredths of the image's sides, for its official metric.
     grid: tuple[int, ...] | None = None
-    # How an image of more than 8 bits a sample becomes one of 8.
+    stretch: Stretch | None = None                 # for images of more than 8 bits a sample
+
+    @property
+    def objects(self) -> Sequence[Any]:
+        """All objects of a drawn scene; () for a file, since not all of them are annotated."""
+        return getattr(self.image, "objects", ())
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Only until eval.py is rewritten."""
+
+    coords: str | None = None
     stretch: Stretch | None = None
 
 
 class Records(list[Record]):
-    """The usable records of a split.
+    """The usable records of a split, and what is known of the others.
 
-    refused: reason -> places, one entry for each record that is not usable. repaired: the same
-    for records that are usable, where the file is wrong and only one reading is possible. note:
-    what else must be known of the split.
+    refused: reason -> places, one for each unusable record. repaired: the same for usable
+    records in which the file is wrong and only one reading is possible. note: other remarks.
     """
 
     def __init__(
@@ -75,33 +83,16 @@ class Records(list[Record]):
         self.repaired = repaired or {}
         self.note = note
 
-    def absorb(self, other: "Records", prefix: str = "") -> None:
-        """Takes in the records, refusals and repairs of another part.
-
-        prefix: tells whose place it is.
-        """
-        self.extend(other)
-        add_places(self.refused, other.refused, prefix)
-        add_places(self.repaired, other.repaired, prefix)
-
     @property
     def refusals(self) -> dict[str, int]:
-        """Reason -> how many records it refuses."""
+        """Reason -> number of records refused for it."""
         return {reason: len(places) for reason, places in self.refused.items()}
 
     @property
     def hash(self) -> str:
-        """16 hex characters that change with any id, text, box or size."""
+        """16 hex characters that change with any id, text, box, category or size."""
         lines = (json.dumps([r.id, r.text, r.box, r.category, r.size]) for r in self)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def add_places(
-        places: dict[str, list[str]], more: dict[str, list[str]], prefix: str,
-) -> None:
-    """Adds reason -> places to another dictionary of that kind."""
-    for reason, where in more.items():
-        places.setdefault(reason, []).extend(prefix + place for place in where)
 
 
 def in_words(counts: dict[str, int]) -> str:
@@ -110,137 +101,78 @@ def in_words(counts: dict[str, int]) -> str:
 
 
 def fingerprint(text: str) -> bytes:
-    """Bytes that are the same on every machine: an order by them is random and fixed."""
+    """The same bytes on every machine; an order by them is random and fixed."""
     return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
-# ---------------------------------------------------------------- load
-
-@dataclass(frozen=True)
-class Reading:
-    """How files are read where they do not say it themselves."""
-
-    coords: str | None = None     # of the boxes, a key of COORDS; None: pixels, by all signs
-    stretch: Stretch | None = None                   # of images of more than 8 bits a sample
-
-
-# What `load` was asked for. A Collector looks it up, so that no reader need hand it on.
-AS_IT_STANDS = Reading()
-reading = contextvars.ContextVar("reading", default=AS_IT_STANDS)
-
-
 def first_existing(root: Path, *names: str) -> Path:
-    """The first of these paths that is there."""
+    """The first of these paths in root that exists."""
     for name in names:
         if (root / name).exists():
             return root / name
+    archives = ", ".join(sorted(p.name for p in root.glob("*.zip")))
+    hint = f" ({archives} is there: unzip it)" if archives else ""
     raise NoSplit(
-        f"no {' or '.join(names)} in {root}{zip_hint(root)}; --root must name the folder of the "
-        "data set as it was downloaded")
+        f"no {' or '.join(names)} in {root}{hint}; --root must name the folder of the data set "
+        "as it was downloaded")
 
 
-def zip_hint(root: Path) -> str:
-    """What to add to an error about missing files, where archives are in their place."""
-    names = sorted(p.name for p in root.glob("*.zip"))
-    return f" ({', '.join(names)} is there: unzip it)" if names else ""
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's value, or None where there is no such file.
-
-    DataError where it is unreadable.
-    """
+def read_text(file: str | Path, content: bytes | None = None) -> str:
+    """A UTF-8 file's text with "\\n" at line ends. content: its bytes, if read already."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: unreadable ({error})") from None
-
-
-def text_lines(file: Path) -> list[str]:
-    """Lines of a text, without their ends."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
+        content = Path(file).read_bytes() if content is None else content
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: unreadable ({error})") from None
-    # splitlines would also cut at U+2028.
-    return [line.rstrip("\r") for line in text.split("\n")]
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-# An object that goes on for more lines than this is a broken one.
-LONGEST_OBJECT = 100
+def read_json(file: Path) -> Any:
+    """A JSON file's value; None if there is no such file."""
+    if not file.exists():
+        return None
+    try:
+        return json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: unreadable ({error})") from None
 
 
-def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yields (line number, object) of a JSONL file, None for what is no object.
+def read_json_lines(
+        file: str | Path, content: bytes | None = None,
+) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yields (line number, object) of a JSONL file; None for what is no JSON object.
 
-    An object may go on over several lines, as in some of refGeo's; a line that begins another
-    one ends what is unfinished. DataError where the file is one JSON array.
+    An object may go on over several lines, as some of refGeo's do, until a line begins another.
     """
-    lines = text_lines(file)
-    refuse_array(file, lines)
-    unfinished = ""               # an object's text, as far as it was read
+    text = read_text(file, content)
+    if text.lstrip().startswith("["):
+        raise DataError(
+            f"{file}: a JSON array, but one JSON object a line is needed; jq -c '.[]' makes "
+            "lines of it")
+    unfinished = ""               # the text so far of an object that goes on
     start = 0
-    for number, line in enumerate(lines, 1):
+    # str.splitlines() would also cut at U+2028, which JSON allows within a string.
+    for number, line in enumerate(text.split("\n"), 1):
         if unfinished and line.startswith("{"):
             yield start, None
             unfinished = ""
         if unfinished:
-            text = f"{unfinished}\n{line}"
+            line = f"{unfinished}\n{line}"
         else:
-            text = line.strip()
+            line = line.strip()
             start = number
-        if not text:
+        if not line:
             continue
-        value = parse_object(text)
-        if value is None and text.startswith("{") and number - start < LONGEST_OBJECT:
-            unfinished = text
+        try:
+            # strict=False: a string may hold a line break.
+            value = json.loads(line, strict=False)
+        except (ValueError, RecursionError):
+            value = None
+        value = value if isinstance(value, dict) else None
+        if value is None and line.startswith("{") and number - start < LONGEST_OBJECT:
+            unfinished = line
             continue
         yield start, value
         unfinished = ""
     if unfinished:
         yield start, None
-
-
-def parse_object(text: str) -> dict[str, Any] | None:
-    """A JSON object, or None for anything else; a text in it may hold a line break."""
-    try:
-        value = json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def refuse_array(file: Path, lines: list[str]) -> None:
-    """DataError where the first line that is not blank begins a JSON array."""
-    for line in lines:
-        if line.strip():
-            if line.strip().startswith("["):
-                raise DataError(
-                    f"{file}: a JSON array, where one JSON object a line is needed; jq -c '.[]' "
-                    "makes lines of it")
-            return
-
-
-def read_json_lines(
-        path: str | Path, content: bytes | None = None) -> Iterator[tuple[int, Any]]:
-    """Yields number and JSON value of each line of a JSONL that is not blank.
-
-    content: the file's bytes, where they are read already. DataError where a line is no JSON.
-    """
-    try:
-        content = Path(path).read_bytes() if content is None else content
-        # str.splitlines would also cut at U+2028, which JSON allows within a text.
-        lines = content.decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: unreadable reasoning ({error})") from None
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            raise DataError(f'{path}, line {number}: not a JSON object with "id" '
-                            'and a text "think"') from None
-        yield number, value

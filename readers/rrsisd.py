@@ -1,4 +1,4 @@
-"""readers.rrsisd."""
+"""RRSIS-D."""
 import pickle
 from collections import Counter
 from collections.abc import Iterator
@@ -12,36 +12,33 @@ from readers.base import (
     Records,
     first_existing,
     read_json,
-    read_objects,
+    read_json_lines,
 )
-from readers.collect import Annotation, Collector
+from readers.collect import Collector
 
 
-def read_rrsisd(root: Path, split: str) -> Records:
-    """RRSIS-D, as its authors lay it out or converted to lines, datainfo/rrsisd_SPLIT.jsonl.
+def read(root: Path, split: str) -> Records:
+    """The authors' refs(unc).p and instances.json, or the lines of datainfo/rrsisd_SPLIT.jsonl.
 
-    `bbox` is x1, y1, x2, y2 in whole pixels, although its authors' comments say x, y, width,
-    height. Boxes of the masks are other boxes; the masks are not read.
+    `bbox` is x1, y1, x2, y2 in whole pixels, although the authors' comments say x, y, width,
+    height. The masks have other extents and are not read.
     """
-    split = {"sft": "train", "rft": "train"}.get(split, split)
     if split not in SPLITS:
         raise NoSplit(f"rrsisd has no split {split!r}; it has {', '.join(SPLITS)}")
     name = f"rrsisd_{split}.jsonl"
-    file = first_existing(
-        root, "rrsisd/refs(unc).p", "refs(unc).p", f"datainfo/{name}", name)
+    file = first_existing(root, "rrsisd/refs(unc).p", "refs(unc).p", f"datainfo/{name}", name)
     is_pickle = file.suffix == ".p"
-    rows = rrsisd_refs(file) if is_pickle else read_objects(file)
     collector = Collector(root, "JPEGImages", refuse_swapped=True)
     uses: Counter[str] = Counter()                   # expressions of an annotation
-    for number, row in rows:
+    for number, row in official_rows(file) if is_pickle else read_json_lines(file):
         where = f"{file}, {'ref' if is_pickle else 'line'} {number}"
         if row is None:
             collector.refuse("no JSON object", where)
             continue
-        # As in its authors' code: "testA" is of the test split too.
-        split_of_row = str(row.get("split"))
-        if split_of_row != split and not (split == "test" and "test" in split_of_row):
-            # The pickle holds all splits; a file of lines holds one, or it leaks.
+        # As in the authors' code: "testA" is of the test split too.
+        row_split = str(row.get("split"))
+        if row_split != split and not (split == "test" and "test" in row_split):
+            # The pickle holds all splits. A file of lines holds one, or it leaks.
             if not is_pickle:
                 collector.refuse("of another split than its file", where)
             continue
@@ -49,38 +46,40 @@ def read_rrsisd(root: Path, split: str) -> Records:
         uses[identity] += 1
         if uses[identity] > 1:
             identity = f"{identity}-{uses[identity]}"
-        collector.add(Annotation(
+        collector.add(
             where, identity, row.get("file_name"), row.get("sent"), row.get("bbox"),
-            row.get("category_name")))
+            row.get("category_name"))
     return collector.records
 
 
-def rrsisd_refs(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yields (number, row) as in the converted form: one for each sentence of a ref.
-
-    refs(unc).p has expressions and splits, instances.json beside it has boxes, categories and
-    images; DataError where either does not fit.
-    """
-    refs = read_plain_pickle(file)
+def official_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yields (number of the ref, row in the converted form) for each sentence of a ref."""
+    try:
+        with open(file, "rb") as stream:
+            refs = PlainUnpickler(stream, encoding="utf-8").load()
+    except Exception as error:
+        # On a damaged file the library raises nearly anything, with messages of several lines.
+        raise DataError(f"{file}: unreadable pickle ({' '.join(str(error).split())})") from None
     instances = read_json(file.with_name("instances.json"))
     if not isinstance(refs, list) or not isinstance(instances, dict):
         raise DataError(
-            f"{file}: not a list of refs, or no instances.json beside it with its boxes; "
+            f"{file}: not a list of refs, or no instances.json next to it with the boxes; "
             "download both again")
-    images = rows_by_id(instances.get("images"))
-    annotations = rows_by_id(instances.get("annotations"))
-    categories = rows_by_id(instances.get("categories"))
+    tables = {}
+    for key in ("images", "annotations", "categories"):
+        rows = instances.get(key)
+        rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        tables[key] = {str(row.get("id")): row for row in rows}
     for number, ref in enumerate(refs):
         if not isinstance(ref, dict):
             yield number, None
             continue
-        image = images.get(str(ref.get("image_id")), {})
-        annotation = annotations.get(str(ref.get("ann_id")), {})
-        category = categories.get(str(ref.get("category_id")), {})
+        image = tables["images"].get(str(ref.get("image_id")), {})
+        annotation = tables["annotations"].get(str(ref.get("ann_id")), {})
+        category = tables["categories"].get(str(ref.get("category_id")), {})
         sentences = ref.get("sentences")
         for sentence in sentences if isinstance(sentences, list) and sentences else [None]:
-            if not isinstance(sentence, dict):
-                sentence = {}
+            sentence = sentence if isinstance(sentence, dict) else {}
             yield number, {
                 "split": ref.get("split"), "ann_id": ref.get("ann_id"),
                 # `raw` is as its author wrote it, `sent` may be in lower case.
@@ -89,35 +88,10 @@ def rrsisd_refs(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
                 "bbox": annotation.get("bbox"), "category_name": category.get("name")}
 
 
-def rows_by_id(rows: Any) -> dict[str, dict[str, Any]]:
-    """A list of objects with an "id" -> by that, as text."""
-    by_id = {}
-    for row in rows if isinstance(rows, list) else ():
-        if isinstance(row, dict):
-            by_id[str(row.get("id"))] = row
-    return by_id
-
-
 class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, texts and numbers.
-
-    Whatever else a pickle can do, it does through a class or function that it asks for here.
-    """
+    """Reads lists, dicts, strings and numbers. All else in a pickle asks for a class first."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(
             f"it asks for {f'{module}.{name}'!r}, which annotations do not need; nothing of it "
             "was run; download it again, or use the form with datainfo/*.jsonl")
-
-
-def read_plain_pickle(file: Path) -> Any:
-    """A pickle's value; DataError where it asks for any class, or is unreadable."""
-    try:
-        with open(file, "rb") as stream:
-            return PlainUnpickler(stream, encoding="utf-8").load()
-    except (
-            pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, LookupError,
-            AttributeError, OverflowError, MemoryError, RecursionError) as error:
-        # The library's own messages may go over several lines.
-        raise DataError(
-            f"{file}: unreadable pickle ({' '.join(str(error).split())})") from None

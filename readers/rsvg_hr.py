@@ -1,45 +1,41 @@
-"""readers.rsvg_hr."""
+"""RSVG-HR."""
 import re
 from pathlib import Path
 
-from readers.base import NoSplit, Records, first_existing, text_lines
-from readers.collect import Annotation, Collector, hold_out
+from readers.base import NoSplit, Records, first_existing, read_text
+from readers.collect import Collector
+
+NUMBER = re.compile(r"\s*-?\d+(\.\d+)?\s*")
 
 
-def read_rsvg_hr(root: Path, split: str) -> Records:
-    """RSVG-HR: lines image,x1,y1,x2,y2,text."""
-    if split in ("sft", "rft", "val"):
-        return hold_out(read_rsvg_hr(root, "train"), split, root)
+def read(root: Path, split: str) -> Records:
+    """Lines image,x1,y1,x2,y2,text. The text is all after the fifth comma."""
     if split not in ("train", "test"):
-        raise NoSplit(
-            f"rsvg-hr has no split {split!r}; it has train, test, and val held out of train")
+        raise NoSplit(f"rsvg-hr has no split {split!r}; it has train and test")
     name = f"rsvg_hr_{split}.txt"
     file = first_existing(root, name, f"Annotations/{name}")
     collector = Collector(root, "images")
-    for number, line in enumerate(text_lines(file), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
         image, *fields = line.split(",")
         commas = decimal_commas(fields)
         if len(commas) > 1:
-            collector.refuse(
-                "five numbers, and more than one may hold a decimal comma", where)
+            collector.refuse("five numbers, and more than one may hold a decimal comma", where)
             continue
         for i in commas:
             fields[i:i + 2] = [f"{fields[i]}.{fields[i + 1]}"]
-        # All that follows the fifth comma is the text, its own commas included.
-        collector.add(Annotation(
+        collector.add(
             where, f"{split}-{number}", image.strip(), ",".join(fields[4:]), fields[:4],
-            repairs=["decimal comma"] if commas else []))
+            repairs=["decimal comma"] if commas else [])
     return collector.records
 
 
 def decimal_commas(fields: list[str]) -> list[int]:
-    """The fields behind which a comma may be a decimal comma: "216,00" became two fields.
+    """Indices i for which fields i and i + 1 may be one number: "216,00" became two fields.
 
-    fields: of a line of RSVG-HR, behind the image: four numbers, or five where one has a decimal
-    comma, then the text.
+    fields: four numbers, or five if one has a decimal comma, then the text.
 
     >>> decimal_commas(["170.0", "774.0", "216", "00", "803.21", "find a pool"])
     [2]
@@ -48,12 +44,11 @@ def decimal_commas(fields: list[str]) -> list[int]:
     >>> decimal_commas(["5.5", "5.5", "7.5", "9", "12", "storey building"])
     []
     """
-    number = re.compile(r"\s*-?\d+(\.\d+)?\s*")
-    if len(fields) <= 5 or not all(number.fullmatch(field) for field in fields[:5]):
+    if len(fields) <= 5 or not all(NUMBER.fullmatch(field) for field in fields[:5]):
         return []
     candidates = []
     for i in range(4):
         if fields[i].strip("- ").isdigit() and fields[i + 1].strip().isdigit():
             candidates.append(i)
-    # A fifth number behind the last pair may as well begin the text, as in "12,storey building".
+    # The fifth number may as well begin the text, as in "12,storey building".
     return [] if candidates == [3] else candidates

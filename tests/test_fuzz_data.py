@@ -15,7 +15,7 @@ from PIL import Image
 import data
 from data import load
 from readers import collect
-from readers.base import DataError, Records
+from readers.base import DataError, Records, Refused
 from toy import scenes
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -135,14 +135,9 @@ def geopix(root: Path) -> list[Path]:
         instances = []
         for k in (2 * i, 2 * i + 1):
             x1, y1, x2, y2 = map(int, box_of(k))
-            # Runs go down the columns of the mask, which fills the box.
-            runs = [x1 * SIZE[1] + y1]
-            for _ in range(x2 - x1):
-                runs += [y2 - y1, SIZE[1] - (y2 - y1)]
-            runs[-1] = SIZE[0] * SIZE[1] - sum(runs[:-1])
             instances.append({
                 "bbox": [x1, y1, x2, y2], "category": "ship", "description": f"ship {k}",
-                "mask": {"counts": runs, "size": [SIZE[1], SIZE[0]]}})
+                "mask": {"counts": "", "size": [SIZE[1], SIZE[0]]}})
         rows.append({"image_id": f"P{i}", "image_path": f"{i}.png", "instances": instances})
     file = root / "train.FAST_T.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
@@ -359,19 +354,19 @@ def test_a_strange_text_in_an_annotation_changes_no_other(tag: str, tmp_path: Pa
     st.lists(VALUES, max_size=5), st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
     st.sampled_from((None, 1, 100, 1000)))
 def test_a_box_is_repaired_said_and_within_or_refused(
-        values: list[Any], size: tuple[int, int], parts: int | None,
+        values: list[Any], size: tuple[int, int], units: int | None,
 ) -> None:
-    repaired = collect.repair_box(values, size, parts)
-    assert (repaired.box is None) != (repaired.problem is None)
-    numbers, _ = collect.read_four_numbers(values)
-    if repaired.box is None:
+    try:
+        box, repairs = collect.repair_box(values, size, units)
+    except Refused as reason:
+        assert str(reason) in ("no box", "empty box", "box outside the image")
         return
-    x1, y1, x2, y2 = repaired.box
+    x1, y1, x2, y2 = box
     assert 0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]
-    scale = [side / parts if parts else 1.0 for side in size] * 2
-    told = tuple(v * s for v, s in zip(numbers, scale))
-    if not repaired.repairs:
-        assert repaired.box == pytest.approx(told, rel=1e-12, abs=1e-9)
+    scale = [side / units if units else 1.0 for side in size] * 2
+    written = tuple(v * s for v, s in zip(collect.numbers(values, bracketed=True), scale))
+    if not repairs:
+        assert box == pytest.approx(written, rel=1e-12, abs=1e-9)
 
 
 @hypothesis.given(st.lists(st.tuples(
@@ -392,6 +387,7 @@ def test_a_unit_is_told_from_the_boxes(drawn: list[tuple[tuple[float, ...], Any]
     for (x1, y1, x2, y2), (width, height) in fractions:
         pixels.append(((x1 * width, y1 * height, x2 * width, y2 * height), (width, height)))
         thousandths.append(((1000 * x1, 1000 * y1, 1000 * x2, 1000 * y2), (width, height)))
-    assert collect.other_unit(fractions) == "fraction"
-    assert collect.other_unit(thousandths) == "1000"
-    assert collect.other_unit(pixels) is None
+    for boxes, unit in ((fractions, "fraction"), (thousandths, "1000")):
+        with pytest.raises(DataError, match=f"--coords {unit} "):
+            collect.refuse_other_unit(boxes, "a.jsonl: its boxes")
+    collect.refuse_other_unit(pixels, "a.jsonl: its boxes")
