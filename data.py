@@ -37,18 +37,7 @@ import torch
 from PIL import Image
 
 import reward
-from qwen.answer import Box
-from readers import (
-    collect,
-    dior,
-    geopix,
-    images,
-    jsonl,
-    refgeo,
-    rrsisd,
-    rsvg_hr,
-    vrsbench,
-)
+from readers import collect, dior, geopix, images, jsonl, refgeo, rrsisd, rsvg_hr, vrsbench
 from readers.base import (
     COORDS,
     DataError,
@@ -73,10 +62,9 @@ def read_synth(root: Path, split: str, name: str = "synth") -> Records:
     split = {"train": "rft"}.get(split, split)
     if split not in splits:
         raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(splits)}")
-    records = Records([], {})
-    for i, scene, text, box, category, kind in scenes.records(splits[split]):
-        records.append(Record(f"{split}-{i}", scene, text, box, category, scene.size, kind))
-    return records
+    return Records([
+        Record(f"{split}-{i}", scene, text, box, category, scene.size, kind)
+        for i, scene, text, box, category, kind in scenes.records(splits[split])], {})
 
 
 READERS: dict[str, Callable[[Path, str], Records]] = {
@@ -127,10 +115,8 @@ def load(
             "like dior+vrsbench:0.5")
     before = collect.reading.set((coords, tuple(stretch) if stretch else None))
     try:
-        if is_mixture:
-            records = mixture(name, Path(root or "data"), split)
-        else:
-            records = read_split(name, Path(root or Path("data") / name), split)
+        folder = Path(root or ("data" if is_mixture else f"data/{name}"))
+        records = (mixture if is_mixture else read_split)(name, folder, split)
     finally:
         collect.reading.reset(before)
     # A Collector keeps no such box, but a reader may do without one. Any answer would score 0.
@@ -151,20 +137,21 @@ def read_split(name: str, root: Path, split: str) -> Records:
     one image in 20 of train, chosen by name, and "sft" and "rft" get the others.
     """
     read = READERS[name]
+    has_val = "val" in PUBLISHED.get(name, ())       # known without reading it
     try:
         return read(root, split)
     except NoSplit:
-        if split not in ("sft", "rft", "val"):
+        if split not in ("sft", "rft", "val") or split == "val" and has_val:
             raise
     train = read(root, "train")
-    if split != "val":
-        if "val" in PUBLISHED.get(name, ()):
-            return train          # known, so it need not be read
+    if split != "val" and not has_val:
         try:
             read(root, "val")
-            return train
+            has_val = True
         except NoSplit:
             pass
+    if has_val:
+        return train
     images_of_train = {r.image for r in train}
     by_name = sorted(images_of_train, key=lambda path: (fingerprint(path.name), path))
     if len(by_name) < 2:
@@ -284,25 +271,20 @@ def find_shared(
     Records have the same image if image_key gives the same. Boxes are compared as fractions of
     the image's sides, so a resized copy is the same image.
     """
-    by_image: dict[Any, list[Record]] = {}
+    by_image: dict[Any, list[list[float]]] = {}
     for r in training:
-        by_image.setdefault(image_key(r), []).append(r)
-    shared: list[str | None] = [None] * len(records)
-    owners = []                   # one pair for each record and each trained box of its image
-    boxes: list[tuple[Box, Box]] = []
-    sizes = []
-    for i, r in enumerate(records):
-        for trained in by_image.get(image_key(r), ()):
-            shared[i] = "image"
-            owners.append(i)
-            boxes.append((r.box, trained.box))
-            sizes.append((tuple(r.size) * 2, tuple(trained.size) * 2))
-    if boxes:
-        relative = torch.tensor(boxes, dtype=torch.float64) / torch.tensor(sizes)
-        a, b = relative.unbind(1)                                              # (pairs, 4) each
-        for i, iou in zip(owners, reward.iou(a, b).tolist()):
-            if iou >= SAME_BOX:
-                shared[i] = "record"
+        box = [v / side for v, side in zip(r.box, (*r.size, *r.size))]
+        by_image.setdefault(image_key(r), []).append(box)
+    shared: list[str | None] = []
+    for r in records:
+        trained = by_image.get(image_key(r))
+        if not trained:
+            shared.append(None)
+            continue
+        box = [v / side for v, side in zip(r.box, (*r.size, *r.size))]
+        iou = reward.iou(
+            torch.tensor(box, dtype=torch.float64), torch.tensor(trained, dtype=torch.float64))
+        shared.append("record" if iou.max() >= SAME_BOX else "image")
     return shared
 
 

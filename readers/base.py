@@ -17,7 +17,7 @@ MOST_UNREADABLE = 0.01
 COORDS = {"fraction": 1, "1000": 1000, "original": None}
 # (low, high): the percentiles of each band that become black and white.
 Stretch = tuple[float, float]
-# Lines of a JSONL file over which one object may go on. A longer one is broken.
+# An object of a JSONL file that goes on for more lines is broken.
 LONGEST_OBJECT = 100
 
 
@@ -149,30 +149,24 @@ def read_json_lines(
         raise DataError(
             f"{file}: a JSON array, but one JSON object a line is needed; jq -c '.[]' makes "
             "lines of it")
-    unfinished = ""               # the text so far of an object that goes on
+    unfinished = ""               # the text so far of an object that began in line `start`
     start = 0
     # str.splitlines() would also cut at U+2028, which JSON allows within a string.
     for number, line in enumerate(text.split("\n"), 1):
         if unfinished and line.startswith("{"):
             yield start, None
             unfinished = ""
-        if unfinished:
-            line = f"{unfinished}\n{line}"
-        else:
-            line = line.strip()
-            start = number
-        if not line:
-            continue
+        start = start if unfinished else number
+        unfinished = f"{unfinished}\n{line}" if unfinished else line.strip()
         try:
             # strict=False: a string may hold a line break.
-            value = json.loads(line, strict=False)
+            value = json.loads(unfinished, strict=False) if unfinished else None
         except (ValueError, RecursionError):
             value = None
         value = value if isinstance(value, dict) else None
-        if value is None and line.startswith("{") and number - start < LONGEST_OBJECT:
-            unfinished = line
-            continue
-        yield start, value
-        unfinished = ""
+        goes_on = unfinished.startswith("{") and number - start < LONGEST_OBJECT
+        if unfinished and (value is not None or not goes_on):
+            yield start, value
+            unfinished = ""
     if unfinished:
         yield start, None

@@ -1,12 +1,13 @@
 """From an annotation to a record, or to a counted reason why there is none."""
 import contextvars
-import itertools
 import math
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qwen.answer import Box
 from readers import images
@@ -57,17 +58,18 @@ class Collector:
         self.boxes: dict[Path, list[tuple[list[float], Size | None]]] = {}
         self.paths: dict[str, list[Path]] = {}       # stem -> images of that name
         walked = set()
-        # Links are followed, since hub caches consist of them.
+        # Links are followed, since hub caches consist of them; a circle of links ends.
         for directory, subfolders, files in [] if exact else os.walk(folder, followlinks=True):
+            subfolders[:] = [name for name in subfolders if not name.startswith(HIDDEN)]
             real = os.path.realpath(directory)
-            # A second link to a folder, or a circle of links, leads here again.
-            visible = [] if real in walked else [s for s in subfolders if not s.startswith(HIDDEN)]
-            subfolders[:] = visible
-            for name in [] if real in walked else files:
+            if real in walked:
+                subfolders.clear()
+                files = []
+            walked.add(real)
+            for name in files:
                 stem, suffix = os.path.splitext(name)
                 if suffix.lower() in IMAGE_SUFFIXES and not name.startswith(HIDDEN):
                     self.paths.setdefault(stem, []).append(Path(directory, name))
-            walked.add(real)
 
     def add(
             self, where: str, identity: str, image: Any, text: Any, box: Any, category: Any = "",
@@ -169,25 +171,24 @@ def refuse_other_unit(
 
     boxes: four numbers each, and the size of the image, if known. subject: begins the message.
     """
-    values = list(itertools.chain.from_iterable(box for box, _ in boxes))
-    # A box without area tells nothing: it may be zeros in place of no box.
-    solid = any(box[0] != box[2] and box[1] != box[3] for box, _ in boxes)
-    rounding = 1e-3
-    if not solid or min(values) < -rounding or max(values) > 1000 + rounding:
+    if not boxes:
         return
-    if max(values) <= 1 + rounding:
-        if all(value in (0, 1) for value in values):
+    values = np.array([box for box, _ in boxes])                               # (N, 4)
+    sides = np.array([size or (np.inf, np.inf) for _, size in boxes])          # (N, 2)
+    # A box without area tells nothing: it may be zeros in place of no box.
+    solid = (values[:, :2] != values[:, 2:]).all(1).any()
+    rounding = 1e-3
+    if not solid or values.min() < -rounding or values.max() > 1000 + rounding:
+        return
+    if values.max() <= 1 + rounding:
+        if np.isin(values, (0, 1)).all():
             return                # may as well be one pixel in the corner
         unit, sign = "fraction", "all lie in [0, 1]"
     else:
-        sized = [(box, size) for box, size in boxes if size]
-        outside = 0
-        far = 0
-        for (x1, y1, x2, y2), (width, height) in sized:
-            outside += min(x1, x2) >= width or min(y1, y2) >= height
-            far += max(x1, x2) > 1.5 * width or max(y1, y2) > 1.5 * height
-        n = max(len(sized), 1)
-        if outside / n < WHOLLY_OUTSIDE and (n == 1 or far / n < FAR_PAST_EDGE):
+        n = max(np.isfinite(sides).all(1).sum(), 1)
+        outside = (np.minimum(values[:, :2], values[:, 2:]) >= sides).any(1).sum() / n
+        far = (np.maximum(values[:, :2], values[:, 2:]) > 1.5 * sides).any(1).sum() / n
+        if outside < WHOLLY_OUTSIDE and (n == 1 or far < FAR_PAST_EDGE):
             return
         unit, sign = "1000", "all lie in 0..1000, and some outside their images"
     raise DataError(

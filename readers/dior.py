@@ -13,11 +13,6 @@ WITHDRAWN = {"train": 15_328, "val": 3_832, "test": 19_160}
 XML_ENCODING = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([^"']*)["']""")
 # Text in the larger encoding is often declared as the smaller one.
 LARGER_ENCODINGS = {"gb2312": "gb18030", "gbk": "gb18030"}
-# Names that file managers and editors give to copies: "1 (1)", "1 - Copy", "1_copy",
-# "Copy of 1", "1-checkpoint", "1.bak", "1.orig", "1~".
-COPY_NAME = re.compile(
-    r"(?:copy of )?(.+?)(?: ?\(\d+\)|[-_ ]*copy(?: ?\(?\d+\)?)?|-checkpoint|\.bak|\.orig|\.old|~)*",
-    re.IGNORECASE)
 
 
 def read(
@@ -48,15 +43,26 @@ def read(
                     item.findtext("description"), corners, item.findtext("name"))
             count += 1
     # If another split has indices beyond the end, those of this one may be shifted.
-    for name in (split, *splits):
-        beyond = sum(index >= count for index in splits[name])
+    for other in (split, *SPLITS):
+        beyond = sum(index >= count for index in splits[other])
         if beyond:
             raise DataError(
-                f"{root}: {beyond} of the {len(splits[name])} indices of {name} are beyond the "
+                f"{root}: {beyond} of the {len(splits[other])} indices of {other} are beyond the "
                 f"{count} objects found in {folder}; annotations are missing, or the split files "
                 "belong to other data")
     named = sum(map(len, splits.values()))
-    refuse_copies(image_of, root, count, named)
+    # Of several annotations of one image the one with the shortest path is the original: "1.xml"
+    # of "1 (1).xml", "1 - Copy.xml", "Copy of 1.xml" and "old/1.xml".
+    original: dict[str | Path, Path] = {}
+    for file in sorted(image_of, key=lambda f: (len(f.as_posix()), f.as_posix())):
+        original.setdefault(image_of[file] or file, file)
+    copies = [str(f.relative_to(root)) for f in image_of if original[image_of[f] or f] != f]
+    if copies and count > named:
+        more = f" and {len(copies) - 5} more" if len(copies) > 5 else ""
+        raise DataError(
+            f"{root}: {count} objects are in Annotations, but the split files name {named}; "
+            f"{', '.join(copies[:5])}{more} looks like a copy of another annotation and shifts "
+            "every later index; remove it")
     records = collector.records
     if count > named:
         records.note = (
@@ -89,30 +95,6 @@ def read_indices(root: Path, withdrawn: dict[str, int] = WITHDRAWN) -> dict[str,
             f"{root}: the split files overlap or repeat an index ({repeated[:3]}), so test would "
             "leak into train; download them again")
     return splits
-
-
-def refuse_copies(image_of: dict[Path, str], root: Path, count: int, named: int) -> None:
-    """DataError if annotation files look like copies of others.
-
-    A copy has a copy's name next to its original, or is a second annotation of one image. One
-    sign is enough if there are more objects (`count`) than the split files name (`named`).
-    """
-    first_of = {}                 # image -> the annotation with the shortest path
-    for file in sorted(image_of, key=lambda f: (len(f.as_posix()), f.as_posix())):
-        first_of.setdefault(image_of[file] or file, file)
-    copies = []
-    for file in sorted(image_of):
-        original = COPY_NAME.fullmatch(file.stem)[1]
-        by_name = original != file.stem and file.with_name(original + file.suffix) in image_of
-        by_image = first_of[image_of[file] or file] != file
-        if by_name and by_image or (by_name or by_image) and count > named:
-            copies.append(str(file.relative_to(root)))
-    if copies:
-        more = f" and {len(copies) - 5} more" if len(copies) > 5 else ""
-        raise DataError(
-            f"{root}: {count} objects are in Annotations, but the split files name {named}; "
-            f"{', '.join(copies[:5])}{more} looks like a copy of another annotation and shifts "
-            "every later index; remove it")
 
 
 def read_xml(file: Path) -> ElementTree.Element:

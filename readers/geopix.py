@@ -30,8 +30,8 @@ def read(root: Path, split: str) -> Records:
     if not files:
         raise NoSplit(
             f"no *.parquet of a split {split!r} under {root}; geopix has train and test in files "
-            "called like train.FAST_T.parquet and valid.FAST_T.parquet, and those of one part, "
-            "like fast_t_test")
+            "called like train.FAST_T.parquet and valid.FAST_T.parquet, those of one part, like "
+            "fast_t_test, and val held out of train")
     try:
         # Optional: only this data set needs it.
         import pyarrow.parquet
@@ -51,19 +51,15 @@ def read(root: Path, split: str) -> Records:
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows):
                 image_id = f"{file.stem}-{number}" if row["image_id"] is None else row["image_id"]
-                instances = row.pop("instances")
-                for k, instance in enumerate(instances if isinstance(instances, list) else []):
-                    # One that is no object is refused and counted as one without a box.
-                    instance = instance if isinstance(instance, dict) else {}
-                    mask = instance.pop("mask", None)
-                    size = mask.get("size") if isinstance(mask, dict) else None    # height, width
-                    is_size = isinstance(size, list) and [type(n) for n in size] == [int, int]
-                    instance["size"] = (size[1], size[0]) if is_size else None
+                for k, instance in enumerate(row["instances"] or []):
+                    instance = instance or {}
+                    size = (instance.pop("mask", None) or {}).get("size")      # height, width
+                    instance["size"] = tuple(reversed(size)) if size else None
                     found.append((
                         f"{file}, row {number}, instance {k}",
                         f"{part.lower()}_t-{image_id}-{k}", row["image_path"], instance,
                         numbers(instance.get("bbox"))))
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, TypeError, AttributeError, pyarrow.ArrowException) as error:
             raise DataError(
                 f"{file}: unreadable ({' '.join(str(error).split())}); download it again") from None
         boxes = [box for *_, box in found if len(box) == 4]

@@ -11,7 +11,8 @@ NUMBER = re.compile(r"\s*-?\d+(\.\d+)?\s*")
 def read(root: Path, split: str) -> Records:
     """Lines image,x1,y1,x2,y2,text. The text is all after the fifth comma."""
     if split not in ("train", "test"):
-        raise NoSplit(f"rsvg-hr has no split {split!r}; it has train and test")
+        raise NoSplit(
+            f"rsvg-hr has no split {split!r}; it has train, test, and val held out of train")
     name = f"rsvg_hr_{split}.txt"
     file = first_existing(root, name, f"Annotations/{name}")
     collector = Collector(root, "images")

@@ -16,7 +16,8 @@ def read(root: Path, split: str) -> Records:
     ground_truth, in whole hundredths, which the official metric compares.
     """
     if split not in ("train", "test"):
-        raise NoSplit(f"vrsbench has no split {split!r}; it has train and test")
+        raise NoSplit(
+            f"vrsbench has no split {split!r}; it has train, test, and val held out of train")
     name = "VRSBench_train.json" if split == "train" else "VRSBench_EVAL_referring.json"
     file = first_existing(root, name)
     collector = Collector(root, "Images_train" if split == "train" else "Images_val")

@@ -12,17 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import (
-    PUBLISHED,
-    READERS,
-    SAME_BOX,
-    add_reading_flags,
-    find_shared,
-    image_name,
-    is_training,
-    load,
-    open_image,
-)
+import data
 from readers.base import MOST_UNREADABLE, SPLITS, DataError, NoSplit, Record, Records
 from report.pictures import contact_sheet, draw_boxes
 
@@ -37,14 +27,13 @@ def main() -> None:
         2, f"data.py: {message}; data.py --help explains every flag\n")
     add = parser.add_argument
     add("names", nargs="+", metavar="name",
-        help=f"one of {', '.join(READERS)}, or a mixture like dior+vrsbench:0.5")
-    add("--root",
-        help="its folder; default data/<name>; for a mixture or several data sets the folder that "
-        "holds theirs, default data")
-    add("--split", nargs="+",
-        help="splits to check; default those of train, val, test that exist; for several data "
-        "sets those of rft, val, test: rft is train without what is held out as val")
-    add_reading_flags(add)
+        help=f"one of {', '.join(data.READERS)}, or a mixture like dior+vrsbench:0.5")
+    add("--root", help="its folder; default data/<name>; for a mixture or several data sets the "
+        "folder that holds theirs, default data")
+    add("--split", nargs="+", help="splits to check; default those of train, val, test that "
+        "exist; for several data sets those of rft, val, test: rft is train without what is held "
+        "out as val")
+    data.add_reading_flags(add)
     add("--places", type=int, default=20, help="places listed for each reason; 0: all")
     add("--show", type=int, default=12,
         help="records of the first split on the contact sheet; several data sets have none")
@@ -53,42 +42,40 @@ def main() -> None:
     # A name in a data set may hold what no encoding has.
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        check(args)
+        check_data(args)
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def check(args: argparse.Namespace) -> None:
+def check_data(args: argparse.Namespace) -> None:
     """Prints what is in the data sets. DataError at the end if an image can't be decoded."""
     several = len(args.names) > 1
     if len(set(args.names)) < len(args.names):
         raise DataError(f"{' '.join(args.names)}: a data set comes twice; name each once")
-    loaded: dict[str, Records] = {}                  # by name and split
+    loaded: dict[tuple[str, str], Records] = {}      # by name and split
     for name in args.names:
-        root = args.root
-        if several and "+" not in name and ":" not in name:
-            root = Path(root or "data") / name
-        splits = args.split or (("rft", *SPLITS[1:]) if several else SPLITS)
-        found = False
+        is_mixture = "+" in name or ":" in name
+        root = Path(args.root or "data", name) if several and not is_mixture else args.root
+        splits = args.split or (("rft", "val", "test") if several else SPLITS)
         for split in splits:
             try:
-                records = load(name, root, split, args.coords, args.stretch)
+                records = data.load(name, root, split, args.coords, args.stretch)
             except NoSplit as error:
+                found = any(key[0] == name for key in loaded)
                 if args.split or split == splits[-1] and not found:
                     raise
                 print(f"{name} {split}: {error}")
                 continue
-            found = True
-            loaded[f"{name} {split}"] = records
+            loaded[name, split] = records
             print_split(name, split, records, args.places)
     if not several:
-        for a, b in itertools.combinations(loaded, 2):
-            shared = {r.image for r in loaded[a]} & {r.image for r in loaded[b]}
-            print(f"images in both {a.split()[-1]} and {b.split()[-1]}: {len(shared):,}")
+        for (_, a), (_, b) in itertools.combinations(loaded, 2):
+            images = [{r.image for r in loaded[args.names[0], split]} for split in (a, b)]
+            print(f"images in both {a} and {b}: {len(images[0] & images[1]):,}")
     # Drawn scenes need no decoding.
-    records = itertools.chain.from_iterable(loaded.values())
-    files = {r.image: r for r in records if isinstance(r.image, Path)}
+    everything = itertools.chain.from_iterable(loaded.values())
+    files = {r.image: r for r in everything if isinstance(r.image, Path)}
     hashes: dict[Path, str] = {}                     # image -> hash of its pixels
     broken: dict[Path, str] = {}                     # image -> what is wrong with it
     with ThreadPoolExecutor(8) as pool:
@@ -103,25 +90,24 @@ def check(args: argparse.Namespace) -> None:
         print_places(title, list(broken.values()), args.places)
     if several:
         print_shared(loaded, hashes)
-    for title, records in loaded.items() if args.show > 0 and not several else ():
+    for (_, split), records in loaded.items() if args.show > 0 and not several else ():
         whole = [r for r in records if r.image not in broken]
         if whole:
             # Spread evenly over the first split that has any.
             shown = whole[::max(1, len(whole) // args.show)][:args.show]
-            pictures = [draw_boxes(open_image(r), [(r.box, "red")], r.text) for r in shown]
+            pictures = [draw_boxes(data.open_image(r), [(r.box, "red")], r.text) for r in shown]
             save_sheet(pictures, args.out)
-            split = title.split()[-1]
             print(f"{len(shown)} records of {split} with their boxes: {args.out}")
             break
     if broken:
         raise DataError(
-            f"{len(broken):,} of {len(files):,} images can't be decoded; a run replaces each "
-            f"record of one by another record, and ends if they are more than "
-            f"{MOST_UNREADABLE:.0%} of its records; repair or remove those listed above")
+            f"{len(broken):,} of {len(files):,} images can't be decoded; a run replaces the records "
+            f"of each by others, and ends if they are more than {MOST_UNREADABLE:.0%} of its "
+            "records; repair or remove those listed above")
 
 
 def pixel_hash(record: Record) -> str:
-    image = open_image(record)
+    image = data.open_image(record)
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
@@ -134,21 +120,19 @@ def print_split(name: str, split: str, records: Records, places: int) -> None:
         f"{len({r.image for r in records}):,} images, {len({r.category for r in records})} "
         f"categories, hash {records.hash}")
     n = len(records) + refused
-    published = PUBLISHED.get(name, {}).get(split)
+    published = data.PUBLISHED.get(name, {}).get(split)
     if published:
         comparison = "as published"
         if n < published:
             comparison = f"{published:,} are published; a subset, {n / published:.1%} of it"
         elif n > published:
-            comparison = (
-                f"{published:,} are published; more than published: is this another version?")
+            comparison = f"{published:,} are published; more than published: another version?"
         print(f"  expressions found: {n:,}, {comparison}")
     if records.note:
         print(f"  {records.note}")
-    for reason, where in records.refused.items():
-        print_places(f"  refused, {reason}", where, places)
-    for reason, where in records.repaired.items():
-        print_places(f"  repaired, {reason}", where, places)
+    for verb, reasons in (("refused", records.refused), ("repaired", records.repaired)):
+        for reason, where in reasons.items():
+            print_places(f"  {verb}, {reason}", where, places)
     if records:
         boxes = np.array([r.box for r in records])                             # (N, 4)
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -170,32 +154,34 @@ def print_places(title: str, where: Sequence[str], most: int) -> None:
         print(f"    and {len(where) - most:,} more; --places 0 lists all")
 
 
-def print_shared(loaded: dict[str, Records], hashes: dict[Any, str]) -> None:
+def print_shared(loaded: dict[tuple[str, str], Records], hashes: dict[Any, str]) -> None:
     """Prints how much of each scored split is in each training split.
 
-    loaded: by name and split. hashes: image -> hash of its pixels; a scene is its own.
+    hashes: image -> hash of its pixels. A drawn scene has none and is its own key.
     """
-    training = [title for title in loaded if is_training(title.split()[-1])]
-    width = max(len("trained on"), *map(len, loaded)) + 2
+    width = max(len("trained on"), *(len(f"{name} {split}") for name, split in loaded)) + 2
     print(
         "What is scored and trained on too. An image by its name, or by all its pixels (a copy "
         "that was compressed\nagain or resized has others); a record by its image and a box of "
-        f"IoU {SAME_BOX} or more:")
+        f"IoU {data.SAME_BOX} or more:")
     print(
         f"{'trained on':{width}}{'scored':{width}}{'images: name':>17}{'pixels':>17}"
         f"{'records: name':>17}{'pixels':>17}")
-    for title, other in itertools.product(training, [t for t in loaded if t not in training]):
-        records = loaded[other]
-        images = {r.image for r in records}
-        cells = {}
-        for column, key in enumerate((image_name, lambda r: hashes.get(r.image, r.image))):
-            shared = find_shared(records, loaded[title], key)
+    for trained, scored in itertools.product(loaded, loaded):
+        if not data.is_training(trained[1]) or data.is_training(scored[1]):
+            continue
+        records = loaded[scored]
+        n_images = len({r.image for r in records})
+        of_images = []            # (shared, all) by name, by pixels
+        of_records = []
+        for image_key in (data.image_name, lambda r: hashes.get(r.image, r.image)):
+            shared = data.find_shared(records, loaded[trained], image_key)
             shared_images = {r.image for r, what in zip(records, shared) if what}
-            n = shared.count("record")
-            cells[column] = f"{len(shared_images):,} ({len(shared_images) / max(len(images), 1):.0%})"
-            cells[column + 2] = f"{n:,} ({n / max(len(records), 1):.0%})"
-        row = "".join(f"{cells[column]:>17}" for column in range(4))
-        print(f"{title:{width}}{other:{width}}{row}")
+            of_images.append((len(shared_images), n_images))
+            of_records.append((shared.count("record"), len(records)))
+        cells = [f"{n:,} ({n / max(total, 1):.0%})" for n, total in of_images + of_records]
+        row = "".join(f"{cell:>17}" for cell in cells)
+        print(f"{' '.join(trained):{width}}{' '.join(scored):{width}}{row}")
 
 
 def save_sheet(pictures: Sequence[Image.Image], path: str | Path) -> None:
