@@ -109,7 +109,8 @@ def parse_box(text: str) -> Box | None:
 
     Strict: exactly one <answer>, which holds one JSON object with exactly one "bbox_2d" of
     four finite JSON numbers, x2 > x1 and y2 > y1. Other keys and text outside the answer
-    are ignored. Never raises and takes linear time, since a policy may write any text. """
+    are ignored. Never raises and takes linear time, since a policy may write any text.
+    """
     box, why = read_answer(text)
     return None if why else box
 
@@ -178,7 +179,8 @@ def parse_box_lenient(text: str) -> Box | None:
     The box of `parse_box`, else the first four numbers after the last <answer> (without
     one, after the last </think>; without that, anywhere). This reads fenced and bare JSON,
     Qwen2.5-VL's [{"bbox_2d": [...], "label": ...}] and Qwen2-VL's
-    <|box_start|>(x1,y1),(x2,y2)<|box_end|>. """
+    <|box_start|>(x1,y1),(x2,y2)<|box_end|>.
+    """
     box = parse_box(text)
     if box is not None:
         return box

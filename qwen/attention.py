@@ -65,12 +65,9 @@ Rows = slice | Tensor             # rows of a packed tensor: a slice, or an inde
 # Sequences of unequal length, as the variable-length kernel takes them: the first row of
 # each and the end, int32 (sequences + 1,), of queries and of keys; the longest of each.
 Boundaries = tuple[Tensor, Tensor, int, int]
-LayerKV = tuple[Tensor, Tensor]   # keys and values of one layer, each (N, KV, hd)
-# On a CPU, sampling reads a rollout's cached tokens in blocks of this size: it reads little
-# that is not filled yet.
+# On a CPU, sampling reads a rollout's cached tokens in blocks of this size.
 CPU_BLOCK = 8
-# Devices with the variable-length kernel. The meta device has its shapes only, by which
-# train/memory.py counts memory.
+# Where the variable-length kernel exists; on the meta device as shapes, to count memory.
 KERNEL_DEVICES = ("cuda", "meta")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 CPU_KERNEL = True                 # tests turn it off to run the formulas spelled out
@@ -92,22 +89,21 @@ class Piece:
 class Plan:
     """What may see what in one pass over packed tokens: made once, used by every layer.
 
-    lengths:  tokens of each sequence, in packed order; a token sees its own sequence, if
-    `causal`
-              up to itself.
+    lengths:  tokens of each sequence, in packed order; a token sees its own sequence,
+              up to itself if `causal`.
     prefix:   Q pairs (tokens of a prompt, tokens of all its completions). The first Q
-    sequences
-              are the prompts; all completions follow, in the same order. A completion's
-              token sees its whole prompt as well.
-    kv_cache: every layer appends its keys and values to this list; prefill fills the cache
-    so. starts:   cumulative(lengths), if it is on the device already. """
+              sequences are the prompts; all completions follow, in the same order. A
+              completion's token sees its whole prompt as well.
+    kv_cache: a list, to which every layer appends its keys and values, each (N, KV, hd).
+    starts:   cumulative(lengths), if it is on the device already.
+    """
 
     def __init__(
             self, lengths: Iterable[int], causal: bool = True,
-            prefix: Iterable[tuple[int, int]] = (), kv_cache: list[LayerKV] | None = None,
+            prefix: Iterable[tuple[int, int]] = (),
+            kv_cache: list[tuple[Tensor, Tensor]] | None = None,
             device: torch.device | str = "cpu", starts: Tensor | None = None) -> None:
-        # The last token of a completion is not fed, so one of one token is no sequence
-        # here.
+        # A completion's last token is not fed, so one of a single token is no sequence here.
         self.lengths = [n for n in lengths if n]
         self.causal = causal
         self.prefix = list(prefix)
@@ -120,15 +116,15 @@ class Plan:
         """For kernels that take sequences of one length.
 
         The first pieces show each token its own sequence and write every row once; the
-        others show the completions their prompts. """
+        others show the completions their prompts.
+        """
         starts_by_length: dict[int, list[int]] = {}
         for length, end in zip(self.lengths, itertools.accumulate(self.lengths)):
             starts_by_length.setdefault(length, []).append(end - length)
         pieces = []
         for length, starts in starts_by_length.items():
             rows: Rows = slice(starts[0], starts[-1] + length)
-            # A slice is a view and an index copies, but a slice must not cover other
-            # sequences.
+            # A slice is a view and an index copies, but a slice covers all rows between.
             if rows.stop - rows.start != len(starts) * length:
                 rows = (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
             pieces.append(Piece(rows, rows, len(starts), self.causal, written_before=False))
@@ -184,11 +180,11 @@ def to_device(numbers: Sequence[Tensor], device: torch.device | str) -> list[Ten
 
 def attention(
         q: Tensor, k: Tensor, v: Tensor, plan: "Plan | Cache", layer: int = 0) -> Tensor:
-    """q (N, H, hd), k and v (N, KV, hd) -> (N, H, hd): softmax over what `plan` shows a
-    token.
+    """q (N, H, hd), k and v (N, KV, hd) -> (N, H, hd): softmax over what a token sees.
 
-    A Plan is a pass over packed sequences. A Cache is one more token of every rollout; it
-    holds keys and values of all layers, hence `layer`. """
+    A Plan is a pass over packed sequences; a Cache is one more token of every rollout, and
+    holds keys and values of all layers, hence `layer`.
+    """
     if isinstance(plan, Cache):
         return plan.attend(layer, q, k, v)
     if plan.kv_cache is not None:
@@ -199,23 +195,21 @@ def attention(
 # ---------------------------------------------------------------- the cache for sampling
 
 class Cache:
-    """Keys and values for sampling: a prompt's once for its whole group, and every
-    rollout's.
+    """Keys and values for sampling, a prompt's once for its whole group.
 
     prompt_k, prompt_v: per layer (Q, KV, P, hd), shorter prompts padded at the end.
-    completion_k, completion_v: per layer (Q, KV, G, room, hd), room the most tokens of a
-    rollout. unseen: (Q, 1, 1, P + room), True at the padding of prompts and at tokens not
-    sampled yet. filled: tokens of each rollout in the cache, the same number for all.
+    completion_k, completion_v: per layer (Q, KV, G, room, hd), room for the longest rollout.
+    unseen: (Q, 1, 1, P + room), True at padding and at tokens not sampled yet.
+    filled: tokens of each rollout in the cache, the same number for all.
     place: (1,) index of the newest of them, filled - 1, on the device.
 
     Attention reads whole blocks of a rollout's tokens and masks what is not filled. So
     shapes stay the same for many steps, and what changes at every step is on the device: a
-    CUDA graph needs both.
-
-    On CUDA a block is the whole room, so one graph serves all steps of a batch. With 3B's
-    widths, 64 rollouts and room for 256 tokens each, a step reads at most 0.6 GB more than
-    it must, half of that on average, next to 6 GB of weights; capturing again takes as long
-    as a dozen steps. """
+    CUDA graph needs both. On CUDA a block is the whole room, so one graph serves all steps of
+    a batch. With 3B's widths, 64 rollouts and room for 256 tokens each, a step reads at most
+    0.6 GB more than it must, half of that on average, next to 6 GB of weights; capturing
+    again takes as long as a dozen steps.
+    """
 
     def __init__(self, plan: Plan, group: int, max_tokens: int) -> None:
         """plan: of the pass over the packed prompts; it has starts and a filled kv_cache."""
@@ -225,8 +219,7 @@ class Cache:
         _, KV, hd = kv_cache[0][0].shape
         device = kv_cache[0][0].device
 
-        # With padding to one tensor a layer, one matrix product serves all prompts in every
-        # step.
+        # Padded to one tensor a layer, one matrix product serves all prompts in every step.
         first_rows = plan.starts[:-1, None]                                        # (Q, 1)
         lengths = plan.starts.diff()[:, None]
         place = torch.arange(P, device=device)
@@ -278,8 +271,7 @@ class Cache:
         blocks = -(-self.filled // self.block)
         T = min(blocks * self.block, room)      # tokens of a rollout that this step reads
 
-        # (R, heads, hd) -> (Q, KV, G, heads / KV, hd): heads that share a key head are
-        # together.
+        # (R, heads, hd) -> (Q, KV, G, heads / KV, hd): heads of one key head are together.
         q, k, v = (
             x.view(Q, G, KV, -1, hd).transpose(1, 2) for x in (q * hd ** -0.5, k, v))
         # The new token sees itself: its keys and values go into the cache first.
@@ -315,7 +307,8 @@ class PlannedAttention(torch.autograd.Function):
     A token may be in two pieces, its own sequence and its prompt: their outputs are merged.
     In the backward pass a piece's kernel gets the merged output and log-sum-exp. Then
     exp(score - lse) is the weight in the softmax over everything, the kernel returns this
-    piece's exact share of the gradient, and the shares add up. """
+    piece's exact share of the gradient, and the shares add up.
+    """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
@@ -359,12 +352,12 @@ class PlannedAttention(torch.autograd.Function):
 
 def merge_attended(
         out: Tensor, lse: Tensor, rows: Rows, more_out: Tensor, more_lse: Tensor) -> None:
-    """Joins attention over other keys into these rows of out (N, H, hd) and lse (H, N), in
-    place.
+    """Joins attention over more keys into these rows of out (N, H, hd), lse (H, N), in place.
 
-    more_out (rows, H, hd), more_lse (H, rows): the same queries over the other keys. A
-    softmax over both sets of keys weighs each output by its set's share of the sum of
-    exponentials, exp(lse - total). """
+    more_out (rows, H, hd), more_lse (H, rows): the same queries over the other keys. The
+    softmax over all keys weighs each output by its share of the sum of exponentials,
+    exp(lse - total).
+    """
     # Indexing with a tensor copies, so the result is assigned to the rows.
     row_lse = lse[:, rows]
     total = torch.logaddexp(row_lse, more_lse)                             # (H, rows)
@@ -379,8 +372,7 @@ def merge_attended(
 # ---------------------------------------------------------------- the kernels
 
 def attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
-    """A piece's q (rows, H, hd), k and v (keys, KV, hd) -> out like q, lse (H, rows)
-    float32.
+    """A piece's q (rows, H, hd), k, v (keys, KV, hd) -> out like q, lse (H, rows) float32.
 
     By the variable-length kernel, the CPU's, or spelled out for other devices and dtypes.
     """
@@ -420,8 +412,7 @@ def attend_backward(
         shares = kernel(grad, q, k, v, out, lse, 0.0, piece.causal)
     else:
         # arXiv 2205.14135, appendix B.2. The softmax's derivative subtracts from dp its
-        # mean under p; over all that is seen, this is the product of the output and its
-        # gradient.
+        # mean under p, which over all keys is the product of output and gradient.
         scores, k_full, v_full = plain_scores(q, k, v, piece.causal)
         p = (scores - lse[..., None]).exp()                                # (S, H, L, M)
         dp = grad.float() @ v_full.transpose(2, 3)

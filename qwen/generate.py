@@ -37,7 +37,8 @@ def generate(
 
     L is the longest rollout; shorter ones are padded with 0. A rollout ends with a stop
     token, which is part of it, or at max_new_tokens. Log-probabilities are those at the
-    sampling temperature (at 1 if greedy). """
+    sampling temperature (at 1 if greedy).
+    """
     logits, cache, positions = model.prefill(prompts, group, max_new_tokens)
     device = model.device
     # An empty tensor without a dtype would be float, and there may be no stop ids.
@@ -97,7 +98,8 @@ def unfinished(done: Tensor, share: float) -> Tensor | None:
 
     Finished questions are dropped. The others keep as many rows as the one with most
     unfinished rollouts needs, because the batch must be a rectangle; finished rollouts fill
-    it up. """
+    it up.
+    """
     live = (~done).sum(1)                                                  # (Q',)
     # The host waits for the device here, for both numbers at once.
     question_count, width = torch.stack(((live > 0).sum(), live.max())).tolist()
@@ -116,7 +118,8 @@ class Graph:
     A graph reads and writes fixed memory of fixed shapes: weights, cache, input tokens. The
     cache's shapes hold for all steps of a batch, so there is one capture for each batch
     size. Only the latest graph is kept, because a batch never grows again, and the next
-    call has another cache and may have its weights at other addresses. """
+    call has another cache and may have its weights at other addresses.
+    """
 
     model: QwenVL
     tokens: Tensor | None = None  # the captured step's input
@@ -164,12 +167,11 @@ def draw(logp: Tensor, u: Tensor) -> Tensor:
 
 
 def uniform(seeds: Tensor, places: Tensor, k: Tensor | int) -> Tensor:
-    """One number in [0, 1) for each (seed, number in the group, token k): long tensors that
-    broadcast -> double.
+    """One number in [0, 1) for each (seed, place in the group, token k), double; broadcasts.
 
     SplitMix64's finaliser (Steele, Lea, Flood 2014) over a counter. The factors are odd
-    64-bit constants, written as int64; products are modulo 2^64. x >> n & mask is a logical
-    shift. """
+    64-bit constants, written as int64; products are modulo 2^64. The masks make shifts logical.
+    """
     x = seeds * -7046029254386353131
     for part in (places, torch.zeros_like(places) + k):
         x = x + (part + 1) * -4658895280553007687

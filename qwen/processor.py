@@ -1,9 +1,7 @@
-"""The checkpoint's side of the input: coordinate frames, chat prompt, tokenizer, image to patches.
+"""From image and expression to the model's input: resizing, patches, chat prompt, tokens.
 
-One sample's way: `Processor(image, text)` resizes, cuts patches and writes the chat
-prompt -> the model answers in its own frame -> `Frame.to_image`, called by
-`answer.locate`, brings the box back. Rewards and metrics only ever see pixels of the
-original image, and coordinates are converted nowhere but here.
+`Processor(image, text)` resizes the image, cuts patches and writes the chat prompt. The model
+answers in its own coordinates; `answer.locate` converts the box with the prompt's Frame.
 """
 import hashlib
 import json
@@ -22,20 +20,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 
 from qwen.answer import PROMPT, TAGS, Frame
-from qwen.hub import (
-    FAMILIES,
-    CheckpointError,
-    base_folder,
-    newest_step,
-    read_added_tokens,
-    token_ids,
-)
+from qwen.hub import FAMILIES, CheckpointError, base_folder, newest_step, read_added_tokens
 from readers.base import ASPECT, DataError, read_json
 from readers.images import rgb
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-# A family's name, the convention of its coordinates, the system turn of its chat template (None:
-# it has none). `prompt_hash` covers this table.
+# A family's model_type, the convention of its coordinates, and the system turn of its chat
+# template (None: it has none). `prompt_hash` covers this table.
 CHAT_FORMATS = {
     "Qwen2VLProcessor": ("qwen2_vl", "1000", "You are a helpful assistant."),
     "Qwen2_5_VLProcessor": ("qwen2_5_vl", "absolute", "You are a helpful assistant."),
@@ -45,12 +36,14 @@ TOKENIZER_FILES = (
     "preprocessor_config.json", "chat_template.json", "chat_template.jinja",
     "special_tokens_map.json", "added_tokens.json", "processor_config.json",
     "generation_config.json")
-# Where the image processor's settings may stand, the first of them that has some.
+# The image processor's settings: newer checkpoints have them in the first file, under
+# "image_processor". With both files, transformers reads the first.
 IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
-# What a checkpoint may say of an image's way to patches, and is done in any case; 3 is bicubic.
+# Settings with the only value that this code supports; 3 is bicubic.
 IMAGE_SETTINGS = {
     "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
     "do_center_crop": False, "resample": 3, "rescale_factor": 1 / 255}
+COPY_AGAIN = "copy the file again from the hub page"
 # Qwen's pre-tokenizer: where a text is cut before merges apply.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -60,17 +53,15 @@ WORDS = (
 # ---------------------------------------------------------------- image to patches
 
 def smart_resize(
-        width: int, height: int, factor: int, min_pixels: int, max_pixels: int,
-) -> tuple[int, int]:
-    """The family's rule -> (width, height) of the resized image.
+        width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The families' rule -> (width, height) of the resized image.
 
-    Both sides are multiples of `factor`, the area lies between min_pixels and max_pixels, the
-    aspect ratio is about kept. DataError for an image too long for the families.
+    Both sides are multiples of `factor`, the area is between min_pixels and max_pixels, and
+    the aspect ratio is nearly kept. DataError for an image that is too long.
     """
     if max(width, height) > ASPECT * min(width, height):
         raise DataError(
-            f"an image of {width} x {height} is more than {ASPECT} times as long as wide; cut it "
-            "before use")
+            f"an image of {width} x {height} is more than {ASPECT} times as long as wide; cut it")
     w = round(width / factor) * factor
     h = round(height / factor) * factor
     if w * h > max_pixels:
@@ -85,13 +76,10 @@ def smart_resize(
 
 
 def cut_patches(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
-    """Pixels (H, W, C) -> patches (C, N, patch, patch) in the vision tower's order.
+    """Pixels (H, W, C) -> patches (N, C, patch, patch) in the vision tower's order.
 
-    N = H * W / patch^2.
-
-    The tower joins merge x merge neighbours to one token, and expects them one after the other: so
-    patches are numbered block by block, and row by row within a block. An image of 2 x 4 patches,
-    of one pixel each:
+    The tower joins merge x merge neighbours to one token, so patches are numbered block by
+    block, and row by row within a block. An image of 2 x 4 patches, of one pixel each:
 
     >>> pixels = np.array([[0, 1, 2, 3],
     ...                    [4, 5, 6, 7]])[..., None]
@@ -99,20 +87,10 @@ def cut_patches(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
     [0, 1, 4, 5, 2, 3, 6, 7]
     """
     height, width, channels = pixels.shape
-    axes = pixels.reshape(
-        height // patch // merge,    # 0: row of the block
-        merge,                       # 1: row of the patch in its block
-        patch,                       # 2: row of the pixel in its patch
-        width // patch // merge,     # 3: column of the block
-        merge,                       # 4: column of the patch in its block
-        patch,                       # 5: column of the pixel in its patch
-        channels)                    # 6: channel
-    ordered = axes.transpose(
-        6,                           # each channel by itself
-        0, 3,                        # blocks, row by row
-        1, 4,                        # the patches of a block, row by row
-        2, 5)                        # the pixels of a patch, row by row
-    return ordered.reshape(channels, -1, patch, patch)
+    rows, columns = height // patch // merge, width // patch // merge      # of blocks
+    axes = pixels.reshape(rows, merge, patch, columns, merge, patch, channels)
+    # Axes 0 and 3 number blocks, 1 and 4 the patches of a block, 2 and 5 a patch's pixels.
+    return axes.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, patch, patch)
 
 
 # ---------------------------------------------------------------- the model's input
@@ -121,8 +99,7 @@ def cut_patches(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
 class Pixels:
     """The patches of an image as bytes, in the vision tower's order.
 
-    Between processes, and to the device, they travel so: an eighth of what the model's
-    floats take, which hold each pixel of a still image once a frame.
+    They travel to the device like this, because the model's floats take eight times as much.
     """
 
     values: Tensor                # (patches, channels, patch, patch) uint8
@@ -133,14 +110,13 @@ class Pixels:
         return len(self.values)
 
     def normalised(
-            self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """(patches, D) as the model takes them, made on the device; D = channels * frames *
-        patch^2, 1,176 for Qwen2.5-VL."""
+            self, device: torch.device | str = "cpu",
+            dtype: torch.dtype = torch.float32) -> Tensor:
+        """(patches, D) as the model takes them; D = channels * frames * patch^2."""
         values = self.values.to(device, non_blocking=True)
         table = self.table.to(device, dtype)
         channels, levels = table.shape
-        # One lookup for all channels: channel c has its values at c * 256 and behind.
+        # One lookup for all channels: the values of channel c start at c * 256.
         first = torch.arange(channels, dtype=torch.int32, device=device) * levels
         places = values.int().add_(first[:, None, None]).flatten()
         one_frame = table.flatten().index_select(0, places).view(len(values), channels, 1, -1)
@@ -158,181 +134,140 @@ class Prompt:
 
     @property
     def pixel_values(self) -> Tensor:
-        """(patches, D) float32, as transformers' processor gives them."""
+        """(patches, D) float32, as from transformers' processor."""
         return self.pixels.normalised()
 
 
 def prompt_hash() -> str:
-    """12 hex characters of all that is said to the model beside image and expression.
-
-    The checkpoint carries it.
-    """
+    """12 hex characters for all of the prompt but image and expression; run.json has them."""
     return hashlib.sha256(repr((PROMPT, CHAT_FORMATS)).encode()).hexdigest()[:12]
 
 
+@dataclass(eq=False)
 class Processor:
     """Image and expression -> Prompt, completion -> ids, ids -> text.
 
-    For three families: Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
+    For Qwen2-VL, Qwen2.5-VL and Qwen3-VL. Threads may share one: loading sets it for good.
     """
 
-    def __init__(
-            self, tokenizer: Tokenizer, image_config: dict[str, Any], family: str, source: Path,
-    ) -> None:
-        """family: a key of CHAT_FORMATS; source: the file that image_config stands in, beside the
-        tokenizer's.
-
-        KeyError, TypeError or ValueError where image_config lacks a value or has one that is
-        not implemented.
-        """
-        self.tokenizer = tokenizer
-        self.image_file = source
-        self.source = source.parent
-        # The same without added tokens: in it "<|im_end|>" is letters.
-        plain = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
-        self.ordinary = Tokenizer.from_str(json.dumps(plain))
-        self.family, self.convention, self.system = CHAT_FORMATS[family]
-        self.ids = {t: tokenizer.token_to_id(t) for t in (*SPECIAL, "<|endoftext|>")}
-        # Tags of our answer format that are tokens: Qwen3-VL has <think> and </think>.
-        added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
-        self.tags = {tag: added[tag] for tag in TAGS if tag in added}
-        refuse_image_settings(image_config)
-        self.min_pixels, self.max_pixels = pixel_limits(image_config)
-        self.patch = whole(image_config, "patch_size")
-        self.temporal_patch = whole(image_config, "temporal_patch_size")
-        self.merge = whole(image_config, "merge_size")
-        self.mean = per_channel(image_config, "image_mean")
-        self.std = per_channel(image_config, "image_std")
+    tokenizer: Tokenizer
+    ordinary: Tokenizer           # without added tokens: it reads "<|im_end|>" as letters
+    source: Path                  # folder of the tokenizer's files
+    image_file: Path              # file of the image settings
+    family: str                   # config.json's model_type
+    convention: str               # of coordinates, as in Frame
+    system: str | None            # text of the system turn
+    ids: dict[str, int | None]    # of SPECIAL and <|endoftext|>
+    end_id: int                   # end of the assistant's turn
+    tags: dict[str, int]          # TAGS that are tokens: Qwen3-VL has <think> and </think>
+    min_pixels: int               # of the resized image
+    max_pixels: int
+    patch: int                    # side in pixels
+    temporal_patch: int           # frames
+    merge: int                    # merge x merge patches are one token
+    mean: np.ndarray              # (3,) float32
+    std: np.ndarray
 
     @classmethod
     def from_pretrained(
-            cls, path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None,
-    ) -> "Processor":
+            cls, path: str | Path, min_pixels: int | None = None,
+            max_pixels: int | None = None) -> "Processor":
         """The processor of a checkpoint's folder, or of a stage's (its newest step).
 
-        min_pixels, max_pixels: limits of the resized image instead of its own. DataError where
-        files are missing or do not fit, or say other limits than run.json: a stage answers at
-        the size that it was trained at.
+        min_pixels, max_pixels: of the resized image, instead of the file's. DataError if files
+        are missing or wrong, or if the limits are not those of the training (run.json).
         """
-        path = newest_step(path)
-        # An adapter from elsewhere lies alone: the files are beside its base.
-        if not any((path / name).exists() for name in IMAGE_FILES):
-            path = base_folder(path)
-        file, image_config = read_image_config(path)
-        if min_pixels:
-            image_config["min_pixels"] = min_pixels
-        if max_pixels:
-            image_config["max_pixels"] = max_pixels
-        tokenizer = read_tokenizer(path)
-        try:
-            processor = cls(tokenizer, image_config, read_family(path, image_config), file)
-        except KeyError as error:
-            raise DataError(
-                f"{file}: {error} is missing; copy the file again from the hub page") from None
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{file}: {error}; copy the file again from the hub page") from None
-        if not min_pixels and not max_pixels:
-            processor.refuse_other_limits()
-        absent = [t for t in SPECIAL if processor.ids[t] is None]
+        folder = newest_step(path)
+        # An adapter from elsewhere comes without these files; its base has them.
+        if not any((folder / name).exists() for name in IMAGE_FILES):
+            folder = base_folder(folder)
+        settings = read_settings(folder, min_pixels, max_pixels)
+        tokenizer = read_tokenizer(folder)
+        ids = {t: tokenizer.token_to_id(t) for t in (*SPECIAL, "<|endoftext|>")}
+        absent = [t for t in SPECIAL if ids[t] is None]
         if absent:
             raise DataError(
-                f"{path}: the tokenizer has no {', '.join(absent)}; is it that of a Qwen-VL "
-                "model?")
-        return processor
-
-    def refuse_other_limits(self) -> None:
-        """DataError where the run that wrote this checkpoint had other pixel limits."""
-        trained = read_object(self.source / "run.json").get("pixels")
-        limits = [self.min_pixels, self.max_pixels]
-        if trained not in (None, limits):
-            raise DataError(
-                f"{self.image_file} resizes images to {limits[0]} to {limits[1]} pixels, but "
-                f"run.json says that the checkpoint was trained with {trained}; set them in the "
-                "file to what it was trained with")
+                f"{folder}: the tokenizer has no {', '.join(absent)}; use a Qwen-VL model's")
+        added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+        plain = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
+        return cls(
+            tokenizer, Tokenizer.from_str(json.dumps(plain)), folder, ids=ids,
+            end_id=ids["<|im_end|>"], tags={tag: added[tag] for tag in TAGS if tag in added},
+            **settings)
 
     def check_fits(self, config: Any) -> None:
-        """CheckpointError that names the files unless this processor belongs to a model of this
-        model.Config: same family, same patches, same ids."""
-        # Another family reads coordinates in another convention, and no later check would notice.
-        if FAMILIES[self.family] != config.family:
-            raise CheckpointError(
-                f"{self.image_file}: the processor is that of {FAMILIES[self.family]}, but "
-                f"config.json is that of {config.family}; take both files from one checkpoint")
-        for name, ours, theirs in (
-                ("patch_size", self.patch, config.vision.patch),
-                ("merge_size", self.merge, config.vision.merge),
-                ("temporal_patch_size", self.temporal_patch, config.vision.temporal_patch)):
+        """CheckpointError unless this belongs to a model of this model.Config."""
+        vision = config.vision
+        # Another family has another convention for coordinates; no later check would notice.
+        for file, name, ours, theirs in (
+                (self.image_file, "the family", FAMILIES[self.family], config.family),
+                (self.image_file, "patch_size", self.patch, vision.patch),
+                (self.image_file, "merge_size", self.merge, vision.merge),
+                (self.image_file, "temporal_patch_size", self.temporal_patch,
+                 vision.temporal_patch),
+                (self.source, "<|image_pad|>", self.ids["<|image_pad|>"], config.image_id)):
             if ours != theirs:
                 raise CheckpointError(
-                    f"{self.image_file}: {name} is {ours}, but config.json asks for {theirs}; "
-                    "take both files from one checkpoint")
-        image_id = self.ids["<|image_pad|>"]
+                    f"{file}: {name} is {ours}, but config.json asks for {theirs}; take all "
+                    "files from one checkpoint")
         last_id = max(self.tokenizer.get_vocab().values())
-        if image_id != config.image_id or last_id >= config.vocab:
+        if last_id >= config.vocab:
             raise CheckpointError(
-                f"{self.source}: the tokenizer is another model's: its <|image_pad|> is {image_id}, "
-                f"its last id {last_id}, but config.json says {config.image_id} and "
-                f"{config.vocab} ids; take both from one checkpoint")
-
-    @property
-    def end_id(self) -> int:
-        """End of the assistant's turn."""
-        return self.ids["<|im_end|>"]
+                f"{self.source}: the tokenizer's last id is {last_id}, but config.json has "
+                f"{config.vocab} ids; take all files from one checkpoint")
 
     def __call__(self, image: Image.Image, text: str) -> Prompt:
-        """An image and an expression -> Prompt.
-
-        Nothing is ever cut off; an expression is ordinary text, whatever it contains.
-        """
+        """An image and an expression -> Prompt. Nothing is truncated."""
         pixels, grid, resized = self.patches(image)
-        image_tokens = int(grid.prod()) // self.merge ** 2
-        ids = self.turns(PROMPT, image_tokens, text=text)
+        ids = self.turns(PROMPT, int(grid.prod()) // self.merge ** 2, text=text)
         frame = Frame(image.size, resized, self.convention)
         return Prompt(torch.tensor(ids), pixels, grid, frame)
 
-    def turns(self, user: str, image_tokens: int, **blanks: str) -> list[int]:
-        """The family's chat prompt as ids.
+    def patches(self, image: Image.Image) -> tuple[Pixels, Tensor, tuple[int, int]]:
+        """An image -> its patches, image_grid_thw (1, 3), resized (width, height)."""
+        width, height = smart_resize(
+            *image.size, self.patch * self.merge, self.min_pixels, self.max_pixels)
+        resized = rgb(image).resize((width, height), Image.Resampling.BICUBIC)
+        values = torch.from_numpy(cut_patches(np.asarray(resized), self.patch, self.merge))
+        # A channel has 256 values at most: normalise these, then look up.
+        shades = np.arange(256, dtype=np.float32)[:, None]
+        table = torch.from_numpy(((shades / 255 - self.mean) / self.std).T.copy())
+        grid = torch.tensor([[1, height // self.patch, width // self.patch]])
+        return Pixels(values, table, self.temporal_patch), grid, (width, height)
 
-        System turn, the user's image and text, the beginning of the answer. With blanks,
-        `user` is a template of ours that they fill in.
-        """
-        asked = self.tagged(user, **blanks) if blanks else self.words(user)
+    def turns(self, user: str, image_tokens: int, **blanks: str) -> list[int]:
+        """The family's chat prompt as ids: system turn, user turn with the image, start of
+        the answer. With blanks, `user` is a template of ours, which they fill in."""
         start, end, vision_start, vision_end, image = (self.ids[t] for t in SPECIAL)
         ids = []
         if self.system is not None:
             ids += [start, *self.words(f"system\n{self.system}"), end, *self.words("\n")]
         ids += [start, *self.words("user\n")]
         ids += [vision_start, *[image] * image_tokens, vision_end]
-        ids += [*asked, end, *self.words("\n")]
-        ids += [start, *self.words("assistant\n")]
-        return ids
+        ids += [*self.words(user, tags=bool(blanks), **blanks), end, *self.words("\n")]
+        return [*ids, start, *self.words("assistant\n")]
 
-    def words(self, text: str) -> list[int]:
-        """Ordinary text -> ids; no special token is recognised in it.
+    def words(self, text: str, /, tags: bool = False, **blanks: str) -> list[int]:
+        """Ordinary text -> ids; no special token is recognised in it, so an expression may
+        contain anything. A lone surrogate, which cannot be encoded, becomes "?".
 
-        A lone surrogate, which no encoding has, becomes "?".
+        tags: recognise those tags of our answer format that are tokens.
+        blanks: ordinary text that fills in `text`, a template.
         """
-        text = text.encode("utf-8", "replace").decode()
-        return self.ordinary.encode(text, add_special_tokens=False).ids
-
-    def tagged(self, ours: str, **blanks: str) -> list[int]:
-        """A text of ours -> ids: as `words`, but for the tags that are tokens.
-
-        blanks: what fills it in, where it is a template; that is ordinary text.
-        """
-        parts = re.split(f"({'|'.join(self.tags)})", ours) if self.tags else [ours]
+        known = self.tags if tags else {}
         ids = []
-        for part in parts:
-            if part in self.tags:
-                ids.append(self.tags[part])
+        for part in re.split(f"({'|'.join(known)})", text) if known else [text]:
+            if part in known:
+                ids.append(known[part])
             else:
-                ids += self.words(part.format(**blanks) if blanks else part)
+                part = part.format(**blanks) if blanks else part
+                part = part.encode("utf-8", "replace").decode()
+                ids += self.ordinary.encode(part, add_special_tokens=False).ids
         return ids
 
     def encode(self, completion: str) -> Tensor:
-        """A completion's text -> (L,) long, the end of the turn included."""
-        return torch.tensor([*self.tagged(completion), self.end_id])
+        """A completion's text -> (L,) long, with the end of the turn."""
+        return torch.tensor([*self.words(completion, tags=True), self.end_id])
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """Ids of a completion -> its text, without the stop token at its end."""
@@ -341,167 +276,148 @@ class Processor:
             ids = ids[:-1]
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def patches(self, image: Image.Image) -> tuple[Pixels, Tensor, tuple[int, int]]:
-        """An image -> its patches, image_grid_thw (1, 3), resized (width, height)."""
-        width, height = smart_resize(
-            *image.size, self.patch * self.merge, self.min_pixels, self.max_pixels)
-        resized = rgb(image).resize((width, height), Image.Resampling.BICUBIC)
-        patches = cut_patches(np.asarray(resized), self.patch, self.merge)     # (3, N, p, p)
-        values = torch.from_numpy(np.ascontiguousarray(patches.swapaxes(0, 1)))
-        # There are 256 values a channel at most: each is normalised once, then looked up.
-        shades = np.arange(256, dtype=np.float32)[:, None]
-        table = torch.from_numpy(((shades / 255 - self.mean) / self.std).T.copy())
-        grid = torch.tensor([[1, height // self.patch, width // self.patch]])
-        return Pixels(values, table, self.temporal_patch), grid, (width, height)
-
     def save_pretrained(self, path: str | Path) -> None:
-        """Copies the tokenizer's and the processor's files, with the pixel limits in force."""
+        """Copies the tokenizer's and processor's files, with the pixel limits in use."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
             if (self.source / name).exists():
                 shutil.copyfile(self.source / name, path / name)
-        # Readers of another age than ours look into the other file, or for the other names.
-        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        # Other programs may read the other file, or the limits' other names.
         edges = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         for name in IMAGE_FILES:
             content = read_object(self.source / name)
-            image_config = image_part(name, content)
-            if image_config:
-                image_config |= limits
-                if image_config.get("size"):
-                    image_config["size"] = edges
-                text = json.dumps(content, indent=2) + "\n"
-                (path / name).write_text(text, encoding="utf-8")
-
-
-# ---------------------------------------------------------------- a checkpoint's files
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON file's object, {} where there is no such file; DataError where it is none."""
-    content = read_json(file)
-    if content is not None and not isinstance(content, dict):
-        raise DataError(f"{file}: not a JSON object; copy the file again from the hub page")
-    return content or {}
-
-
-def image_part(name: str, content: dict[str, Any]) -> Any:
-    """Of one of IMAGE_FILES, what is about images: None where it has nothing on them."""
-    return content.get("image_processor") if name == "processor_config.json" else content or None
-
-
-def read_image_config(path: Path) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint's folder -> the file with the image processor's settings, and those.
-
-    They stand in processor_config.json, as newer checkpoints have it, else in
-    preprocessor_config.json; with both files, transformers reads the first. DataError
-    where neither has them.
-    """
-    for name in IMAGE_FILES:
-        image_config = image_part(name, read_object(path / name))
-        if isinstance(image_config, dict):
-            return path / name, dict(image_config)
-        if image_config is not None:
-            raise DataError(
-                f"{path / name}: image_processor is no JSON object; copy the file again from the "
-                "hub page")
-    raise DataError(
-        f"no preprocessor_config.json at {path}; copy it there from the checkpoint's hub page")
-
-
-def read_family(path: Path, image_config: dict[str, Any]) -> str:
-    """The key of CHAT_FORMATS that a processor file names, or else config.json; DataError without."""
-    whole_config = read_object(path / "processor_config.json")
-    for name in (image_config.get("processor_class"), whole_config.get("processor_class")):
-        if isinstance(name, str) and name in CHAT_FORMATS:
-            return name
-    model_type = read_object(base_folder(path) / "config.json").get("model_type")
-    for name, (family, _, _) in CHAT_FORMATS.items():
-        if family == model_type:
-            return name
-    raise DataError(
-        f"{path}: neither preprocessor_config.json nor config.json names one of "
-        f"{', '.join(CHAT_FORMATS)}")
-
-
-def pixel_limits(image_config: dict[str, Any]) -> tuple[int, int]:
-    """Least and largest area of the resized image, in pixels; ValueError where they are no such.
-
-    transformers' precedence: min_pixels and max_pixels win over "size", whose edges are
-    areas as well. Files between the two have min_pixels and max_pixels in "size".
-    """
-    size = image_config.get("size") or {}
-    if not isinstance(size, dict):
-        raise ValueError(f"size is {size!r}, not shortest_edge and longest_edge")
-    limits = []
-    for name, edge, default in (
-            ("min_pixels", "shortest_edge", 56 * 56),
-            ("max_pixels", "longest_edge", 28 * 28 * 1280)):
-        given = [image_config.get(name), size.get(edge), size.get(name)]
-        known = [limit for limit in given if limit is not None]
-        if size and not known:
-            raise ValueError(f"size has no {edge}")
-        limits.append(whole({name: known[0] if known else default}, name))
-    return limits[0], limits[1]
-
-
-def refuse_image_settings(image_config: dict[str, Any]) -> None:
-    """ValueError for a setting that makes other pixels than `Processor.patches` does."""
-    for name, ours in IMAGE_SETTINGS.items():
-        value = image_config.get(name)
-        if value is not None and (
-                not isinstance(value, (int, float)) or not abs(value - ours) < 1e-6):
-            raise ValueError(f"{name} is {value!r}, but this code computes {ours} alone")
-
-
-def whole(image_config: dict[str, Any], name: str) -> int:
-    """A whole number above 0; ValueError where it is none, KeyError where it is missing."""
-    value = image_config[name]
-    if type(value) is not int or not 0 < value < 2 ** 31:
-        raise ValueError(f"{name} is {value!r}, not a whole number above 0")
-    return value
-
-
-def per_channel(image_config: dict[str, Any], name: str) -> np.ndarray:
-    """Three numbers as (3,) float32, of which none is 0 in image_std; ValueError for others."""
-    values = image_config[name]
-    numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
-    if not numbers or len(values) != 3 or not all(abs(v) < 1e6 for v in values):
-        raise ValueError(f"{name} is {values!r}, not three numbers")
-    if name == "image_std" and min(values) < 1e-6:
-        raise ValueError(f"{name} is {values!r}, not three numbers above 0")
-    return np.array(values, dtype=np.float32)
+            image = content.get("image_processor") if name == IMAGE_FILES[0] else content
+            if image:
+                image |= {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+                if image.get("size"):
+                    image["size"] = edges
+                (path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def frame_by_coords(
         size: tuple[int, int], coords: str, processor: Processor | None) -> Frame:
-    """The frame of numbers about an image of this size, by the name that --coords gives it.
-
-    original: pixels of the image; resized: pixels of the image as the processor resizes it;
-    1000: thousandths of its sides; fraction: parts of its sides.
-    """
-    resized = size
-    if coords == "fraction":
-        return Frame(size, (1, 1), "absolute")
+    """The frame of an image of this size, for the --coords original (pixels of the image),
+    resized (pixels after the processor's resizing), 1000 or fraction (of the sides)."""
+    resized = (1, 1) if coords == "fraction" else size
     if coords == "resized":
         factor = processor.patch * processor.merge
         resized = smart_resize(*size, factor, processor.min_pixels, processor.max_pixels)
     return Frame(size, resized, "1000" if coords == "1000" else "absolute")
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder; DataError where there is none.
+# ---------------------------------------------------------------- a checkpoint's files
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file's object, {} without the file; DataError if it is not an object."""
+    content = read_json(file)
+    if content is not None and not isinstance(content, dict):
+        raise DataError(f"{file}: not a JSON object; {COPY_AGAIN}")
+    return content or {}
+
+
+def read_settings(
+        folder: Path, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
+    """The processor's files, as fields of Processor; DataError for a missing or wrong setting,
+    and for one that makes other pixels than `Processor.patches`."""
+    file = folder / IMAGE_FILES[0]
+    nested = read_object(file)
+    image = nested.get("image_processor")
+    if image is None:
+        file = folder / IMAGE_FILES[1]
+        image = read_object(file)
+    if image == {}:
+        raise DataError(
+            f"no {IMAGE_FILES[1]} at {folder}; copy it there from the checkpoint's hub page")
+    settings: dict[str, Any] = {"image_file": file}
+    try:
+        if not isinstance(image, dict):
+            raise ValueError("image_processor is not a JSON object")
+        for name, ours in IMAGE_SETTINGS.items():
+            value = image.get(name)
+            equal = isinstance(value, (int, float)) and abs(value - ours) < 1e-6
+            if value is not None and not equal:
+                raise ValueError(f"{name} is {value!r}, but this code supports only {ours}")
+        size = image.get("size") or {}
+        if not isinstance(size, dict):
+            raise ValueError(f"size is {size!r}, not shortest_edge and longest_edge")
+        # transformers' precedence: min_pixels and max_pixels win over "size", whose edges are
+        # areas as well. Some files have min_pixels and max_pixels in "size".
+        whole = {f"{side}_size": image.get(f"{side}_size")
+                 for side in ("patch", "merge", "temporal_patch")}
+        for name, edge, choice, default in (
+                ("min_pixels", "shortest_edge", min_pixels, 56 * 56),
+                ("max_pixels", "longest_edge", max_pixels, 28 * 28 * 1280)):
+            values = (choice or None, image.get(name), size.get(edge), size.get(name))
+            known = [value for value in values if value is not None]
+            if size and not known:
+                raise ValueError(f"size has no {edge}")
+            whole[name] = known[0] if known else default
+        for name, value in whole.items():
+            if type(value) is not int or not 0 < value < 2 ** 31:
+                raise ValueError(f"{name} is {value!r}, not a whole number above 0")
+            settings[name.removesuffix("_size")] = value
+        for name, least in (("image_mean", -1e6), ("image_std", 1e-6)):
+            values = np.array(image.get(name), dtype=np.float32)
+            if values.shape != (3,) or not ((least <= values) & (values < 1e6)).all():
+                above = " above 0" if least > 0 else ""
+                raise ValueError(f"{name} is {image.get(name)!r}, not three numbers{above}")
+            settings[name.removeprefix("image_")] = values
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise DataError(f"{file}: {error}; {COPY_AGAIN}") from None
+
+    limits = [settings["min_pixels"], settings["max_pixels"]]
+    trained = read_object(folder / "run.json").get("pixels") or limits
+    if trained != limits and not min_pixels and not max_pixels:
+        raise DataError(
+            f"{file} resizes images to {limits[0]} to {limits[1]} pixels, but run.json says the "
+            f"checkpoint was trained with {trained}; write these into the first file")
+
+    known = [content["processor_class"] for content in (image, nested)
+             if content.get("processor_class") in list(CHAT_FORMATS)]
+    if not known:
+        model_type = read_object(base_folder(folder) / "config.json").get("model_type")
+        known = [name for name, row in CHAT_FORMATS.items() if row[0] == model_type]
+    if not known:
+        raise DataError(
+            f"{folder}: neither {IMAGE_FILES[1]} nor config.json names one of "
+            f"{', '.join(CHAT_FORMATS)}; copy both again from the hub page")
+    settings["family"], settings["convention"], settings["system"] = CHAT_FORMATS[known[0]]
+    return settings
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's folder; DataError if there is none.
 
     From tokenizer.json, or from vocab.json and merges.txt with the added tokens of
-    tokenizer_config.json or added_tokens.json. The same text has the same ids every
-    time, and all of them: tokenizer.json can hold how some earlier program cut, padded
-    or (BPE dropout) scattered its texts, and the library would go on doing it.
+    tokenizer_config.json or added_tokens.json.
     """
     try:
-        if (path / "tokenizer.json").exists():
-            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        if (folder / "tokenizer.json").exists():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         else:
-            tokenizer = build_tokenizer(path)
+            vocab = read_object(folder / "vocab.json")
+            if not vocab or not (folder / "merges.txt").exists():
+                raise DataError(
+                    f"no tokenizer at {folder}: neither tokenizer.json nor vocab.json with "
+                    "merges.txt; copy them from the checkpoint's hub page")
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            lines = [line for line in lines if line and not line.startswith("#version")]
+            merges = [tuple(line.split(" ")) for line in lines]
+            tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+            tokenizer.normalizer = normalizers.NFC()
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+                pre_tokenizers.Split(Regex(WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+            tokenizer.decoder = decoders.ByteLevel()
+            for i, token in sorted(read_added_tokens(folder).items()):
+                tokenizer.add_tokens([AddedToken(**{"special": False} | token)])
+                if tokenizer.token_to_id(token["content"]) != i:
+                    raise DataError(
+                        f"{folder}: {token['content']} should have id {i}, but vocab.json leaves "
+                        "another one for it; copy both files again from the hub page")
+        # tokenizer.json may hold how an earlier program cut, padded or (BPE dropout)
+        # randomised its texts, and the library would continue.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.model.dropout = None
@@ -509,30 +425,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except (DataError, CheckpointError):
         raise
     except Exception as error:                       # the library raises nothing narrower
-        told = " ".join(str(error).split())          # some of its messages have several lines
-        raise DataError(f"{path}: the tokenizer is unreadable ({told})") from None
-
-
-def build_tokenizer(path: Path) -> Tokenizer:
-    """Qwen's tokenizer from vocab.json, merges.txt and the tokens added to them."""
-    vocab = token_ids(read_object(path / "vocab.json"))
-    if not vocab or not (path / "merges.txt").exists():
+        reason = " ".join(str(error).split())        # some of its messages have several lines
         raise DataError(
-            f"no tokenizer at {path}: neither tokenizer.json nor vocab.json and merges.txt are "
-            "there")
-    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [
-        tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    for i, token in sorted(read_added_tokens(path).items()):
-        tokenizer.add_tokens([AddedToken(**{"special": False} | token)])
-        if tokenizer.token_to_id(token["content"]) != i:
-            raise DataError(
-                f"{path}: {token['content']} is to be {i}, but vocab.json leaves another id for "
-                "it")
-    return tokenizer
+            f"{folder}: the tokenizer is unreadable ({reason}); {COPY_AGAIN}") from None

@@ -2,6 +2,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,7 +224,7 @@ def test_a_step_is_read_back_with_the_limit_that_it_was_trained_with(
 
 
 @pytest.mark.parametrize("name, value, words", [
-    ("do_resize", False, "do_resize is False, but this code computes True alone"),
+    ("do_resize", False, "do_resize is False, but this code supports only True"),
     ("resample", 2, "resample is 2, but"),
     ("rescale_factor", 1, "rescale_factor is 1, but"),
     ("do_normalize", "no", "do_normalize is 'no', but"),
@@ -259,3 +260,15 @@ def test_a_list_in_place_of_an_object_is_one_line(folder: Path, name: str) -> No
     (folder / name).write_text("[1]")
     with pytest.raises(DataError, match=f"{name}: not a JSON object"):
         Processor.from_pretrained(folder)
+
+
+def test_threads_share_a_processor(folder: Path) -> None:
+    processor = Processor.from_pretrained(folder)
+    images = [Image.new("RGB", (60 + i % 7 * 9, 80), (i, 0, 0)) for i in range(64)]
+    texts = [f"the ship number {i}" for i in range(64)]
+    with ThreadPoolExecutor(8) as pool:
+        prompts = list(pool.map(processor, images, texts))
+    for image, text, prompt in zip(images, texts, prompts):
+        alone = processor(image, text)
+        assert torch.equal(prompt.input_ids, alone.input_ids)
+        assert torch.equal(prompt.pixel_values, alone.pixel_values)
