@@ -43,8 +43,9 @@ from readers.base import DataError, Record, read_json_lines
 from report.pictures import draw_boxes
 from tools.check_data import save_sheet
 from tools.teacher import COORDINATES, PLAIN_NUMBER, check_teacher_flags, run_teacher
-from train import run
 from train.dist import check_writable
+from train.flags import FlagParser, above_zero, add_device_flag, not_negative, positive
+from train.run import launch
 
 REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"),
            ("lower left", "bottom", "lower right"))
@@ -313,8 +314,8 @@ def load_reasoning(
 
 # ---------------------------------------------------------------- command line
 
-def flags() -> run.FlagParser:
-    parser = run.FlagParser(
+def flags() -> FlagParser:
+    parser = FlagParser(
         "Shows the reasoning that sft.py trains on, with its pictures, or has a teacher write it")
     add = parser.add_argument
     add("name", help="data set")
@@ -324,30 +325,30 @@ def flags() -> run.FlagParser:
     add("--init", metavar="CKPT",
         help="checkpoint that sets the coordinates of the texts, as sft.py --init does; default: "
         "pixels of the image. With --coords resized: one that resizes images as the teacher does")
-    add("--show", type=run.positive, default=8, help="records")
+    add("--show", type=positive, default=8, help="records")
     add("--seed", type=int, default=0, help="of the teacher's sampling")
     add("--out", help="picture, default cot_check.png; "
         "with --teacher the JSONL, default cot_<name>_<split>.jsonl")
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", metavar="CKPT or URL", help="has this checkpoint explain the known boxes, "
         "or the server at this address of OpenAI's protocol: http://host:port/v1")
-    add("--limit", type=run.positive, help="records in this call; default: all that are left")
-    add("--want", type=run.positive,
+    add("--limit", type=positive, help="records in this call; default: all that are left")
+    add("--want", type=positive,
         help="stop once this many explanations are kept, earlier calls included")
-    add("--max-new-tokens", type=run.positive, default=400, help="longest explanation, tokens")
-    add("--temperature", type=run.not_negative, default=0.7, help="of sampling; 0 is greedy")
+    add("--max-new-tokens", type=positive, default=400, help="longest explanation, tokens")
+    add("--temperature", type=not_negative, default=0.7, help="of sampling; 0 is greedy")
     add = parser.add_argument_group("teacher, a checkpoint").add_argument
-    add("--batch", type=run.positive, default=16, help="records at once")
-    run.add_device_flag(add)
+    add("--batch", type=positive, default=16, help="records at once")
+    add_device_flag(add)
     add = parser.add_argument_group("teacher, a server").add_argument
     add("--model", help="name of the model there")
     add("--coords", choices=("original", "resized", "1000"),
         help="coordinates that the model knows: pixels of the original image, pixels of the "
         "image as it is resized (needs --init), thousandths of its sides")
-    add("--parallel", type=run.positive, default=8, help="requests at once")
-    add("--tries", type=run.positive, default=8,
+    add("--parallel", type=positive, default=8, help="requests at once")
+    add("--tries", type=positive, default=8,
         help="requests for a whole answer; after them a record is left to the next call")
-    add("--timeout", type=run.above_zero, default=120.0, help="seconds for an answer")
+    add("--timeout", type=above_zero, default=120.0, help="seconds for an answer")
     add("--key-env", metavar="NAME", default="OPENAI_API_KEY",
         help="environment variable with the server's key; if it is not set, none is sent")
     return parser
@@ -387,4 +388,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.main(main)
+    launch(main)

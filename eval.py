@@ -63,10 +63,12 @@ from report.predictions import (
     vrsbench_box,
 )
 from reward import agreement
-from train import dist, memory, run
+from train import dist, memory
 from train.ahead import ahead
 from train.checkpoints import open_model
 from train.dist import check_writable, fail, gather_lists, gathered, rank, world
+from train.flags import FlagParser, add_device_flag, positive
+from train.run import launch
 
 INCLUSIVE = ("opt",)              # data sets that count IoU >= t
 OUTCOMES = (*answer.FAILURES, "outside image", "no prediction", UNREADABLE)
@@ -76,8 +78,8 @@ RED = (255, 64, 64)
 
 # ---------------------------------------------------------------- flags
 
-def flags() -> run.FlagParser:
-    parser = run.FlagParser(
+def flags() -> FlagParser:
+    parser = FlagParser(
         "Scores every stage found in a folder, or anyone's predictions: a table, eval.json, "
         "report.html, predictions, pictures.")
     add = parser.add_argument
@@ -85,13 +87,13 @@ def flags() -> run.FlagParser:
     add("--data", help="data set; default: the one recorded in the checkpoint, else synth")
     add("--root", help="its folder; default: as recorded, else data/<name>")
     add("--split", default="test", help="of the data set")
-    add("--limit", type=run.positive, help="score the first LIMIT records only")
+    add("--limit", type=positive, help="score the first LIMIT records only")
     add("--out", help="folder of the report; default CKPT/eval, or named after the predictions")
     add("--temperature", type=float, nargs="+", default=[0.0], help="one row each; 0 is greedy")
-    add("--samples", type=run.positive, default=1, help="answers to each record at a temperature "
+    add("--samples", type=positive, default=1, help="answers to each record at a temperature "
         "above 0, for pass@k and dispersion; all other scores use the first")
-    add("--max-new-tokens", type=run.positive, default=256, help="of an answer with its reasoning")
-    add("--batch", type=run.positive, default=32, help="records answered at once")
+    add("--max-new-tokens", type=positive, default=256, help="of an answer with its reasoning")
+    add("--batch", type=positive, default=32, help="records answered at once")
     add("--blind", action="store_true", help="show another record's image: a score without sight")
     add("--predictions", help='score this JSONL file instead of running a model; one line per '
         'record: {"id": ..., "text": ...} or {"id": ..., "box": [x1, y1, x2, y2] in original '
@@ -108,7 +110,7 @@ def flags() -> run.FlagParser:
     # Their defaults are the flags that the checkpoint was trained with.
     data.add_reading_flags(add, "--data-coords")
     add("--seed", type=int, default=0, help="of sampling")
-    run.add_device_flag(add)
+    add_device_flag(add)
     return parser
 
 
@@ -613,4 +615,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.main(main)
+    launch(main)

@@ -1,32 +1,25 @@
-"""Stage 2: GRPO with a continuous positional reward and a loss weighted by spatial consistency.
+"""Stage 2: GRPO with RSGround-R1's positional reward and consistency-weighted loss.
 
-Per step: sample G answers to each of Q questions, reward them (reward.py), compare
-each with its own group, weight the loss of each group by how far its answers fail or
-scatter, and take one clipped policy-gradient step (or --updates of them). Boxes alone
-are needed, no reasoning.
+One step: sample G answers to each of Q questions, reward them, turn the rewards of each group
+into advantages, weight the group's loss by how far its answers miss or scatter, and take one
+clipped policy-gradient step. Training needs boxes only, no reasoning.
 
-Source: RSGround-R1 (arXiv 2601.21634). The reward is R = IoU + 0.1 positional +
-format (section 3.3), and the whole loss of a group is multiplied by its weight
-(section 3.4); both second-hand. That the KL is part of what is multiplied, and that
-weights are not renormalised over the step, is our reading. Some of the paper's
-settings are not known; there the defaults are VLM-R1's (G 8, lr 1e-6, KL 0.04, clip
-0.2, temperature 1, division by std) or, where marked so, ours. GRPO is DeepSeekMath's
-(arXiv 2402.03300); that the loss is a mean over all tokens of the step is ours. Other
-objectives (DAPO, Dr. GRPO, GSPO) are flags; README's table has their formulas.
+The method is RSGround-R1 (arXiv 2601.21634): the reward is R = IoU + 0.1 positional + format
+(section 3.3), and the whole loss of a group is multiplied by its weight (section 3.4); both are
+known second-hand. Settings that the paper leaves open are VLM-R1's. docs/method.md has the
+formulas of all objectives and the source of each setting.
 
-    torchrun rft.py --data dior --epochs 0.4             one GPU; ckpt/sft -> ckpt/rft
-    torchrun --nproc_per_node 8 rft.py --data dior       eight GPUs, the same result to rounding
-    python rft.py                                        the embedded data on a laptop
+    python rft.py                                        embedded data, on a laptop
+    torchrun rft.py --data dior --epochs 0.4             one GPU: ckpt/sft -> ckpt/rft
+    torchrun --nproc_per_node 8 rft.py --data dior       eight GPUs, same result up to rounding
 """
 import argparse
 import functools
-import itertools
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,42 +30,49 @@ import eval as evaluation
 import reward
 from data import open_image
 from model import QwenVL
-from qwen import answer, lora
+from qwen import lora
+from qwen.answer import FAILURES, failure, format_ok, locate, parse_box
 from qwen.generate import generate
 from qwen.hub import folder
 from qwen.processor import Processor, Prompt
 from readers.base import Record, UnreadableImage
-from report import pictures
-from train import checkpoints as saving
+from report.pictures import draw_rollouts
 from train import dist, memory
-from train import run as runtime
+from train.checkpoints import open_model
+from train.flags import (
+    FlagParser,
+    above_zero,
+    add_common_flags,
+    as_typed,
+    moderate,
+    natural,
+    not_negative,
+    parse,
+    positive,
+    set_steps,
+)
+from train.run import Run, epoch_order, launch, load_records, record_at, trailing
 
-# exp() of a larger log-ratio is of no use and may be infinite.
-MAX_LOG_RATIO = 20.0
-# Keys of metrics.jsonl and rollouts.jsonl that no term of the reward may have.
-RESERVED = {*runtime.LOG_KEYS, "id", "expression", "target", "boxes", "texts"}
-# So many steps in a row in which nothing can be learned are a collapse. Ours.
-COLLAPSED_AFTER = 10
-# Nats a token; a token of probability 0.999 beside one other has 0.008. Ours.
-LEAST_ENTROPY = 0.01
-# How a group's loss may be weighted.
-WEIGHTINGS = ("consistency", "mean", "variance", "off", "shuffled")
-# How the losses of tokens become one, whose ratio is clipped, how the KL is estimated:
-# policy_loss says what each is.
-LOSSES = ("dapo", "grpo", "dr-grpo")
-RATIOS = ("token", "sequence")
-KLS = ("k3", "k1")
-
-above_one = runtime.number(float, lambda v: 1 < v < math.inf, "a finite number above 1")
+MAX_LOG_RATIO = 20.0              # exp() of a larger log-ratio is useless and may overflow
+COLLAPSED_AFTER = 10              # steps in a row without a learning signal, then a warning
+LEAST_ENTROPY = 0.01              # nats per token: the sampled answers are nearly identical
+# Keys of metrics.jsonl and rollouts.jsonl that no term of the reward may use.
+RESERVED = set(
+    "step loss lr grad_norm finite warning peak_GiB val_mIoU val_Pr@0.5 val_failed unreadable "
+    "completion_tokens tokens_per_second reward length truncated unparsable unique "
+    "no_overlap_groups no_overlap_advantage positional_alone_advantage zero_variance_groups "
+    "resampled advantage consistency_weight consistency_weight_min consistency_weight_max "
+    "dispersion groups_with_boxes entropy clipped clipped_completions kl sampled_scored_max "
+    "seconds_rollout seconds_reward seconds_resample seconds_update id expression target boxes "
+    "texts".split())
 
 
 class NamedWeights(argparse.Action):
-    """NAME=WEIGHT ... -> a dict. Names are those of reward.TERMS, and "format"."""
+    """--reward NAME=WEIGHT ... -> dict; names are those of reward.TERMS, and "format"."""
 
     def __call__(
             self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
-            values: Sequence[str], option: str | None = None,
-    ) -> None:
+            values: Sequence[str], option: str | None = None) -> None:
         names = (*reward.TERMS, "format")
         weights: dict[str, float] = {}
         for text in values:
@@ -81,119 +81,86 @@ class NamedWeights(argparse.Action):
                 raise argparse.ArgumentError(
                     self, f"{text}: no term is called {name!r}; there are {', '.join(names)}")
             if name in weights:
-                raise argparse.ArgumentError(self, f"{text}: {name} comes twice")
+                raise argparse.ArgumentError(self, f"{text}: {name} is given twice")
             try:
-                weights[name] = runtime.moderate(weight)
+                weights[name] = moderate(weight)
             except argparse.ArgumentTypeError:
                 raise argparse.ArgumentError(
                     self, f"{text} is not NAME=WEIGHT with a finite number") from None
-        # In one order, whatever the user's: the sum of the terms is then the same to
-        # the bit.
+        # In one order, whatever the user's: the sum of the terms is then the same to the bit.
         ordered = {name: weights[name] for name in names if name in weights}
         setattr(namespace, self.dest, ordered)
 
 
-def flags() -> runtime.FlagParser:
-    parser = runtime.FlagParser(
-        "GRPO with a positional reward and consistency-weighted updates (stage 2)")
-    runtime.add_common_flags(parser, "rft", "ckpt/sft", "0.4 epochs")
-    add_rollout_flags(parser)
-    add_objective_flags(parser)
-    add_update_flags(parser)
-    add_reward_flags(parser)
-    add = parser.add_argument_group("watching").add_argument
-    add("--every", type=runtime.positive, default=50,
-        help="steps between checkpoints, pictures and validation")
-    add("--val", type=runtime.natural, default=64,
-        help="records of the val split in a validation; 0 for none")
-    return parser
-
-
-def add_rollout_flags(parser: argparse.ArgumentParser) -> None:
+def flags() -> FlagParser:
+    parser = FlagParser("GRPO with a positional reward and consistency-weighted updates (stage 2)")
+    add_common_flags(parser, "rft", init="ckpt/sft", length="0.4 epochs", every=50)
     add = parser.add_argument_group("rollouts").add_argument
-    add("--prompts", type=runtime.positive, default=8,
-        help="questions Q a step, over all processes")
-    add("--group", type=runtime.positive, default=8, help="rollouts G of each question")
-    add("--max-new-tokens", type=runtime.positive, default=256,
+    add("--prompts", type=positive, default=8, help="questions Q per step, over all processes")
+    add("--group", type=positive, default=8, help="rollouts G per question")
+    add("--max-new-tokens", type=positive, default=256,
         help="tokens; a longer rollout is cut and counted as truncated")
-    add("--temperature", type=runtime.above_zero, default=1.0,
+    add("--temperature", type=above_zero, default=1.0,
         help="of sampling, and so of the scored log-probabilities")
-    add("--resample", type=runtime.natural, default=0, metavar="N",
-        help="groups whose rewards are all equal are replaced by fresh questions, "
-        "up to N times a step")
-    add("--cuda-graphs", action="store_true", help="decode by CUDA graphs")
-
-
-def add_objective_flags(parser: argparse.ArgumentParser) -> None:
+    add("--resample", type=natural, default=0, metavar="N",
+        help="replace groups of equal rewards by fresh questions, up to N times per step (DAPO)")
+    add("--cuda-graphs", action="store_true", help="decode with CUDA graphs")
     add = parser.add_argument_group("objective").add_argument
-    add("--loss", choices=LOSSES, default="dapo",
-        help="mean over the step's tokens (dapo); over each completion's tokens, then over "
-        "completions (grpo); their sum over completions x --max-new-tokens (dr-grpo)")
-    add("--ratio", choices=RATIOS, default="token",
-        help="to the old policy: each token's, or its whole completion's geometric mean (GSPO, "
-        "whose clip is about 3e-4 4e-4)")
-    add("--clip", type=runtime.not_negative, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"),
-        help="the ratio is clipped to 1 - LOW .. 1 + HIGH")
-    add("--dual-clip", type=above_one, metavar="C",
-        help="a negative advantage counts at most C times, however large the ratio")
-    add("--beta", type=runtime.not_negative, default=0.04,
-        help="weight of the KL to the starting policy; at 0 no reference model is kept")
-    add("--kl", choices=KLS, default="k3",
-        help="estimate of that KL; the gradient of k1 is noise around 0, k3 pulls back")
+    add("--loss", choices=("dapo", "grpo", "dr-grpo"), default="dapo",
+        help="mean over the step's tokens (dapo); over each completion, then over completions "
+        "(grpo); sum over completions x --max-new-tokens (dr-grpo)")
+    add("--ratio", choices=("token", "sequence"), default="token",
+        help="to the old policy: of each token, or the geometric mean over its completion (GSPO; "
+        "use --clip 3e-4 4e-4)")
+    add("--clip", type=not_negative, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"),
+        help="clip the ratio to 1 - LOW .. 1 + HIGH")
+    add("--beta", type=not_negative, default=0.04,
+        help="weight of the KL to the starting policy; 0 keeps no reference model")
     add("--mask-truncated", action="store_true",
         help="do not learn from rollouts that were cut at --max-new-tokens")
     add("--no-std", action="store_true",
         help="do not divide advantages by their group's standard deviation")
-
-
-def add_update_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("updates").add_argument
-    add("--lr", type=runtime.above_zero, default=1e-6,
-        help="peak learning rate; 1e-6 for a 3B model, about 1e-4 for the embedded one")
-    add("--updates", type=runtime.positive, default=1, help="passes over a step's rollouts")
-    add("--minibatches", type=runtime.positive, default=1, metavar="M",
-        help="optimizer steps of a pass, each on Q / M of the questions")
-    add("--importance-cap", type=runtime.above_zero, metavar="C",
-        help="weigh each token by its scored over its sampled probability, C at most")
-
-
-def add_reward_flags(parser: argparse.ArgumentParser) -> None:
+    add("--lr", type=above_zero, default=1e-6,
+        help="peak learning rate: 1e-6 for a 3B model, about 1e-4 for the embedded one")
+    add("--updates", type=positive, default=1, help="passes over a step's rollouts")
+    add("--minibatches", type=positive, default=1, metavar="M",
+        help="optimizer steps per pass, each on Q / M of the questions")
     add = parser.add_argument_group("reward").add_argument
     add("--reward", nargs="+", action=NamedWeights, default=dict(reward.DEFAULT_REWARD),
         metavar="NAME=WEIGHT",
-        help=f"terms of the reward with their weights: {', '.join(reward.TERMS)}, format; at 0 a "
-        f"term is logged alone; default: {runtime.as_typed(reward.DEFAULT_REWARD)}")
-    add("--alpha", type=runtime.scale, default=2.5,
-        help="scale of the positional term's kernel, in halves of the true box's sides")
-    add("--weighting", choices=WEIGHTINGS, default="consistency",
-        help="of a group's loss: by mean and variance of its IoU, by one, not at all, or the "
-        "consistency weights dealt at random (control)")
-    add("--lambdas", type=runtime.moderate, nargs=2, default=(1.2, 1.0),
-        metavar=("MEAN", "VARIANCE"), help="of the consistency weight: "
-        "exp(MEAN (1 - mean IoU) + VARIANCE variance), cut to 0.5 .. 3")
+        help=f"terms and their weights: {', '.join(reward.TERMS)}, format; a term of weight 0 is "
+        f"only logged; default: {as_typed(reward.DEFAULT_REWARD)}")
+    add("--alpha", type=above_zero, default=2.5,
+        help="width of the positional term's kernel, in halves of the true box's sides")
+    add("--weighting", choices=("consistency", "mean", "variance", "off", "shuffled"),
+        default="consistency",
+        help="of a group's loss: by mean and variance of its IoU, by one of them, not at all, or "
+        "the consistency weights dealt at random (control)")
+    add("--lambdas", type=moderate, nargs=2, default=(1.2, 1.0), metavar=("MEAN", "VARIANCE"),
+        help="of the consistency weight: exp(MEAN (1 - mean IoU) + VARIANCE variance), clipped "
+        "to 0.5 .. 3")
+    return parser
 
 
-def check_group_flags(args: argparse.Namespace) -> None:
-    """Refuses flags that do not go together."""
-    if args.prompts % dist.world():
-        dist.fail(f"--prompts {args.prompts} is not a multiple of the "
-                     f"{dist.world()} processes")
-    if args.prompts // dist.world() % args.minibatches:
-        dist.fail(f"--prompts {args.prompts} is not a multiple of --minibatches "
-                     f"{args.minibatches} times {dist.world()} (processes)")
-    if "format" in reward.TERMS:
-        dist.fail("reward.TERMS has a term format, which is rft.py's own; name it otherwise")
-    for name in args.reward:
-        if name not in (*reward.TERMS, "format"):
-            dist.fail(f"the run's reward has a term {name!r}, which reward.TERMS has not; "
-                         "put it in there again")
-        if name in RESERVED or name.endswith("_group_std") or "=" in name:
-            dist.fail(f"a term of the reward can't be called {name!r}: the logs have that "
-                         "name for something else")
-    if not any(args.reward.values()):
-        dist.fail("no term of --reward has a weight; give one another weight than 0")
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags that do not fit each other."""
+    if args.prompts % (dist.world() * args.minibatches):
+        dist.fail(f"--prompts {args.prompts} is not a multiple of {dist.world()} processes times "
+             f"--minibatches {args.minibatches}")
     if args.group < 2:
         dist.fail("--group 1 leaves nothing to compare a rollout with; use 2 or more")
+    if "format" in reward.TERMS:
+        dist.fail("reward.TERMS has a term called format, which rft.py computes itself; rename it")
+    for name in args.reward:
+        if name not in (*reward.TERMS, "format"):
+            dist.fail(f"the run's reward has a term {name!r} that is not in reward.TERMS; "
+                 "add it there again")
+        if name in RESERVED or name.endswith("_group_std") or "=" in name:
+            dist.fail(f"a term of the reward cannot be called {name!r}: the logs use that name for "
+                 "something else")
+    if not any(args.reward.values()):
+        dist.fail("no term of --reward has a weight; give one a weight other than 0")
 
 
 # ---------------------------------------------------------------- the objective
@@ -201,9 +168,8 @@ def check_group_flags(args: argparse.Namespace) -> None:
 def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     """rewards (Q, G) -> advantages (Q, G): (R - mean) / (std + 1e-4) within a group.
 
-    std is the sample's (over G - 1). Exactly 0 where all rewards of a group are
-    equal. Source: GRPO (arXiv 2402.03300), as VLM-R1 computes it; without the
-    division: Dr. GRPO (arXiv 2503.20783).
+    std is over G - 1. Exactly 0 if all rewards of a group are equal. GRPO (arXiv 2402.03300) as
+    in VLM-R1; without the division it is Dr. GRPO's (arXiv 2503.20783).
     """
     advantage = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std:
@@ -211,539 +177,351 @@ def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     return advantage.masked_fill(~varies(rewards)[:, None], 0.0)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What policy_loss is to compute; the defaults are those of rft.py."""
-
-    loss: str = "dapo"                 # of LOSSES
-    ratio: str = "token"               # of RATIOS
-    kl: str = "k3"                     # of KLS
-    dual_clip: float | None = None     # the most that a negative advantage counts
-    # What grpo and dr-grpo divide by; like n_tokens over all micro-batches and processes.
-    completions: int | None = None
-    max_new_tokens: int | None = None
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "Objective":
-        """The one that the flags ask for."""
-        completions = args.prompts // args.minibatches * args.group
-        return cls(
-            args.loss, args.ratio, args.kl, args.dual_clip, completions, args.max_new_tokens)
+def varies(values: Tensor) -> Tensor:
+    """(Q, G) -> (Q,) bool: do the values of a group differ?"""
+    return values.amax(1) > values.amin(1)
 
 
 def policy_loss(
         logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, advantage: Tensor,
         weight: Tensor, n_tokens: int, clip: Sequence[float] = (0.2, 0.2), beta: float = 0.0,
-        lengths: Tensor | None = None, objective: Objective = Objective(),
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of some completions, and sums over their tokens for the log.
+        lengths: Tensor | None = None, *, loss: str = "dapo", ratio: str = "token",
+        completions: int = 0, max_new_tokens: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """One micro-batch's share of an optimizer step's loss, and sums over its tokens for the log.
 
-    logp, logp_old, logp_ref (None at beta 0), advantage, weight: packed (tokens,).
-    lengths: (completions,) tokens of each; for the default objective they only count the
-    completions that the clip cuts. n_tokens counts the optimizer step's, over all micro-batches
-    and processes: losses and gradients simply add up.
+    Tensors are packed (tokens,), except lengths (completions,); logp_ref is None if beta is 0.
+    n_tokens and completions count the whole optimizer step, over all micro-batches and processes,
+    so shares and their gradients simply add up.
 
-    A token's gain is the clipped surrogate of PPO (arXiv 1707.06347; dual clip: arXiv
-    1912.09729; the completion's ratio: GSPO, arXiv 2507.18071) minus beta times an estimate of
-    the KL to the reference. Its loss is minus that, times its weight: its group's (section 3.4
-    of RSGround-R1, second-hand; that the KL is multiplied too is our reading), or 0 where it is
-    not to be learned from; then it is not counted. README's table has all the formulas.
+    A token's gain is PPO's clipped surrogate (arXiv 1707.06347) minus beta times an estimate of
+    the KL to the reference (k3). Its loss is minus that, times its weight: that of its group, or
+    0 if it is masked. We assume that the weight also multiplies the KL.
     """
     log_ratio = logp - logp_old
-    if objective.ratio == "sequence":
-        log_ratio = completion_means(log_ratio, lengths)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    surrogate = ratio * advantage
-    gain = torch.minimum(surrogate, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage)
-    if objective.dual_clip:
-        least = torch.where(advantage < 0, objective.dual_clip * advantage, -torch.inf)
-        gain = torch.maximum(gain, least)
+    if ratio == "sequence":
+        # GSPO (arXiv 2507.18071): one ratio per completion, the geometric mean over its tokens.
+        means = torch.stack([part.mean() for part in log_ratio.split(lengths.tolist())])
+        log_ratio = means.repeat_interleave(lengths.to(means.device))
+    r = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    surrogate = r * advantage
+    gain = torch.minimum(surrogate, r.clamp(1 - clip[0], 1 + clip[1]) * advantage)
     counted = weight > 0
     clipped = (gain != surrogate) & counted
     sums = {"clipped": clipped.float().sum()}
     if lengths is not None:
-        cut = [of_completion.any() for of_completion in clipped.split(lengths.tolist())]
-        sums["clipped_completions"] = torch.stack(cut).float().sum()
+        per_completion = [part.any() for part in clipped.split(lengths.tolist())]
+        sums["clipped_completions"] = torch.stack(per_completion).float().sum()
     if beta:
-        log_ratio_ref = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        kl = -log_ratio_ref if objective.kl == "k1" else log_ratio_ref.exp() - log_ratio_ref - 1
+        d = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        kl = d.exp() - d - 1
         gain = gain - beta * kl
         sums["kl"] = (kl * counted).sum().detach()
-    losses = -(weight.detach() * gain)        # (tokens,)
-    return together(losses, n_tokens, lengths, objective), sums
-
-
-def together(
-        losses: Tensor, n_tokens: int, lengths: Tensor | None, objective: Objective) -> Tensor:
-    """Losses (tokens,) of some completions -> their share of the optimizer step's loss."""
-    if objective.loss == "grpo":
-        of_completions = losses / lengths.repeat_interleave(lengths).to(losses.device)
-        return of_completions.sum() / objective.completions
-    if objective.loss == "dr-grpo":
-        return losses.sum() / (objective.completions * objective.max_new_tokens)
-    return losses.sum() / n_tokens
-
-
-def completion_means(x: Tensor, lengths: Tensor) -> Tensor:
-    """x (tokens,), lengths (completions,) -> (tokens,): the mean over each one's completion."""
-    means = torch.stack([of_completion.mean() for of_completion in x.split(lengths.tolist())])
-    return means.repeat_interleave(lengths.to(x.device))
+    losses = -(weight.detach() * gain)                             # (tokens,)
+    if loss == "grpo":
+        losses = losses / lengths.repeat_interleave(lengths).to(losses.device)
+        return losses.sum() / completions, sums
+    if loss == "dr-grpo":
+        return losses.sum() / (completions * max_new_tokens), sums
+    return losses.sum() / n_tokens, sums
 
 
 def group_weights(iou: Tensor, args: argparse.Namespace, step: int) -> Tensor:
-    """IoU rewards (Q, G) of this process's groups -> weights (Q,) of their losses.
-
-    shuffled: the consistency weights of the whole step, dealt at random over its
-    groups, on all processes alike. Ours, a control.
-    """
-    mean, variance = args.lambdas
+    """IoU (Q, G) of this process's groups -> weights (Q,) of their losses."""
     if args.weighting == "off":
         return torch.ones(len(iou))
-    if args.weighting == "mean":
-        return reward.consistency_weight(iou, mean, 0.0)
-    if args.weighting == "variance":
-        return reward.consistency_weight(iou, 0.0, variance)
-    weights = reward.consistency_weight(iou, mean, variance)
-    if args.weighting == "consistency":
-        return weights
-    weights = by_place(dist.all_gather(weights))
-    random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    dealt = torch.randperm(len(weights), generator=random)
-    return weights[dealt][dist.rank()::dist.world()]
-
-
-def by_place(gathered: Tensor) -> Tensor:
-    """(world * n,), each process's values one behind the other -> the same by place in the step.
-
-    Process r has the places r, r + world, ... So what is dealt to a place does not
-    depend on the number of processes.
-    """
-    return gathered.view(dist.world(), -1).T.flatten()
+    mean, variance = args.lambdas
+    weights = reward.consistency_weight(
+        iou, 0.0 if args.weighting == "variance" else mean,
+        0.0 if args.weighting == "mean" else variance)
+    if args.weighting == "shuffled":
+        # The control: the weights of the step, dealt at random over its groups, the same on all
+        # processes. Process r has the questions r, r + world, ..., so the transpose puts the
+        # gathered weights in the order of the questions.
+        weights = dist.all_gather(weights).view(dist.world(), -1).T.flatten()
+        random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        weights = weights[torch.randperm(len(weights), generator=random)][dist.rank()::dist.world()]
+    return weights
 
 
 # ---------------------------------------------------------------- rollouts and rewards
 
 @dataclass
 class Policy:
-    """The model under training, and what goes with it."""
+    """The model under training, and what it needs to sample and to learn."""
 
     model: QwenVL
     processor: Processor
     optimizer: torch.optim.Optimizer | None
-    # The starting policy, None without a KL; under --lora the model itself, see lora.reference.
-    reference: QwenVL | None
+    reference: QwenVL | None          # None without a KL; with --lora the model itself
 
     def prompt(self, record: Record) -> Prompt:
-        """A record's image and expression, as the model takes them."""
         return self.processor(open_image(record), record.text)
 
 
 @dataclass
-class Rollouts:
-    """G sampled answers to each of Q questions."""
+class Group:
+    """One question, its G sampled answers, and what they earned."""
 
-    records: list[Record]              # Q
-    prompts: list[Prompt]              # Q
-    completions: list[list[Tensor]]    # Q lists of G, each (L,) ids with the end of turn
-    sampled_logp: list[list[Tensor]]   # the same: log-probabilities that they were drawn with
-    texts: list[list[str]]             # Q lists of G
-    truncated: Tensor | None = None    # (Q, G) bool: cut before its end of turn; sample() sets it
-
-    def __getitem__(self, questions: slice) -> "Rollouts":
-        """Those of some neighbouring questions."""
-        return Rollouts(*(getattr(self, each.name)[questions] for each in fields(self)))
-
-    @property
-    def lengths(self) -> Tensor:
-        """(Q, G) tokens of each completion."""
-        lengths = [len(c) for c in itertools.chain.from_iterable(self.completions)]
-        return torch.tensor(lengths).view(len(self.completions), -1)
-
-
-@dataclass
-class Grades:
-    """What the rollouts earned."""
-
-    rewards: Tensor        # (Q, G)
-    terms: dict[str, Tensor]           # name of a term -> (Q, G)
-    boxes: Tensor        # (Q, G, 4) in original pixels, NaN where invalid
-
-    @property
-    def valid(self) -> Tensor:
-        """(Q, G) bool: is there a box?"""
-        return ~self.boxes[..., 0].isnan()
+    record: Record
+    prompt: Prompt
+    completions: list[Tensor]         # G x (L,) ids, with the end of turn
+    sampled_logp: list[Tensor]        # G x (L,) log-probabilities at sampling
+    texts: list[str]                  # G
+    truncated: Tensor                 # (G,) bool: cut before the end of turn
+    # Set by grade():
+    boxes: Tensor | None = None       # (G, 4) original pixels, NaN if invalid
+    terms: dict[str, Tensor] = field(default_factory=dict)        # name -> (G,)
+    reward: Tensor | None = None      # (G,) weighted sum of the terms
 
 
 def sample(
         policy: Policy, records: Sequence[Record], prompts: Sequence[Prompt], seeds: Tensor,
-        args: argparse.Namespace,
-) -> Rollouts:
-    """Q records, their prompts and seeds (Q,) -> G rollouts of each.
-
-    Every process calls it at the same time, be it without a question (Q = 0).
-    """
-    # Sharded parameters are gathered once, for all the tokens of all processes.
+        args: argparse.Namespace) -> list[Group]:
+    """G rollouts for each of Q prompts. Every process must call it, even with Q = 0."""
+    # Sharded parameters are gathered once, for all tokens of all processes.
     with dist.gathered(policy.model) as model:
         if not prompts:
-            return Rollouts([], [], [], [], [])
+            return []
         tokens, logprobs, lengths = generate(
             model, prompts, args.group, args.max_new_tokens, args.temperature, seeds,
             args.cuda_graphs)
-    completions = []
-    sampled_logp = []
-    texts = []
-    truncated = []
-    # One wait for the device brings both to the host.
-    on_host = torch.cat((tokens, lengths[..., None]), -1).tolist()
-    for q, group in enumerate(on_host):
-        ends = [rollout[-1] for rollout in group]
-        completions.append([tokens[q, g, :n] for g, n in enumerate(ends)])
-        sampled_logp.append([logprobs[q, g, :n] for g, n in enumerate(ends)])
-        ids = [rollout[:n] for rollout, n in zip(group, ends)]
-        texts.append([policy.processor.decode(of_rollout) for of_rollout in ids])
-        truncated.append([of_rollout[-1] not in policy.model.stop_ids for of_rollout in ids])
-    return Rollouts(
-        list(records), list(prompts), completions, sampled_logp, texts, torch.tensor(truncated))
+    on_host = torch.cat((tokens, lengths[..., None]), -1).tolist()     # one wait for the device
+    groups = []
+    for q, rollouts in enumerate(on_host):
+        ids = [rollout[:rollout[-1]] for rollout in rollouts]
+        groups.append(Group(
+            records[q], prompts[q],
+            [tokens[q, g, :len(own)] for g, own in enumerate(ids)],
+            [logprobs[q, g, :len(own)] for g, own in enumerate(ids)],
+            [policy.processor.decode(own) for own in ids],
+            torch.tensor([own[-1] not in policy.model.stop_ids for own in ids])))
+    return groups
 
 
-def grade(rollouts: Rollouts, args: argparse.Namespace) -> Grades:
-    """Text -> box -> terms of the reward -> their weighted sum.
+def grade(group: Group, args: argparse.Namespace) -> Group:
+    """Text -> box -> terms of the reward -> their weighted sum, in place.
 
-    Where a box is invalid every term but the format is 0, whatever its function
-    gives.
+    An invalid box earns 0 in every term but the format, whatever the term's function returns.
     """
-    boxes = locate_boxes(rollouts)        # (Q, G, 4)
-    target = torch.tensor([r.box for r in rollouts.records], dtype=torch.float32)[:, None]
-    size = torch.tensor([r.size for r in rollouts.records], dtype=torch.float32)[:, None]
-    invalid = boxes.isnan().any(-1)        # (Q, G)
-    terms = {}
+    boxes = [locate(parse_box(text), group.prompt.frame) for text in group.texts]
+    group.boxes = torch.tensor([box or (torch.nan,) * 4 for box in boxes])             # (G, 4)
+    pred = group.boxes[None]                                                           # (1, G, 4)
+    target = torch.tensor(group.record.box, dtype=torch.float32)[None, None]           # (1, 1, 4)
+    size = torch.tensor(group.record.size, dtype=torch.float32)[None, None]            # (1, 1, 2)
+    invalid = group.boxes.isnan().any(-1)
+    group.terms = {}
     for name in args.reward:
         if name == "format":
-            terms[name] = format_reward(rollouts.texts)
+            # VLM-R1's format reward: reasoning, then one box, in our tags.
+            group.terms[name] = torch.tensor([float(format_ok(text)) for text in group.texts])
             continue
-        value = torch.as_tensor(term_function(name, args.alpha)(boxes, target, size))
-        if value.shape != invalid.shape:
+        term = reward.TERMS[name]
+        if term is reward.positional_term:
+            term = functools.partial(term, alpha=args.alpha)
+        value = torch.as_tensor(term(pred, target, size))
+        if value.shape != (1, len(boxes)):
             raise ValueError(f"the reward term {name} has the shape {tuple(value.shape)}, "
-                             f"not (Q, G) = {tuple(invalid.shape)}")
-        terms[name] = value.float().masked_fill(invalid, 0.0)
-        if not terms[name].isfinite().all():
-            dist.fail(f"the reward term {name} is not finite for every box; mend it there")
-    rewards = torch.zeros(invalid.shape)
+                             f"not (Q, G) = {(1, len(boxes))}")
+        group.terms[name] = value[0].float().masked_fill(invalid, 0.0)
+        if not group.terms[name].isfinite().all():
+            dist.fail(f"the reward term {name} is not finite for every box; fix it in reward.py")
+    group.reward = torch.zeros(len(boxes))
     for name, weight in args.reward.items():
-        rewards = rewards + weight * terms[name]
-    # The weights of groups and the log need the IoU, be it rewarded or not; it is 0
-    # where a box is invalid.
-    terms.setdefault("iou", reward.agreement(boxes, target))
-    return Grades(rewards, terms, boxes)
+        group.reward = group.reward + weight * group.terms[name]
+    # Weights of groups and the log need the IoU whether or not it is rewarded.
+    group.terms.setdefault("iou", reward.agreement(pred, target)[0])
+    return group
 
 
-def locate_boxes(rollouts: Rollouts) -> Tensor:
-    """The box of each rollout in original pixels, cut to the image: (Q, G, 4), NaN for none."""
-    boxes = []
-    for prompt, group in zip(rollouts.prompts, rollouts.texts):
-        for text in group:
-            box = answer.locate(answer.parse_box(text), prompt.frame)
-            boxes.append(box or (torch.nan,) * 4)
-    return torch.tensor(boxes).view(len(rollouts.texts), -1, 4)
+def step_seeds(args: argparse.Namespace, step: int, turn: int = 0) -> Tensor:
+    """Seeds of this process's questions in a turn of resampling (0: the first sampling).
 
-
-def format_reward(texts: Sequence[Sequence[str]]) -> Tensor:
-    """Q lists of G texts -> (Q, G): 1 for reasoning, then one box, in our tags; else 0.
-
-    The image is not looked at: a box outside of it is well formed, too.
-
-    Source: VLM-R1's format reward, which the paper uses (second-hand).
+    Each depends only on the question's place in the step.
     """
-    rewards = [float(answer.format_ok(text)) for text in itertools.chain.from_iterable(texts)]
-    return torch.tensor(rewards).view(len(texts), -1)
+    first = ((args.seed + turn) * 1_000_003 + step) * args.prompts
+    return torch.tensor([first + i for i in range(dist.rank(), args.prompts, dist.world())])
 
 
-def term_function(name: str, alpha: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The function of reward.TERMS of this name; the positional term with this alpha."""
-    function = reward.TERMS[name]
-    if function is reward.positional_term:
-        return functools.partial(function, alpha=alpha)
-    return function
+def fresh_records(
+        records: Sequence[Record], args: argparse.Namespace, step: int, turn: int) -> list[Record]:
+    """This process's records for a turn (1, 2, ...) of resampling, one for each of its places.
 
+    They are all records but those of the step, in an order of the step's own, Q per turn, and
+    repeat if there are too few. So they depend on seed, step, turn and place alone: a resumed run,
+    or one on more processes, gets the same.
+    """
+    Q = args.prompts
+    taken = {record_at(records, place, args.seed).id for place in range(step * Q, (step + 1) * Q)}
+    # The run itself never uses epochs below 0.
+    order = epoch_order(len(records), args.seed, -1 - step)
+    others = [i for i in order if records[i].id not in taken] or order
+    places = range((turn - 1) * Q + dist.rank(), turn * Q, dist.world())
+    return [records[others[place % len(others)]] for place in places]
 
-# ---------------------------------------------------------------- resampling
 
 def resample(
-        policy: Policy, rollouts: Rollouts, grades: Grades, fresh: Callable[[int], list[Record]],
-        args: argparse.Namespace, step: int,
-) -> dict[str, float]:
-    """Puts fresh questions in the place of groups whose rewards are all equal.
+        policy: Policy, groups: list[Group], fresh: Callable[[int], list[Record]],
+        args: argparse.Namespace, step: int) -> dict[str, float]:
+    """Replaces groups of equal rewards by fresh questions, in place -> entries for the log.
 
-    fresh: turn (1, 2, ...) -> this process's Q records of it, one a place. A group that
-    does not vary either is replaced in the next turn; there are --resample turns at most.
-    rollouts and grades are changed in place. -> what a step logs of it. Source: DAPO's
-    dynamic sampling (arXiv 2503.14476); that there is a last turn, and which questions
-    come, is ours.
+    fresh: turn (1, 2, ...) -> one record for each group. DAPO's dynamic sampling (arXiv
+    2503.14476) with a limit of --resample turns, which is ours.
     """
     if not args.resample:
         return {}
     started = time.perf_counter()
     replaced = 0
     for turn in range(1, args.resample + 1):
-        flat = ~varies(grades.rewards)        # (Q,)
-        # The processes go on, and stop, together: sampling gathers all their parameters.
-        n_flat = int(dist.all_sum(flat.sum()))
-        if not n_flat:
+        flat = [i for i, group in enumerate(groups) if not varies(group.reward[None])]
+        # Processes continue and stop together: sampling gathers sharded parameters.
+        if not dist.all_sum(torch.tensor(len(flat))):
             break
-        places = []
-        records = []
-        prompts = []
         questions = fresh(turn)
-        for place in flat.nonzero().flatten().tolist():
+        places, prompts = [], []
+        for i in flat:
             try:
-                prompts.append(policy.prompt(questions[place]))
+                prompts.append(policy.prompt(questions[i]))
             except UnreadableImage:
-                # The group stays for this turn. The image is counted where the run's own order
-                # meets it.
-                continue
-            records.append(questions[place])
-            places.append(place)
-        again = sample(policy, records, prompts, step_seeds(args, step, turn)[places], args)
-        if places:
-            put_groups(rollouts, grades, again, grade(again, args), places)
+                continue              # the group stays; the run's own order reports the image
+            places.append(i)
+        seeds = step_seeds(args, step, turn)[places]
+        new = sample(policy, [questions[i] for i in places], prompts, seeds, args)
+        for i, group in zip(places, new):
+            groups[i] = grade(group, args)
         replaced += int(dist.all_sum(torch.tensor(len(places))))
     return {"resampled": replaced, "seconds_resample": time.perf_counter() - started}
 
 
-def put_groups(
-        rollouts: Rollouts, grades: Grades, again: Rollouts, graded: Grades,
-        places: Sequence[int],
-) -> None:
-    """Overwrites the groups at these places with those of other rollouts, in their order."""
-    for old, new in ((rollouts, again), (grades, graded)):
-        for each in fields(old):
-            overwrite(getattr(old, each.name), getattr(new, each.name), places)
-
-
-def overwrite(old: list | Tensor | dict[str, Tensor], new: Any, places: Sequence[int]) -> None:
-    """old[place] = new[0], new[1], ... in a list or a tensor, or in all tensors of a dict."""
-    if isinstance(old, dict):
-        for name, value in old.items():
-            overwrite(value, new[name], places)
-        return
-    for i, place in enumerate(places):
-        old[place] = new[i]
-
-
-def fresh_records(
-        records: Sequence[Record], args: argparse.Namespace, step: int, turn: int) -> list[Record]:
-    """This process's records of a turn (1, 2, ...) of a step's resampling, one for each place.
-
-    All records but those of the step's batch, in an order of the step's own, Q a turn;
-    where there are too few they come again. So they are a function of seed, step, turn
-    and place alone: whoever resumes, or runs on more processes, meets the same.
-    """
-    batch = runtime.batch(records, step, args.prompts, args.seed)
-    taken = {record.id for record in batch}
-    # Epochs before the first: the run itself meets none of these orders.
-    order = runtime.epoch_order(len(records), args.seed, -1 - step)
-    others = [i for i in order if records[i].id not in taken] or order
-    first = (turn - 1) * args.prompts
-    places = range(first + dist.rank(), first + args.prompts, dist.world())
-    return [records[others[place % len(others)]] for place in places]
-
-
 # ---------------------------------------------------------------- one step
+
+@dataclass
+class MicroBatch:
+    """Some groups that are scored in one pass. Tensors are packed (tokens,), except lengths."""
+
+    groups: list[Group]
+    lengths: Tensor                   # (completions,) tokens of each
+    advantage: Tensor                 # of the token's rollout
+    weight: Tensor                    # of the token's group; 0 if masked
+    n_tokens: int                     # learned from in the optimizer step, over all processes
+    # Set at the first scoring:
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    sampled_scored: float = 0.0       # largest |sampled - scored log-probability|
+
 
 def train_step(
         policy: Policy, records: Sequence[Record], prompts: Sequence[Prompt],
-        args: argparse.Namespace, step: int, fresh: Callable[[int], list[Record]] | None = None,
-) -> tuple[dict[str, Any], Rollouts, Grades]:
-    """This process's part of a step -> its log line, and what was learned from.
-
-    fresh: see resample()."""
+        args: argparse.Namespace, step: int,
+        fresh: Callable[[int], list[Record]] | None = None) -> tuple[dict[str, Any], list[Group]]:
+    """This process's part of one step -> its log line and its groups. fresh: see resample()."""
     started = time.perf_counter()
-    # 1. Each question is answered G times, at the sampling temperature.
-    rollouts = sample(policy, records, prompts, step_seeds(args, step), args)
+    # 1. Sample G answers to each question.
+    groups = sample(policy, records, prompts, step_seeds(args, step), args)
     sampled = time.perf_counter()
 
-    # 2. Answers are rewarded; a group's rewards become advantages over its own mean, and
-    #    its IoU the weight of its loss. Groups of equal rewards may be replaced before.
-    grades = grade(rollouts, args)
+    # 2. Reward them. Rewards become advantages within a group; IoU becomes the group's weight.
+    for group in groups:
+        grade(group, args)
     graded = time.perf_counter()
-    resampled = resample(policy, rollouts, grades, fresh, args, step)
-    refilled = time.perf_counter()
-    weight = group_weights(grades.terms["iou"], args, step)        # (Q,)
-    advantage = advantages(grades.rewards, not args.no_std)        # (Q, G)
+    resampled = resample(policy, groups, fresh, args, step)             # only with --resample
+    update_started = time.perf_counter()
+    rewards = torch.stack([group.reward for group in groups])                          # (Q, G)
+    advantage = advantages(rewards, not args.no_std)                                   # (Q, G)
+    weight = group_weights(torch.stack([g.terms["iou"] for g in groups]), args, step)  # (Q,)
 
-    # 3. All losses of an optimizer step are divided by one count, over all processes and
-    #    micro-batches: so each token weighs the same, however the step is cut.
-    minibatches = cut_into_minibatches(policy.model, rollouts, advantage, weight, args)
-    score_before_updates(policy, minibatches, args)
+    # 3. Cut the step into optimizer steps (usually one), and those into micro-batches. A loss is
+    #    divided by the count of its whole optimizer step, so how the step is cut, and the number
+    #    of processes, change rounding only.
+    minibatches = cut(policy.model, groups, advantage, weight, args)
 
-    # 4. Gradients add up over micro-batches, then the optimizer steps. From its second
-    #    step on the policy has left the one that sampled, and the clip begins to act.
+    # 4. Accumulate gradients, then step.
     lr = dist.lr_at(step, args.steps, args.lr)
     sums: Counter[str] = Counter()
     for minibatch in minibatches * args.updates:
-        for batch in minibatch.batches:
-            sums.update(accumulate_gradient(policy, batch, minibatch.n_tokens, args))
+        for batch in minibatch:
+            logp, entropy = score(policy.model, batch, args)
+            if batch.old_logp is None:
+                set_old_policy(policy, batch, logp.detach(), args)
+            advantage_, weight_ = batch.advantage.to(logp.device), batch.weight.to(logp.device)
+            loss, batch_sums = policy_loss(
+                logp, batch.old_logp, batch.ref_logp, advantage_, weight_, batch.n_tokens,
+                args.clip, args.beta, batch.lengths, loss=args.loss, ratio=args.ratio,
+                completions=args.prompts // args.minibatches * args.group,
+                max_new_tokens=args.max_new_tokens)
+            loss.backward()
+            batch_sums |= {"loss": loss.detach(), "entropy": (entropy * (weight_ > 0)).sum()}
+            # One wait for the device, not one for each sum.
+            values = torch.stack(list(batch_sums.values())).tolist()
+            sums.update(dict(zip(batch_sums, values)))
         grad_norm = dist.update(policy.model, policy.optimizer, lr)
         sums["not_finite"] += not grad_norm < float("inf")
     updated = time.perf_counter()
 
-    # 5. The log line.
-    line = {"step": step + 1, **summary(rollouts, grades, advantage, weight, args)}
-    line |= update_summary(sums, minibatches, args)
-    line |= {"lr": lr, "grad_norm": grad_norm, "finite": not sums["not_finite"], **resampled}
-    line |= {"seconds_rollout": sampled - started, "seconds_reward": graded - sampled}
-    peak = dist.peak_memory(policy.model.device)
-    line |= {"seconds_update": updated - refilled, "peak_GiB": peak}
-    return line, rollouts, grades
+    # 5. One log line.
+    line = {"step": step + 1, **summary(groups, advantage, weight, args),
+            **update_summary(sums, minibatches, args),
+            "lr": lr, "grad_norm": grad_norm, "finite": not sums["not_finite"], **resampled,
+            "seconds_rollout": sampled - started, "seconds_reward": graded - sampled,
+            "seconds_update": updated - update_started, "peak_GiB": dist.peak_memory(policy.model.device)}
+    return line, groups
 
 
-def step_seeds(args: argparse.Namespace, step: int, turn: int = 0) -> Tensor:
-    """Seeds of this process's questions in a turn of resampling (0: none yet).
+def cut(
+        model: QwenVL, groups: list[Group], advantage: Tensor, weight: Tensor,
+        args: argparse.Namespace) -> list[list[MicroBatch]]:
+    """A step's groups -> optimizer steps of equally many neighbours -> micro-batches.
 
-    Each depends on its place in the step alone.
+    advantage (Q, G), weight (Q,).
     """
-    places = range(dist.rank(), args.prompts, dist.world())
-    first = ((args.seed + turn) * 1_000_003 + step) * args.prompts
-    return torch.tensor([first + i for i in places])
-
-
-@dataclass
-class MicroBatch:
-    """Some groups of a step, scored and learned from in one pass. Tensors are (tokens,)."""
-
-    prompts: Sequence[Prompt]
-    completions: list[list[Tensor]]
-    lengths: Tensor                    # (completions,) tokens of each
-    advantage: Tensor                  # of each token: its rollout's
-    weight: Tensor                     # of each token: its group's, 0 where it is masked
-    sampled_logp: Tensor
-    old_logp: Tensor | None = None     # what the ratio is to: set_old_policy stores it
-    ref_logp: Tensor | None = None     # of the reference: likewise
-    sampled_scored: float = 0.0        # largest difference of sampled and scored log-probabilities
-    importance: float = 0.0            # sum of the importance weights
-
-
-@dataclass
-class Minibatch:
-    """What one optimizer step learns from."""
-
-    batches: list[MicroBatch]          # this process's
-    n_tokens: int                      # that are learned from, over all processes; 1 for none
-
-
-def cut_into_minibatches(
-        model: QwenVL, rollouts: Rollouts, advantage: Tensor, weight: Tensor,
-        args: argparse.Namespace,
-) -> list[Minibatch]:
-    """Cuts a step into optimizer steps of equally many questions, neighbours in the step.
-
-    advantage (Q, G), weight (Q,). So each holds the same questions whatever the number of
-    processes.
-    """
-    weight = weight[:, None].expand_as(advantage)        # (Q, G)
+    weight = weight[:, None].expand_as(advantage)                                      # (Q, G)
     if args.mask_truncated:
-        weight = weight.masked_fill(rollouts.truncated, 0.0)
-    lengths = rollouts.lengths.masked_fill(weight == 0, 0)
-    costs = []
-    for prompt, tokens in zip(rollouts.prompts, rollouts.lengths.sum(1).tolist()):
-        costs.append(dist.memory_tokens(model, prompt, tokens))
-    parts = dist.equal_slices(len(weight), args.minibatches)
-    counts = dist.all_sum(torch.stack([lengths[part].sum() for part in parts])).tolist()
+        weight = weight.masked_fill(torch.stack([g.truncated for g in groups]), 0.0)
+    lengths = torch.tensor([[len(c) for c in group.completions] for group in groups])  # (Q, G)
+    counted = lengths.masked_fill(weight == 0, 0)
+    costs = [dist.memory_tokens(model, group.prompt, int(n))
+             for group, n in zip(groups, lengths.sum(1))]
+    parts = dist.equal_slices(len(groups), args.minibatches)
+    counts = dist.all_sum(torch.stack([counted[part].sum() for part in parts])).tolist()
     minibatches = []
     for part, n_tokens in zip(parts, counts):
-        passes = dist.micro_batches(costs[part], args.micro_tokens)
-        batches = cut_into_micro_batches(rollouts[part], advantage[part], weight[part], passes)
-        minibatches.append(Minibatch(batches, max(1, n_tokens)))
+        minibatch = []
+        for within in dist.micro_batches(costs[part], args.micro_tokens):
+            s = slice(part.start + within.start, part.start + within.stop)
+            n = lengths[s].flatten()
+            minibatch.append(MicroBatch(
+                groups[s], n, advantage[s].flatten().repeat_interleave(n),
+                weight[s].flatten().repeat_interleave(n), max(1, n_tokens)))
+        minibatches.append(minibatch)
     return minibatches
 
 
-def cut_into_micro_batches(
-        rollouts: Rollouts, advantage: Tensor, weight: Tensor, passes: Sequence[slice],
-) -> list[MicroBatch]:
-    """Cuts groups into passes of neighbours; advantage and weight, both (Q, G), are laid out
-    by token."""
-    lengths = rollouts.lengths        # (Q, G)
-    batches = []
-    for groups in passes:
-        of_rollout = lengths[groups].flatten()
-        sampled_logp = torch.cat([torch.cat(group) for group in rollouts.sampled_logp[groups]])
-        batches.append(MicroBatch(
-            rollouts.prompts[groups], rollouts.completions[groups], of_rollout,
-            advantage[groups].flatten().repeat_interleave(of_rollout),
-            weight[groups].flatten().repeat_interleave(of_rollout), sampled_logp))
-    return batches
-
-
-def score_before_updates(
-        policy: Policy, minibatches: Sequence[Minibatch], args: argparse.Namespace) -> None:
-    """Scores all rollouts by the policy that sampled, where importance weights will need it.
-
-    In a step with minibatches most are scored first when the policy has moved.
-    """
-    if not args.importance_cap or args.minibatches == 1:
-        return
-    for minibatch in minibatches:
-        for batch in minibatch.batches:
-            with torch.no_grad():
-                scored, _ = policy.model.score(batch.prompts, batch.completions, args.temperature)
-            set_old_policy(policy, batch, scored, args)
+def score(model: QwenVL, batch: MicroBatch, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (tokens,) of a micro-batch's completions."""
+    prompts = [group.prompt for group in batch.groups]
+    return model.score(prompts, [group.completions for group in batch.groups], args.temperature)
 
 
 def set_old_policy(
         policy: Policy, batch: MicroBatch, scored: Tensor, args: argparse.Namespace) -> None:
-    """Stores what a micro-batch's loss compares the policy with; once, at the first scoring.
+    """Fixes, at the first scoring, what the ratio and the KL compare with.
 
-    scored: (tokens,) log-probabilities without gradient. In the only optimizer step of a
-    batch they are the old ones: it is on policy by definition, and how far the sampler's
-    lie from them is rounding, which is watched. With more steps the sampler's are, so
-    that the clip bounds the whole way from the policy that sampled. With importance
-    weights the scored ones are again, and a weight, scored over sampled probability,
-    makes up for the rest of the way (truncated importance sampling, as in TRL's
-    vllm_importance_sampling_correction "token_truncate"): it multiplies the advantage,
-    so the surrogate alone.
+    scored: (tokens,) log-probabilities without gradient. If the step has one optimizer step, it
+    is on policy by definition: the old policy is the scored one, and the difference to the
+    sampled log-probabilities is rounding, which is logged. With several optimizer steps the old
+    policy is the sampler, so that the clip bounds the whole way from it.
     """
-    batch.sampled_scored = (scored - batch.sampled_logp).abs().max().item()
-    several = args.updates * args.minibatches > 1
-    batch.old_logp = scored
-    if args.importance_cap:
-        log_ratio = (scored - batch.sampled_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        importance = log_ratio.exp().clamp(max=args.importance_cap)
-        batch.advantage = batch.advantage.to(scored.device) * importance
-        batch.importance = importance[batch.weight.to(scored.device) > 0].sum().item()
-    elif several:
-        batch.old_logp = batch.sampled_logp
+    sampled = torch.cat([logp for group in batch.groups for logp in group.sampled_logp])
+    batch.sampled_scored = (scored - sampled).abs().max().item()
+    batch.old_logp = sampled if args.updates * args.minibatches > 1 else scored
     if policy.reference is not None:
         with torch.no_grad(), lora.reference(policy.reference):
-            batch.ref_logp, _ = policy.reference.score(
-                batch.prompts, batch.completions, args.temperature)
-
-
-def accumulate_gradient(
-        policy: Policy, batch: MicroBatch, n_tokens: int, args: argparse.Namespace,
-) -> dict[str, float]:
-    """Adds a micro-batch's gradient to the step's -> its loss, and sums over its tokens."""
-    logp, entropy = policy.model.score(batch.prompts, batch.completions, args.temperature)
-    if batch.old_logp is None:
-        set_old_policy(policy, batch, logp.detach(), args)
-    weight = batch.weight.to(logp.device)
-    loss, sums = policy_loss(
-        logp, batch.old_logp, batch.ref_logp, batch.advantage.to(logp.device), weight, n_tokens,
-        args.clip, args.beta, batch.lengths, Objective.of(args))
-    loss.backward()
-    sums |= {"loss": loss.detach(), "entropy": (entropy * (weight > 0)).sum()}
-    # One wait for the device, not one for each sum.
-    return dict(zip(sums, torch.stack(list(sums.values())).tolist()))
+            batch.ref_logp, _ = score(policy.reference, batch, args)
 
 
 # ---------------------------------------------------------------- the log
 
-def varies(values: Tensor) -> Tensor:
-    """(Q, G) -> (Q,) bool: do the values of a group differ?"""
-    return values.amax(1) > values.amin(1)
-
-
 def positional_alone(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """Groups (Q,) bool in which no term of the reward but the positional one varies."""
+    """Groups (Q,) bool in which no term of the reward varies but the positional one."""
     alone = varies(terms["positional"]) & (weights["positional"] != 0)
     for name, weight in weights.items():
         if weight and name != "positional":
@@ -751,41 +529,48 @@ def positional_alone(terms: dict[str, Tensor], weights: dict[str, float]) -> Ten
     return alone
 
 
+def sum_over_processes(own: dict[str, Any]) -> dict[str, float]:
+    """Each figure summed over all processes, in one exchange."""
+    values = torch.tensor([float(v) for v in own.values()], dtype=torch.float64)
+    return dict(zip(own, dist.all_sum(values).tolist()))
+
+
 def summary(
-        rollouts: Rollouts, grades: Grades, advantage: Tensor, weight: Tensor,
-        args: argparse.Namespace,
+        groups: list[Group], advantage: Tensor, weight: Tensor, args: argparse.Namespace,
 ) -> dict[str, float]:
-    """What a step logs of its rollouts, over the groups of all processes."""
-    valid = grades.valid
-    lengths = rollouts.lengths
-    size = torch.tensor([r.size for r in rollouts.records], dtype=torch.float32)
-    dispersion = reward.dispersion(grades.boxes, valid, size)
-    several_boxes = valid.sum(1) >= 2
-    no_overlap = grades.terms["iou"].amax(1) == 0
-    logged = {"reward": grades.rewards, **grades.terms}
+    """What a step logs about its rollouts, over the groups of all processes."""
     n_groups = args.prompts
     n = args.prompts * args.group
+    logged = {"reward": torch.stack([group.reward for group in groups])}               # (Q, G)
+    for name in groups[0].terms:
+        logged[name] = torch.stack([group.terms[name] for group in groups])
+    boxes = torch.stack([group.boxes for group in groups])                             # (Q, G, 4)
+    valid = ~boxes[..., 0].isnan()
+    size = torch.tensor([group.record.size for group in groups], dtype=torch.float32)
+    dispersion = reward.dispersion(boxes, valid, size)
+    several_boxes = valid.sum(1) >= 2
+    no_overlap = logged["iou"].amax(1) == 0
     own = {
         **{name: value.sum() / n for name, value in logged.items()},
         **{f"{name}_group_std": value.std(1).sum() / n_groups for name, value in logged.items()},
-        "length": lengths.sum() / n,
-        "truncated": rollouts.truncated.sum() / n,
+        "length": torch.tensor(sum(len(c) for g in groups for c in g.completions)) / n,
+        "truncated": torch.stack([group.truncated for group in groups]).sum() / n,
         "unparsable": (~valid).sum() / n,
         "no_overlap_groups": no_overlap.sum() / n_groups,
         "no_overlap_advantage": advantage[no_overlap].abs().sum() / n,
-        "zero_variance_groups": (~varies(grades.rewards)).sum() / n_groups,
-        "unique": sum(len(set(group)) for group in rollouts.texts) / n,
+        "zero_variance_groups": (~varies(logged["reward"])).sum() / n_groups,
+        "unique": sum(len(set(group.texts)) for group in groups) / n,
         "consistency_weight": weight.sum() / n_groups,
         "advantage": advantage.abs().sum() / n,
         "dispersion": dispersion[several_boxes].sum(),
         "groups_with_boxes": several_boxes.sum(),
     }
     if "positional" in args.reward:
-        alone = positional_alone(grades.terms, args.reward)
+        alone = positional_alone(logged, args.reward)
         own["positional_alone_advantage"] = advantage[alone].abs().sum() / n
     line = sum_over_processes(own)
     line["dispersion"] /= max(1.0, line.pop("groups_with_boxes"))
-    # Of these two the share of the step's sum of |A| is told.
+    # These two are logged as shares of the step's total |A|.
     for name in ("no_overlap_advantage", "positional_alone_advantage"):
         if name in line:
             line[name] /= max(1e-12, line["advantage"])
@@ -795,173 +580,81 @@ def summary(
 
 
 def update_summary(
-        sums: Counter[str], minibatches: Sequence[Minibatch], args: argparse.Namespace,
+        sums: Counter[str], minibatches: list[list[MicroBatch]], args: argparse.Namespace,
 ) -> dict[str, float]:
-    """What a step logs of its update: means over the tokens of all processes and passes."""
-    n_tokens = sum(minibatch.n_tokens for minibatch in minibatches)
-    own = {name: sums[name] / (n_tokens * args.updates) for name in ("entropy", "clipped")}
-    n = args.prompts * args.group
-    own["clipped_completions"] = sums["clipped_completions"] / (n * args.updates)
-    # A loss is divided by its optimizer step's count already.
+    """What a step logs about its update: means over the tokens of all processes and passes."""
+    n_tokens = args.updates * sum(minibatch[0].n_tokens for minibatch in minibatches)
+    names = ("entropy", "clipped", "kl") if args.beta else ("entropy", "clipped")
+    own = {name: sums[name] / n_tokens for name in names}
+    completions = args.prompts * args.group * args.updates
+    own["clipped_completions"] = sums["clipped_completions"] / completions
     own["loss"] = sums["loss"] / (args.updates * args.minibatches)
-    if args.beta:
-        own["kl"] = sums["kl"] / (n_tokens * args.updates)
-    batches = list(itertools.chain.from_iterable(m.batches for m in minibatches))
-    if args.importance_cap:
-        own["importance"] = sum(batch.importance for batch in batches) / n_tokens
     line = sum_over_processes(own)
-    # Later minibatches may have been scored by a policy that has left the sampler.
-    largest = torch.tensor(max(batch.sampled_scored for batch in minibatches[0].batches))
+    # Only the first minibatch is scored by the policy that sampled it.
+    largest = torch.tensor(max(batch.sampled_scored for batch in minibatches[0]))
     line["sampled_scored_max"] = dist.all_max(largest).item()
     return line
 
 
 def collapse(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence on each way in which the last steps of a log can't teach any more."""
-    equal = runtime.last_steps(lines, lambda line: line["zero_variance_groups"] > 1 - 1e-6)
-    # It is 0 to the bit where no token at all is learned from: --mask-truncated has left all out.
-    certain = runtime.last_steps(lines, lambda line: 0 < line["entropy"] < LEAST_ENTROPY)
+    """Warnings if recent steps gave no learning signal."""
+    equal = trailing(lines, lambda line: line["zero_variance_groups"] > 1 - 1e-6)
+    # The entropy is exactly 0 if --mask-truncated has masked every token.
+    certain = trailing(lines, lambda line: 0 < line["entropy"] < LEAST_ENTROPY)
     found = []
     if equal >= COLLAPSED_AFTER:
-        found.append(f"for {COLLAPSED_AFTER} steps or more no group's rewards differ: all "
+        found.append(f"no group's rewards have differed for {COLLAPSED_AFTER} steps or more: all "
                      "advantages are 0")
     if certain >= COLLAPSED_AFTER:
-        found.append(f"for {COLLAPSED_AFTER} steps or more the entropy is under {LEAST_ENTROPY} "
-                     "nats: a group's answers are all but the same")
+        found.append(f"the entropy has been below {LEAST_ENTROPY} nats for {COLLAPSED_AFTER} "
+                     "steps or more: a group's answers are nearly identical")
     return found
 
 
-def sum_over_processes(own: dict[str, Any]) -> dict[str, float]:
-    """Each figure summed over all processes, in one exchange."""
-    values = torch.tensor([float(v) for v in own.values()], dtype=torch.float64)
-    return dict(zip(own, dist.all_sum(values).tolist()))
-
-
-def log_rollouts(path: Path, step: int, rollouts: Rollouts, grades: Grades) -> None:
-    """Appends every rollout of the first process with its rewards, a line a question."""
+def log_rollouts(path: Path, step: int, groups: list[Group]) -> None:
+    """Appends the first process's rollouts to a JSONL file, one line per question."""
     if dist.rank():
         return
-    logged = {"reward": grades.rewards, **grades.terms}
     with open(path, "a", encoding="utf-8") as file:
-        for q, record in enumerate(rollouts.records):
+        for group in groups:
             boxes = []
-            for box, valid in zip(grades.boxes[q].tolist(), grades.valid[q].tolist()):
-                boxes.append([round(v, 1) for v in box] if valid else None)
-            line = {"step": step + 1, "id": record.id, "expression": record.text,
-                    "target": record.box, "boxes": boxes}
-            for name, value in logged.items():
-                line[name] = [round(v, 4) for v in value[q].tolist()]
-            file.write(json.dumps({**line, "texts": rollouts.texts[q]}) + "\n")
-
-
-def draw_first_group(path: Path, rollouts: Rollouts, grades: Grades) -> None:
-    """Writes a picture of the first question's boxes, on the first process."""
-    if dist.rank():
-        return
-    record = rollouts.records[0]
-    picture = pictures.draw_rollouts(
-        open_image(record), grades.boxes[0].tolist(), grades.rewards[0].tolist(), record.box,
-        record.text)
-    picture.save(path)
+            for box in group.boxes.tolist():
+                boxes.append(None if box[0] != box[0] else [round(v, 1) for v in box])
+            line = {"step": step + 1, "id": group.record.id, "expression": group.record.text,
+                    "target": group.record.box, "boxes": boxes}
+            for name, value in {"reward": group.reward, **group.terms}.items():
+                line[name] = [round(v, 4) for v in value.tolist()]
+            file.write(json.dumps({**line, "texts": group.texts}) + "\n")
 
 
 def canary(
         policy: Policy, records: Sequence[Record], prompts: Sequence[Prompt],
-        args: argparse.Namespace,
-) -> None:
-    """Says before step 1 what the starting policy answers.
-
-    A reward that can't rise is seen here, and not in an hour.
-    """
+        args: argparse.Namespace) -> None:
+    """Prints, before step 1, how the starting policy answers: a reward that cannot rise shows
+    here and not after an hour."""
     seeds = torch.arange(len(records)) + 7_777 * (dist.rank() + 1)
-    rollouts = sample(policy, records, prompts, seeds, args)
-    terms = grade(rollouts, args).terms
-    texts = itertools.chain.from_iterable(rollouts.texts)
-    outcomes = Counter(answer.failure(text) or "parsed" for text in texts)
-    names = ("parsed", *answer.FAILURES)
-    counts = dist.all_sum(torch.tensor([outcomes[name] for name in names])).tolist()
-    n = sum(counts)
-    iou = dist.all_sum(terms["iou"].sum()).item()
-    format_ok = dist.all_sum(format_reward(rollouts.texts).sum()).item()
+    groups = [grade(group, args) for group in sample(policy, records, prompts, seeds, args)]
+    outcomes: Counter[str] = Counter()
+    for group in groups:
+        outcomes.update(failure(text) or "parsed" for text in group.texts)
+    own = {name: outcomes[name] for name in ("parsed", *FAILURES)}
+    own["iou"] = sum(group.terms["iou"].sum() for group in groups)
+    own["format"] = sum(format_ok(text) for group in groups for text in group.texts)
+    counts = sum_over_processes(own)
+    iou, formatted = counts.pop("iou"), counts.pop("format")
+    n = sum(counts.values())
     if dist.rank() == 0:
-        told = ", ".join(f"{count} {name}" for name, count in zip(names, counts) if count)
-        print(f"before step 1: mean IoU {iou / n:.3f}, format {format_ok / n:.3f} "
-              f"over {n} sampled answers; {told}")
+        parts = ", ".join(f"{count:.0f} {name}" for name, count in counts.items() if count)
+        print(f"before step 1: mean IoU {iou / n:.3f}, format {formatted / n:.3f} "
+              f"over {n:.0f} sampled answers; {parts}")
         if iou == 0:
             print("warning: no answer touches its target; the IoU reward is silent until one does")
 
 
 # ---------------------------------------------------------------- the stage
 
-def main() -> None:
-    args = runtime.parse(flags(), "rft")
-    check_group_flags(args)
-    if args.plan:
-        records, val = ((), ()) if args.image else runtime.load_records(args, "rft")
-        memory.show(args, step_size(args), records, val)
-        return
-    init = folder(args.init)
-    records, val = runtime.load_records(args, "rft")
-    runtime.set_steps(args, len(records), args.prompts, epochs=0.4)
-    out = Path(args.out)
-    saving.check_output(out, args.resume)
-    policy = open_policy(init, args, records, val)
-    first = saving.restore(out, policy.model, policy.optimizer) if args.resume else 0
-    lines = runtime.begin(out, first, policy.model, ("metrics.jsonl", "rollouts.jsonl"))
-    run = runtime.run_description(args, "rft", records)
-    checkpoints = saving.Checkpoints(
-        out, args, policy.model, policy.optimizer, policy.processor, run, first)
-    memory.try_out(policy.model, policy.optimizer, policy.reference, policy.processor, records, val,
-                   args, step_size(args))
-    train(policy, checkpoints, lines, records, val)
-
-
-def train(
-        policy: Policy, checkpoints: saving.Checkpoints, lines: list[dict[str, Any]],
-        records: Sequence[Record], val: Sequence[Record],
-) -> None:
-    """The steps of a run from its last checkpoint on; lines: its log up to there."""
-    args = checkpoints.args
-    out = checkpoints.out
-    first = checkpoints.saved
-    replacements = runtime.Replacements(out, len(records))
-
-    def prompts_of(step: int) -> runtime.Share[Prompt]:
-        """This process's records of a step with their prompts."""
-        return runtime.own_share(records, step, args.prompts, args.seed, policy.prompt)
-
-    if not first:
-        share = prompts_of(0)
-        replacements.count(0, share.unreadable)
-        canary(policy, share.records, share.made, args)
-    with runtime.progress_bar("rft", first, args.steps) as bar:
-        ahead = runtime.prefetch(prompts_of, range(first, args.steps), args.workers)
-        for step, share in zip(bar, ahead):
-            if runtime.told_to_stop(out):
-                break
-            unreadable = replacements.count(step, share.unreadable)
-            fresh = functools.partial(fresh_records, records, args, step)
-            line, rollouts, grades = train_step(
-                policy, share.records, share.made, args, step, fresh)
-            lines.append(line)
-            line |= unreadable
-            runtime.warn(lines, rollouts.records, collapse(lines))
-            log_rollouts(out / "rollouts.jsonl", step, rollouts, grades)
-            due = (step + 1) % args.every == 0 or step + 1 == args.steps
-            if due:
-                line |= evaluation.validate(policy.model, policy.processor, val, args)
-                draw_first_group(out / f"rollouts_{step + 1:06d}.png", rollouts, grades)
-            runtime.log(out / "metrics.jsonl", line)
-            # Last, so that a checkpoint never covers a step that is not logged.
-            if due:
-                checkpoints.save(line)
-            bar.set_postfix_str(progress(line))
-            runtime.stop_if_not_finite(lines, args.steps, out)
-    checkpoints.end(lines)
-
-
 def step_size(args: argparse.Namespace) -> memory.Step:
-    """What a step is, for the plan of memory."""
+    """The size of a step, for the plan of memory."""
     return memory.Step(
         args.prompts, args.group, args.max_new_tokens, samples=True, updates=args.minibatches)
 
@@ -969,38 +662,59 @@ def step_size(args: argparse.Namespace) -> memory.Step:
 def open_policy(
         init: Path, args: argparse.Namespace, records: Sequence[Record],
         val: Sequence[Record] = ()) -> Policy:
-    """The model to train with its optimizer, and where there is a KL the reference."""
-    model, processor = saving.open_model(init, max_pixels=args.max_pixels)
+    """The model to train with its optimizer, and the frozen reference if there is a KL."""
+    model, processor = open_model(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
     device = dist.start(args.device, args.deterministic)
     memory.check_gpu(args, processor, records, val, step_size(args), device)
     reference = None
     if args.beta and args.lora:
-        # No second model: the base is frozen, so the adapters tell the two policies apart.
+        # No second model: the base is frozen, so the adapters are all that differs.
         lora.keep_start(model)
         reference = model
     elif args.beta:
-        reference = open_reference(init, device)
+        reference, _ = open_model(init)
+        # Like the model under training: merged in the stored dtype, rounded afterwards.
+        lora.merge(reference)
+        reference = reference.to(device, dist.compute_dtype(device)).requires_grad_(False)
     lora.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
     model = dist.prepare(model, device)
     return Policy(model, processor, dist.optimizer(model, args.lr), reference)
 
 
-def open_reference(init: Path, device: torch.device) -> QwenVL:
-    """The starting policy once more, in the compute dtype and frozen: it is only read."""
-    model, _ = saving.open_model(init)
-    # In the order of the model under training: merged as stored, rounded behind that.
-    lora.merge(model)
-    return model.to(device, dist.compute_dtype(device)).requires_grad_(False)
-
-
-def progress(line: dict[str, Any]) -> str:
-    """A step's log line, as it stands behind the progress bar."""
-    kl = f"kl {line['kl']:.4f} " if "kl" in line else ""
-    return (f"reward {line['reward']:.3f} iou {line['iou']:.3f} tokens {line['length']:.0f} {kl}"
-            f"sampled-scored {line['sampled_scored_max']:.1e} peak {line['peak_GiB']:.1f} GiB"
-            + (" warning" if "warning" in line else ""))
+def main() -> None:
+    args = parse(flags(), "rft")
+    check_flags(args)
+    if args.plan:
+        data = ((), ()) if args.image else load_records(args, "rft")
+        memory.show(args, step_size(args), *data)
+        return
+    init = folder(args.init)
+    records, val = load_records(args, "rft")
+    set_steps(args, len(records), args.prompts, epochs=0.4)
+    run = Run(args, "rft", records, logs=("metrics.jsonl", "rollouts.jsonl"))
+    policy = open_policy(init, args, records, val)
+    run.begin(policy.model, policy.optimizer, policy.processor)
+    memory.try_out(policy.model, policy.optimizer, policy.reference, policy.processor, records,
+                   val, args, step_size(args))
+    if run.first == 0:
+        batch = run.batch(policy.prompt, args.prompts, 0)
+        canary(policy, batch.records, batch.inputs, args)
+    for step, batch in run.steps(policy.prompt, args.prompts):
+        fresh = functools.partial(fresh_records, records, args, step)
+        line, groups = train_step(policy, batch.records, batch.inputs, args, step, fresh)
+        log_rollouts(run.out / "rollouts.jsonl", step, groups)
+        if run.due(step):
+            line |= evaluation.validate(policy.model, policy.processor, val, args)
+            if dist.rank() == 0:
+                g = groups[0]
+                picture = draw_rollouts(open_image(g.record), g.boxes.tolist(), g.reward.tolist(),
+                                        g.record.box, g.record.text)
+                picture.save(run.out / f"rollouts_{step + 1:06d}.png")
+        run.log(line, batch, collapse([*run.lines, line]),
+                show=("reward", "iou", "length", "kl", "sampled_scored_max", "peak_GiB"))
+    run.end()
 
 
 if __name__ == "__main__":
-    runtime.main(main, farewells=True)
+    launch(main, catch_signals=True)

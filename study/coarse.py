@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Box, load, open_image  # noqa: E402
 from train import dist  # noqa: E402
-from train import run as runtime  # noqa: E402
+from train.run import launch  # noqa: E402
 
 SPREAD = 0.5                   # deviation of a box's place, in its own sides
 
@@ -52,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    launch(main)

@@ -38,7 +38,8 @@ import rft  # noqa: E402
 from data import load, open_image  # noqa: E402
 from readers.base import Record  # noqa: E402
 from train import dist  # noqa: E402
-from train import run as runtime  # noqa: E402
+from train.flags import positive  # noqa: E402
+from train.run import launch, record_at  # noqa: E402
 
 TARGET = "mean IoU"
 
@@ -154,10 +155,10 @@ def main() -> None:
     parser = rft.flags()
     parser.description = ("Measures how much of the policy gradient of rft.py, under the same "
                           "flags, is signal")
-    parser.add_argument("--batches", type=runtime.positive, default=12,
+    parser.add_argument("--batches", type=positive, default=12,
                         help="of --prompts questions each; three at least")
     args = parser.parse_args()
-    runtime.choose_device_flags(args)
+    args.device = dist.choose_device(args.device)
     rft.check_group_flags(args)
     if args.batches < 3:
         dist.fail(f"--batches {args.batches} has no pairs left once one is left out; "
@@ -170,7 +171,8 @@ def main() -> None:
     means = []
     with tqdm(range(args.batches), desc="gradients") as bar:
         for step in bar:
-            batch = runtime.batch(records, step, args.prompts, args.seed)
+            batch = [record_at(records, step * args.prompts + i, args.seed)
+                     for i in range(args.prompts)]
             seeds = torch.arange(args.prompts) + step * args.prompts
             gradient, mean = gradients(policy, batch, seeds, args)
             means.append(mean)
@@ -186,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    launch(main)

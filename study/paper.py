@@ -9,7 +9,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from readers import base  # noqa: E402
 from train import dist  # noqa: E402
-from train import run as runtime  # noqa: E402
+from train.flags import FlagParser  # noqa: E402
+from train.run import launch  # noqa: E402
 
 METRICS = ("Pr@0.5", "Pr@0.7", "mIoU")
 
@@ -41,7 +42,7 @@ def table(tables: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    parser = runtime.FlagParser("The table of a run of study/paper.sh")
+    parser = FlagParser("The table of a run of study/paper.sh")
     parser.add_argument("out", help="its folder")
     out = Path(parser.parse_args().out)
     tables = read_rows(out)
@@ -53,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    launch(main)

@@ -18,7 +18,8 @@ from report import (
 )
 from report import predictions as answers  # noqa: E402
 from train import dist  # noqa: E402
-from train import run as runtime  # noqa: E402
+from train.flags import FlagParser  # noqa: E402
+from train.run import launch  # noqa: E402
 
 STAGES = {
     "base": "base", "direct": "GRPO from the base", "sft": "CoT-SFT", "rft": "RSGround-R1"}
@@ -119,7 +120,7 @@ def comparison(records: Sequence[Record], answers: Answers) -> str:
 
 
 def main() -> None:
-    parser = runtime.FlagParser("The table, picture and comparison of a run of speedrun.sh")
+    parser = FlagParser("The table, picture and comparison of a run of speedrun.sh")
     parser.add_argument("ckpt", nargs="?", default="ckpt", help="its folder")
     ckpt = Path(parser.parse_args().ckpt)
     folders = ("eval", "eval_blind", "eval_full", "eval_novel")
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    launch(main)

@@ -53,7 +53,8 @@ from study.scores import (  # noqa: E402
     rows_of,
     seeds_with,
 )
-from train import run as runtime  # noqa: E402
+from train.flags import FlagParser  # noqa: E402
+from train.run import launch  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ def chapter(
 
 
 def main() -> None:
-    parser = runtime.FlagParser("Tables and figure of a study that ablate.sh ran")
+    parser = FlagParser("Tables and figure of a study that ablate.sh ran")
     parser.add_argument("study", nargs="?", default="ckpt/study", help="its folder")
     study = Path(parser.parse_args().study)
     check_names(study)
@@ -360,4 +361,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    launch(main)

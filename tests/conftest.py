@@ -267,7 +267,7 @@ def do(job: dict[str, Any]) -> None:
                    for name, path in names.items()}
         exec(job["spoil"], modules)
         runtime = modules["runtime"]
-        runtime.main(stage.main, farewells=True)
+        runtime.launch(stage.main, catch_signals=True)
     runpy.run_path(job["script"], run_name="__main__")
     sys.exit()
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def ids_in_order(records: Sequence[Record], step: int, steps: int = 1) -> list[s
     """Ids of the records of some steps, nothing replaced."""
     ids = []
     for s in range(step, step + steps):
-        ids += [record.id for record in runtime.batch(records, s, BATCH, seed=0)]
+        ids += [runtime.record_at(records, s * BATCH + i, 0).id for i in range(BATCH)]
     return ids
 
 
@@ -71,10 +72,10 @@ def shares(
     unreadable = []
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        share = runtime.own_share(records, step, BATCH, 0, lambda r: data.open_image(r).size)
-        assert share.made == [(40, 30)] * len(share.records)
+        share = runtime.make_batch(records, step, BATCH, 0, lambda r: data.open_image(r).size)
+        assert share.inputs == [(40, 30)] * len(share.records)
         ids[rank::world] = [record.id for record in share.records]
-        unreadable += [met.id for met in share.unreadable]
+        unreadable += [met["id"] for met in share.unreadable]
     return ids, sorted(unreadable)
 
 
@@ -102,7 +103,7 @@ def test_an_order_of_bad_records_alone_has_an_end(
 ) -> None:
     records = load("jsonl", damaged(*(f"train{i}" for i in range(RECORDS))), "rft")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    share = runtime.own_share(records, 0, BATCH, 0, data.open_image)
+    share = runtime.make_batch(records, 0, BATCH, 0, data.open_image)
     # One in 120 may be met.
     assert not share.records and len(share.unreadable) == 2
 
@@ -110,28 +111,40 @@ def test_an_order_of_bad_records_alone_has_an_end(
 def test_replacements_are_counted_named_once_and_kept(
         tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:
-    counter = runtime.Replacements(tmp_path, 300)
-    met = [runtime.Unreadable(3 + i, f"r{i}", "a.png", f"a.png: bad {i}") for i in range(3)]
-    assert counter.count(0, []) == {}
-    assert counter.count(1, met[:1]) == {"unreadable": 1}
-    assert counter.count(2, met[:2]) == {"unreadable": 2}
-    assert counter.count(3, []) == {"unreadable": 2}
+    def bad(i: int, image: str = "a.png") -> dict[str, Any]:
+        return {"place": 3 + i, "id": f"r{i}", "image": image, "problem": f"{image}: bad {i}"}
+
+    def counted(run: runtime.Run, step: int, *met: dict[str, Any]) -> dict[str, int]:
+        line = {"step": step}
+        run.count_unreadable(line, met)
+        return line
+
+    args = SimpleNamespace(out=tmp_path, resume=True)
+    run = runtime.Run(args, "sft", [None] * 300)
+    assert counted(run, 1) == {"step": 1}
+    assert counted(run, 2, bad(0)) == {"step": 2, "unreadable": 1}
+    assert counted(run, 3, bad(0), bad(1)) == {"step": 3, "unreadable": 2}
+    assert counted(run, 4) == {"step": 4, "unreadable": 2}
     # Two records of one image.
-    assert capsys.readouterr().out == "a.png: bad 0; another record takes its place\n"
+    assert capsys.readouterr().err == "a.png: bad 0; another record takes its place\n"
     lines = [json.loads(line) for line in (tmp_path / "unreadable.jsonl").read_text().splitlines()]
     assert [(line["step"], line["id"], line["image"]) for line in lines] == [
         (2, "r0", "a.png"), (3, "r1", "a.png")]
-    # A resume behind step 2 has met the first alone.
+    # A run that is resumed after step 2 has met only the first.
     runtime.cut_log(tmp_path / "unreadable.jsonl", 2)
-    resumed = runtime.Replacements(tmp_path, 300)
-    assert resumed.count(2, met[:2]) == {"unreadable": 2}
-    assert not capsys.readouterr().out
-    assert resumed.count(3, met[2:]) == {"unreadable": 3}
+    resumed = runtime.Run(args, "sft", [None] * 300)
+    resumed.read_logs()
+    assert counted(resumed, 3, bad(0), bad(1)) == {"step": 3, "unreadable": 2}
+    assert not capsys.readouterr().err
+    assert counted(resumed, 4, bad(2)) == {"step": 4, "unreadable": 3}
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        resumed.count(4, [runtime.Unreadable(9, "r9", "b.png", "b.png: bad")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert "4 of 300 records met so far have an image that can't be decoded, more than 1%" in error
+        counted(resumed, 5, bad(9, "b.png"))
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(error) == 2
+    assert "4 of 300 records met so far have an image that cannot be decoded, more than 1%" in (
+        error[1])
+
 
 
 # ---------------------------------------------------------------- the real scripts

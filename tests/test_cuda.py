@@ -305,8 +305,8 @@ def test_a_step_in_float32_is_the_cpus(
     want = step(setup, host, reference)
     with PlayedDevice() as gpu:
         model = QwenVL.from_pretrained(setup.path, None)
-        model.visual.checkpointing = model.model.checkpointing = checkpointing
-        model = dist.prepare(model, torch.device("cuda"))
+        model = dist.prepare(
+            model, torch.device("cuda"), gradient_checkpointing=checkpointing)
         got = step(setup, model, QwenVL.from_pretrained(setup.path, torch.float32, "cuda"))
         assert got["peak_GiB"] == gpu.peak_bytes / 2 ** 30 > 0
     compare_lines(got, want, 1e-4)
@@ -353,13 +353,12 @@ def test_a_checkpoint_of_the_device_is_the_cpus_and_is_restored_there(
     def kept(folder: Path) -> dict[str, Tensor]:
         return load_file(next((folder / "latest" / "state").iterdir()))
 
-    keep = argparse.Namespace(keep=2, keep_weights=None)
     host = dist.prepare(setup.model, torch.device("cpu"))
-    checkpoints.save(tmp_path / "host", {"step": 1}, host, trained(host), setup.processor, {}, keep)
+    checkpoints.save(tmp_path / "host", 1, host, trained(host), setup.processor, {})
     with PlayedDevice() as gpu:
         model = on_cuda(setup.path)
         opt = trained(model)
-        checkpoints.save(tmp_path / "gpu", {"step": 1}, model, opt, setup.processor, {}, keep)
+        checkpoints.save(tmp_path / "gpu", 1, model, opt, setup.processor, {})
         restored = on_cuda(setup.path)
         restored_opt = dist.optimizer(restored, 1e-3)
         assert checkpoints.restore(tmp_path / "gpu", restored, restored_opt) == 1
@@ -387,8 +386,8 @@ import rft, sft
 from train import dist, run as runtime
 from test_cuda import reward_by_letters
 rft.grade = reward_by_letters
-dist.prepare = functools.partial(dist.prepare, dtype=torch.bfloat16)
-runtime.main({stage}.main)
+dist.prepare = functools.partial(dist.prepare, compute_dtype=torch.bfloat16)
+runtime.launch({stage}.main)
 """
 FLAGS = {
     "sft": ["--split", "train", "--batch", 4, "--val", 2],
@@ -455,7 +454,7 @@ def sft_step_of_run(setup: Setup) -> dict[str, Any]:
     """The first step of FLAGS["sft"], by one process in float32."""
     write = cot.writer(setup.records, None, False)
     examples = []
-    for record in runtime.batch(setup.records, 0, 4, 0):
+    for record in (runtime.record_at(setup.records, i, 0) for i in range(4)):
         examples.append(sft.make_example(record, setup.processor, write))
     model = dist.prepare(setup.model, torch.device("cpu"))
     return sft.train_step(model, dist.optimizer(model, 1e-3), examples, step_flags(sft), 0)

@@ -1196,7 +1196,7 @@ def test_the_real_script_with_a_random_model(
 SCRIPT = """import test_eval
 from train import run as runtime
 test_eval.install(setattr)
-runtime.main(test_eval.evaluation.main)
+runtime.launch(test_eval.evaluation.main)
 """
 
 

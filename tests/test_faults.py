@@ -179,7 +179,7 @@ def test_a_farewell_finishes_the_step_saves_and_says_how_to_go_on(
     assert 1 <= done < 8, "the machine is too slow to stop the run in its midst"
     assert (out / "latest").resolve().name == f"step_{done:06d}"
     assert process.lines()[-1] == (
-        f"stopped behind step {done} of 8; go on with: python {stage}.py --out {out} --resume")
+        f"stopped after step {done} of 8; go on with: python {stage}.py --out {out} --resume")
     assert_whole_checkpoints(out)
     assert not (out / "stop").exists() and not list(out.glob(".*"))
     assert start(stage, "--out", out, "--resume").wait() == 0
@@ -191,10 +191,10 @@ def test_a_signal_to_all_processes_of_a_job_leaves_the_ones_that_prepare_images_
         tmp_path: Path) -> None:
     """As a scheduler sends it."""
     out = tmp_path / "out"
-    process = start("sft", *flags_of["sft"], "--workers", 2, "--out", out)
+    process = start("sft", *flags_of["sft"], "--out", out)
     wait_for(lambda: steps_logged(out) >= 1)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait() == 0 and process.lines()[-1].startswith("stopped behind step ")
+    assert process.wait() == 0 and process.lines()[-1].startswith("stopped after step ")
     assert start("sft", "--out", out, "--resume").wait() == 0
     assert_same_run(out, straight("sft"))
 
@@ -203,7 +203,7 @@ def when(function: str) -> str:
     """Code by which a run is told to stop while it is in this function."""
     place, _, name = function.rpartition(".")
     return (f"import eval\nbefore = {function}\n"
-            f"def told(*args):\n    runtime.TOLD.set()\n    return before(*args)\n"
+            f"def told(*args):\n    runtime.STOP_REQUESTED.set()\n    return before(*args)\n"
             f"{place}.{name} = told\n")
 
 
@@ -221,7 +221,7 @@ def test_a_farewell_is_obeyed_wherever_it_comes(
     if done:
         # The step that was due is saved once.
         assert [p.name for p in out.glob("step_*")] == [f"step_{done:06d}"]
-        assert f"stopped behind step {done} of 8" in process.lines()[-1]
+        assert f"stopped after step {done} of 8" in process.lines()[-1]
         assert start("rft", "--out", out, "--resume").wait() == 0
     else:
         assert process.lines()[-1].startswith("stopped before the first step")
@@ -235,7 +235,7 @@ def test_a_file_stop_that_was_there_before_a_resume_is_obeyed_once(
     out = interrupted(straight("sft"), tmp_path / "out", 3)
     (out / "stop").touch()
     process = start("sft", "--out", out, "--resume")
-    assert process.wait() == 0 and "stopped behind step 3 of 8" in process.lines()[-1]
+    assert process.wait() == 0 and "stopped after step 3 of 8" in process.lines()[-1]
     assert start("sft", "--out", out, "--resume").wait() == 0
     assert_same_run(out, straight("sft"))
 
@@ -388,10 +388,12 @@ def test_a_small_disk_that_fills_up(
 
 def test_a_log_that_cant_be_written_is_one_line(capfd: pytest.CaptureFixture) -> None:
     def stage() -> None:
-        runtime.log(Path("/dev/full"), {"step": 1})
+        runtime.append_line(Path("/dev/full"), {"step": 1})
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    assert runtime.exit_status(stage) == 2
+    with pytest.raises(SystemExit) as leaving:
+        runtime.launch(stage)
+    assert leaving.value.code == 2
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and "No space left on device" in said[0] and "--resume" in said[0]
 
@@ -453,7 +455,7 @@ def test_one_of_two_is_told_and_both_stop_behind_the_same_step(
     wait_for(lambda: steps_logged(out) >= 1)
     processes[1].kill(signal.SIGUSR1)
     assert [process.wait() for process in processes] == [0, 0]
-    assert "stopped behind step" in processes[0].lines()[-1]
+    assert "stopped after step" in processes[0].lines()[-1]
     assert not any("stopped" in line for line in processes[1].lines())
     assert_whole_checkpoints(out)
     resume_by_two(forks, out)
@@ -562,7 +564,7 @@ def test_under_torchrun_a_farewell_is_in_time_and_a_kill_ends_all(
     # Its own status is an error: it was told to end, and ended its processes.
     assert launcher.wait(60) != 0
     said = output.read_text()
-    assert f"go on with: torchrun --nproc_per_node 2 {HERE / 'sft.py'} --out {out} --resume" in said
+    assert f"resume with: torchrun --nproc_per_node 2 {HERE / 'sft.py'} --out {out} --resume" in said
     assert_whole_checkpoints(out)
     done = steps_logged(out)
     assert (out / "latest").resolve().name == f"step_{done:06d}" and done < 24
@@ -588,7 +590,7 @@ def test_under_torchrun_a_mistake_is_one_line_without_a_traceback_of_ours(
         "    raise base.DataError('scene.jpg: unreadable')\n"
         "if os.environ['RANK'] == '1':\n"
         "    sft.make_example = broken\n"
-        "runtime.main(sft.main, farewells=True)\n")
+        "runtime.launch(sft.main, catch_signals=True)\n")
     output = tmp_path / "output"
     launcher = torchrun(
         script, *flags_of["sft"], "--out", tmp_path / "out", output=output)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 import reward
 import rft
@@ -24,13 +25,15 @@ from data import load, open_image
 from model import QwenVL
 from qwen.answer import Frame
 from qwen.processor import Processor
-from readers.base import UnreadableImage
+from readers.base import Records, UnreadableImage
 from report import page
-from rft import Objective, advantages, policy_loss
+from rft import Group, advantages, policy_loss
 from train import checkpoints, dist
 from train import run as runtime
 
 LogLine = dict[str, Any]
+LOSSES = ("dapo", "grpo", "dr-grpo")
+RATIOS = ("token", "sequence")
 
 
 def answer_text(box: Sequence[float]) -> str:
@@ -131,14 +134,13 @@ def test_how_losses_are_put_together_by_hand() -> None:
         "grpo": ((1.5 + 4) / 4, losses / torch.tensor([2, 2, 3, 3, 3]) / 4),
         "dr-grpo": (15 / (4 * 6), losses / 24),
     }
-    assert by_hand.keys() == set(rft.LOSSES)
+    assert by_hand.keys() == set(LOSSES)
     for name, (expected, gradient) in by_hand.items():
-        objective = Objective(loss=name, completions=4, max_new_tokens=6)
         logp = torch.randn(5, requires_grad=True)
         # At ratio 1 the loss of a token is minus its advantage, and so is the gradient.
         loss, _ = policy_loss(
             logp, logp.detach(), None, -losses, torch.ones(5), 10, lengths=lengths,
-            objective=objective)
+            loss=name, completions=4, max_new_tokens=6)
         loss.backward()
         assert loss.item() == pytest.approx(expected)
         assert torch.allclose(logp.grad, gradient)
@@ -151,7 +153,7 @@ def test_a_completions_ratio_is_its_geometric_mean_and_all_its_tokens_share_the_
     advantage = torch.tensor([1.0, 1.0, 0.5, 0.5, 0.5])
     loss, sums = policy_loss(
         logp, torch.zeros(5), None, advantage, torch.ones(5), 5, (0.2, 0.2),
-        lengths=torch.tensor([2, 3]), objective=Objective(ratio="sequence"))
+        lengths=torch.tensor([2, 3]), ratio="sequence")
     loss.backward()
     first = (1.2 * 0.8) ** (1 / 2)
     second = 2.0 ** (1 / 3)
@@ -160,33 +162,6 @@ def test_a_completions_ratio_is_its_geometric_mean_and_all_its_tokens_share_the_
     # 2 tokens have the ratio, and each moves its logarithm by 1 / 2.
     assert logp.grad.tolist() == pytest.approx([-2 * first / 2 / 5] * 2 + [0] * 3)
     assert second > 1.2 and sums["clipped"] == 3 and sums["clipped_completions"] == 1
-
-
-@pytest.mark.parametrize("ratio, advantage, gain", [
-    (5.0, -1.0, -3.0),        # max(min(5.0 * -1, 1.2 * -1), 3 * -1)
-    (2.0, -1.0, -2.0),        # before C
-    (5.0, 1.0, 1.2),          # a positive advantage does not meet C
-])
-def test_dual_clipping_by_hand(ratio: float, advantage: float, gain: float) -> None:
-    logp = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss, sums = policy_loss(
-        logp, torch.zeros(1), None, torch.tensor([advantage]), torch.ones(1), 1,
-        objective=Objective(dual_clip=3.0))
-    loss.backward()
-    assert loss.item() == pytest.approx(-gain)
-    cut = ratio == 5.0
-    assert (logp.grad == 0) == cut and sums["clipped"] == float(cut)
-
-
-def test_k1_by_hand_is_the_log_ratio_and_its_gradient_is_the_same_everywhere() -> None:
-    logp = torch.tensor([-2.0, -1.0], requires_grad=True)
-    loss, sums = policy_loss(
-        logp, logp.detach(), torch.tensor([-1.0, -3.0]), torch.zeros(2), torch.ones(2), 2,
-        beta=0.5, objective=Objective(kl="k1"))
-    loss.backward()
-    assert sums["kl"].item() == pytest.approx(-1 + 2)
-    assert loss.item() == pytest.approx(0.5 * (-1 + 2) / 2)
-    assert logp.grad.tolist() == pytest.approx([0.25, 0.25])
 
 
 def test_a_token_of_weight_0_is_neither_learned_from_nor_counted() -> None:
@@ -211,12 +186,10 @@ ADVANTAGE = [0.7, -1.1, 0.4, -0.2]
 CLIP = (0.2, 0.25)
 N_TOKENS = 9
 LENGTHS = [1, 3]
-PLAIN = Objective(completions=5, max_new_tokens=7)
 
 
 def loss_in_floats(
-        theta: float, weights: Sequence[float], beta: float, objective: Objective = PLAIN,
-) -> float:
+        theta: float, weights: Sequence[float], beta: float, loss: str, ratio: str) -> float:
     """The whole objective once more, without torch and token by token."""
     total = 0.0
     first = 0
@@ -226,36 +199,34 @@ def loss_in_floats(
         logp = {i: -math.log(1 + math.exp(-theta if CHOSEN[i] == 0 else theta)) for i in tokens}
         of_completion = math.exp(sum(logp[i] - OLD_LOGP[i] for i in tokens) / length)
         for i in tokens:
-            sequence = objective.ratio == "sequence"
-            ratio = of_completion if sequence else math.exp(logp[i] - OLD_LOGP[i])
-            clipped_ratio = min(max(ratio, 1 - CLIP[0]), 1 + CLIP[1])
-            gain = min(ratio * ADVANTAGE[i], clipped_ratio * ADVANTAGE[i])
-            if objective.dual_clip and ADVANTAGE[i] < 0:
-                gain = max(gain, objective.dual_clip * ADVANTAGE[i])
+            of_token = math.exp(logp[i] - OLD_LOGP[i])
+            r = of_completion if ratio == "sequence" else of_token
+            clipped_ratio = min(max(r, 1 - CLIP[0]), 1 + CLIP[1])
+            gain = min(r * ADVANTAGE[i], clipped_ratio * ADVANTAGE[i])
             log_ratio_ref = REF_LOGP[i] - logp[i]
-            k3 = math.exp(log_ratio_ref) - log_ratio_ref - 1
-            gain -= beta * (-log_ratio_ref if objective.kl == "k1" else k3)
-            share = {"dapo": N_TOKENS, "grpo": 5 * length, "dr-grpo": 5 * 7}[objective.loss]
+            gain -= beta * (math.exp(log_ratio_ref) - log_ratio_ref - 1)
+            share = {"dapo": N_TOKENS, "grpo": 5 * length, "dr-grpo": 5 * 7}[loss]
             total += weights[i] * gain / share
     return -total
 
 
 def check_finite_differences(
-        theta: float, weights: Sequence[float], beta: float, objective: Objective,
-) -> dict[str, Tensor]:
+        theta: float, weights: Sequence[float], beta: float, loss: str = "dapo",
+        ratio: str = "token") -> dict[str, Tensor]:
     """Loss and gradient of the one-parameter policy; -> the sums for the log."""
     def packed(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)
     parameter = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
     logits = torch.stack((parameter, torch.zeros_like(parameter)))
-    loss, sums = policy_loss(
+    computed, sums = policy_loss(
         logits.log_softmax(0)[CHOSEN], packed(OLD_LOGP), packed(REF_LOGP), packed(ADVANTAGE),
-        packed(weights), N_TOKENS, CLIP, beta, torch.tensor(LENGTHS), objective)
-    loss.backward()
-    expected = loss_in_floats(theta, weights, beta, objective)
-    assert math.isclose(loss.item(), expected, rel_tol=1e-9)
-    above = loss_in_floats(theta + 1e-6, weights, beta, objective)
-    below = loss_in_floats(theta - 1e-6, weights, beta, objective)
+        packed(weights), N_TOKENS, CLIP, beta, torch.tensor(LENGTHS), loss=loss, ratio=ratio,
+        completions=5, max_new_tokens=7)
+    computed.backward()
+    expected = loss_in_floats(theta, weights, beta, loss, ratio)
+    assert math.isclose(computed.item(), expected, rel_tol=1e-9)
+    above = loss_in_floats(theta + 1e-6, weights, beta, loss, ratio)
+    below = loss_in_floats(theta - 1e-6, weights, beta, loss, ratio)
     slope = (above - below) / 2e-6
     assert math.isclose(parameter.grad.item(), slope, rel_tol=1e-5, abs_tol=1e-9)
     return sums
@@ -266,19 +237,16 @@ def check_finite_differences(
 @pytest.mark.parametrize("weights", [(1, 1, 1, 1), (2.6, 2.6, 0.5, 0.5), (3.0, 1.3, 0.0, 1.0)])
 def test_the_gradient_of_a_one_parameter_policy_matches_finite_differences(
         weights: tuple[float, ...], beta: float, theta: float) -> None:
-    sums = check_finite_differences(theta, weights, beta, PLAIN)
+    sums = check_finite_differences(theta, weights, beta)
     assert ("kl" in sums) == (beta > 0)
 
 
 @pytest.mark.parametrize("theta", [-0.8, 0.0, 0.37, 1.5])
-@pytest.mark.parametrize("dual_clip", [None, 1.3])
-@pytest.mark.parametrize("kl", rft.KLS)
-@pytest.mark.parametrize("ratio", rft.RATIOS)
-@pytest.mark.parametrize("loss", rft.LOSSES)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_objective_matches_finite_differences(
-        loss: str, ratio: str, kl: str, dual_clip: float | None, theta: float) -> None:
-    objective = Objective(loss, ratio, kl, dual_clip, 5, 7)
-    check_finite_differences(theta, (2.6, 0.5, 0.5, 0.5), 0.1, objective)
+        loss: str, ratio: str, theta: float) -> None:
+    check_finite_differences(theta, (2.6, 0.5, 0.5, 0.5), 0.1, loss, ratio)
 
 
 def packed_completions(lengths: Tensor, seed: int = 0) -> list[Tensor]:
@@ -291,22 +259,22 @@ def packed_completions(lengths: Tensor, seed: int = 0) -> list[Tensor]:
     return [logp, old, reference, advantage.repeat_interleave(lengths), weight]
 
 
-@pytest.mark.parametrize("ratio", rft.RATIOS)
-@pytest.mark.parametrize("loss", rft.LOSSES)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_losses_and_gradients_add_up_over_micro_batches(loss: str, ratio: str) -> None:
     lengths = torch.tensor([3, 1, 4, 2, 6])
-    objective = Objective(loss, ratio, "k3", 2.0, 5, 8)
+    objective = {"loss": loss, "ratio": ratio, "completions": 5, "max_new_tokens": 8}
     tensors = packed_completions(lengths)
     whole = tensors[0].clone().requires_grad_()
     expected, _ = policy_loss(
-        whole, *tensors[1:], 16, (0.2, 0.3), 0.1, lengths, objective)
+        whole, *tensors[1:], 16, (0.2, 0.3), 0.1, lengths, **objective)
     expected.backward()
     parts = tensors[0].clone().requires_grad_()
     total = 0.0
     for completions, tokens in ((slice(2), slice(4)), (slice(2, 5), slice(4, 16))):
         loss_of_part, _ = policy_loss(
             parts[tokens], *(x[tokens] for x in tensors[1:]), 16, (0.2, 0.3), 0.1,
-            lengths[completions], objective)
+            lengths[completions], **objective)
         loss_of_part.backward()
         total += loss_of_part.item()
     assert total == pytest.approx(expected.item(), rel=1e-12)
@@ -315,20 +283,20 @@ def test_losses_and_gradients_add_up_over_micro_batches(loss: str, ratio: str) -
 
 # ---------------------------------------------------------------- the loss beside TRL's
 
-def trl_trainer(objective: Objective, beta: float, logp: Tensor) -> Any:
+def trl_trainer(loss: str, ratio: str, beta: float, logp: Tensor) -> Any:
     """TRL's GRPOTrainer with all that its loss reads; its policy says logp (B, T)."""
     trl = pytest.importorskip("trl.trainer.grpo_trainer")
     trainer = object.__new__(trl.GRPOTrainer)
     trainer.args = SimpleNamespace(
-        delta=objective.dual_clip, use_bias_correction_kl=False, steps_per_generation=1)
+        delta=None, use_bias_correction_kl=False, steps_per_generation=1)
     trainer.accelerator = SimpleNamespace(
         num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
     trainer.model = SimpleNamespace(training=True)
-    trainer.loss_type = objective.loss.replace("-", "_")
-    trainer.importance_sampling_level = objective.ratio
+    trainer.loss_type = loss.replace("-", "_")
+    trainer.importance_sampling_level = ratio
     trainer.epsilon_low, trainer.epsilon_high = CLIP
     trainer.beta = beta
-    trainer.max_completion_length = objective.max_new_tokens
+    trainer.max_completion_length = 6
     trainer.current_gradient_accumulation_steps = 1
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
     trainer.aux_loss_enabled = trainer._entropy_bonus_enabled = False
@@ -340,48 +308,44 @@ def trl_trainer(objective: Objective, beta: float, logp: Tensor) -> Any:
     return trainer
 
 
-def trl_loss(
-        trainer: Any, mask: Tensor, n_tokens: int, importance: Tensor, *tensors: Tensor) -> Tensor:
+def trl_loss(trainer: Any, mask: Tensor, n_tokens: int, *tensors: Tensor) -> Tensor:
     """Its loss; mask (B, T) of the tokens that count; tensors: old, reference, advantage (B, T)."""
     old, reference, advantage = tensors
     ids = torch.zeros_like(mask)
     inputs = {
         "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids,
         "completion_mask": mask, "advantages": advantage[:, 0], "old_per_token_logps": old,
-        "ref_per_token_logps": reference, "importance_sampling_ratio": importance,
+        "ref_per_token_logps": reference, "importance_sampling_ratio": torch.ones_like(old),
         "num_items_in_batch": torch.tensor(float(n_tokens))}
     return trainer._compute_loss(trainer.model, inputs)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dual_clip", [None, 1.5])
-@pytest.mark.parametrize("ratio", rft.RATIOS)
-@pytest.mark.parametrize("loss", rft.LOSSES)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_loss_and_gradient_are_those_of_trl(
-        loss: str, ratio: str, dual_clip: float | None, masked: bool, beta: float) -> None:
-    """Clip-higher, importance weights, and where masked without the third completion."""
+        loss: str, ratio: str, masked: bool, beta: float) -> None:
+    """Clip-higher, and if masked without the third completion."""
     lengths = torch.tensor([3, 1, 6, 4, 2])
-    objective = Objective(loss, ratio, "k3", dual_clip, 5, 6)
-    logp, old, reference, advantage, importance = packed_completions(lengths)
-    importance = importance.clamp(max=1.2)
+    logp, old, reference, advantage, _ = packed_completions(lengths)
     weight = torch.ones(16, dtype=torch.float64)
     weight[4:10] = float(not masked)
     n_tokens = int(weight.sum())
 
     ours = logp.clone().requires_grad_()
     computed, sums = policy_loss(
-        ours, old, reference, advantage * importance, weight, n_tokens, CLIP, beta, lengths,
-        objective)
+        ours, old, reference, advantage, weight, n_tokens, CLIP, beta, lengths, loss=loss,
+        ratio=ratio, completions=5, max_new_tokens=6)
     computed.backward()
 
     def padded(x: Tensor) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(x.split(lengths.tolist()), batch_first=True)
     theirs = logp.clone().requires_grad_()
-    trainer = trl_trainer(objective, beta, padded(theirs))
+    trainer = trl_trainer(loss, ratio, beta, padded(theirs))
     expected = trl_loss(
-        trainer, padded(weight).long(), n_tokens, padded(importance), padded(old),
-        padded(reference), padded(advantage))
+        trainer, padded(weight).long(), n_tokens, padded(old), padded(reference),
+        padded(advantage))
     expected.backward()
     torch.testing.assert_close(computed, expected)
     torch.testing.assert_close(ours.grad, theirs.grad)
@@ -452,11 +416,19 @@ def test_shuffled_weights_are_those_of_consistency_dealt_out_anew() -> None:
     assert len(orders) > 2
 
 
-def test_what_two_processes_gather_is_put_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shuffled_weights_do_not_depend_on_the_number_of_processes(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    args = step_flags(weighting="shuffled")
+    alone = rft.group_weights(IOUS, args, step=3)
+    plain = rft.group_weights(IOUS, step_flags(weighting="consistency"), step=3)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    # The first process has the places 0, 2 and 4.
-    gathered = torch.tensor([0.0, 2.0, 4.0, 1.0, 3.0, 5.0])
-    assert rft.by_place(gathered).tolist() == [0, 1, 2, 3, 4, 5]
+    # Process r has the questions r, r + 2; what is gathered has those of process 0 first.
+    monkeypatch.setattr(dist, "all_gather", lambda x: torch.cat((plain[0::2], plain[1::2])))
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        dealt = rft.group_weights(IOUS[rank::2], args, step=3)
+        assert torch.equal(dealt, alone[rank::2])
+
 
 
 # ---------------------------------------------------------------- grading
@@ -465,62 +437,57 @@ RECORD = SimpleNamespace(box=(0.0, 0.0, 10.0, 10.0), size=(100, 100))
 FRAME = Frame((100, 100), (100, 100), "absolute")
 
 
-def rollouts_of(texts: list[list[str]], records: list, frames: list[Frame]) -> rft.Rollouts:
-    """Rollouts of which the texts alone matter."""
-    return rft.Rollouts(records, [SimpleNamespace(frame=f) for f in frames], [], [], texts)
+def graded(texts: list[str], record: Any = RECORD, frame: Frame = FRAME, **flags: Any) -> Group:
+    """A group of which only the texts matter, with its rewards."""
+    group = Group(record, SimpleNamespace(frame=frame), [], [], texts, torch.zeros(len(texts)))
+    return rft.grade(group, step_flags(**flags))
+
 
 
 def test_every_question_keeps_its_own_rewards(dior_root: Path) -> None:
     """More rollouts than questions: boxes are graded against the box of their own question."""
     records = load("dior", dior_root, "train")[:2]
-    frames = [Frame(r.size, r.size, "absolute") for r in records]
-    texts = [[answer_text(r.box), answer_text(r.box), "nothing"] for r in records]
-    grades = rft.grade(rollouts_of(texts, records, frames), step_flags())
-    assert grades.terms["iou"].tolist() == [[1, 1, 0], [1, 1, 0]]
-    assert grades.terms["format"].tolist() == [[1, 1, 0], [1, 1, 0]]
-    # IoU, the positional term at its weight, format.
-    perfect = 1 + 0.1 * 0.94860 + 1
-    assert grades.rewards.flatten().tolist() == pytest.approx([perfect, perfect, 0] * 2, abs=1e-5)
-    assert grades.boxes[:, 2].isnan().all()
-    assert grades.valid.tolist() == [[True, True, False]] * 2
+    for record in records:
+        texts = [answer_text(record.box), answer_text(record.box), "nothing"]
+        group = graded(texts, record, Frame(record.size, record.size, "absolute"))
+        assert group.terms["iou"].tolist() == group.terms["format"].tolist() == [1, 1, 0]
+        # IoU, the positional term at its weight, format.
+        perfect = 1 + 0.1 * 0.94860 + 1
+        assert group.reward.tolist() == pytest.approx([perfect, perfect, 0], abs=1e-5)
+        assert group.boxes[2].isnan().all() and group.boxes[:2].isfinite().all()
 
 
 def test_an_invalid_box_earns_no_reward_but_that_of_the_format() -> None:
     outside = answer_text([150, 150, 160, 160])
-    terms = rft.grade(rollouts_of([[outside, "<answer>"]], [RECORD], [FRAME]), step_flags()).terms
-    assert terms["iou"].tolist() == terms["positional"].tolist() == [[0, 0]]
-    assert terms["format"].tolist() == [[1, 0]]
+    terms = graded([outside, "<answer>"]).terms
+    assert terms["iou"].tolist() == terms["positional"].tolist() == [0, 0]
+    assert terms["format"].tolist() == [1, 0]
 
 
 def test_a_term_that_forgets_invalid_boxes_rewards_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def one(pred: Tensor, target: Tensor, size: Tensor) -> Tensor:
         return torch.ones(pred.shape[:2])
     monkeypatch.setitem(reward.TERMS, "one", one)
-    texts = [[answer_text([1, 1, 2, 2]), "nothing"]]
-    grades = rft.grade(rollouts_of(texts, [RECORD], [FRAME]), step_flags(reward={"one": 1.0}))
-    assert grades.rewards.tolist() == [[1, 0]] and grades.terms["iou"].shape == (1, 2)
+    group = graded([answer_text([1, 1, 2, 2]), "nothing"], reward={"one": 1.0})
+    assert group.reward.tolist() == [1, 0] and group.terms["iou"].shape == (2,)
 
 
 def test_a_term_of_the_wrong_shape_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(reward.TERMS, "flat", lambda pred, target, size: pred.sum((-1, -2)))
-    rollouts = rollouts_of([["a", "b"]], [RECORD], [FRAME])
     with pytest.raises(ValueError, match="flat has the shape .1,., not"):
-        rft.grade(rollouts, step_flags(reward={"flat": 1.0}))
+        graded(["a", "b"], reward={"flat": 1.0})
 
 
 def test_a_replaced_term_is_the_one_that_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the positional one, whose plain version takes --alpha."""
-    texts = [[answer_text([1, 1, 9, 9]), "nothing"]]
+    texts = [answer_text([1, 1, 9, 9]), "nothing"]
     for name in ("iou", "positional"):
         constant = lambda pred, target, size: torch.full(pred.shape[:2], 7.0)  # noqa: E731
         monkeypatch.setitem(reward.TERMS, name, constant)
-        grades = rft.grade(rollouts_of(texts, [RECORD], [FRAME]), step_flags(reward={name: 1.0}))
-        assert grades.rewards.tolist() == [[7, 0]]
+        assert graded(texts, reward={name: 1.0}).reward.tolist() == [7, 0]
     monkeypatch.undo()
-    wide, narrow = (
-        rft.grade(rollouts_of(texts, [RECORD], [FRAME]),
-                  step_flags(reward={"positional": 1.0}, alpha=alpha)).rewards[0, 0]
-        for alpha in (9.0, 0.5))
+    wide, narrow = (graded(texts, reward={"positional": 1.0}, alpha=alpha).reward[0]
+                    for alpha in (9.0, 0.5))
     assert wide > narrow > 0
 
 
@@ -529,21 +496,21 @@ def test_a_term_may_be_of_any_type(
         monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     hit = lambda pred, target, size: (reward.iou(pred, target) > 0.5).to(dtype)  # noqa: E731
     monkeypatch.setitem(reward.TERMS, "hit", hit)
-    texts = [[answer_text([0, 0, 10, 10]), answer_text([5, 5, 10, 10])]]
-    grades = rft.grade(rollouts_of(texts, [RECORD], [FRAME]), step_flags(reward={"hit": 1.0}))
-    assert grades.rewards.tolist() == [[1, 0]] and grades.rewards.dtype == torch.float32
+    texts = [answer_text([0, 0, 10, 10]), answer_text([5, 5, 10, 10])]
+    group = graded(texts, reward={"hit": 1.0})
+    assert group.reward.tolist() == [1, 0] and group.reward.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name, words", [
-    ("step", "can't be called 'step'"), ("reward", "can't be called 'reward'"),
-    ("boxes", "can't be called 'boxes'"), ("x_group_std", "can't be called"),
-    ("format", "rft.py's own")])
+    ("step", "cannot be called 'step'"), ("reward", "cannot be called 'reward'"),
+    ("boxes", "cannot be called 'boxes'"), ("x_group_std", "cannot be called"),
+    ("format", "rft.py computes itself")])
 def test_a_term_whose_name_the_logs_use_is_refused(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str, words: str,
 ) -> None:
     monkeypatch.setitem(reward.TERMS, name, lambda pred, target, size: pred[..., 0])
     with pytest.raises(SystemExit) as leaving:
-        rft.check_group_flags(step_flags(reward={name: 1.0}))
+        rft.check_flags(step_flags(reward={name: 1.0}))
     assert leaving.value.code == 2 and words in capsys.readouterr().err
 
 
@@ -552,15 +519,14 @@ def test_a_reward_without_sense_is_refused_in_one_line(
     # A term of a resumed run that was not put into TERMS again, and no term at all.
     for weights, words in (({"width": 1.0}, "has a term 'width'"), ({"format": 0.0}, "no term")):
         with pytest.raises(SystemExit) as leaving:
-            rft.check_group_flags(step_flags(reward=weights))
+            rft.check_flags(step_flags(reward=weights))
         said = capsys.readouterr().err
         assert leaving.value.code == 2 and words in said and len(said.splitlines()) == 1
     # A term that is not finite, be it only logged.
     nan = lambda pred, target, size: torch.full(pred.shape[:2], math.nan)  # noqa: E731
     monkeypatch.setitem(reward.TERMS, "nan", nan)
-    rollouts = rollouts_of([[answer_text([1, 1, 2, 2]), "x"]], [RECORD], [FRAME])
     with pytest.raises(SystemExit):
-        rft.grade(rollouts, step_flags(reward={"iou": 1.0, "nan": 0.0}))
+        graded([answer_text([1, 1, 2, 2]), "x"], reward={"iou": 1.0, "nan": 0.0})
     assert "the reward term nan is not finite" in capsys.readouterr().err
 
 
@@ -587,7 +553,8 @@ def test_rewards_or_an_entropy_that_collapse_are_warned_about() -> None:
     certain = {"zero_variance_groups": 0.75, "entropy": 0.002}
     n = rft.COLLAPSED_AFTER
     assert not rft.collapse([]) and not rft.collapse([fine] * 3 * n)
-    for bad, words in ((equal, "no group's rewards differ"), (certain, "the entropy is under")):
+    for bad, words in (
+            (equal, "no group's rewards have differed"), (certain, "the entropy has been below")):
         assert not rft.collapse([fine] + [bad] * (n - 1))
         assert not rft.collapse([bad] * n + [fine])
         (sentence,) = rft.collapse([fine] + [bad] * n)
@@ -597,31 +564,36 @@ def test_rewards_or_an_entropy_that_collapse_are_warned_about() -> None:
     assert not rft.collapse([fine | {"entropy": 0.0}] * n)
 
 
-def test_a_warning_stands_in_every_line_and_is_printed_when_it_begins(
-        capsys: pytest.CaptureFixture) -> None:
-    lines = []
+def test_a_warning_is_in_every_line_and_is_printed_when_it_begins(
+        capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
+    args = step_flags(out=str(tmp_path / "out"), resume=False, steps=10, every=10)
+    run = runtime.Run(args, "rft", Records([], {}))
+    run.bar = tqdm(disable=True)
     for step, more in enumerate(([], ["a"], ["a"], ["a", "b"], []), 1):
-        lines.append({"step": step, "finite": True})
-        runtime.warn(lines, [], more)
-    assert [line.get("warning") for line in lines] == [None, "a", "a", "a; b", None]
-    assert capsys.readouterr().err.splitlines() == [
+        run.log({"step": step, "finite": True}, runtime.Batch([], [], []), more)
+    warnings = [line.get("warning") for line in run.lines]
+    assert warnings == [None, "a", "a", "a; b", None]
+    assert runtime.read_log(tmp_path / "out" / "metrics.jsonl") == run.lines
+    assert capfd.readouterr().err.splitlines() == [
         "warning, step 2: a", "warning, step 4: a; b"]
+
 
 
 # ---------------------------------------------------------------- a step
 
-def grade_by_letters(rollouts: rft.Rollouts, args: argparse.Namespace) -> rft.Grades:
+def grade_by_letters(group: Group, args: argparse.Namespace) -> Group:
     """Rewards made up from the text, for a random model's boxes never parse."""
     boxes = []
     rewards = []
-    for group in rollouts.texts:
-        for text in group:
-            n_letters = len(set(text))
-            boxes.append([n_letters, 1.0, n_letters + 9, 8.0])
-            rewards.append(text.count("e") + sum(map(ord, text)) % 7 / 7)
-    value = torch.tensor(rewards).view(len(rollouts.texts), -1)        # (Q, G)
-    terms = {"iou": value / 9, "positional": value, "format": value}
-    return rft.Grades(value, terms, torch.tensor(boxes).view(*value.shape, 4))
+    for text in group.texts:
+        n_letters = len(set(text))
+        boxes.append([n_letters, 1.0, n_letters + 9, 8.0])
+        rewards.append(text.count("e") + sum(map(ord, text)) % 7 / 7)
+    group.reward = torch.tensor(rewards)
+    group.terms = {"iou": group.reward / 9, "positional": group.reward, "format": group.reward}
+    group.boxes = torch.tensor(boxes)
+    return group
+
 
 
 @pytest.fixture
@@ -648,9 +620,9 @@ def train_one_step(
         monkeypatch.setattr(dist, "update", keep_gradients)
         args = step_flags(**changes)
         records = load("dior", dior_root, "train")
-        batch = runtime.batch(records, 0, args.prompts, args.seed)
+        batch = [runtime.record_at(records, i, args.seed) for i in range(args.prompts)]
         prompts = [policy.processor(open_image(r), r.text) for r in batch]
-        line, _, _ = rft.train_step(policy, batch, prompts, args, step=0)
+        line, _ = rft.train_step(policy, batch, prompts, args, step=0)
         return gradients, line
     return train
 
@@ -665,7 +637,7 @@ def assert_close_gradients(
 
 # All in one pass, and in several.
 @pytest.mark.parametrize("micro_tokens", [10 ** 6, 400])
-@pytest.mark.parametrize("loss", rft.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_the_gradient_does_not_depend_on_the_micro_batch(
         train_one_step: Callable, loss: str, micro_tokens: int) -> None:
     expected, line_of_single = train_one_step(micro_tokens=1, loss=loss)
@@ -684,16 +656,17 @@ def test_minibatches_share_a_steps_questions_out(train_one_step: Callable) -> No
         assert line_of_two[name] == pytest.approx(line[name], abs=1e-6), name
 
 
-def with_rollouts(
-        monkeypatch: pytest.MonkeyPatch, change: Callable[[rft.Rollouts], None]) -> None:
-    """rft.sample with rollouts that were changed in place."""
+def with_groups(
+        monkeypatch: pytest.MonkeyPatch, change: Callable[[list[Group]], None]) -> None:
+    """rft.sample with groups that were changed in place."""
     sample = rft.sample
 
-    def sample_and_change(*args: Any) -> rft.Rollouts:
-        rollouts = sample(*args)
-        change(rollouts)
-        return rollouts
+    def sample_and_change(*args: Any) -> list[Group]:
+        groups = sample(*args)
+        change(groups)
+        return groups
     monkeypatch.setattr(rft, "sample", sample_and_change)
+
 
 
 def test_what_is_truncated_can_be_left_out(
@@ -702,13 +675,14 @@ def test_what_is_truncated_can_be_left_out(
     cut = torch.tensor([[True, False, False]] * 3 + [[True, True, True]])
     n_tokens = {}
 
-    def cut_some(rollouts: rft.Rollouts) -> None:
-        rollouts.truncated = cut
-        lengths = rollouts.lengths
+    def cut_some(groups: list[Group]) -> None:
+        for group, truncated in zip(groups, cut):
+            group.truncated = truncated
+        lengths = torch.tensor([[len(c) for c in group.completions] for group in groups])
         n_tokens["all"] = lengths.sum().item()
         n_tokens["left"] = lengths[~cut].sum().item()
     with monkeypatch.context() as patch:
-        with_rollouts(patch, cut_some)
+        with_groups(patch, cut_some)
         _, line = train_one_step()
         gradients, line_of_left = train_one_step(mask_truncated=True)
         assert line["truncated"] == line_of_left["truncated"] == 0.5
@@ -721,9 +695,10 @@ def test_what_is_truncated_can_be_left_out(
     expected, _ = train_one_step()
     assert_close_gradients(gradients, expected, n_tokens["all"] / n_tokens["left"])
 
-    def cut_all(rollouts: rft.Rollouts) -> None:
-        rollouts.truncated = torch.ones_like(cut)
-    with_rollouts(monkeypatch, cut_all)
+    def cut_all(groups: list[Group]) -> None:
+        for group in groups:
+            group.truncated = torch.ones_like(group.truncated)
+    with_groups(monkeypatch, cut_all)
     gradients, line = train_one_step(mask_truncated=True)
     assert line["loss"] == line["entropy"] == 0
     for gradient in gradients.values():
@@ -738,8 +713,8 @@ def test_a_rollout_that_ends_at_the_limit_is_not_truncated(
     tokens = torch.tensor([[[65, 66, end], [65, 66, 67], [end, 0, 0]]])
     lengths = torch.tensor([[3, 3, 1]])
     monkeypatch.setattr(rft, "generate", lambda *_: (tokens, torch.zeros(1, 3, 3), lengths))
-    rollouts = rft.sample(policy, [RECORD], [None], torch.zeros(1), step_flags(max_new_tokens=3))
-    assert rollouts.truncated.tolist() == [[False, True, False]]
+    (group,) = rft.sample(policy, [RECORD], [None], torch.zeros(1), step_flags(max_new_tokens=3))
+    assert group.truncated.tolist() == [False, True, False]
 
 
 # ---------------------------------------------------------------- old policies
@@ -749,63 +724,34 @@ SAMPLED_LOWER = math.log(1.5)
 
 
 @pytest.fixture
-def old_and_scored(
-        monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(old, scored, advantage) of each call of policy_loss, where the sampler says less than
-    the scores by SAMPLED_LOWER."""
-    def lower(rollouts: rft.Rollouts) -> None:
-        for group in rollouts.sampled_logp:
-            for logp in group:
+def old_and_scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """(old, scored) of each call of policy_loss, if the sampler's log-probabilities are lower
+    than the scored ones by SAMPLED_LOWER."""
+    def lower(groups: list[Group]) -> None:
+        for group in groups:
+            for logp in group.sampled_logp:
                 logp -= SAMPLED_LOWER
-    with_rollouts(monkeypatch, lower)
+    with_groups(monkeypatch, lower)
     calls = []
     policy_loss = rft.policy_loss
 
-    def keep(logp: Tensor, old: Tensor, *rest: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        calls.append((old, logp.detach(), rest[1]))
-        return policy_loss(logp, old, *rest)
+    def keep(logp: Tensor, old: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, dict]:
+        calls.append((old, logp.detach()))
+        return policy_loss(logp, old, *rest, **more)
     monkeypatch.setattr(rft, "policy_loss", keep)
     return calls
 
 
 @pytest.mark.parametrize("flags, sampler", [
-    ({}, False), ({"updates": 2}, True), ({"minibatches": 2}, True),
-    ({"importance_cap": 2.0}, False), ({"importance_cap": 2.0, "updates": 2}, False),
-    ({"importance_cap": 2.0, "minibatches": 2}, False),
-])
+    ({}, False), ({"updates": 2}, True), ({"minibatches": 2}, True)])
 def test_the_ratio_is_to_the_sampler_as_soon_as_a_step_has_several_updates(
         train_one_step: Callable, old_and_scored: list, flags: dict[str, Any], sampler: bool,
 ) -> None:
-    """With importance weights to the scores instead: the weights have the rest."""
     train_one_step(**flags)
-    for old, scored, _ in old_and_scored:
+    for old, scored in old_and_scored:
         expected = scored - SAMPLED_LOWER if sampler else scored
         torch.testing.assert_close(old, expected, atol=1e-4, rtol=0)
     assert len(old_and_scored) == flags.get("updates", 1) * flags.get("minibatches", 1)
-
-
-def test_importance_weights_are_of_the_policy_that_sampled_also_in_later_minibatches(
-        train_one_step: Callable, old_and_scored: list) -> None:
-    _, line = train_one_step(move=1.0, importance_cap=2.0, minibatches=2)
-    assert line["importance"] == pytest.approx(1.5, rel=1e-4)
-    (old, scored, _), (later_old, later_scored, _) = old_and_scored
-    assert torch.equal(old, scored)
-    assert (later_old - later_scored).abs().max() > 1e-2
-
-
-def test_importance_weights_are_scored_over_sampled_probabilities_cut_at_the_cap(
-        train_one_step: Callable, old_and_scored: list) -> None:
-    plain, line = train_one_step()
-    assert "importance" not in line
-    for cap, weight in ((1.2, 1.2), (2.0, 1.5)):
-        gradients, line = train_one_step(importance_cap=cap)
-        assert_close_gradients(gradients, plain, weight)
-        assert line["importance"] == pytest.approx(weight, rel=1e-4)
-    # Each pass and minibatch has the weights once.
-    for flags in ({"updates": 3}, {"minibatches": 2}):
-        _, line = train_one_step(importance_cap=2.0, **flags)
-        assert line["importance"] == pytest.approx(1.5, rel=1e-4)
-    assert torch.equal(old_and_scored[3][2], old_and_scored[5][2])
 
 
 # ---------------------------------------------------------------- resampling
@@ -824,7 +770,7 @@ def test_fresh_questions_are_new_to_the_step_and_the_same_for_any_number_of_proc
     records = numbered_records(40)
     orders = set()
     for step in (0, 7, 23):
-        batch = {r.id for r in runtime.batch(records, step, 4, 0)}
+        batch = {runtime.record_at(records, i, 0).id for i in range(4 * step, 4 * step + 4)}
         turns = [fresh_ids(records, step, turn) for turn in (1, 2, 3)]
         assert len({*batch, *turns[0], *turns[1], *turns[2]}) == 16
         assert turns == [fresh_ids(records, step, turn) for turn in (1, 2, 3)]
@@ -842,7 +788,7 @@ def test_fresh_questions_are_new_to_the_step_and_the_same_for_any_number_of_proc
 @pytest.mark.parametrize("n", [1, 4, 6])
 def test_where_there_are_too_few_records_they_come_again(n: int) -> None:
     records = numbered_records(n)
-    batch = {r.id for r in runtime.batch(records, 0, 4, 0)}
+    batch = {runtime.record_at(records, i, 0).id for i in range(4)}
     for turn in (1, 2):
         ids = fresh_ids(records, 0, turn)
         assert len(ids) == 4 and (n <= 4 or not batch & set(ids))
@@ -861,16 +807,18 @@ def test_a_group_stays_for_a_turn_whose_fresh_image_cant_be_read(
         if record.id == "broken":
             raise UnreadableImage("broken.jpg")
 
-    def sample(policy: rft.Policy, records: list, *more: Any) -> rft.Rollouts:
+    def sample(policy: rft.Policy, records: list, *more: Any) -> list[Group]:
         assert not records
-        return rft.Rollouts([], [], [], [], [], torch.zeros(0, 2))
+        return []
     monkeypatch.setattr(rft, "open_image", opened)
     monkeypatch.setattr(rft, "sample", sample)
     policy = rft.Policy(None, lambda image, text: None, None, None)
-    grades = rft.Grades(torch.ones(1, 2), {}, torch.zeros(1, 2, 4))
+    group = Group(None, None, [], [], [], torch.zeros(2), reward=torch.ones(2))
     args = step_flags(resample=2, group=2, prompts=1)
     fresh = [SimpleNamespace(id="broken", text="the ship")]
-    line = rft.resample(policy, None, grades, lambda turn: fresh, args, step=0)
+    groups = [group]
+    line = rft.resample(policy, groups, lambda turn: fresh, args, step=0)
+    assert groups == [group]
     assert line["resampled"] == 0
 
 
@@ -890,16 +838,17 @@ def test_groups_that_do_not_vary_are_replaced_until_they_do(
 
     def sample(
             policy: None, records: list, prompts: list, seeds: Tensor, args: argparse.Namespace,
-    ) -> rft.Rollouts:
+    ) -> list[Group]:
         assert len(records) == len(prompts) == len(seeds)
-        names = [[r.id] * 2 for r in records]
-        cut = torch.tensor([[r.id.startswith("fresh")] * 2 for r in records])
-        return rft.Rollouts(records, prompts, names, names, names, cut)
+        groups = []
+        for r, prompt in zip(records, prompts):
+            cut = torch.tensor([r.id.startswith("fresh")] * 2)
+            groups.append(Group(r, prompt, [r.id] * 2, [r.id] * 2, [r.id] * 2, cut))
+        return groups
 
-    def grade(rollouts: rft.Rollouts, args: argparse.Namespace) -> rft.Grades:
-        top = [0.5 if r.id in steady else 1.0 for r in rollouts.records]
-        rewards = torch.tensor([[0.5, high] for high in top])
-        return rft.Grades(rewards, {"iou": rewards / 2}, rewards[..., None].expand(-1, -1, 4) + 0)
+    def grade(group: Group, args: argparse.Namespace) -> Group:
+        group.reward = torch.tensor([0.5, 0.5 if group.record.id in steady else 1.0])
+        return group
     monkeypatch.setattr(rft, "sample", sample)
     monkeypatch.setattr(rft, "grade", grade)
     monkeypatch.setattr(rft, "open_image", lambda record: f"image of {record.id}")
@@ -907,22 +856,17 @@ def test_groups_that_do_not_vary_are_replaced_until_they_do(
     args = step_flags(resample=turns, group=2)
     records = [record(name) for name in "abcd"]
     prompts = [policy.processor(f"image of {r.id}", r.text) for r in records]
-    rollouts = sample(None, records, prompts, torch.zeros(4), args)
-    grades = grade(rollouts, args)
+    groups = [grade(g, args) for g in sample(None, records, prompts, torch.zeros(4), args)]
     fresh = lambda turn: [record(f"fresh {turn} of {i}") for i in range(4)]  # noqa: E731
-    line = rft.resample(policy, rollouts, grades, fresh, args, step=0)
+    line = rft.resample(policy, groups, fresh, args, step=0)
 
-    assert [r.id for r in rollouts.records] == ids
+    assert [group.record.id for group in groups] == ids
     # All that belongs to a question has moved with it.
-    assert rollouts.prompts == [(f"image of {name}", f"text of {name}") for name in ids]
-    assert rollouts.texts == rollouts.completions == rollouts.sampled_logp == [
-        [name] * 2 for name in ids]
-    assert rollouts.truncated[:, 0].tolist() == [name.startswith("fresh") for name in ids]
-    expected = grade(rollouts, args)
-    assert torch.equal(grades.rewards, expected.rewards)
-    assert torch.equal(grades.terms["iou"], expected.terms["iou"])
-    assert torch.equal(grades.boxes, expected.boxes)
-    assert (~rft.varies(grades.rewards)).sum() == flat
+    for group, name in zip(groups, ids):
+        assert group.prompt == (f"image of {name}", f"text of {name}")
+        assert group.texts == group.completions == group.sampled_logp == [name] * 2
+        assert group.truncated[0] == name.startswith("fresh")
+    assert sum(not rft.varies(group.reward[None]) for group in groups) == flat
     assert line.get("resampled", 0) == (0, 2, 3, 4)[min(turns, 3)]
     assert ("resampled" in line) == (turns > 0)
 
@@ -944,13 +888,13 @@ def read_log(out: Path, name: str = "metrics.jsonl") -> list[LogLine]:
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
 
-def with_two_boxes(sample: Callable[..., rft.Rollouts]) -> Callable[..., rft.Rollouts]:
+def with_two_boxes(sample: Callable[..., list[Group]]) -> Callable[..., list[Group]]:
     """rft.sample with boxes of 50 and 100 pixels' width in place of a random model's texts."""
-    def sample_boxes(*args: Any) -> rft.Rollouts:
-        rollouts = sample(*args)
-        texts = [answer_text([0, 0, 50, 20]), answer_text([0, 0, 100, 20])]
-        rollouts.texts = [texts for _ in rollouts.texts]
-        return rollouts
+    def sample_boxes(*args: Any) -> list[Group]:
+        groups = sample(*args)
+        for group in groups:
+            group.texts = [answer_text([0, 0, 50, 20]), answer_text([0, 0, 100, 20])]
+        return groups
     return sample_boxes
 
 
@@ -985,7 +929,8 @@ def test_a_term_of_ones_own_is_chosen_by_name_and_stands_in_every_log(
 def test_picture_and_log_come_before_the_checkpoint_and_a_last_gradient_must_be_finite(
         monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tiny_checkpoint: Path,
         dior_root: Path, tmp_path: Path) -> None:
-    def check_what_is_there(out: Path, step: int, *rest: Any) -> None:
+    def check_what_is_there(out: Path, line: LogLine, *rest: Any) -> None:
+        step = line["step"]
         last = read_log(out)[-1]
         assert last["step"] == step and "val_mIoU" in last
         assert (out / f"rollouts_{step:06d}.png").exists()
@@ -1082,8 +1027,7 @@ def test_one_and_two_processes_train_alike_and_a_resume_goes_on_as_if_never_inte
     assert any(line["advantage"] > 0 for line in log)
     assert log[-1]["unparsable"] < 1
     for line in log:
-        # What runtime.LOG_KEYS calls TERM and TERM_group_std.
-        assert line.keys() - runtime.LOG_KEYS.keys() == {
+        assert line.keys() - rft.RESERVED == {
             "iou", "positional", "format",
             "iou_group_std", "positional_group_std", "format_group_std"}
     log_of_two = run_rft(two, *flags, processes=2)
@@ -1125,8 +1069,8 @@ def check_evaluation(run: Run, stage: Path) -> None:
 
 
 OBJECTIVE = (
-    "--loss", "grpo", "--ratio", "sequence", "--kl", "k1", "--clip", 0.01, 0.02, "--dual-clip", 1.1,
-    "--mask-truncated", "--updates", 2, "--minibatches", 2, "--importance-cap", 1.5)
+    "--loss", "grpo", "--ratio", "sequence", "--clip", 0.01, 0.02, "--mask-truncated",
+    "--updates", 2, "--minibatches", 2)
 
 
 def test_resampling_with_another_objective_on_two_processes_and_resumed(
@@ -1139,7 +1083,7 @@ def test_resampling_with_another_objective_on_two_processes_and_resumed(
     assert any(line["clipped"] > 0 for line in log)
     log_of_two = run_rft(two, *flags, processes=2)
     assert_close_logs(log, log_of_two, (
-        "resampled", "zero_variance_groups", "reward", "loss", "grad_norm", "kl", "importance",
+        "resampled", "zero_variance_groups", "reward", "loss", "grad_norm", "kl",
         "clipped_completions", "truncated", "consistency_weight"))
     expected = load_weights(one / "latest")
     assert_close_weights(load_weights(two / "latest"), expected)
@@ -1237,14 +1181,14 @@ def test_an_output_that_stands_is_not_overwritten(
     ("--unknown", "--unknown"),
     ("--resume", "--resume"),
     ("--reward iou=1 iuo=1", "no term is called 'iuo'"),
-    ("--reward iou=1 iou=2", "iou comes twice"),
+    ("--reward iou=1 iou=2", "iou is given twice"),
     ("--reward iou=much", "iou=much is not NAME=WEIGHT"),
     ("--reward iou", "iou is not NAME=WEIGHT"),
     ("--reward iou=inf", "iou=inf is not NAME=WEIGHT"),
     ("--reward iou=1e39", "iou=1e39 is not NAME=WEIGHT"),
     ("--steps 2 --epochs 1", "not allowed with argument --steps"),
     ("--loss mean", "--loss"),
-    ("--minibatches 3", "--prompts 8 is not a multiple of --minibatches 3"),
+    ("--minibatches 3", "--prompts 8 is not a multiple of 1 processes times --minibatches 3"),
 ])
 def test_a_mistake_is_one_line_and_exit_status_2(
         run: Run, tiny_checkpoint: Path, tmp_path: Path, flags: str, words: str) -> None:
@@ -1258,10 +1202,10 @@ def test_a_mistake_is_one_line_and_exit_status_2(
 @pytest.mark.parametrize("flags", [
     "--lr nan", "--lr -1", "--lr inf", "--lr 0", "--temperature nan", "--temperature inf",
     "--temperature 0", "--alpha 0", "--alpha -1", "--epochs 0", "--epochs nan",
-    "--workers -1", "--seed 9999999999999999", "--epochs 1e308", "--alpha 1e-320",
+    "--seed 9999999999999999", "--epochs 1e308", "--alpha 1e-320",
     "--lambdas 1e39 1e39", "--seed -1", "--val -1", "--lambdas nan 0", "--beta nan",
-    "--beta -1", "--clip -1 2", "--clip nan 2", "--dual-clip 1", "--dual-clip inf",
-    "--importance-cap 0", "--importance-cap nan", "--resample -1", "--minibatches 0",
+    "--beta -1", "--clip -1 2", "--clip nan 2",
+    "--resample -1", "--minibatches 0",
 ])
 def test_a_number_that_makes_no_sense_is_one_line(
         capsys: pytest.CaptureFixture, flags: str) -> None:

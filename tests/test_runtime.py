@@ -22,8 +22,9 @@ from model import Config, QwenVL
 from qwen.hub import CheckpointError
 from qwen.processor import Processor
 from readers import base
-from train import checkpoints, dist
+from train import checkpoints, dist, flags
 from train import run as runtime
+from train.ahead import ahead
 
 
 def test_examples_in_docstrings_hold() -> None:
@@ -43,12 +44,12 @@ def mistake(capsys: pytest.CaptureFixture, call: Callable[..., Any], *args: Any)
 
 
 @pytest.mark.parametrize("kind, good, bad", [
-    (runtime.positive, ["1", "7"], ["0", "-1", "1.5", "nan", "many"]),
-    (runtime.natural, ["0", "7"], ["-1", "inf", ""]),
-    (runtime.seed, ["0", "2147483647"], ["-1", "2147483648", "9999999999999999"]),
-    (runtime.finite, ["-1", "0", "1e-6"], ["nan", "inf", "-inf", "x"]),
-    (runtime.above_zero, ["1e-6", "2"], ["0", "-1", "nan", "inf"]),
-    (runtime.not_negative, ["0", "0.2"], ["-0.1", "nan", "inf"])])
+    (flags.positive, ["1", "7"], ["0", "-1", "1.5", "nan", "many"]),
+    (flags.natural, ["0", "7"], ["-1", "inf", ""]),
+    (flags.natural, ["0", "2147483647"], ["-1", "2147483648", "9999999999999999"]),
+    (flags.moderate, ["-1", "0", "1e-6"], ["nan", "inf", "-inf", "x"]),
+    (flags.above_zero, ["1e-6", "2"], ["0", "-1", "nan", "inf"]),
+    (flags.not_negative, ["0", "0.2"], ["-0.1", "nan", "inf"])])
 def test_numbers_that_are_out_of_range_are_no_flags(
         kind: Callable[[str], Any], good: list[str], bad: list[str]) -> None:
     assert [kind(text) for text in good] == [float(text) for text in good]
@@ -124,12 +125,12 @@ def test_a_budget_counts_the_patches_that_a_trained_tower_keeps(tiny_checkpoint:
 
 def test_every_epoch_has_each_record_once_in_an_order_of_its_own() -> None:
     records = list(range(10))
-    steps = [runtime.batch(records, step, 4, seed=0) for step in range(5)]     # two epochs
-    flat = sum(steps, [])
+    steps = [runtime.record_at(records, place, seed=0) for place in range(20)]
+    flat = steps                                                     # two epochs
     assert sorted(flat[:10]) == sorted(flat[10:]) == records
     assert flat[:10] != flat[10:]
-    assert steps[3] == runtime.batch(records, 3, 4, seed=0)
-    assert steps[3] != runtime.batch(records, 3, 4, seed=1)
+    again = [runtime.record_at(records, place, seed=1) for place in range(20)]
+    assert again != steps
 
 
 def test_micro_batches_keep_within_the_budget_and_leave_nothing_out() -> None:
@@ -145,23 +146,23 @@ def test_micro_batches_keep_within_the_budget_and_leave_nothing_out() -> None:
     assert len(dist.micro_batches(tokens, 100)) == 1
 
 
-def test_steps_made_ahead_are_those_made_here_and_a_bad_image_is_said_in_one_line() -> None:
-    def make(step: int) -> tuple[torch.Tensor, dict]:
+def test_steps_made_ahead_are_those_made_here_and_an_error_comes_at_its_step() -> None:
+    def make(step: int) -> int:
         if step == 7:
             raise base.DataError("scene.jpg: unreadable")
-        return torch.full((3,), step), {"step": step}
-    for workers in (0, 2):
-        made = list(runtime.prefetch(make, range(2, 7), workers))
-        assert [x.tolist() for x, _ in made] == [[step] * 3 for step in range(2, 7)]
-        assert [line["step"] for _, line in made] == list(range(2, 7))
-        with pytest.raises(base.DataError, match=r"^scene\.jpg: unreadable$"):
-            list(runtime.prefetch(make, range(5, 9), workers))
+        return 3 * step
+    assert list(ahead(make, range(2, 7))) == [6, 9, 12, 15, 18]
+    steps = ahead(make, range(5, 9))
+    assert [next(steps), next(steps)] == [15, 18]
+    with pytest.raises(base.DataError, match=r"^scene\.jpg: unreadable$"):
+        next(steps)
+
 
 
 def test_a_log_is_cut_behind_the_step_that_a_run_goes_on_from(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
-        runtime.log(path, {"step": step})
+        runtime.append_line(path, {"step": step})
     # A crash while a line was written leaves these.
     for broken in ('{"step": 4, "lo', '{"step": 2, "each": {"iou": 0}', "\0\0"):
         path.write_text(path.read_text() + broken)
@@ -512,15 +513,15 @@ def test_a_resume_takes_up_the_flags_of_its_run(
     assert (args.data, args.lr, args.freeze_vision) == ("dior", 1e-4, True)
     assert (args.steps, args.resume, args.out) == (6, True, str(out))
     moved = out.rename(out.parent / "moved")
-    args = parse(monkeypatch, "--out", moved, "--resume", "--workers", 1, "--root", "elsewhere")
+    args = parse(monkeypatch, "--out", moved, "--resume", "--root", "elsewhere")
     assert args.out == str(moved)
-    for flags, words in [
+    for given, words in [
             (("--lr", 1e-3), f"--lr 0.001, but the run in {moved} has 0.0001"),
             (("--data", "synth"), "--data synth"),
             (("--init", "other"), "--init other"),
             (("--seed", 1), "--seed 1"),
             (("--max-pixels", 9), "--max-pixels 9")]:
-        assert words in mistake(capsys, parse, monkeypatch, "--out", moved, "--resume", *flags)
+        assert words in mistake(capsys, parse, monkeypatch, "--out", moved, "--resume", *given)
 
 
 def test_a_resume_goes_on_with_no_other_stage_data_or_folder(
@@ -600,7 +601,7 @@ assert model.lm_head.weight.shape == plain.lm_head.weight.shape
 logp, _ = model.score(prompts, [[*got[0][0, :, :8]]])
 logp.sum().backward()
 assert all(p.grad.to_local().dtype == torch.float32 for p in model.parameters())
-runtime.main(lambda: None)
+runtime.launch(lambda: None)
 """
 
 

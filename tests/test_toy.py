@@ -26,7 +26,6 @@ from qwen.answer import PROMPT, format_ok, parse_box
 from qwen.processor import Processor
 from toy import pretrain, scenes
 from toy.scenes import CATEGORIES, COLORS, SMALL, SPLITS, Object, Split, make_scene
-from train import run as runtime
 
 ROOT = Path(__file__).parents[1]
 
@@ -334,14 +333,14 @@ def test_pretraining_goes_on_where_it_was_stopped(
         pretrain.train(model, Processor.from_pretrained(out), args, out)
         return model.state_dict(), (out / "metrics.jsonl").read_text()
 
-    def crash(path: Path, line: dict[str, Any], log: Callable[..., None] = runtime.log) -> None:
+    def crash(path: Path, line: dict[str, Any], log: Callable[..., None] = pretrain.append_line) -> None:
         log(path, line)
         if line["step"] == 3:
             raise KeyboardInterrupt
 
     whole, log = run(tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runtime, "log", crash)
+        patch.setattr(pretrain, "append_line", crash)
         run(tmp_path / "cut")
     resumed, log_again = run(tmp_path / "cut", resume=True)
     assert log == log_again

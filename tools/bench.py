@@ -44,7 +44,8 @@ from model import Config, QwenVL
 from qwen.generate import generate
 from qwen.processor import Pixels, Processor, Prompt
 from train import dist
-from train import run as runtime
+from train.flags import FlagParser, add_device_flag, positive
+from train.run import launch
 
 PARTS = ("load", "prefill", "decode", "update", "step", "sft", "images", "numerics", "profile")
 # From this width on a GPU trains with gradient checkpointing: eight repeated prompts of the 3B
@@ -125,19 +126,19 @@ MODELS = {
     "Qwen3-VL": ("qwen3_vl", "Qwen3VLForConditionalGeneration")}
 
 
-def flags() -> runtime.FlagParser:
-    parser = runtime.FlagParser(
+def flags() -> FlagParser:
+    parser = FlagParser(
         "Measures each part of the work beside what a user would run instead")
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="mid", help="of the model, random weights")
-    runtime.add_device_flag(add)
+    add_device_flag(add)
     add("--dtype", choices=("float32", "bfloat16"),
         help="default: bfloat16 on CUDA, float32 on a CPU")
-    add("--repeats", type=runtime.positive, default=3,
+    add("--repeats", type=positive, default=3,
         help="alternating repeats behind one warm-up")
-    add("--prompts", type=runtime.positive, default=8,
+    add("--prompts", type=positive, default=8,
         help="questions in decode and step, eight rollouts each")
-    add("--tokens", type=runtime.positive, help="of a completion; default 64, on CUDA 256")
+    add("--tokens", type=positive, help="of a completion; default 64, on CUDA 256")
     add("--only", nargs="+", choices=PARTS, help="these rows alone")
     add("--out", default=".", help="folder of bench.json")
     return parser
@@ -1033,4 +1034,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    launch(main)

@@ -8,11 +8,12 @@ from qwen.hub import ADAPTER_CONFIG, CheckpointError, folder
 from qwen.lora import merge, store_as
 from qwen.processor import Processor
 from train import dist
-from train import run as runtime
+from train.flags import FlagParser
+from train.run import launch
 
 
 def main() -> None:
-    parser = runtime.FlagParser("Full weights from an adapter and the base that it names")
+    parser = FlagParser("Full weights from an adapter and the base that it names")
     parser.add_argument("ckpt", help="folder of an adapter, or a stage's of a LoRA run")
     parser.add_argument("out", help="folder for the whole checkpoint, in hub layout")
     parser.add_argument(
@@ -38,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    launch(main)

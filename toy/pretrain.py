@@ -63,6 +63,11 @@ from report import predictions as answers  # noqa: E402
 from toy import scenes  # noqa: E402
 from train import dist  # noqa: E402
 from train import run as runtime  # noqa: E402
+from train.flags import FlagParser, natural, positive  # noqa: E402
+from train.run import (
+    append_line,  # noqa: E402
+    launch,  # noqa: E402
+)
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -597,7 +602,7 @@ def train(model: QwenVL, processor: Processor, args: argparse.Namespace, out: Pa
             line = {"step": step + 1, **pretraining.train_step(batch, lr)}
             if step + 1 == args.warm:
                 pretraining.name_words(processor)
-            runtime.log(out / "metrics.jsonl", line)
+            append_line(out / "metrics.jsonl", line)
             if step % 10 == 0:
                 bar.set_postfix_str(
                     f"kind {line['kind']:.2f} box {line['pixels_off']:.1f} px "
@@ -755,19 +760,19 @@ def count_parameters(model: QwenVL) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flags() -> runtime.FlagParser:
-    parser = runtime.FlagParser("Trains the small base on the embedded world from nothing")
+def flags() -> FlagParser:
+    parser = FlagParser("Trains the small base on the embedded world from nothing")
     add = parser.add_argument
     add("--out", default="ckpt/base", help="folder of the base")
     add("--resume", action="store_true", help="go on where --out was stopped")
-    add("--steps", type=runtime.positive, default=14_000, help="steps")
+    add("--steps", type=positive, default=14_000, help="steps")
     add("--init", help="a base to train on; default: random weights and a tokenizer of its own")
-    add("--warm", type=runtime.natural, default=100,
+    add("--warm", type=natural, default=100,
         help="the first of them, without language")
-    add("--batch", type=runtime.positive, default=16, help="scenes a step")
+    add("--batch", type=positive, default=16, help="scenes a step")
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--seed", type=int, default=0, help="of weights and scenes")
-    add("--every", type=runtime.positive, default=500,
+    add("--every", type=positive, default=500,
         help="steps between states to resume from")
     return parser
 
@@ -801,4 +806,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    launch(main)

@@ -14,11 +14,8 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import shutil
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -421,50 +418,3 @@ def fill_moments(
                 "step": torch.tensor(steps, device=p.device if p.is_cuda else "cpu"),
                 "exp_avg": torch.zeros_like(p.data),
                 "exp_avg_sq": torch.zeros_like(p.data)}
-
-
-# ---------------------------------------------------------------- to move to train/run.py
-
-UNREADABLE_LOG = "unreadable.jsonl"
-
-
-def say_farewell(out: Path, done: int, steps: int) -> None:
-    if rank():
-        return
-    (out / "stop").unlink(missing_ok=True)
-    if done == 0:
-        (out / UNREADABLE_LOG).unlink(missing_ok=True)
-        print("stopped before the first step: nothing is lost; the same command starts again")
-    elif done < steps:
-        print(f"stopped behind step {done} of {steps}; go on with: {command_to_resume(out)}")
-
-
-def command_to_resume(out: Path) -> str:
-    launcher = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-    return shlex.join([*launcher, sys.argv[0], "--out", str(out), "--resume"])
-
-
-@dataclass
-class Checkpoints:
-    out: Path
-    args: argparse.Namespace
-    model: QwenVL
-    optimizer: torch.optim.Optimizer
-    processor: Processor
-    run: dict[str, Any]
-    saved: int
-
-    def save(self, line: dict[str, Any]) -> None:
-        if save(self.out, line, self.model, self.optimizer, self.processor, self.run, self.args):
-            self.saved = line["step"]
-
-    def end(self, lines: Sequence[dict[str, Any]]) -> None:
-        done = lines[-1]["step"] if lines else self.saved
-        if self.saved < done:
-            self.save(lines[-1])
-        if self.saved < done:
-            fail(f"step {done} could not be saved; make room in {self.out}, then "
-                 + (command_to_resume(self.out) if self.saved else "start again"))
-        say_farewell(self.out, done, self.args.steps)

@@ -1,0 +1,193 @@
+"""The flags of both stages, kinds of numbers, and what a resumed run takes from its run.json."""
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from data import add_reading_flags
+from train import dist
+from train.checkpoints import read_run
+
+# Flags that a resumed run may change. The root may change because the data's hash must not.
+FREE_ON_RESUME = (
+    "out", "resume", "root", "steps", "epochs", "device", "micro_tokens", "every", "val",
+    "gradient_checkpointing", "deterministic", "plan", "gpus", "memory", "image", "keep",
+    "keep_weights")
+# Flags of earlier versions, which run.json may still hold, and the only value that still works.
+REMOVED_FLAGS = {"kl": "k3", "dual_clip": None, "importance_cap": None}
+
+
+class FlagHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with defaults, except for flags that are off or describe their default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or isinstance(action.default, dict):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Reports a wrong flag in one line, with exit status 2."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=FlagHelp)
+
+    def error(self, message: str) -> NoReturn:
+        dist.fail(f"{message}; {self.prog} --help explains every flag")
+
+
+def number(kind: type, in_range: Callable[[Any], bool], words: str) -> Callable[[str], Any]:
+    """The type of a numeric flag; refuses other values as "... is not `words`"."""
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not in_range(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+    return convert
+
+
+# Seeds are multiplied by a million, and the product must fit in 64 bits.
+MOST = 2 ** 31
+positive = number(int, lambda v: 0 < v < MOST, f"a whole number from 1 to {MOST - 1}")
+natural = number(int, lambda v: 0 <= v < MOST, f"a whole number from 0 to {MOST - 1}")
+above_zero = number(float, lambda v: 1e-12 <= v <= 1e6, "a number above 0, up to 1e6")
+not_negative = number(float, lambda v: 0 <= v <= 1e6, "a number from 0 to 1e6")
+moderate = number(float, lambda v: abs(v) <= 1e6, "a number between -1e6 and 1e6")
+
+
+def add_device_flag(add: Callable[..., Any]) -> None:
+    add("--device", choices=("cuda", "cpu"),
+        help="where to compute; default: cuda if torch can use it")
+
+
+def add_common_flags(
+        parser: argparse.ArgumentParser, stage: str, init: str, length: str, every: int) -> None:
+    """The flags of both stages. init, every: defaults; length: the default number of steps."""
+    run = parser.add_argument_group("run")
+    add = run.add_argument
+    add("--data", default="synth", help="data set: a name that data.py knows")
+    add("--root", help="its folder; default data/<name>")
+    add_reading_flags(add)
+    add("--init", default=init,
+        help="checkpoint to start from: a folder in hub layout, or a stage's folder")
+    add("--out", default=f"ckpt/{stage}", help="folder for checkpoints, log and pictures")
+    either = run.add_mutually_exclusive_group()
+    either.add_argument("--steps", type=positive, help=f"optimizer steps; default {length}")
+    either.add_argument("--epochs", type=above_zero,
+                        help="passes over the records, instead of --steps; may be a fraction")
+    add("--seed", type=natural, default=0, help="seed of data order and sampling")
+    add("--resume", action="store_true",
+        help="continue from the newest checkpoint in --out, with the flags in its run.json")
+    add_device_flag(add)
+    add("--deterministic", action="store_true",
+        help="on CUDA: slower kernels with a fixed order of sums, so that a resumed run equals an "
+        "uninterrupted one to the bit; the CPU always does this")
+    add = parser.add_argument_group("watching").add_argument
+    add("--every", type=positive, default=every,
+        help="steps between checkpoints, validations and pictures")
+    add("--val", type=natural, default=64, help="records of the val split to validate on; 0: none")
+    add = parser.add_argument_group("disk").add_argument
+    add("--keep", type=positive, default=2,
+        help="newest checkpoints that keep the training state, which --resume needs")
+    add("--keep-weights", type=positive, metavar="N",
+        help="newest checkpoints to keep, in addition to the best by validation; default: all")
+    add = parser.add_argument_group("memory").add_argument
+    add("--micro-tokens", type=positive, default=8192,
+        help="packed tokens in one forward and backward pass (a patch of a trained vision tower "
+        f"counts {dist.PATCH_TOKENS}): more is faster and needs more memory")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+        help="recompute activations within a layer: a third more compute, far less memory; "
+        "default: on CUDA only")
+    add("--freeze-vision", action="store_true", help="train the language model only")
+    add("--max-pixels", type=positive,
+        help="largest area of the resized image; default: the checkpoint's own")
+    add = parser.add_argument_group("adapters").add_argument
+    add("--lora", type=positive, metavar="RANK",
+        help="train adapters of this rank in the language model's linear layers and freeze the "
+        "weights; use an --lr ten times as large; default: none")
+    add("--lora-alpha", type=above_zero, metavar="ALPHA",
+        help="adapters are scaled by ALPHA / RANK; default: 2 RANK, or that of the adapter in "
+        "--init")
+    add("--lora-vision", action="store_true",
+        help="adapters in the vision tower's linear layers too")
+    add = parser.add_argument_group("plan").add_argument
+    add("--plan", action="store_true",
+        help="print the memory that the run needs on each GPU, on any machine, and exit; "
+        "exit status 2 if it does not fit")
+    add("--gpus", type=positive, default=1, help="for --plan: number of GPUs, one process each")
+    add("--memory", type=above_zero, default=80.0, help="for --plan: GiB of one GPU, as in 24")
+    add("--image", type=positive, nargs=2, metavar=("WIDTH", "HEIGHT"),
+        help="for --plan: size of the images, so that no data is needed")
+
+
+def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
+    """The command line, with defaults that depend on the device.
+
+    With --resume, flags that are not given have the values in the run's run.json, and a flag that
+    would change the run is refused.
+    """
+    args = parser.parse_args()
+    if args.resume:
+        known = vars(args).keys()
+        run = read_run(Path(args.out))
+        if run["stage"] != stage:
+            dist.fail(f"--resume, but {args.out} holds a run of {run['stage']}.py; "
+                 f"name the --out of a run of {stage}.py")
+        old_flags = {k: v for k, v in run["flags"].items() if k not in ("out", "resume", "workers")}
+        parser.set_defaults(**{k: v for k, v in old_flags.items() if k in known})
+        args = parser.parse_args()
+        for name in {*known, *old_flags} - {*FREE_ON_RESUME}:
+            flag = f"--{name.replace('_', '-')}"
+            if name not in old_flags or name not in known and (
+                    old_flags[name] != REMOVED_FLAGS.get(name)):
+                dist.fail(f"--resume, but the run in {args.out} was started by another version of "
+                     f"{stage}.py: {flag} is only known to one of them; start another run with "
+                     f"--init {args.out} and another --out")
+            new, old = getattr(args, name, None), old_flags[name]
+            same_path = isinstance(new, str) and isinstance(old, str) and (
+                os.path.realpath(new) == os.path.realpath(old))
+            # run.json has lists where the command line has tuples.
+            if name in known and json.dumps(new) != json.dumps(old) and not same_path:
+                dist.fail(f"--resume with {flag} {as_typed(new)}, but the run in {args.out} has "
+                     f"{as_typed(old)}; leave the flag out, or start another run with another "
+                     "--out")
+    for name in ("lora_alpha", "lora_vision"):
+        if getattr(args, name) and not args.lora:
+            dist.fail(f"--{name.replace('_', '-')} without --lora; give the adapters' rank too")
+    if args.lora_vision and args.freeze_vision:
+        dist.fail("--lora-vision trains what --freeze-vision freezes; leave one of them out")
+    # A plan is for GPUs, whatever machine prints it.
+    args.device = "cuda" if args.plan else dist.choose_device(args.device)
+    if args.gradient_checkpointing is None:
+        args.gradient_checkpointing = args.device == "cuda"
+    return args
+
+
+def as_typed(value: Any) -> str:
+    """A flag's value as a user types it."""
+    if isinstance(value, dict):
+        return " ".join(f"{name}={as_typed(weight)}" for name, weight in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def set_steps(
+        args: argparse.Namespace, records: int, per_step: int, **default: float) -> None:
+    """Sets args.steps from --epochs, or from the stage's default (steps=... or epochs=...).
+
+    args.epochs becomes None: run.json records the steps.
+    """
+    if args.steps is None and args.epochs is None:
+        vars(args).update(default)
+    if args.epochs is not None:
+        args.steps = max(1, round(args.epochs * records / per_step))
+        args.epochs = None
