@@ -921,7 +921,7 @@ def test_a_term_of_ones_own_is_chosen_by_name_and_stands_in_every_log(
     for row in read_log(out, "rollouts.jsonl"):
         assert row["reward"][0] < row["reward"][1] and len(row["width"]) == 2
     figure = page.training_section("rft", out, [])
-    assert re.findall(r">([^<>]*)</span>", figure)[:4] == ["reward", "width", "format", "iou"]
+    assert re.findall(">([^<>]*)</span>", figure)[:4] == ["reward", "width", "format", "iou"]
     description = json.loads((out / "latest" / "run.json").read_text())
     assert description["flags"]["reward"] == {"width": 0.5, "format": 1.0}
 
