@@ -16,7 +16,7 @@ of RSGround-R1 (arXiv 2601.21634); the form is ours, because the paper's texts a
     python cot.py dior --init CKPT      the same in the coordinates that sft.py --init CKPT uses
     python cot.py dior --teacher URL    a teacher explains the boxes: see tools/teacher.py
 
-sft.py --cot FILE reads reasoning from a JSONL, and adds the answer from the annotation:
+sft.py --cot FILE reads a JSONL (`load_reasoning`), and adds the answer from the annotation:
 
     {"id": "123", "think": "...", "frame": {"original": [W, H], "resized": [W, H],
                                             "convention": "absolute" or "1000"}}

@@ -129,7 +129,7 @@ def relation_holds(relation: str, box: Box, other: Box, frame: Frame) -> bool:
 
 ASKS_SIDE = re.compile(r"left of|right of|above|below")
 ASKS_DISTANCE = re.compile(r"next to|nearest to the (?!top|bottom)")
-# The order that is told -> the number that grows in it, of a box and the anchor's.
+# An order in a text -> the number that grows in it, of a box and the anchor's.
 GROWING = {
     ("left", "right"): lambda box, anchor: middle(box)[0],
     ("right", "left"): lambda box, anchor: -middle(box)[0],
@@ -166,7 +166,7 @@ class Case:
 
     @property
     def mentioned(self) -> list[Neighbor]:
-        """Objects that the expression names beside the candidates."""
+        """Objects other than the candidates that the expression names."""
         mentioned = []
         for o in self.others:
             own_category = o.category == self.record.category
@@ -219,7 +219,7 @@ def check_text(text: str, case: Case) -> None:
 
 
 def read_sentences(think: str, expression: str) -> list[tuple[str, tuple[str, ...]]]:
-    """The reasoning behind the expression -> kind of each sentence, and what its pattern reads."""
+    """The reasoning after the expression -> kind of each sentence, and what its pattern reads."""
     said = expression.replace("<", "(").replace(">", ")") + "."
     assert think.startswith(said)
     rest = think[len(said):].strip()
@@ -262,19 +262,19 @@ def candidate_boxes(words: tuple[str, ...], anchors: list[Box], case: Case) -> l
         if all(fits):
             boxes.append(box)
     assert boxes, (words, case.phrases)
-    # What is asked for is told.
+    # The text gives what is asked for.
     if relation and "it is" not in relation:
-        side_told = "of it" in relation or "above" in relation or "below" in relation
-        assert side_told or not ASKS_SIDE.search(case.record.text)
+        gives_side = "of it" in relation or "above" in relation or "below" in relation
+        assert gives_side or not ASKS_SIDE.search(case.record.text)
         assert "away" in relation or not ASKS_DISTANCE.search(case.record.text)
     return boxes
 
 
 def grows(candidates: list[list[Box]], order: tuple[str, ...], anchor: Box | None) -> bool:
     """Whether the candidates may stand in this order, where a sentence fits several boxes."""
-    for before, behind in zip(candidates, candidates[1:]):
+    for before, after in zip(candidates, candidates[1:]):
         least = min(GROWING[order](box, anchor) for box in before)
-        most = max(GROWING[order](box, anchor) for box in behind)
+        most = max(GROWING[order](box, anchor) for box in after)
         if least > most:
             return False
     return True
@@ -374,7 +374,7 @@ def test_the_target_under_another_expression_is_no_other_object() -> None:
     target = ship("0", "the ship", 10.0, 10.0, 50.0, 50.0)
     same_object = ship("1", "the grey one", 10.0, 10.0, 51.0, 50.0)
     other = ship("2", "the far ship", 70.0, 70.0, 90.0, 90.0)
-    overlapping = ship("3", "the ship beside it", 30.0, 10.0, 70.0, 50.0)      # IoU 1/3
+    overlapping = ship("3", "the ship next to it", 30.0, 10.0, 70.0, 50.0)      # IoU 1/3
     same_image = [target, same_object, other, overlapping]
     assert [o.box for o in other_objects(target, same_image)] == [other.box, overlapping.box]
 
@@ -527,7 +527,7 @@ def completion_of(think: str, box: object) -> str:
     "it is left of the pier.",
     "near (100, 150), above a ship at [300, 300.5, 340,399].",
     "of 3 ships, which fill 30% of it, the A380 is 2nd.",
-    "the ship of 1997, x1 and y2 are not told."])
+    "the ship of 1997, x1 and y2 are not known."])
 def test_an_explanation_is_kept_where_it_is_whole_agrees_and_does_not_leak(think: str) -> None:
     record = replace(HARBOR_SHIP, text="the ship of 1997")
     for box in (RIGHT_BOX, [52, 101, 149, 197], [50.5, 100.0, 150.2, 200.0]):
@@ -585,10 +585,10 @@ def test_a_box_that_is_given_away_is_refused(think: str) -> None:
 def test_coordinates_of_a_teacher_are_converted_to_the_students(tmp_path: Path) -> None:
     """Points and boxes, in whole numbers; counts stay. Without a frame nothing is converted."""
     file = tmp_path / "explained.jsonl"
-    think = "one of 7, near (100, 150), beside [10,20.5, 30,40]"
+    think = "one of 7, near (100, 150), and [10,20.5, 30,40]"
     line = {"id": "7", "think": think, "frame": asdict(HALF_SIZE)}
     thousandths = Frame((800, 800), (112, 112), "1000")
-    converted = "one of 7, near (250, 375), beside [25,51, 75,100]"
+    converted = "one of 7, near (250, 375), and [25,51, 75,100]"
     own_line = {"id": "7", "think": think}
     for content, student, wanted in [
             (line, thousandths, converted), (line, HALF_SIZE, think),
@@ -628,7 +628,7 @@ def test_a_mistake_about_the_teacher_is_one_line(
 
 
 def requested_box(request: str) -> str:
-    """The box that a teacher was told."""
+    """The box in the request to a teacher."""
     return re.search(r"lies in the box (\[[\d, ]+\]);", request)[1]
 
 
@@ -877,10 +877,10 @@ def test_a_server_is_asked_as_the_protocol_says(
 
 
 @pytest.mark.parametrize("coords", ["original", "resized", "1000"])
-def test_a_server_is_told_and_read_in_its_own_coordinates(
+def test_a_server_is_asked_and_read_in_its_own_coordinates(
         coords: str, script: Script, server: FakeServer, tiny_checkpoint: Path, tmp_path: Path,
 ) -> None:
-    """It answers with the box that it was told, and names a point that is right there."""
+    """It answers with the box of the request, and names a point that is right there."""
     Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
     row = {"id": "a", "image": "a.png", "text": "the ship", "box": [30, 40, 90, 140]}
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
@@ -1220,7 +1220,7 @@ def test_a_key_that_no_header_can_carry_is_not_shown(
         run: Run, server: FakeServer, dior_root: Path, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-kept\nsecret")
-    done = run("cot.py", "dior", "--root", dior_root, "--out", tmp_path / "told.jsonl",
+    done = run("cot.py", "dior", "--root", dior_root, "--out", tmp_path / "explained.jsonl",
                "--teacher", server.url, "--model", "big", "--coords", "original")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "kept" not in done.stderr
     assert not server.requests
@@ -1305,7 +1305,7 @@ def test_a_command_that_is_killed_loses_and_repeats_nothing(
         process.kill()
         process.communicate()
         content = out.read_bytes()
-        # What stood there still stands there.
+        # Whole lines stay.
         assert content.startswith(before)
         before = content[:content.rindex(b"\n") + 1]
         written = {json.loads(line)["id"] for line in before.splitlines()}

@@ -1,8 +1,9 @@
-"""A teacher gets image, expression and true box, and explains how one finds the object.
+"""A teacher gets image, expression and true box, and explains how to find the object.
 
-The teacher is a checkpoint, or a server with OpenAI's chat-completions protocol (vLLM, SGLang).
-Each explanation is a line of a JSONL, kept or refused (cot.py shows the format). The same command
-continues after a stop, and asks again for records that got no whole answer in --tries requests.
+The teacher is a checkpoint (`ask_checkpoint`), or a server with OpenAI's chat-completions protocol
+such as vLLM or SGLang (`ask_server`; `post` sends, `read_completion` reads). Each explanation is a
+line of a JSONL, kept or refused (cot.py shows the format). The same command continues after a
+stop, and asks again for records that got no whole answer in --tries requests.
 
     python cot.py dior --teacher CKPT
     python cot.py dior --teacher http://localhost:8000/v1 --model Qwen2.5-VL-72B-Instruct \\
@@ -82,9 +83,9 @@ class Explanation:
     """What is asked about a record, and the answer."""
 
     record: Record
-    seed: int                     # of the sampling for this record, in whatever order
+    seed: int                     # of the sampling; it depends on the record, not on the order
     frame: Frame | None = None    # of the teacher's coordinates
-    text: str | None = None       # None: no whole answer
+    text: str | None = None       # the answer; None: no whole one
     failure: str = ""             # why not
 
 
@@ -106,7 +107,7 @@ def filter_explanation(text: str, record: Record, frame: Frame) -> tuple[str | N
     if not think or any(tag in think for tag in TAGS):
         return None, "incomplete chain"
 
-    # 2. The right box. A box that is right in another convention does not mean a wrong object.
+    # 2. The right box. One that is right in another convention is not a wrong object.
     box = parse_box(text)
     if box is None:
         return None, INCONSISTENT
@@ -164,7 +165,7 @@ def open_explanations(out: Path) -> Iterator[tuple[BinaryIO, dict[str, str | Non
         file.seek(0)
         finished = {}
         end = 0                       # of the whole lines, in bytes
-        missing = b""                 # at the end of the last one
+        line_end = b""                # if the last of them lacks it
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
@@ -174,12 +175,12 @@ def open_explanations(out: Path) -> Iterator[tuple[BinaryIO, dict[str, str | Non
                 is_start = line.startswith(LINE_START) or LINE_START.startswith(line)
                 if line.endswith(b"\n") or not is_start:
                     raise DataError(
-                        f"{out}, line {number}: not a line of a teacher; {advice}") from None
+                        f"{out}, line {number}: not a line of a teacher's file; {advice}") from None
                 break
             end += len(line)
-            missing = b"" if line.endswith(b"\n") else b"\n"
+            line_end = b"" if line.endswith(b"\n") else b"\n"
         file.truncate(end)
-        file.write(missing)
+        file.write(line_end)
         yield file, finished
 
 
