@@ -341,8 +341,8 @@ def read_settings(
         size = image.get("size") or {}
         if not isinstance(size, dict):
             raise ValueError(f"size is {size!r}, not shortest_edge and longest_edge")
-        # transformers' precedence: min_pixels and max_pixels win over "size", whose edges are
-        # areas as well. Some files have min_pixels and max_pixels in "size".
+        # transformers' precedence: min_pixels and max_pixels win over "size". Its edges are
+        # areas as well, and some files have min_pixels and max_pixels in it.
         whole = {f"{side}_size": image.get(f"{side}_size")
                  for side in ("patch", "merge", "temporal_patch")}
         for name, edge, choice, default in (

@@ -1,4 +1,4 @@
-"""A CUDA device that the CPU plays, so that every line for a GPU runs on a machine without one.
+"""A CUDA device simulated on the CPU, so every line for a GPU runs on a machine without one.
 
     with PlayedDevice() as gpu:
         model = QwenVL.from_pretrained(path, torch.bfloat16, "cuda")
@@ -6,17 +6,17 @@
     gpu.syncs, gpu.launches, gpu.launches_by_name, gpu.live_bytes, gpu.peak_bytes
 
 Inside, device="cuda", x.to("cuda"), x.is_cuda and torch.cuda's streams, graphs and memory
-figures work. A tensor on the device is a `PlayedTensor`: it says that it lies on cuda:0 and has
-a plain tensor on the CPU, its `content`, which does the work. So all numbers are real.
+figures work. A tensor on the device is a `PlayedTensor`: its device is cuda:0, and a plain tensor
+on the CPU, its `content`, does the work. So all numbers are real.
 
-What a GPU refuses is refused here: tensors of two devices in one operation, what the kernel of
+It refuses what a GPU refuses: tensors of two devices in one operation, what the kernel of
 variable-length attention checks (PyTorch's flash_api.cpp) or silently relies on, and, while a
-graph is captured, every wait for the host and every copy from its memory. A graph that is
-replayed over memory that was freed is an error, too; a GPU would read what is there by then.
+graph is captured, every wait for the host and every copy from its memory. Replaying a graph over
+freed memory is an error, too; a GPU would read whatever is there by then.
 
-What is counted is what a GPU would do, with three simplifications. An operation of aten that
-is no view counts as one launch, though some take two. Bytes are those that the storages ask for,
-without the allocator's rounding and without what a kernel needs while it runs. Time is the CPU's.
+It counts what a GPU would do, with three simplifications. An aten operation that is not a view
+counts as one launch, though some take two. Bytes are those that the storages ask for, without the
+allocator's rounding and without what a kernel needs while it runs. Time is the CPU's.
 """
 import contextlib
 import functools
@@ -36,14 +36,14 @@ from torch.overrides import TorchFunctionMode
 ROOT = Path(__file__).parents[1]
 SOURCES = {ROOT, ROOT / "qwen", ROOT / "train", ROOT / "report"}
 CUDA = torch.device("cuda", 0)
-# Operations whose result the host has to see, or whose shape depends on values.
+# Operations with a result that the host has to see, or a shape that depends on values.
 WAITING = {
     "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "bincount",
     "_unique", "_unique2", "unique_consecutive", "unique_dim"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 COPYING = {"copy_", "_to_copy"}
-# Matrix products. A processor without instructions for bfloat16 takes minutes for those of 3B's
-# widths; they are computed in float32 there, which is what a GPU adds up in.
+# Matrix products. A CPU without bfloat16 instructions takes minutes for those of 3B's widths;
+# they are computed in float32 there, in which a GPU adds up, too.
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 HAS_BFLOAT16_PRODUCTS = (
     torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -53,16 +53,16 @@ FREE = {
     "new_empty", "new_empty_strided", "_local_scalar_dense"}
 
 run_backward = torch.autograd._engine_run_backward
-active: "PlayedDevice | None" = None          # whose `with` we are in
+active: "PlayedDevice | None" = None          # the one that is entered now
 
 
 def on_cuda(device: Any) -> bool:
-    """Whether this, as a caller of torch gives it, names a CUDA device."""
+    """Whether an argument `device` names a CUDA device."""
     return device is not None and torch.device(device).type == "cuda"
 
 
 def product_in_float32(product: Callable, *args: Any, **kwargs: Any) -> Tensor:
-    """A product of bfloat16 by way of float32, rounded once at its end; any other as it is."""
+    """A bfloat16 product computed in float32 and rounded once; any other unchanged."""
     if args[0].dtype != torch.bfloat16:
         return product(*args, **kwargs)
     widened = [x.float() if isinstance(x, Tensor) else x for x in args]
@@ -95,7 +95,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def replaced(tree: Any, replace: Callable[[Tensor], Any]) -> Any:
-    """The same nest with something in place of each tensor."""
+    """The same nest with each tensor replaced."""
     if isinstance(tree, Tensor):
         return replace(tree)
     if isinstance(tree, dict):
@@ -153,7 +153,7 @@ class Hold:
 
 
 class Pool:
-    """What graphs keep for the tensors that live within a replay alone."""
+    """Memory that graphs keep for tensors that live only during a replay."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
@@ -172,7 +172,7 @@ class Pool:
 # ---------------------------------------------------------------- tensors
 
 class PlayedTensor(torch.Tensor):
-    """A tensor on the played device; torch's C++ believes that it lies on the CPU."""
+    """A tensor on the played device; torch's C++ takes it for one on the CPU."""
 
     content: Tensor
     gpu: "PlayedDevice"
@@ -289,7 +289,7 @@ class FusedRMSNorm(torch.autograd.Function):
 # ---------------------------------------------------------------- graphs
 
 class Graph:
-    """Plays torch.cuda.CUDAGraph: what was captured runs again, on the same memory."""
+    """Plays torch.cuda.CUDAGraph: the captured steps run again, on the same memory."""
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.gpu = active
@@ -345,7 +345,7 @@ def capture(graph: Graph, pool: Pool | None = None, **more: Any) -> Iterator[Non
     memory = graph.gpu.memory
     require(graph.gpu.capturing is None, "a capture within a capture")
     graph.memory_pool = pool or Pool(memory)
-    # Tensors of a capture take what the pool has; it grows where they need more.
+    # Tensors of a capture use the pool, which grows if they need more.
     kept = graph.memory_pool.size
     graph.memory_pool.resize(0)
     earlier_peak = memory.peak
@@ -363,7 +363,7 @@ def capture(graph: Graph, pool: Pool | None = None, **more: Any) -> Iterator[Non
 # ---------------------------------------------------------------- the device
 
 class PlayedDevice(TorchFunctionMode):
-    """A CUDA device while its `with` lasts, and what happened on it, to be read at any time.
+    """A CUDA device during its `with`, and counts of what happened on it, readable at any time.
 
     syncs: waits of the host for the device, by (operation, line of the project).
     launches, launches_by_name: kernels, altogether and by the operation of aten.

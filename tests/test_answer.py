@@ -1,4 +1,4 @@
-"""answer.py: one case by hand, then the parser on whatever a policy may write."""
+"""answer.py: one case by hand, then the parser on anything a policy may write."""
 import doctest
 import json
 import math
@@ -171,8 +171,8 @@ def test_hostile_text_takes_time_in_proportion_to_its_length(hostile: str) -> No
     texts = (
         hostile, answer(hostile), answer('{"bbox_2d": [' + hostile),
         answer('{"bbox_2d": [1, 2, 3, ' + hostile + "]}"))
-    # CPU time, for a busy machine is no failure, beside that of a walk over all characters, for a
-    # slow one is none either. What grows with the square of the length takes thousands of walks.
+    # CPU time, compared with that of a walk over all characters, does not depend on how busy or
+    # slow the machine is. What grows with the square of the length takes thousands of walks.
     start = time.process_time()
     assert sum(1 for text in texts for _ in text) > 0
     walk = time.process_time() - start
@@ -183,35 +183,8 @@ def test_hostile_text_takes_time_in_proportion_to_its_length(hostile: str) -> No
     assert time.process_time() - start < 100 * walk
 
 
-def test_any_text_at_all() -> None:
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-    pieces = st.sampled_from([
-        "<think>", "</think>", "<answer>", "</answer>", '{"bbox_2d": [', "1, 2, 3, 4", "]}", "[",
-        "{", '"', ",", "NaN", "1e999", "true", " ", "\ud800", "```json\n", GOOD])
-    word = st.one_of(
-        pieces, st.text(max_size=5), st.floats().map(repr), st.integers().map(str))
-    texts = st.lists(word, max_size=20).map("".join)
-
-    @hypothesis.settings(max_examples=1500, deadline=None)
-    @hypothesis.given(texts)
-    def check(text: str) -> None:
-        for t in (text, answer(text)):
-            box = parse_box(t)
-            assert (box is None) == (failure(t) is not None)
-            if box is None:
-                assert not format_ok(t)
-                continue
-            assert all(map(math.isfinite, box)) and box[2] > box[0] and box[3] > box[1]
-            assert parse_box_lenient(t) == box
-    check()
-
-
 def test_any_json_at_all() -> None:
-    """The parser beside a slow reading of its contract.
-
-    That is json without our hooks, then the rules one after the other.
-    """
+    """The parser agrees with a slow reading: plain json, then the rules one by one."""
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
     number = st.one_of(st.integers(-10**20, 10**20), st.floats(), st.booleans())
