@@ -1,4 +1,4 @@
-"""lora.py beside PEFT, merged beside unmerged, and both stages with adapters as one runs them."""
+"""lora.py against PEFT, merged against unmerged, and both stages with adapters as commands."""
 import argparse
 import json
 import math
@@ -24,7 +24,7 @@ from model import Config, QwenVL
 from qwen import lora
 from qwen.hub import CheckpointError
 from qwen.processor import Processor, Prompt
-from tools import bench
+from tools import bench, merge_lora
 from train import checkpoints, dist
 from train import run as runtime
 
@@ -234,7 +234,7 @@ def test_the_reference_is_the_start_whatever_is_trained(
     model = QwenVL.from_pretrained(init, dtype=None)
     lora.fit(model, flags())
     lora.keep_start(model)
-    lora.freeze_base(model)
+    lora.choose_trained(model, False, False)
     model = dist.prepare(model, torch.device("cpu"))
     opt = dist.optimizer(model, 1e-2)
     for _ in range(2):
@@ -255,7 +255,7 @@ def test_only_adapters_are_trained_and_their_gradient_is_that_of_the_formula(
     """Beside weights W + alpha / rank B A made by hand: dA = alpha / rank B^T dW, and dB alike."""
     prompt = make_prompt(tiny_checkpoint)
     model = with_adapters(tiny_checkpoint, vision=True)
-    lora.freeze_base(model)
+    lora.choose_trained(model, False, False)
     model = dist.prepare(model, torch.device("cpu"))
     layers = lora.adapted(model)
     score(model, prompt).sum().backward()
@@ -276,8 +276,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_checkpoint: Path) -> No
     gradients = []
     for checkpointing in (False, True):
         model = with_adapters(tiny_checkpoint, vision=True)
-        lora.freeze_base(model)
-        model.visual.checkpointing = model.model.checkpointing = checkpointing
+        lora.choose_trained(model, False, checkpointing)
         model = dist.prepare(model, torch.device("cpu"))
         score(model, prompt).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
@@ -321,8 +320,7 @@ model_module.PATCHES_AT_ONCE = 1
 model = QwenVL.from_pretrained(adapter, dtype=None)
 lora.fit(model, flags())
 lora.keep_start(model)
-lora.freeze_base(model)
-model.visual.checkpointing = model.model.checkpointing = True
+lora.choose_trained(model, False, True)
 model = dist.prepare(model, device, dtype=torch.bfloat16)
 for name, p in model.named_parameters():
     assert p.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16), name
@@ -361,7 +359,7 @@ def test_a_base_in_bfloat16_under_float32_adapters_on_two_processes(
     assert done.returncode == 0, done.stderr
     gradients = torch.load(tmp_path / "gradients")
     model = QwenVL.from_pretrained(tmp_path / "adapter", torch.float32)
-    lora.freeze_base(model)
+    lora.choose_trained(model, False, False)
     score(model, make_prompt(tiny_checkpoint)).sum().backward()
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -592,9 +590,9 @@ def widen(tensors: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("harm, words", [
     (drop, "lora_[AB] of model.* is missing"),
-    (rename, "lm_head.lora_A.weight is no adapter of a linear layer"),
+    (rename, "lm_head.lora_A.weight is not an adapter of a linear layer"),
     (widen, "but base and rank ask for"),
-    (dict.clear, "there is no adapter in it"),
+    (dict.clear, "it holds no adapter"),
 ])
 def test_tensors_that_do_not_fit_are_named(
         tiny_checkpoint: Path, tmp_path: Path, harm: Callable[[dict[str, Tensor]], None],
@@ -616,13 +614,13 @@ def test_an_adapter_without_its_weights_or_with_no_json_is_named(
         file.unlink()
         if content:
             file.write_bytes(content)
-        with pytest.raises(CheckpointError, match="no whole safetensors file"):
+        with pytest.raises(CheckpointError, match="not a whole safetensors file"):
             QwenVL.from_pretrained(tmp_path)
     shutil.copy(tiny_checkpoint / "model.safetensors", tmp_path)
-    with pytest.raises(CheckpointError, match="adapter_config.json lies beside whole weights"):
+    with pytest.raises(CheckpointError, match="adapter_config.json is next to whole weights"):
         QwenVL.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    for text, words in (("{", "not readable"), ("[]", "not a JSON object")):
+    for text, words in (("{", "not a readable"), ("[]", "JSON object .a list")):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=words):
             QwenVL.from_pretrained(tmp_path)
@@ -669,9 +667,9 @@ def test_merge_needs_an_adapter_and_an_empty_folder(
     adapter = tmp_path / "adapter"
     with_adapters(tiny_checkpoint).save_pretrained(adapter)
     with pytest.raises(CheckpointError, match="holds no adapter: there is nothing to merge"):
-        main(lora, "merge", tiny_checkpoint, tmp_path / "whole")
+        main(merge_lora, tiny_checkpoint, tmp_path / "whole")
     with pytest.raises(CheckpointError, match="no checkpoint at"):
-        main(lora, "merge", tmp_path / "none", tmp_path / "whole")
+        main(merge_lora, tmp_path / "none", tmp_path / "whole")
     with pytest.raises(SystemExit):
-        main(lora, "merge", adapter, tmp_path)
+        main(merge_lora, adapter, tmp_path)
     assert "is not empty; name another folder" in capsys.readouterr().err

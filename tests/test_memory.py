@@ -317,7 +317,7 @@ def test_a_plan_from_an_adapter_has_that_adapters_layers_and_its_start(
     model.save_pretrained(tmp_path)
     processor = Processor.from_pretrained(tiny_checkpoint)
     processor.save_pretrained(tmp_path)
-    adapters = 4 * sum(p.numel() for name, p in model.named_parameters() if lora.is_adapter(name))
+    adapters = 4 * sum(p.numel() for _, p in lora.saved_parameters(model))
     args = flags(init=str(tmp_path), lora=4)
     prompt = memory.longest_prompt(processor, [], (112, 112))
     always = memory.plan(args, rft.step_size(args), 1, prompt, prompt)[1]["all the time"]

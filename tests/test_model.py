@@ -396,14 +396,13 @@ def scored_apart(
 
 def test_completions_of_a_pack_by_hand() -> None:
     # One prompt in rows 0 and 1, completions of 1 and 2 tokens: row 2 is the second's first.
-    layout = completion_layout([2], [7], [[1, 2]])
-    assert layout.fed_lengths == [0, 1] and layout.prefix == [(2, 1)]
-    assert layout.positions.tolist() == [7]
-    assert layout.predicting_rows.tolist() == [1, 1, 2]
+    fed_lengths, prefix, positions, predicting_rows = completion_layout([2], [7], [[1, 2]])
+    assert fed_lengths == [0, 1] and prefix == [(2, 1)]
+    assert positions.tolist() == [7] and predicting_rows.tolist() == [1, 1, 2]
     # Nothing at all is fed.
-    layout = completion_layout([2, 3], [2, 3], [[1], [1, 1]])
-    assert layout.prefix == [(2, 0), (3, 0)] and layout.positions.dtype == torch.long
-    assert layout.predicting_rows.tolist() == [1, 4, 4]
+    _, prefix, positions, predicting_rows = completion_layout([2, 3], [2, 3], [[1], [1, 1]])
+    assert prefix == [(2, 0), (3, 0)] and positions.dtype == torch.long
+    assert predicting_rows.tolist() == [1, 4, 4]
 
 
 @torch.no_grad()
@@ -543,8 +542,8 @@ def test_a_config_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     text = config.read_text()
     for broken, words in [
-            ("{", "not a readable"),
-            ("[]", "not a JSON object"),
+            ("{", "not a readable JSON object"),
+            ("[]", "not a readable JSON object .a list"),
             (text.replace('"hidden_size": 64', '"hidden_size": []'), "not the config.json of"),
             (text.replace("qwen2_5_vl", "llama", 1), "model_type is 'llama'; this code runs"),
             (text.replace("qwen2_5_vl", "qwen3_vl_moe", 1), "'qwen3_vl_moe' .Qwen3-VL-MoE.; "),
@@ -643,7 +642,7 @@ def test_without_a_tokenizer_the_markers_of_config_json_are_banned(tmp_path: Pat
 def test_a_tokenizer_that_cant_be_read_is_refused_by_name(
         tmp_path: Path, file: str, text: str) -> None:
     (tmp_path / file).write_text(text)
-    words = rf"{file}.* is not a tokenizer's \(.*; copy it again"
+    words = rf"{file}: not a (tokenizer's|readable JSON object) \(.*; copy it again"
     with pytest.raises(CheckpointError, match=words):
         hub.read_token_ids(tmp_path)
 

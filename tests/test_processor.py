@@ -110,7 +110,7 @@ def test_vocab_merges_and_added_tokens_alone_are_read(folder: Path) -> None:
     ({"<|im_end|>": 300}, "<|im_end|> is 300 here, but not in tokenizer_config.json"),
     ({"<other>": 256}, "<other> is 256 here, but not"),
     ({"<other>": "264"}, "the id of '<other>' is '264'"),
-    ([1], "not a tokenizer's")])
+    ([1], "not a readable JSON object")])
 def test_added_tokens_that_do_not_fit_are_refused(
         folder: Path, added: Any, words: str,
 ) -> None:

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from model import Config, QwenVL
 from qwen.generate import generate
+from qwen.hub import nested_name
 from qwen.processor import Pixels, Processor, Prompt
 from train import dist
 from train.flags import FlagParser, add_device_flag, positive
@@ -157,7 +158,8 @@ def write_checkpoint(
     with torch.device("meta"):
         model = QwenVL(Config.from_json(config_file))
     parameters = model.state_dict()
-    stored = {name: model.stored_name(name) for name in parameters}
+    qwen3 = shape.family == "Qwen3-VL"
+    stored = {name: nested_name(name) if qwen3 else name for name in parameters}
     # A GPU is done with billions of random numbers in no time.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = {}

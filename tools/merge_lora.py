@@ -1,20 +1,20 @@
-"""Full weights from an adapter: python -m tools.merge_lora ckpt/rft OUT."""
-from __future__ import annotations
-
+"""Full weights from an adapter and its base: python -m tools.merge_lora ckpt/rft merged/"""
 import shutil
 
+import torch
+
 from model import QwenVL
+from qwen import lora
 from qwen.hub import ADAPTER_CONFIG, CheckpointError, folder
-from qwen.lora import merge, store_as
 from qwen.processor import Processor
-from train import dist
+from train.dist import check_writable, fail
 from train.flags import FlagParser
 from train.run import launch
 
 
 def main() -> None:
     parser = FlagParser("Full weights from an adapter and the base that it names")
-    parser.add_argument("ckpt", help="folder of an adapter, or a stage's of a LoRA run")
+    parser.add_argument("ckpt", help="folder of an adapter, or of a stage that trained one")
     parser.add_argument("out", help="folder for the whole checkpoint, in hub layout")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",
@@ -23,16 +23,18 @@ def main() -> None:
     path = folder(args.ckpt)
     if not (path / ADAPTER_CONFIG).exists():
         raise CheckpointError(f"{path} holds no adapter: there is nothing to merge")
-    out = dist.check_writable(args.out)
+    out = check_writable(args.out)
     if any(out.iterdir()):
-        dist.fail(f"{out} is not empty; name another folder")
+        fail(f"{out} is not empty; name another folder")
     model = QwenVL.from_pretrained(path, dtype=None)
     processor = Processor.from_pretrained(path)
-    merge(model)
-    store_as(model, args.dtype)
+    lora.merge(model)
+    model.stored_dtype = getattr(torch, args.dtype)
+    raw = model.config.raw
+    for part in (raw, raw.get("text_config", {}), raw.get("vision_config", {})):
+        part |= {key: args.dtype for key in ("torch_dtype", "dtype") if key in part}
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    # What it was trained on goes with it.
     if (path / "run.json").exists():
         shutil.copyfile(path / "run.json", out / "run.json")
     print(f"merged: {out}")

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from model import QwenVL
 from qwen import lora
-from qwen.hub import MANIFEST, CheckpointError, by_number, sync_stream, write_tensors
+from qwen.hub import MANIFEST, CheckpointError, by_number, write_tensors
 from qwen.processor import Processor
 from readers.base import read_json
 from train.dist import (
@@ -132,6 +132,9 @@ def save(
     temporary = out / f".{folder.name}.tmp"
     state_file = f"state/rank_{rank():05d}_of_{world():05d}.safetensors"
     written = [state_file]
+    stored: dict[str, Tensor] = {}
+    for tensors in model.stored_files().values():
+        stored |= tensors
     try:
         with raise_on_all_processes():
             if rank() == 0:
@@ -141,7 +144,8 @@ def save(
                     if left.is_dir() and not left.is_symlink():
                         shutil.rmtree(left, ignore_errors=True)
                 # Weights as stored; float32 parameters, and two moments of trained ones.
-                needed = model.stored_bytes() + SMALL_FILES
+                needed = sum(x.numel() for x in stored.values()) * model.stored_dtype.itemsize
+                needed += SMALL_FILES
                 for _, p in lora.saved_parameters(model):
                     needed += 4 * p.numel() * (3 if p.requires_grad else 1)
                 free = shutil.disk_usage(out).free
@@ -151,9 +155,6 @@ def save(
                 (temporary / "state").mkdir(parents=True)
 
         with raise_on_all_processes():
-            stored: dict[str, Tensor] = {}
-            for shard in model.stored_files():
-                stored |= shard
             # One whole tensor at a time, on the device.
             whole = (x.full_tensor() if isinstance(x, DTensor) else x for x in stored.values())
             try:
@@ -188,7 +189,8 @@ def save(
             if rank() == 0:
                 with open(temporary / MANIFEST, "wb") as stream:
                     stream.write(json.dumps(manifest, indent=2).encode() + b"\n")
-                    sync_stream(stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
                 # The disk must have all of it, and the log of its steps, before its name.
                 for log_file in out.glob("*.jsonl"):
                     sync(log_file)

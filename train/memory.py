@@ -203,7 +203,7 @@ def meta_model(args: argparse.Namespace) -> QwenVL:
         model = QwenVL(Config.from_json(base_folder(init) / "config.json"))
     from_adapter = (init / ADAPTER_CONFIG).exists()
     if from_adapter:
-        lora.load(model, init, None, "meta")
+        lora.load_adapter(model, init, None, "meta")
     # lora.fit() writes to the flags it is given.
     lora.fit(model, argparse.Namespace(**vars(args)))
     if from_adapter and getattr(args, "beta", 0):
@@ -309,7 +309,9 @@ def check_gpu(
         return
     needs = f"the run needs {peak / GIB:.1f} GiB of a GPU that has {available / GIB:.1f}"
     # Cheapest first: speed, then validation, then what the run learns.
-    lora_rank = lora.rank_of(folder(args.init)) or 64
+    init = folder(args.init)
+    adapter = (init / ADAPTER_CONFIG).exists()
+    lora_rank = lora.read_adapter_config(init)["r"] if adapter else 64
     remedies = {
         "--gradient-checkpointing": {"gradient_checkpointing": True},
         "--micro-tokens 1024": {"micro_tokens": 1024},
