@@ -213,9 +213,9 @@ def other_objects(record: Record, same_image: Sequence[Record]) -> list[Neighbor
     same_image: the split's records of that image, so that reasoning for a training record
     never mentions a test record's object.
     """
-    if hasattr(record.image, "objects"):
+    if record.objects:
         return [Neighbor(o.category, o.box, o.color)
-                for o in record.image.objects if o.box != record.box]
+                for o in record.objects if o.box != record.box]
     # An object can be annotated several times, under several expressions.
     boxes = torch.tensor([record.box, *(r.box for r in same_image)], dtype=torch.float64)
     same = reward.iou(boxes[:, None], boxes) >= SAME_OBJECT_IOU        # (boxes, boxes)
@@ -247,8 +247,7 @@ def writer(
             return write(None, box_text)
         given = reasoning.get(record.id)
         if given is None:
-            known = getattr(record.image, "objects", ())
-            color = next((o.color for o in known if o.box == record.box), "")
+            color = next((o.color for o in record.objects if o.box == record.box), "")
             others = other_objects(record, by_image[record.image])
             return explain(record, others, frame, color)
         think, teacher_frame = given

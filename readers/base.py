@@ -59,14 +59,6 @@ class Record:
         return getattr(self.image, "objects", ())
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Only until eval.py is rewritten."""
-
-    coords: str | None = None
-    stretch: Stretch | None = None
-
-
 class Records(list[Record]):
     """The usable records of a split, and what is known of the others.
 

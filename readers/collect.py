@@ -21,10 +21,6 @@ HIDDEN = (".", "__MACOSX")
 # Pixels. A thinner box has no area in the float32 of the rewards, on the largest images: any
 # answer to it would score 0.
 THINNEST = 1 / 16
-# Boxes are not in pixels if this share lies wholly outside their images, or if this share goes
-# past an edge by half the side. Fewer are single mistakes of the file.
-WHOLLY_OUTSIDE = 0.01
-FAR_PAST_EDGE = 0.5
 Size = tuple[int, int]
 # The (coords, stretch) that `load` got. Collectors look it up; readers need not pass it on.
 reading = contextvars.ContextVar("reading", default=(None, None))
@@ -33,11 +29,10 @@ reading = contextvars.ContextVar("reading", default=(None, None))
 class Collector:
     """Turns annotations into `records`. Counts what it repairs and what it refuses.
 
-    Images are found by base name, in any folder below `folder`. If several have that name, the
-    end of the annotation's path decides, then a folder called `preferred_folder`; else the
-    annotation is refused. Names that lead out of `folder` are refused.
+    Images are found by base name in all of `folder`. If several have the name, the end of the
+    annotation's path decides, then a folder called `preferred_folder`.
 
-    exact: annotations give paths from `folder`, nothing is searched.
+    exact: annotations give paths from `folder`, so no image is searched.
     refuse_swapped: x1 > x2 may mean x, y, width, height and is refused; else it is repaired.
     kept: records of earlier Collectors, to which this one adds its own.
     """
@@ -80,10 +75,9 @@ class Collector:
         """One annotation, unvalidated -> a record, or a refusal.
 
         where: its place, for the user. image: a name or path. box: four numbers, or a text or
-        list with one [...] of four. units: of the box, per image side; None means pixels, unless
-        --coords says otherwise. size: of the image for which the box is right, if the file says.
-        repairs: made by the reader. file: its boxes share a unit; None: all of this Collector's
-        do. kind, unique, grid: as in Record.
+        list with one [...] of four. units: of the box, per image side; None: pixels, unless
+        --coords says otherwise. size: the image's, as the file has it. repairs: the reader's own.
+        file: all its boxes have one unit. kind, unique, grid: as in Record.
         """
         units = COORDS[self.coords] if self.coords else units
         image_size = None
@@ -182,13 +176,14 @@ def refuse_other_unit(
         return
     if values.max() <= 1 + rounding:
         if np.isin(values, (0, 1)).all():
-            return                # may as well be one pixel in the corner
+            return                # it may be one pixel in the corner
         unit, sign = "fraction", "all lie in [0, 1]"
     else:
         n = max(np.isfinite(sides).all(1).sum(), 1)
-        outside = (np.minimum(values[:, :2], values[:, 2:]) >= sides).any(1).sum() / n
-        far = (np.maximum(values[:, :2], values[:, 2:]) > 1.5 * sides).any(1).sum() / n
-        if outside < WHOLLY_OUTSIDE and (n == 1 or far < FAR_PAST_EDGE):
+        outside = (np.minimum(values[:, :2], values[:, 2:]) >= sides).any(1).sum()
+        far = (np.maximum(values[:, :2], values[:, 2:]) > 1.5 * sides).any(1).sum()
+        # Fewer boxes outside, or past an edge by half the side, are single mistakes of the file.
+        if outside / n < 0.01 and (n == 1 or far / n < 0.5):
             return
         unit, sign = "1000", "all lie in 0..1000, and some outside their images"
     raise DataError(

@@ -31,7 +31,7 @@ POINTS = re.compile(
 
 
 def read(root: Path, split: str) -> Records:
-    """SPLIT.jsonl, or one file of any name, whose lines are "train" unless they say otherwise.
+    """SPLIT.jsonl, or one file of any name with lines of "train" unless they say otherwise.
 
     {"image": path from root, "text": ..., "box": [x1, y1, x2, y2] in pixels}, and optional "id",
     "category", "split". root may be that one file.
@@ -103,7 +103,7 @@ def expression_and_box(row: dict[str, Any]) -> tuple[Any, Any, int | None, str]:
         choices = [match[1] for match in matches if match] + [question]
         choices = [text for text in choices if not INSTRUCTION.search(text)]
     if not choices:
-        raise Refused("request whose expression can't be told from its instruction")
+        raise Refused("request with no clear expression within its instruction")
     box, units = answer, None
     points = POINTS.findall(answer) if isinstance(answer, str) else []
     if points:

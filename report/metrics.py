@@ -171,7 +171,7 @@ def properties(
     boxes = defaultdict(set)                     # (image, category) -> boxes
     for record in itertools.chain(train or (), split):
         boxes[record.image, record.category].add(record.box)
-        for drawn in getattr(record.image, "objects", ()):
+        for drawn in record.objects:
             boxes[record.image, drawn.category].add(tuple(map(float, drawn.box)))
     train_images = {record.image for record in train or ()}
     train_categories = {record.category for record in train or ()}

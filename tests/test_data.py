@@ -1,7 +1,7 @@
 """data.py and processor.py.
 
-The processor beside transformers' on the genuine vocabulary, and each data set's traps on folders
-in its layout.
+The processor compared with transformers' on the genuine vocabulary, and each data set's traps on
+folders in its layout.
 """
 import doctest
 import json
@@ -35,7 +35,7 @@ FAMILIES = ("Qwen2_VL", "Qwen2_5_VL", "Qwen3_VL")
 
 
 def needs_sample(name: str) -> pytest.MarkDecorator:
-    """Skips a test where the genuine files of that name are not beside the checkout."""
+    """Skips a test where the genuine files of that name are not next to the checkout."""
     absent = not (SAMPLES / name).exists()
     return pytest.mark.skipif(absent, reason="the genuine samples are not here")
 
@@ -951,10 +951,10 @@ def test_geopix_decides_for_each_file_and_reads_each_split(geopix: Path) -> None
     for i, part in enumerate(("FAST_T", "SOTA_T", "SIOR_T")):
         rows = []
         for k in range(20):
-            told = [instance(box) for box in BOXES]
+            instances = [instance(box) for box in BOXES]
             if i == 1:
-                told = [one | {"bbox": as_sides(one["bbox"])} for one in told]
-            rows.append(geopix_row(20 * i + k, *told))
+                instances = [instance(as_sides(box)) for box in BOXES]
+            rows.append(geopix_row(20 * i + k, *instances))
         parquet(geopix / "data" / f"train.{part}.parquet", *rows)
         parquet(geopix / "data" / f"valid.{part}.parquet", *rows[:2])
     train, sft, val, test = (
@@ -1408,9 +1408,9 @@ def test_a_conversation_is_read_with_expression_and_box_apart(
 
 @pytest.mark.parametrize("row, reason", [
     (chat("<image>Which bbox, as JSON, holds a ship", BOX),
-     "request whose expression can't be told from its instruction"),
+     "request with no clear expression within its instruction"),
     (chat("<image>What is at <box>(1,2),(3,4)</box>?", "a ship"),
-     "request whose expression can't be told from its instruction"),
+     "request with no clear expression within its instruction"),
     (chat("<image>Locate the ship", "<box>(1,2),(3,4)</box><box>(1,2),(3,4)</box>"), "no box"),
     (chat("<image>Locate the ship", "there is none"), "no box")])
 def test_a_conversation_of_another_kind_is_refused(

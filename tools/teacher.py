@@ -418,8 +418,8 @@ def image_data_url(record: Record) -> str:
     """
     image = data.open_image(record)
     content = b""
-    if not hasattr(record.image, "draw") and is_plain(record.image):
-        content = Path(record.image).read_bytes()
+    if isinstance(record.image, Path) and is_plain(record.image):
+        content = record.image.read_bytes()
     kind = "jpeg" if content.startswith(b"\xff\xd8\xff") else "png"
     if kind == "png" and not content.startswith(b"\x89PNG\r\n\x1a\n"):
         buffer = io.BytesIO()
