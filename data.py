@@ -46,8 +46,8 @@ from readers.base import (
     Records,
     Stretch,
     UnreadableImage,
-    fingerprint,
     in_words,
+    sha256,
 )
 
 # Boxes of one image are taken for the same object's from this IoU on.
@@ -153,7 +153,7 @@ def read_split(name: str, root: Path, split: str) -> Records:
     if has_val:
         return train
     images_of_train = {r.image for r in train}
-    by_name = sorted(images_of_train, key=lambda path: (fingerprint(path.name), path))
+    by_name = sorted(images_of_train, key=lambda path: (sha256(path.name), path))
     if len(by_name) < 2:
         refused = f" (refused: {in_words(train.refusals)})" if train.refused else ""
         raise NoSplit(
@@ -194,7 +194,7 @@ def mixture(names: str, root: Path, split: str) -> Records:
         seen.add(name)
         weight = weight if is_training(split) else 1.0
         records = read_split(name, root / name, split)
-        ordered = sorted(records, key=lambda r: fingerprint(f"{name}/{r.id}"))
+        ordered = sorted(records, key=lambda r: sha256(f"{name}/{r.id}"))
         for turn in range(math.ceil(weight)):
             repetition = f"#{turn + 1}" if turn else ""
             for record in ordered[:round(min(weight - turn, 1) * len(ordered))]:
@@ -204,7 +204,7 @@ def mixture(names: str, root: Path, split: str) -> Records:
                 mine.setdefault(reason, []).extend(f"{name}: {place}" for place in places)
         if records.note:
             notes.append(f"{name}: {records.note}")
-    mixed.sort(key=lambda r: fingerprint(r.id))
+    mixed.sort(key=lambda r: sha256(r.id))
     mixed.note = "; ".join(notes)
     return mixed
 

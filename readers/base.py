@@ -92,8 +92,8 @@ def in_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {n:,}" for reason, n in counts.items())
 
 
-def fingerprint(text: str) -> bytes:
-    """The same bytes on every machine; an order by them is random and fixed."""
+def sha256(text: str) -> bytes:
+    """The hash of a text. An order by it is random, and the same on every machine."""
     return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 

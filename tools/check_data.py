@@ -101,9 +101,9 @@ def check_data(args: argparse.Namespace) -> None:
             break
     if broken:
         raise DataError(
-            f"{len(broken):,} of {len(files):,} images can't be decoded; a run replaces the records "
-            f"of each by others, and ends if they are more than {MOST_UNREADABLE:.0%} of its "
-            "records; repair or remove those listed above")
+            f"{len(broken):,} of {len(files):,} images can't be decoded; a run replaces their "
+            f"records by others, and ends if they are more than {MOST_UNREADABLE:.0%} of all; "
+            "repair or remove those listed above")
 
 
 def pixel_hash(record: Record) -> str:

@@ -45,7 +45,7 @@ from model import QwenVL
 from qwen.answer import EXAMPLE, TAGS, Frame, format_box, parse_box
 from qwen.generate import generate
 from qwen.processor import Processor, Prompt, frame_by_coords
-from readers.base import DataError, Record, Records, UnreadableImage, fingerprint
+from readers.base import DataError, Record, Records, UnreadableImage, sha256
 from readers.images import is_plain
 from train.checkpoints import open_model
 from train.dist import check_writable, choose_device, fail, start
@@ -200,7 +200,7 @@ def run_teacher(args: argparse.Namespace, records: Records) -> None:
         requests = []
         for record in records:
             if record.id not in finished:
-                digest = fingerprint(f"{args.seed} {record.id}")
+                digest = sha256(f"{args.seed} {record.id}")
                 requests.append(Explanation(record, int.from_bytes(digest[:4], "big")))
         enough = args.want is not None and counts[None] >= args.want
         requests = [] if enough else requests[:args.limit]
