@@ -1,1 +1,1 @@
-"""The ablations: ablate.sh runs them, study.py tells them. See README.md."""
+"""The ablations of the paper on the embedded world: ablate.py runs them, study.py tabulates them."""
