@@ -1,8 +1,8 @@
-# Read by speedrun.sh, study/ablate.sh and study/paper.sh: what is finished is not done again.
-# RUN is how a script is started, python or torchrun with its flags.
+# Sourced by speedrun.sh and study/paper.sh: finished work is not repeated.
+# RUN starts a script: python, or torchrun with its flags.
 
-# finished FOLDER: whether a stage's newest checkpoint is its last. A stage that is told to stop
-# saves and leaves with status 0, so its status does not tell.
+# finished FOLDER: whether the newest checkpoint of a stage is its last one. The exit status does
+# not say so: a stage that is stopped saves a checkpoint and exits with 0, too.
 finished() {
   local run=$1/latest/run.json
   [ -e "$run" ] || return 1
@@ -14,22 +14,22 @@ number() {
   sed -n "s/^ *\"$1\": \([0-9]*\),*$/\1/p" "$2"
 }
 
-# train FOLDER COMMAND: once, and with --resume where it was stopped.
+# train FOLDER COMMAND: trains once, with --resume if it was stopped.
 train() {
   local out=$1 resume=""
   shift
   if [ -e "$out/done" ]; then return; fi
-  # What holds no checkpoint was stopped before its first.
+  # A folder without a checkpoint was stopped before its first.
   if [ -L "$out/latest" ]; then resume=--resume; else rm -rf "$out"; fi
   $RUN "$@" --out "$out" $resume
   if ! finished "$out"; then
-    echo "$(basename "$0"): stopped in $out; the same command goes on" >&2
+    echo "$(basename "$0"): stopped in $out; the same command resumes" >&2
     exit 130
   fi
   touch "$out/done"
 }
 
-# score FOLDER FLAGS: once by eval.py with these flags; with others, or where it was stopped, anew.
+# score FOLDER FLAGS: runs eval.py once; again with other flags, or if it was stopped.
 score() {
   local out=$1
   shift

@@ -1,4 +1,4 @@
-"""The table of study/paper.sh: every stage on every data set that it was scored on.
+"""The table of study/paper.sh: scores of every stage on every data set.
 
     python study/paper.py ckpt/paper/dior           prints Markdown, writes table.md there
 """
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from readers import base  # noqa: E402
-from train import dist  # noqa: E402
+from readers.base import read_json  # noqa: E402
+from train.dist import fail  # noqa: E402
 from train.flags import FlagParser  # noqa: E402
 from train.run import launch  # noqa: E402
 
@@ -16,17 +16,17 @@ METRICS = ("Pr@0.5", "Pr@0.7", "mIoU")
 
 
 def read_rows(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """Name of a data set and split -> the rows of its eval.json, in domain first."""
+    """Data set and split -> the rows of its eval.json; the one in domain comes first."""
     files = sorted(out.glob("eval_*/eval.json"), key=lambda f: f.stat().st_mtime)
     tables = {}
     for file in files:
-        rows = base.read_json(file)["rows"]
+        rows = read_json(file)["rows"]
         tables[f"{rows[0]['data']} {rows[0]['split']}"] = rows
     return tables
 
 
 def table(tables: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: a line a stage, three columns a data set, 95% intervals in brackets."""
+    """Markdown: a line for each stage, three columns for each data set, 95% intervals."""
     head = ["stage"]
     for where, rows in tables.items():
         head += [f"{where} ({rows[0]['n']:,}): {metric}" for metric in METRICS]
@@ -47,7 +47,7 @@ def main() -> None:
     out = Path(parser.parse_args().out)
     tables = read_rows(out)
     if not tables:
-        dist.fail(f"no eval_*/eval.json in {out}; run study/paper.sh first")
+        fail(f"no eval_*/eval.json in {out}; run study/paper.sh first")
     text = table(tables)
     (out / "table.md").write_text(text, encoding="utf-8")
     print(text)

@@ -12,8 +12,9 @@ from readers.base import read_json  # noqa: E402
 from report.metrics import paired  # noqa: E402
 from report.pictures import contact_sheet, draw_boxes, spread  # noqa: E402
 from report.predictions import read_predictions, strict_boxes, strict_iou  # noqa: E402
-from train import run as runtime  # noqa: E402
 from train.dist import fail  # noqa: E402
+from train.flags import FlagParser  # noqa: E402
+from train.run import launch  # noqa: E402
 
 STAGES = {
     "base": "base", "direct": "GRPO from the base", "sft": "CoT-SFT", "rft": "RSGround-R1"}
@@ -63,7 +64,7 @@ def table(
 
 
 def main() -> None:
-    parser = runtime.FlagParser("The table, picture and comparison of a run of speedrun.sh")
+    parser = FlagParser("The table, picture and comparison of a run of speedrun.sh")
     parser.add_argument("ckpt", nargs="?", default="ckpt", help="its folder")
     ckpt = Path(parser.parse_args().ckpt)
     contents = []
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    launch(main)

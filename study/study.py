@@ -34,8 +34,9 @@ from report.page import log_lines  # noqa: E402
 from report.predictions import read_predictions, strict_boxes  # noqa: E402
 from rft import advantages  # noqa: E402
 from study.ablate import ARMS, REGIMES, TABLES, Table  # noqa: E402
-from train import run as runtime  # noqa: E402
 from train.dist import fail  # noqa: E402
+from train.flags import FlagParser  # noqa: E402
+from train.run import launch  # noqa: E402
 
 # `test` is in earlier studies; `novel` is the unfamiliar part of the full-sized world.
 SPLITS = ("final", "test", "novel")
@@ -455,7 +456,7 @@ def draw(groups: Sequence[tuple[str, Sequence[tuple[str, Effect]]]], path: Path)
 
 
 def main() -> None:
-    parser = runtime.FlagParser("Tables and figure of a study that ablate.sh ran")
+    parser = FlagParser("Tables and figure of a study that ablate.sh ran")
     parser.add_argument("study", nargs="?", default="ckpt/study", help="its folder")
     study = Path(parser.parse_args().study)
     scores = sorted(study.glob("*/*/*/eval_*/eval.json"))
@@ -493,4 +494,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    launch(main)

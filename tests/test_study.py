@@ -1,4 +1,4 @@
-"""study/: the tables against cases worked by hand, and the gradients' signal."""
+"""study/: the tables against cases worked by hand, what ablate.py runs, the gradients' signal."""
 import json
 import math
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 
 import eval as evaluation
 import rft
@@ -22,7 +22,7 @@ from model import QwenVL
 from qwen.processor import Processor
 from readers.base import Record
 from report import metrics
-from study import coarse, figure, gradient, paper, payoff, study
+from study import ablate, gradient, paper, study
 from toy import scenes
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def write_log(arm: Path, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A study of two seeds and the lines that study.py prints of it.
+    """A study of two seeds, and the lines that study.py prints about it.
 
     Without the positional term the arm is exact in seed 0 and as SFT in seed 1; with it, in both.
     """
@@ -102,7 +102,7 @@ def test_each_arm_is_compared_with_its_own_start(tables: tuple[Path, list[str]])
     assert "| 0.355 ± 0.502 |" in rows[0]
 
 
-def test_what_a_term_adds_is_told_over_all_seeds(tables: tuple[Path, list[str]]) -> None:
+def test_what_a_term_adds_is_taken_over_all_seeds(tables: tuple[Path, list[str]]) -> None:
     cells = cells_of(tables[1], "+ positional minus GRPO: IoU + format")
     seeds, iou, hits, given, distance, _, missed, distance_missed = cells
     # One seed in two gains all that SFT lacked.
@@ -121,7 +121,7 @@ def test_what_a_term_adds_is_told_over_all_seeds(tables: tuple[Path, list[str]])
     assert abs(float(distance_missed.split()[0]) + corner / 2 / unit) < 6e-4
 
 
-def test_terms_that_one_arm_alone_has_stand_in_the_table(tables: tuple[Path, list[str]]) -> None:
+def test_terms_that_only_one_arm_has_are_in_the_table(tables: tuple[Path, list[str]]) -> None:
     text = "\n".join(tables[1])
     assert "| reward | reward_group_std | diamond | diamond_group_std | no_overlap_groups |" in text
     assert ("| GRPO: IoU + format | 0.100 → 0.100 | 0.200 → 0.200 | - | - | 0.250 → 0.250 |"
@@ -163,7 +163,7 @@ def test_mistakes_about_a_study_are_one_line(
     write_scores(tmp_path / "c" / "tiny" / "0" / "sft" / "eval_test", records, exact=True)
     scores = tmp_path / "c" / "tiny" / "0" / "iou" / "eval_test"
     write_scores(scores, records[:30], exact=True)
-    assert "scores of 30 and 40 scenes can't be compared" in refusal(tmp_path / "c")
+    assert "scores of 30 and 40 scenes cannot be compared" in refusal(tmp_path / "c")
     (scores / "eval.json").write_text((scores.parents[1] / "sft/eval_test/eval.json").read_text())
     (scores / "predictions_x.jsonl").unlink()
     assert "0 files predictions_*.jsonl" in refusal(tmp_path / "c")
@@ -172,8 +172,9 @@ def test_mistakes_about_a_study_are_one_line(
 
 
 def test_contrasts_are_of_their_tables_arms() -> None:
-    for table in study.TABLES.values():
-        assert set(table.arms) <= set(study.ARMS)
+    for table in ablate.TABLES.values():
+        assert set(table.arms) <= set(ablate.ARMS) and set(table.regimes) <= set(ablate.REGIMES)
+        assert table.blind in table.arms
         for pair in table.contrasts:
             assert set(pair) <= {"sft", "own", *table.arms}
 
@@ -193,7 +194,278 @@ def test_the_papers_table_has_a_row_a_stage_and_columns_a_data_set(tmp_path: Pat
     assert lines[4].endswith("| 0.300 [0.000, 1.000] |")
 
 
-# ---------------------------------------------------------------- ablate.sh
+# ---------------------------------------------------------------- ablate.py
+
+def run_table(
+        monkeypatch: pytest.MonkeyPatch, folder: Path, *names: str, stop: int = 1,
+        **settings: str) -> list[str]:
+    """ablate.main with scripts that train nothing -> their command lines.
+
+    A stage leaves the run.json of all its steps, or of one in `stop`.
+    """
+    commands = []
+
+    def command(*words: object) -> None:
+        commands.append(" ".join(map(str, words)))
+        if words[0] == "study/study.py":
+            return
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        if words[0] != "eval.py":
+            (out / "step_1").mkdir(exist_ok=True)
+            steps = int(words[words.index("--steps") + 1])
+            run = {"step": steps // stop, "steps": steps}
+            (out / "step_1" / "run.json").write_text(json.dumps(run))
+            if not (out / "latest").exists():
+                (out / "latest").symlink_to("step_1")
+
+    for name in ("ARMS", "REGIMES", "SEEDS", "SFT", "RFT", "TEST", "OWN"):
+        monkeypatch.setenv(name, settings.get(name, ""))
+    monkeypatch.setenv("STUDY", str(folder / "a study"))
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["ablate.py", *names])
+    monkeypatch.setattr(ablate, "command", command)
+    monkeypatch.setattr(ablate, "write_coarse", lambda out: None)
+    monkeypatch.setattr(ablate.signal, "signal", lambda *_: None)
+    try:
+        ablate.main()
+    except SystemExit as leaving:
+        # Stopped stages alone: mistakes are tested through refusal().
+        assert leaving.code == 130
+    return commands
+
+
+def test_every_arm_is_trained_as_its_name_says(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = [arm for arm in ablate.ARMS if arm != "sft"]
+    done = run_table(monkeypatch, tmp_path, ARMS=" ".join(arms), REGIMES="small", SEEDS="3",
+                     SFT="7", RFT="5", TEST="9", OWN="--alpha 10 --lr 1")
+    commands = {}    # folder of the arm -> the command that trained it
+    for line in done:
+        command, _, out = line.partition(" --out ")
+        if command.startswith(("sft.py", "rft.py")):
+            commands[Path(out).relative_to(tmp_path / "a study").as_posix()] = command
+    folders = {f"small/3/{arm}" for arm in arms if arm != "base"}    # the base is only scored
+    assert set(commands) == folders | {"sft_synth_0.1/3"}
+    assert "--data synth:0.1 --init toy/base --steps 7 " in commands["sft_synth_0.1/3"]
+    assert "--init toy/base --steps 5 --data synth-small" in commands["small/3/direct"]
+    assert commands["small/3/giou"].endswith("--reward iou=1 format=1 giou=0.1 --weighting off")
+    assert commands["small/3/iou"].endswith("--reward iou=1 format=1 --weighting off")
+    assert commands["small/3/variance"].endswith("--seed 3 --weighting variance")
+    assert commands["small/3/own"].endswith("--weighting off --alpha 10 --lr 1")
+    for arm in ("longer", "consistency-longer"):
+        init = f"--init {tmp_path}/a study/sft_synth_0.1/3 --steps 10 "
+        assert init in commands[f"small/3/{arm}"]
+    assert "--split rft --answer-only" in commands["small/3/boxes"]
+    assert "--steps 50 " in commands["small/3/boxes"]
+    for arm, command in commands.items():
+        assert "--seed 3" in command, arm
+        if command.startswith("rft.py"):    # rft.py accepts the flags
+            rft.flags().parse_args(command.replace("a study", "study").split()[1:])
+
+
+@pytest.mark.parametrize("names, settings, message", [
+    ((), {"ARMS": "iou riou"}, "ARMS: there is no riou; use some of base, boxes, direct, iou"),
+    ((), {"REGIMES": "teeny"}, "REGIMES: there is no teeny; use some of tiny, little, wide"),
+    ((), {"ARMS": "own"}, "the arm own needs OWN: flags of rft.py"),
+    ((), {"SFT": "few"}, "SFT=few is not a whole number"),
+    (("rewards",), {}, "no table rewards; give one of start, reward, weight"),
+    (("start", "map"), {}, "no table start map; give one of"),
+])
+def test_mistakes_are_refused_before_training(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        names: tuple[str, ...], settings: dict[str, str], message: str) -> None:
+    with pytest.raises(AssertionError):    # exit status 2, not 130
+        run_table(monkeypatch, tmp_path, *names, **settings)
+    error = capsys.readouterr().err
+    assert error.startswith(f"ablate.py: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "a study").exists()
+
+
+def test_a_table_trains_and_scores_its_arms(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, table in ablate.TABLES.items():
+        scored = {}    # (regime, arm, folder) -> the command that scored it
+        for command in run_table(monkeypatch, tmp_path / name, name, SEEDS="1", TEST="30"):
+            if command.startswith("eval.py"):
+                folder = Path(command.rpartition(" --out ")[2])
+                regime, _, arm, kind = folder.relative_to(tmp_path / name / "a study").parts
+                scored[regime, arm, kind] = command
+        assert {regime for regime, _, _ in scored} == set(table.regimes)
+        assert {arm for _, arm, _ in scored} == {"sft", *table.arms}
+        for regime in table.regimes:
+            for arm in table.arms:
+                final = scored[regime, arm, "eval_final"]
+                assert f"--data {ablate.REGIMES[regime].data} --split final --limit 30 " in final
+                assert "--temperature" not in final
+                assert "--temperature 1 " in scored[regime, arm, "eval_final_T1"]
+                assert "--data synth --split novel " in scored[regime, arm, "eval_novel"]
+            assert "--temperature 0.6 " in scored[regime, "sft", "eval_final_T0.6"]
+            blind = [key for key in scored if key[0] == regime and key[2] == "eval_final_blind"]
+            assert blind == [(regime, table.blind, "eval_final_blind")]
+            assert "--blind " in scored[blind[0]]
+
+
+def test_arms_of_a_table_have_the_same_questions_and_steps(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except for those with twice the steps and for SFT on boxes."""
+    flags = set()
+    for command in run_table(monkeypatch, tmp_path, SEEDS="2", REGIMES="small"):
+        if command.startswith("rft.py") and "longer" not in command:
+            args = rft.flags().parse_args(command.replace("a study", "study").split()[1:])
+            flags.add((args.steps, args.prompts, args.group, args.data, args.seed, args.lr))
+    assert len(flags) == 1
+
+
+def test_an_arm_that_was_stopped_resumes_and_finished_work_is_not_repeated(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = {"SEEDS": "0", "REGIMES": "small", "ARMS": "iou", "RFT": "4", "TEST": "9"}
+    stopped = run_table(monkeypatch, tmp_path, stop=2, **settings)
+    # A stage that is stopped exits with status 0, but is not finished.
+    assert "the same command resumes" in capsys.readouterr().err and len(stopped) == 1
+    assert not (tmp_path / "a study/sft_synth_0.1/0/done").exists()
+    whole = run_table(monkeypatch, tmp_path, **settings)
+    assert whole[0].startswith("sft.py") and whole[0].endswith("--resume")
+    assert not any("--resume" in command for command in whole[1:])
+    again = run_table(monkeypatch, tmp_path, **settings)
+    assert len(again) == 1 and again[0].startswith("study/study.py")
+    # More scenes are scored without training.
+    more = run_table(monkeypatch, tmp_path, **{**settings, "TEST": "10"})
+    assert len(more) == len([c for c in whole if c.startswith("eval.py")]) + 1
+    assert all("--limit 10 " in command for command in more[:-1])
+
+
+def test_ablate_sh_runs_ablate_py() -> None:
+    done = subprocess.run(
+        ["bash", "study/ablate.sh", "rewards"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PY": sys.executable})
+    assert done.returncode == 2 and done.stderr.startswith("ablate.py: no table rewards")
+
+
+def test_boxes_of_the_coarse_sft_are_moved(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    shifts = []
+    for _ in range(2000):
+        x1, y1, x2, y2 = ablate.moved((400.0, 300.0, 410.0, 320.0), (1000, 1000), rng)
+        assert x2 - x1 == pytest.approx(10, abs=0.02) and y2 - y1 == pytest.approx(20, abs=0.02)
+        shifts.append(((x1 - 400) / 10, (y1 - 300) / 20))
+    assert np.mean(shifts, 0) == pytest.approx([0, 0], abs=0.05)
+    assert np.std(shifts, 0) == pytest.approx([ablate.SPREAD] * 2, rel=0.05)
+    for _ in range(100):
+        x1, y1, x2, y2 = ablate.moved((0.0, 40.0, 90.0, 112.0), (112, 112), rng)
+        assert 0 <= x1 < x2 <= 112 and 0 <= y1 < y2 <= 112
+
+    ablate.write_coarse(tmp_path / "coarse")
+    written = load("jsonl", tmp_path / "coarse", "train")
+    true = load("synth:0.1", None, "sft")
+    assert [r.text for r in written] == [r.text for r in true] and not written.refused
+    assert sum(r.box == t.box for r, t in zip(written, true)) == 0
+    picture = np.asarray(open_image(written[0]))
+    assert np.array_equal(picture, np.asarray(open_image(true[0])))
+
+
+# ---------------------------------------------------------------- the map
+
+def test_a_map_is_in_the_figure(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    records = list(load("synth-one", None, "final"))[:40]
+    for arm, exact in (("sft", False), ("iou", False), ("positional", True)):
+        write_scores(tmp_path / "one/0" / arm / "eval_final", records, exact)
+    monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path)])
+    study.main()
+    titles = re.findall("^## (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert titles == ["map"] and (tmp_path / "study.png").exists()
+
+
+def test_guesses_are_in_the_table(tmp_path: Path) -> None:
+    records = list(load("synth", None, "final"))[:40]
+    for arm in ("sft", "iou", "direct"):
+        write_scores(tmp_path / "little/0" / arm / "eval_final", records, exact=True)
+    write_scores(tmp_path / "little/0/direct/eval_final_blind", records, exact=False)
+    text, bars, _ = study.chapter("start", ablate.TABLES["start"], tmp_path / "little")
+    blind = cells_of(text.splitlines(), "GRPO from the base, without seeing the image")
+    assert blind[1] == "0.290"
+    centre = cells_of(text.splitlines(), "a box of the median size in the middle")
+    assert centre[1] == f"{metrics.centre_box(records)['mIoU']:.3f}"
+    assert [label for label, _ in bars] == [
+        "GRPO: IoU + format minus GRPO from the base, final",
+        "GRPO: IoU + format minus CoT-SFT, final"]
+
+
+def test_misses_are_near_another_thing_or_elsewhere() -> None:
+    record = next(r for r in load("synth", None, "val") if len(r.image.objects) > 3)
+    x1, y1, x2, y2 = record.box
+    width = x2 - x1
+    other = next(o for o in record.image.objects if o.box != record.box)
+    assert study.kind_of_miss(record, record.box) is None
+    assert study.kind_of_miss(record, None) == "no box"
+    assert study.kind_of_miss(record, other.box) == "another thing"
+
+    alone = replace(record, image=replace(record.image, objects=()))
+    # The kernel's deviation is 1.25 widths: two of them are 2.5 widths.
+    for widths, kind in ((0.6, "near"), (2.4, "near"), (2.6, "elsewhere")):
+        shifted = (x1 + widths * width, y1, x2 + widths * width, y2)
+        assert study.kind_of_miss(alone, shifted) == kind
+
+
+def test_the_terms_share_of_the_update_is_what_changes_without_it() -> None:
+    iou = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    positional = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    rewards = {"iou": iou, "positional": positional, "format": torch.ones(2, 2)}
+    weights = {"iou": 1.0, "positional": 0.2, "format": 1.0}
+    # Undivided, advantages are -0.1, 0.1 with the term and 0, 0 without in the first group,
+    # -0.4, 0.4 and -0.5, 0.5 in the second.
+    share = study.positional_share(rewards, weights, divide=False)
+    assert share == pytest.approx((0.2 + 0.2) / (0.2 + 0.8))
+    # Divided, the first group moves as much as the second, in which advantages stay.
+    assert study.positional_share(rewards, weights, divide=True) == pytest.approx(0.5, abs=1e-3)
+    assert study.positional_share({"iou": iou, "positional": iou}, {"iou": 1.0, "positional": 0.0},
+                                   divide=True) == 0
+
+
+def test_the_map_has_a_row_for_each_regime(tmp_path: Path) -> None:
+    records = list(load("synth-one", None, "final"))[:40]
+    for arm, exact in (("sft", False), ("iou", False), ("positional", True)):
+        write_scores(tmp_path / "one/0" / arm / "eval_final", records, exact)
+    arm = tmp_path / "one/0/positional"
+    write_log(arm, "positional")
+    rollouts = {"iou": [0.0, 0.0], "positional": [0.0, 0.5], "format": [1.0, 1.0]}
+    (arm / "rollouts.jsonl").write_text(json.dumps(rollouts) + "\n")
+    (arm / "latest").mkdir()
+    reward = {"iou": 1.0, "positional": 0.1, "format": 1.0}
+    run = {"flags": {"reward": reward, "no_std": False}}
+    (arm / "latest/run.json").write_text(json.dumps(run))
+    text, [(label, effect)] = study.map_chapter([tmp_path / "one"])
+    assert effect.mean == pytest.approx(0.71) and label.startswith("one: one thing alone")
+    cells = cells_of(text.splitlines(), "one: one thing alone")
+    assert cells[0] == "1" and cells[1] == "0.290"
+    # 29 boxes 0.4 as wide as their target, one in the corner, ten answers without a box.
+    assert cells[2] == "0.72 / 0.00 / 0.03 / 0.25"
+    assert cells[3] == "0.250" and cells[4] == "1.000" and cells[5] == "0.250"
+    assert cells[6].startswith("+0.710 [")
+    assert cells[7] == "0.632" and cells[8] == "1.000" and cells[9].startswith("x 1.58")
+
+
+# ---------------------------------------------------------------- the figure
+
+def test_the_figure_is_gray_and_shows_every_group(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    bars = [("a rather long name of an arm minus another arm, final",
+             study.Effect(0.005, -0.01, 0.02, [0.0, 0.01])),
+            ("short", study.Effect(0.07, 0.05, 0.09, [0.07]))]
+    heights = []
+    for groups in ([("reward, small", bars)], [("reward, small", bars), ("weight, small", bars)]):
+        study.draw(groups, tmp_path / "1.png")
+        pixels = np.asarray(Image.open(tmp_path / "1.png").convert("RGB")).astype(int)
+        assert np.ptp(pixels, 2).max() == 0 and pixels.min() == 0
+        heights.append(len(pixels))
+    assert heights[1] > heights[0] + 80
+
+
+# ---------------------------------------------------------------- speedrun.sh
 
 # Prints its arguments and trains nothing, but leaves a run.json as a stage does that took all its
 # steps; half of them where STOP says so.
@@ -212,268 +484,6 @@ esac
 """
 
 
-def ablate(
-        folder: Path, *table: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """study/ablate.sh with a stand-in for Python."""
-    folder.mkdir(exist_ok=True)
-    stand_in = folder / "python"
-    stand_in.write_text(STAND_IN)
-    stand_in.chmod(0o755)
-    environment = {**os.environ, "PY": str(stand_in), "STUDY": str(folder / "study"), **settings}
-    return subprocess.run(["bash", "study/ablate.sh", *table], capture_output=True, text=True,
-                          cwd=ROOT, env=environment)
-
-
-def test_every_arm_is_trained_as_its_name_says_and_has_a_name_in_the_tables(tmp_path: Path) -> None:
-    arms = [arm for arm in study.ARMS if arm != "sft"]
-    done = ablate(tmp_path, ARMS=" ".join(arms), REGIMES="small", SEEDS="3", SFT="7", RFT="5",
-                  TEST="9", OWN="--alpha 10 --lr 1")
-    assert done.returncode == 0, done.stderr
-    commands = {}    # folder of the arm -> the command that trained it
-    for line in done.stdout.splitlines():
-        command, _, out = line.partition(" --out ")
-        if command.startswith(("sft.py", "rft.py")):
-            commands[Path(out).relative_to(tmp_path / "study").as_posix()] = command
-    folders = {f"small/3/{arm}" for arm in arms if arm != "base"}    # the base is scored alone
-    assert set(commands) == folders | {"sft_synth_0.1/3"}
-    assert "--data synth:0.1 --init toy/base --steps 7 " in commands["sft_synth_0.1/3"]
-    assert "rft.py --init toy/base --steps 5 --data synth-small" in commands["small/3/direct"]
-    assert commands["small/3/giou"].endswith("--reward iou=1 format=1 giou=0.1 --weighting off")
-    assert commands["small/3/iou"].endswith("--reward iou=1 format=1 --weighting off")
-    assert commands["small/3/variance"].endswith("--seed 3 --weighting variance")
-    assert commands["small/3/own"].endswith("--weighting off --alpha 10 --lr 1")
-    for arm in ("longer", "consistency-longer"):
-        assert f"--init {tmp_path}/study/sft_synth_0.1/3 --steps 10 " in commands[f"small/3/{arm}"]
-    assert "--split rft --answer-only" in commands["small/3/boxes"]
-    for arm, command in commands.items():
-        assert "--seed 3" in command, arm
-        if command.startswith("rft.py"):    # the stage's own parser takes them
-            rft.flags().parse_args(command.split()[1:])
-
-
-@pytest.mark.parametrize("settings, message", [
-    ({"ARMS": "iou riou"}, "no arm riou; there are base, direct, iou, giou"),
-    ({"REGIMES": "teeny"}, "no regime teeny; there are tiny, little, wide"),
-    ({"ARMS": "own"}, "OWN says what your variant changes, as flags of rft.py"),
-    ({"PY": "no/python"}, "no no/python"),
-])
-def test_a_mistake_is_told_before_anything_is_trained(
-        tmp_path: Path, settings: dict[str, str], message: str,
-) -> None:
-    done = ablate(tmp_path, **settings)
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith(f"ablate.sh: {message}") and done.stderr.count("\n") == 1
-
-
-def test_a_table_needs_the_arms_that_study_tells_of(tmp_path: Path) -> None:
-    arms_of = {name: set(table.arms) for name, table in study.TABLES.items()}
-    arms_of["map"] = {payoff.WITH, payoff.WITHOUT}
-    for name, arms in arms_of.items():
-        done = ablate(tmp_path / name, name, SEEDS="1", TEST="30")
-        assert done.returncode == 0, done.stderr
-        scored = {}    # (regime, arm, folder) -> the command that scored it
-        for command in done.stdout.splitlines():
-            if command.startswith("eval.py"):
-                folder = Path(command.rpartition(" --out ")[2])
-                regime, _, arm, kind = folder.relative_to(tmp_path / name / "study").parts
-                scored[regime, arm, kind] = command
-        regimes = {regime for regime, _, _ in scored}
-        assert {arm for _, arm, _ in scored} == {"sft", *arms}
-        assert (regimes == set(payoff.MAP)) == (name == "map")
-        for regime in regimes:
-            for arm in arms:
-                final = scored[regime, arm, "eval_final"]
-                assert f"--data {study.REGIMES[regime]} --split final --limit 30 " in final
-                assert "--temperature" not in final
-                assert "--temperature 1 " in scored[regime, arm, "eval_final_T1"]
-                assert "--data synth --split novel " in scored[regime, arm, "eval_novel"]
-            assert "--temperature 0.6 " in scored[regime, "sft", "eval_final_T0.6"]
-            blind = [key for key in scored if key[0] == regime and key[2] == "eval_final_blind"]
-            assert len(blind) == 1 and "--blind " in scored[blind[0]]
-
-
-def test_arms_of_a_table_have_the_same_questions_and_steps(tmp_path: Path) -> None:
-    """But for those of twice the steps and SFT on boxes, whose names say so."""
-    done = ablate(tmp_path, SEEDS="2", REGIMES="small")
-    flags = set()
-    for command in done.stdout.splitlines():
-        if command.startswith("rft.py") and "longer" not in command:
-            args = rft.flags().parse_args(command.split()[1:])
-            flags.add((args.steps, args.prompts, args.group, args.data, args.seed, args.lr))
-    assert len(flags) == 1
-
-
-def test_an_arm_that_was_stopped_goes_on_and_what_is_done_is_not_done_again(
-        tmp_path: Path) -> None:
-    settings = {"SEEDS": "0", "REGIMES": "small", "ARMS": "iou", "RFT": "4", "TEST": "9"}
-    stopped = ablate(tmp_path, STOP="2", **settings)
-    # A stage that is told to stop leaves with status 0; the study does not take it for finished.
-    assert stopped.returncode == 130 and "the same command goes on" in stopped.stderr
-    assert len(stopped.stdout.splitlines()) == 1
-    assert not (tmp_path / "study/sft_synth_0.1/0/done").exists()
-    whole = ablate(tmp_path, **settings).stdout.splitlines()
-    assert whole[0].startswith("sft.py") and whole[0].endswith("--resume")
-    assert not any("--resume" in command for command in whole[1:])
-    again = ablate(tmp_path, **settings).stdout.splitlines()
-    assert len(again) == 1 and again[0].startswith("study/study.py")
-    # Other scenes are scored anew, without training.
-    more = ablate(tmp_path, **{**settings, "TEST": "10"}).stdout.splitlines()
-    assert len(more) == len([c for c in whole if c.startswith("eval.py")]) + 1
-    assert all("--limit 10 " in command for command in more[:-1])
-
-
-def test_one_table_at_a_time(tmp_path: Path) -> None:
-    for tables, words in ((("rewards",), "no table rewards; there are start, reward"),
-                          (("start", "map"), "one table at a time")):
-        done = ablate(tmp_path, *tables)
-        assert done.returncode == 2 and done.stderr.startswith(f"ablate.sh: {words}")
-
-
-# ---------------------------------------------------------------- the map
-
-def test_a_map_is_no_table_and_stands_in_the_figure(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:
-    records = list(load("synth-one", None, "final"))[:40]
-    for arm, exact in (("sft", False), ("iou", False), ("positional", True)):
-        write_scores(tmp_path / "one/0" / arm / "eval_final", records, exact)
-    monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path)])
-    study.main()
-    titles = re.findall("^## (.*)$", capsys.readouterr().out, re.MULTILINE)
-    assert titles == ["map"] and (tmp_path / "study.png").exists()
-
-
-def test_guesses_stand_beside_the_arms(tmp_path: Path) -> None:
-    records = list(load("synth", None, "final"))[:40]
-    for arm in ("sft", "iou", "direct"):
-        write_scores(tmp_path / "little/0" / arm / "eval_final", records, exact=True)
-    write_scores(tmp_path / "little/0/direct/eval_final_blind", records, exact=False)
-    text, bars, _ = study.chapter("start", study.TABLES["start"], tmp_path / "little")
-    blind = cells_of(text.splitlines(), "GRPO from the base, without seeing the image")
-    assert blind[1] == "0.290"
-    centre = cells_of(text.splitlines(), "a box of the median size in the middle")
-    assert centre[1] == f"{metrics.centre_box(records)['mIoU']:.3f}"
-    assert [bar.label for bar in bars] == [
-        "GRPO: IoU + format minus GRPO from the base, final",
-        "GRPO: IoU + format minus CoT-SFT, final"]
-
-
-def test_misses_are_near_another_thing_or_elsewhere() -> None:
-    record = next(r for r in load("synth", None, "val") if len(r.image.objects) > 3)
-    x1, y1, x2, y2 = record.box
-    width = x2 - x1
-    other = next(o for o in record.image.objects if o.box != record.box)
-    assert payoff.kind_of_miss(record, record.box) is None
-    assert payoff.kind_of_miss(record, None) == "no box"
-    assert payoff.kind_of_miss(record, other.box) == "another thing"
-
-    alone = replace(record, image=replace(record.image, objects=()))
-    # The kernel's deviation is 1.25 widths: two of them are 2.5 widths.
-    for widths, kind in ((0.6, "near"), (2.4, "near"), (2.6, "elsewhere")):
-        shifted = (x1 + widths * width, y1, x2 + widths * width, y2)
-        assert payoff.kind_of_miss(alone, shifted) == kind
-
-
-def test_the_terms_share_of_the_update_is_what_changes_without_it() -> None:
-    iou = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
-    positional = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    rewards = {"iou": iou, "positional": positional, "format": torch.ones(2, 2)}
-    weights = {"iou": 1.0, "positional": 0.2, "format": 1.0}
-    # Undivided, advantages are -0.1, 0.1 with the term and 0, 0 without in the first group,
-    # -0.4, 0.4 and -0.5, 0.5 in the second.
-    share = payoff.positional_share(rewards, weights, divide=False)
-    assert share == pytest.approx((0.2 + 0.2) / (0.2 + 0.8))
-    # Divided, the first group moves as much as the second, whose advantages stay.
-    assert payoff.positional_share(rewards, weights, divide=True) == pytest.approx(0.5, abs=1e-3)
-    assert payoff.positional_share({"iou": iou, "positional": iou}, {"iou": 1.0, "positional": 0.0},
-                                   divide=True) == 0
-
-
-def test_sides_are_told_beside_the_targets_where_boxes_touch_it() -> None:
-    records = list(load("synth-one", None, "val"))[:30]
-    boxes = []
-    for record, share in zip(records, 10 * (0.5, 1.0, 0.25)):
-        x1, y1, x2, y2 = record.box
-        boxes.append([x1, y1, x1 + share * (x2 - x1), y1 + share * (y2 - y1)])
-    boxes[2] = [0.0, 0.0, 1.0, 1.0]
-    sides = payoff.log_sides(metrics.box_tensor(boxes), records)
-    assert sides[:2] == pytest.approx([math.log(0.5), 0], abs=1e-9) and np.isnan(sides[2])
-    cells = payoff.size_cells(records, sides[None], sides[None] + math.log(0.9))
-    assert cells[2].startswith("x 0.900 [0.900, 0.900]")
-
-
-def test_the_map_has_a_row_a_regime(tmp_path: Path) -> None:
-    records = list(load("synth-one", None, "final"))[:40]
-    for arm, exact in (("sft", False), ("iou", False), ("positional", True)):
-        write_scores(tmp_path / "one/0" / arm / "eval_final", records, exact)
-    arm = tmp_path / "one/0/positional"
-    write_log(arm, "positional")
-    rollouts = {"iou": [0.0, 0.0], "positional": [0.0, 0.5], "format": [1.0, 1.0]}
-    (arm / "rollouts.jsonl").write_text(json.dumps(rollouts) + "\n")
-    (arm / "latest").mkdir()
-    reward = {"iou": 1.0, "positional": 0.1, "format": 1.0}
-    run = {"flags": {"reward": reward, "no_std": False}}
-    (arm / "latest/run.json").write_text(json.dumps(run))
-    text, [bar] = payoff.chapter([tmp_path / "one"])
-    assert bar.mean == pytest.approx(0.71) and bar.label.startswith("one: one thing alone")
-    cells = cells_of(text.splitlines(), "one: one thing alone")
-    assert cells[0] == "1" and cells[1] == "0.290"
-    # 29 boxes 0.4 as wide as their target, one in the corner, ten answers without a box.
-    assert cells[2] == "0.72 / 0.00 / 0.03 / 0.25"
-    assert cells[3] == "0.250" and cells[4] == "1.000" and cells[5] == "0.250"
-    assert cells[6].startswith("+0.710 [")
-    assert cells[7] == "0.632" and cells[8] == "1.000" and cells[9].startswith("x 1.58")
-
-
-def test_boxes_of_the_coarse_sft_lie_beside_the_things(run: Run, tmp_path: Path) -> None:
-    rng = random.Random(0)
-    shifts = []
-    for _ in range(2000):
-        x1, y1, x2, y2 = coarse.moved((400.0, 300.0, 410.0, 320.0), (1000, 1000), rng)
-        assert x2 - x1 == pytest.approx(10, abs=0.02) and y2 - y1 == pytest.approx(20, abs=0.02)
-        shifts.append(((x1 - 400) / 10, (y1 - 300) / 20))
-    assert np.mean(shifts, 0) == pytest.approx([0, 0], abs=0.05)
-    assert np.std(shifts, 0) == pytest.approx([coarse.SPREAD] * 2, rel=0.05)
-    for _ in range(100):
-        x1, y1, x2, y2 = coarse.moved((0.0, 40.0, 90.0, 112.0), (112, 112), rng)
-        assert 0 <= x1 < x2 <= 112 and 0 <= y1 < y2 <= 112
-
-    done = run("study/coarse.py", tmp_path / "coarse")
-    assert done.returncode == 0, done.stderr
-    written = load("jsonl", tmp_path / "coarse", "train")
-    true = load("synth:0.1", None, "sft")
-    assert [r.text for r in written] == [r.text for r in true] and not written.refused
-    assert sum(r.box == t.box for r, t in zip(written, true)) == 0
-    picture = np.asarray(open_image(written[0]))
-    assert np.array_equal(picture, np.asarray(open_image(true[0])))
-
-
-# ---------------------------------------------------------------- the figure
-
-def test_the_figure_has_no_overlap_and_needs_no_colour() -> None:
-    bars = [figure.Bar("a rather long name of an arm minus another arm, final", -0.01, 0.02,
-                       [0.0, 0.01]), figure.Bar("short", 0.05, 0.09, [0.07])]
-    groups = [figure.Group("reward, small", bars), figure.Group("weight, small", bars[1:])]
-    image = figure.draw(groups)
-    pixels = np.asarray(image).astype(int)
-    assert np.ptp(pixels, 2).max() == 0
-    font = ImageFont.load_default(13 * figure.SCALE)
-    axis = figure.fit_axis(groups, figure.MARGIN * figure.SCALE * 2 + font.getlength(bars[0].label))
-    assert axis.low < -0.01 and axis.high > 0.09 and 0.0 in [round(v, 9) for v in axis.marks()]
-    assert len(axis.marks()) <= figure.MARKS + 4
-    # A free strip lies between the longest label and the plot.
-    left = round(figure.MARGIN * figure.SCALE + font.getlength(bars[0].label)) + 2
-    top = (figure.MARGIN + figure.ROW) * figure.SCALE
-    strip = pixels[top:top + 2 * figure.ROW * figure.SCALE, left:left + 12]
-    assert strip.min() == 255
-    assert left + 12 < axis.left
-    # Marks of the axis are further apart than their texts are wide.
-    gap = axis.x(axis.step) - axis.x(0)
-    assert max(font.getlength(f"{v:+.3g}") for v in axis.marks()) < gap
-
-
-# ---------------------------------------------------------------- speedrun.sh
-
 def speedrun(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """speedrun.sh with the stand-in for Python."""
     stand_in = folder / "python"
@@ -484,12 +494,12 @@ def speedrun(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
                           env=environment)
 
 
-def test_the_speedrun_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+def test_the_speedrun_resumes(tmp_path: Path) -> None:
     stopped = speedrun(tmp_path, STOP="2")
     assert stopped.returncode == 130
     assert [line.split()[0] for line in stopped.stdout.splitlines()] == ["rft.py"]
     whole = speedrun(tmp_path).stdout.splitlines()
-    # Evaluations are told by their table alone.
+    # Evaluations print only their table.
     assert [line.split()[0] for line in whole] == ["rft.py", "sft.py", "rft.py", "study/story.py"]
     assert whole[0].endswith("--resume") and "--init toy/base" in whole[0]
     steps = []
@@ -536,7 +546,7 @@ def test_the_story_is_one_table_one_picture_and_one_comparison(tmp_path: Path) -
 
 # ---------------------------------------------------------------- signal and noise
 
-def test_signal_and_noise_are_told_apart() -> None:
+def test_signal_and_noise_are_separated() -> None:
     rng = torch.Generator().manual_seed(0)
     # The true gradient has length 3, the noise below length 20.
     true = torch.zeros(400)
@@ -591,15 +601,18 @@ def test_a_variants_gradient_is_that_of_its_own_objective(
     for group in texts:
         completions.append([policy.processor.encode(text) for text in group])
     prompts = [policy.processor(open_image(r), r.text) for r in records]
-    rollouts = rft.Rollouts(records, prompts, completions, [], texts)
-    monkeypatch.setattr(rft, "sample", lambda *_: rollouts)
+    groups = []
+    for parts in zip(records, prompts, completions, texts):
+        groups.append(rft.Group(*parts[:3], [], parts[3], torch.zeros(3, dtype=torch.bool)))
+    monkeypatch.setattr(rft, "sample", lambda *_: groups)
     gradients, means = gradient.gradients(policy, records, None, args)
 
     iou = torch.tensor(ious)
     assert iou[0, 2] == 0 < iou[0, 1] < iou[0, 0] == 1
     assert abs(means["iou"] - iou.mean().item()) < 1e-5
     logp, _ = model.score(prompts, completions, 0.7)
-    of_answers = [part.sum() for part in logp.split(rollouts.lengths.flatten().tolist())]
+    lengths = [len(answer) for group in completions for answer in group]
+    of_answers = [part.sum() for part in logp.split(lengths)]
     above_mean = (iou - iou.mean(1, keepdim=True)).flatten().tolist()
     objective = -sum(a * total for a, total in zip(above_mean, of_answers)) / len(logp)
     parts = torch.autograd.grad(objective, [p for p in model.parameters() if p.requires_grad])
