@@ -56,7 +56,7 @@ def number(kind: type, in_range: Callable[[Any], bool], words: str) -> Callable[
 MOST = 2 ** 31
 positive = number(int, lambda v: 0 < v < MOST, f"a whole number from 1 to {MOST - 1}")
 natural = number(int, lambda v: 0 <= v < MOST, f"a whole number from 0 to {MOST - 1}")
-above_zero = number(float, lambda v: 1e-12 <= v <= 1e6, "a number above 0, up to 1e6")
+above_zero = number(float, lambda v: 1e-12 <= v <= 1e38, "a number from 1e-12 to 1e38")
 not_negative = number(float, lambda v: 0 <= v <= 1e6, "a number from 0 to 1e6")
 moderate = number(float, lambda v: abs(v) <= 1e6, "a number between -1e6 and 1e6")
 

@@ -347,7 +347,7 @@ class Run:
                 kept = {key: bad[key] for key in ("id", "image", "problem")}
                 append_line(self.out / UNREADABLE_LOG, {"step": line["step"], **kept})
                 if dist.rank() == 0 and is_new:
-                    dist.print_above_bar(f"{bad['problem']}; another record takes its place")
+                    tqdm.write(f"{bad['problem']}; another record takes its place")
             if len(self.unreadable) > MOST_UNREADABLE * len(self.records):
                 dist.fail(
                     f"{len(self.unreadable):,} of {len(self.records):,} records met so far have "
