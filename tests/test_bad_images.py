@@ -109,7 +109,7 @@ def test_an_order_of_bad_records_alone_has_an_end(
 
 
 def test_replacements_are_counted_named_once_and_kept(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        tmp_path: Path, capfd: pytest.CaptureFixture[str],
 ) -> None:
     def bad(i: int, image: str = "a.png") -> dict[str, Any]:
         return {"place": 3 + i, "id": f"r{i}", "image": image, "problem": f"{image}: bad {i}"}
@@ -126,7 +126,7 @@ def test_replacements_are_counted_named_once_and_kept(
     assert counted(run, 3, bad(0), bad(1)) == {"step": 3, "unreadable": 2}
     assert counted(run, 4) == {"step": 4, "unreadable": 2}
     # Two records of one image.
-    assert capsys.readouterr().out == "a.png: bad 0; another record takes its place\n"
+    assert capfd.readouterr().out == "a.png: bad 0; another record takes its place\n"
     lines = [json.loads(line) for line in (tmp_path / "unreadable.jsonl").read_text().splitlines()]
     assert [(line["step"], line["id"], line["image"]) for line in lines] == [
         (2, "r0", "a.png"), (3, "r1", "a.png")]
@@ -135,11 +135,11 @@ def test_replacements_are_counted_named_once_and_kept(
     resumed = runtime.Run(args, "sft", [None] * 300)
     resumed.read_logs()
     assert counted(resumed, 3, bad(0), bad(1)) == {"step": 3, "unreadable": 2}
-    assert not capsys.readouterr().out
+    assert not capfd.readouterr().out
     assert counted(resumed, 4, bad(2)) == {"step": 4, "unreadable": 3}
     with pytest.raises(SystemExit) as stop:
         counted(resumed, 5, bad(9, "b.png"))
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert "4 of 300 records met so far have an image that cannot be decoded, more than 1%" in error
 
@@ -171,12 +171,12 @@ def resume_behind(out: Path, step: int, copy: Path) -> None:
 def test_sft_goes_on_and_a_resume_and_two_processes_take_the_same_records(
         folder: Path, damaged: Callable[..., Path], tiny_checkpoint: Path, run: Run, tmp_path: Path,
 ) -> None:
-    """Images are prepared in processes of their own, and in the resume in the run's."""
+    """Images are prepared in threads, a step ahead."""
     bad = ids_in_order(load("jsonl", folder, "sft"), 1)[1]
     root = damaged(bad, "val2")
     flags = ("--data", "jsonl", "--root", root, "--init", tiny_checkpoint, "--steps", 3, "--batch",
              BATCH, "--every", 1, "--keep", 9, "--val", 4, "--max-new-tokens", 4, "--answer-only",
-             "--device", "cpu", "--workers", 2)
+             "--device", "cpu")
     one = tmp_path / "one"
     done = run("sft.py", *flags, "--out", one)
     assert done.returncode == 0, done.stderr
@@ -187,7 +187,7 @@ def test_sft_goes_on_and_a_resume_and_two_processes_take_the_same_records(
     assert all(line["val_failed"] >= 0.25 for line in log_of(one))
     resumed = tmp_path / "resumed"
     resume_behind(one, 1, resumed)
-    done = run("sft.py", "--out", resumed, "--resume", "--workers", 0)
+    done = run("sft.py", "--out", resumed, "--resume")
     assert done.returncode == 0, done.stderr
     assert log_of(resumed) == log_of(one)
     assert log_of(resumed, "unreadable.jsonl") == log_of(one, "unreadable.jsonl")
@@ -214,7 +214,7 @@ def test_more_than_one_in_a_hundred_end_a_run_in_one_line(
         "sft.py", "--data", "jsonl", "--root", root, "--init", tiny_checkpoint, "--steps", 3,
         "--batch", BATCH, "--val", 0, "--answer-only", "--device", "cpu", "--out",
         tmp_path / "out", processes=processes)
-    says = "2 of 120 records met so far have an image that can't be decoded"
+    says = "2 of 120 records met so far have an image that cannot be decoded"
     assert done.stderr.count(says) == 1, done.stderr
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(log_of(tmp_path / "out")) == 1
