@@ -31,12 +31,13 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -95,9 +96,8 @@ def flags() -> FlagParser:
     add("--max-new-tokens", type=positive, default=256, help="of an answer with its reasoning")
     add("--batch", type=positive, default=32, help="records answered at once")
     add("--blind", action="store_true", help="show another record's image: a score without sight")
-    add("--predictions", help='score this JSONL file instead of running a model; one line per '
-        'record: {"id": ..., "text": ...} or {"id": ..., "box": [x1, y1, x2, y2] in original '
-        'pixels, or null}')
+    add("--predictions", help='score this JSONL file instead of a model; one line per record: '
+        '{"id": ..., "text": ...} or {"id": ..., "box": [x1, y1, x2, y2] or null}')
     add("--compare", nargs=2, metavar=("A", "B"),
         help="score two JSONL files and test whether B differs from A (paired bootstrap)")
     add("--image", help="a picture's file, turned upright by its EXIF: answer --text about it, "
@@ -204,14 +204,13 @@ def load_split(
         refused = data.refusal_summary(records, args.data, args.root, args.split)
         raise DataError(f"no usable record in the split {args.split} of {args.data}: "
                         f"{refused or 'it is empty'}")
-    if args.split in ("train", "sft", "rft"):
-        return records, None, how
-    try:
+    train = None
+    if args.split not in ("train", "sft", "rft"):
         # Validation records may be held out of "train"; SFT never sees them.
         split = "sft" if args.split == "val" else "train"
-        return records, list(data.load(args.data, args.root, split, **how)), how
-    except DataError:
-        return records, None, how
+        with suppress(DataError):
+            train = list(data.load(args.data, args.root, split, **how))
+    return records, train, how
 
 
 load_once = functools.cache(data.load)           # stages may share training data
@@ -265,8 +264,15 @@ def evaluate(
     and the seed, not on its batch. Boxes are strict, clamped, in original pixels. A sharded
     model must be gathered (`train.dist.gathered`). label: of the progress bar.
     """
-    shown = other_images(records) if blind else records
-    places = range(rank(), len(records), world())
+    n = len(records)
+    shown = list(records)
+    for i, record in enumerate(records if blind else ()):
+        # The record half the list further on lends its image, or the next one with another.
+        later = (records[(i + n // 2 + k) % n] for k in range(n))
+        shown[i] = next((other for other in later if other.image != record.image), None)
+    if None in shown:
+        raise DataError("--blind needs records of at least two images; score more records")
+    places = range(rank(), n, world())
     batches = [places[i:i + batch] for i in range(0, len(places), batch)]
 
     def make_prompts(places: range) -> dict[int, Prompt]:
@@ -302,20 +308,7 @@ def evaluate(
             bar.update(len(answered))
             bar.set_postfix(mIoU=f"{iou / len(own):.3f}")
     everyone = dict(gather_lists(list(own.items())))
-    return [everyone[i] for i in range(len(records))]
-
-
-def other_images(records: Sequence[Record]) -> list[Record]:
-    """For each record the one that lends its image with --blind: half the list further on, or
-    the next one with another image."""
-    n = len(records)
-    shown = []
-    for i, record in enumerate(records):
-        later = (records[(i + n // 2 + k) % n] for k in range(n))
-        shown.append(next((other for other in later if other.image != record.image), None))
-    if None in shown:
-        raise DataError("--blind needs records of at least two images; score more records")
-    return shown
+    return [everyone[i] for i in range(n)]
 
 
 def sample_texts(
@@ -335,10 +328,7 @@ def sample_texts(
 def validate(
         model: QwenVL, processor: Processor, records: Sequence[Record], args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Greedy scores during training -> keys of the log line; {} without records.
-
-    args: the stage's flags, of which --data and --max-new-tokens are used.
-    """
+    """Greedy scores during training -> keys of the stage's log line; {} without records."""
     if not records:
         return {}
     longest = memory.longest_prompt(processor, records)
@@ -397,16 +387,6 @@ def details(
     return row
 
 
-def make_cases(records: Sequence[Record], predictions: Predictions) -> list[page.Case]:
-    """N records and their predictions -> what the report shows of each."""
-    cases = []
-    ious = strict_iou(records, predictions).tolist()
-    for record, prediction, iou in zip(records, predictions, ious):
-        box, _, _ = read_prediction(prediction, record)
-        cases.append(page.Case(record, box, iou, (prediction or {}).get("text", "")))
-    return cases
-
-
 def print_report(
         rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], refused: str) -> None:
     """The table of scores; why answers have no box; training overlap; the comparison."""
@@ -414,7 +394,7 @@ def print_report(
     head = [*rates, "center", "failed", "lenient: mIoU", "Pr@0.5"]
     width = max(12, *(len(row["stage"]) for row in rows))
     print(f"{'stage':{width}} {'T':>4} {'n':>6}", *(f"{name:>6}" for name in head))
-    notes = []
+    notes, overlaps = [], []
     for row in rows:
         stage, n, lenient = row["stage"], row["n"], row["lenient"]
         failures = {why: count for why, count in row["failures"].items() if count}
@@ -429,18 +409,19 @@ def print_report(
         if failures:
             at = f" T={temperature}" if temperature else ""
             notes.append(f"{stage}{at}: {', '.join(f'{k} {v}' for k, v in failures.items())}")
-    for row in rows:
-        stage, known = row["stage"], row.get("trained_on", {})
+        known = row.get("trained_on", {})
         if known.get("unread"):
-            notes.append(f"{stage}: its training data can't be read ({', '.join(known['unread'])})"
-                         "; whether it contains scored records is unknown")
+            overlaps.append(
+                f"{stage}: its training data can't be read ({', '.join(known['unread'])}); "
+                "whether it contains scored records is unknown")
         if known.get("records"):
-            notes.append(f"{stage}: {known['records']:,} of {row['n']:,} scored records were in "
-                         "its training data, by image and box")
+            overlaps.append(f"{stage}: {known['records']:,} of {n:,} scored records were in its "
+                            "training data, by image and box")
         if "rest" in known:
             rest = known["rest"]
-            notes.append(f"{stage}: the other {rest['n']:,}: mIoU {rest['mIoU']:.3f}, "
-                         f"Pr@0.5 {rest['Pr@0.5']:.3f}")
+            overlaps.append(f"{stage}: the other {rest['n']:,}: mIoU {rest['mIoU']:.3f}, "
+                            f"Pr@0.5 {rest['Pr@0.5']:.3f}")
+    notes += overlaps
     if refused:
         notes.append(f"not scored: {refused}")
     for name, test in summary.get("comparison", {}).items():
@@ -460,7 +441,15 @@ def ask(stage: Stage, device: torch.device, args: argparse.Namespace) -> None:
     """Asks for --text in --image: prints reasoning and box, and draws the box."""
     path = Path(args.image)
     stretch = args.stretch or (stage.run.get("flags") or {}).get("stretch")
-    image, turned = open_picture(path, stretch)
+    try:
+        # Viewers turn a picture upright, and the question is about what the user sees. (Images
+        # of a data set are used as stored, see `data.open_image`.)
+        orientation = read_orientation(path)
+        image = read_rgb(path, stretch)
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        image = ImageOps.exif_transpose(image)
+    except (OSError, ImageError) as error:
+        raise DataError(f"--image {path}: unreadable ({error})") from None
     out = check_writable(args.out or Path(args.ckpt) / "eval")
     model, processor = open_model(stage.folder, device)
     prompt = processor(image, args.text)
@@ -480,70 +469,50 @@ def ask(stage: Stage, device: torch.device, args: argparse.Namespace) -> None:
     if not box:
         print(f"no box: {answer.failure(text) or 'outside image'}")
         return
-    pictures.overlay(image, [(box, args.text[:60], RED)], out / f"{path.stem}_answer.png")
-    print(f"box in pixels of the picture{', turned upright by its EXIF' if turned else ''}: "
-          f"{', '.join(f'{v:.1f}' for v in box)}{'' if strict else ' (read leniently)'}")
-    print(f"drawn: {out / f'{path.stem}_answer.png'}")
-
-
-def open_picture(
-        path: Path, stretch: Sequence[float] | None = None) -> tuple[Image.Image, bool]:
-    """A picture's file -> RGB image, upright, and whether its EXIF turned it.
-
-    Viewers turn it too, and the question is about what the user sees. (Images of a data set are
-    used as stored, see `data.open_image`.)
-    """
-    try:
-        orientation = read_orientation(path)
-        image = read_rgb(path, stretch)
-        image.getexif()[ExifTags.Base.Orientation] = orientation
-        return ImageOps.exif_transpose(image), orientation != 1
-    except (OSError, ImageError) as error:
-        raise DataError(f"--image {path}: unreadable ({error})") from None
+    drawing = out / f"{path.stem}_answer.png"
+    pictures.overlay(image, [(box, args.text[:60], RED)], drawing)
+    upright = "" if orientation == 1 else ", turned upright by its EXIF"
+    print(f"box in pixels of the picture{upright}: {', '.join(f'{v:.1f}' for v in box)}"
+          f"{'' if strict else ' (read leniently)'}\ndrawn: {drawing}")
 
 
 # ---------------------------------------------------------------- the whole evaluation
 
-def answers_of_files(
-        args: argparse.Namespace, files: Sequence[str], records: Records, stages: Sequence[Stage],
-) -> Iterator[tuple[dict, list[Record], Predictions]]:
-    """Yields, for each file, the first keys of its row, the scored records, their predictions."""
+def all_predictions(
+        args: argparse.Namespace, files: Sequence[str], stages: Sequence[Stage],
+        records: Records, stretch: Sequence[float] | None, device: torch.device | None,
+) -> Iterator[tuple[Stage | None, dict[str, Any], list[Record], Predictions]]:
+    """Yields a stage (None for a file), the first keys of its row, records and predictions:
+    for each file, or for each stage at each temperature. stretch: if a stage recorded none."""
+    scored = list(records)[:args.limit]
     processor = None
     if args.coords == "resized":
         processor = Processor.from_pretrained(stages[-1].folder)
-    scored = list(records)[:args.limit]
     stems = [Path(file).stem.removeprefix("predictions_") for file in files]
     for file, stem in zip(files, stems):
         by_id = read_predictions(file, records, args.coords, processor)
         # Folders distinguish two files of one name.
         name = stem if stems.count(stem) == 1 else f"{Path(file).resolve().parent.name}_{stem}"
         head = {"stage": name, "checkpoint": file, "temperature": None}
-        yield head, scored, [by_id.get(record.id) for record in scored]
-
-
-def answers_of_stages(
-        args: argparse.Namespace, stages: Sequence[Stage], records: Records,
-        stretch: Sequence[float] | None, device: torch.device,
-) -> Iterator[tuple[dict, list[Record], Predictions]]:
-    """The same for each checkpoint at each temperature. stretch: if a stage recorded none."""
-    for stage in stages:
+        yield None, head, scored, [by_id.get(record.id) for record in scored]
+    for stage in () if files else stages:
         # A stage sees images as it was trained to.
         own = args.stretch or (stage.run.get("flags") or {}).get("stretch") or stretch
         own = tuple(own) if own else None
-        scored = [replace(record, stretch=own) for record in list(records)[:args.limit]]
+        seen = [replace(record, stretch=own) for record in scored]
         model, processor = open_model(stage.folder, device)
         if rank() == 0 and stage.run.get("prompt_hash", prompt_hash()) != prompt_hash():
             print(f"{stage.folder}: trained with another prompt than answer.PROMPT; expect lower "
                   "scores")
         for temperature in args.temperature:
             predictions = evaluate(
-                model, processor, scored, temperature=temperature,
+                model, processor, seen, temperature=temperature,
                 samples=args.samples if temperature else 1, max_new_tokens=args.max_new_tokens,
                 batch=args.batch, seed=args.seed, blind=args.blind,
                 label=f"{stage.name} T={temperature:g}")
             head = {"stage": stage.name, "checkpoint": str(stage.folder),
                     "temperature": temperature}
-            yield head, scored, predictions
+            yield stage, head, seen, predictions
         del model                                # its memory is free before the next one loads
 
 
@@ -559,59 +528,63 @@ def main() -> None:
         ask(stages[-1], device, args)
         return
 
-    # 1. The records, and where the report goes. A folder that can't be written to ends the
-    #    script here, before anything is computed that would be lost.
+    # 1. Records, predictions from files, and the folder of the report. If that can't be written
+    #    to, the script ends before a model runs.
     records, train, how = load_split(args, stages)
     inclusive = args.data in INCLUSIVE
     summary = {"centre_box": metrics.centre_box(list(records)[:args.limit])}
+    found = all_predictions(args, files, stages, records, how["stretch"], device)
     if files:
-        answers = list(answers_of_files(args, files, records, stages))
-        stems = [str(Path(files[0]).with_suffix("")), *(Path(file).stem for file in files[1:])]
-        out = check_writable(args.out or "_vs_".join(stems))
-    else:
-        answers = answers_of_stages(args, stages, records, how["stretch"], device)
-        out = check_writable(args.out or Path(args.ckpt) / "eval")
+        found = list(found)
     if args.compare:
-        a, b = (strict_iou(scored, predictions) for _, scored, predictions in answers)
-        summary["comparison"] = {
-            "a": files[0], "b": files[1], **metrics.paired(answers[0][1], a, b, inclusive)}
+        a, b = (strict_iou(scored, predictions) for _, _, scored, predictions in found)
+        tests = metrics.paired(list(records)[:args.limit], a, b, inclusive)
+        summary["comparison"] = {"a": files[0], "b": files[1], **tests}
+    stems = [str(Path(file).with_suffix("")) for file in files[:1]]
+    stems += [Path(file).stem for file in files[1:]]
+    out = check_writable(args.out or "_vs_".join(stems) or Path(args.ckpt) / "eval")
 
     # 2. A row for each file, or for each stage and temperature; eval.json grows with them.
     rows, cases = [], []
-    for head, scored, predictions in answers:
+    for stage, head, scored, predictions in found:
         temperature = f"_T{head['temperature']:g}" if head["temperature"] else ""
         suffix = f"{head['stage']}{temperature}{'_blind' if args.blind else ''}"
-        if rank() == 0 and not files:
+        if rank() == 0 and stage:
             lines = "".join(json.dumps(prediction) + "\n" for prediction in predictions)
             (out / f"predictions_{suffix}.jsonl").write_text(lines, encoding="utf-8")
         row = {**head, "data": args.data, "split": args.split, "data_hash": records.hash,
                "stretch": scored[0].stretch, "blind": args.blind, "refused": records.refusals}
-        for stage in () if files else stages:
-            if stage.name == head["stage"]:
-                row["trained_on"] = training_overlap(stage, scored, predictions, inclusive)
+        if stage:
+            row["trained_on"] = training_overlap(stage, scored, predictions, inclusive)
         row |= score(scored, predictions, inclusive)
         row |= details(scored, predictions, args.data, train, records)
         rows.append(row)
-        if rank() == 0:
-            text = json.dumps({"rows": rows, **summary}, indent=2) + "\n"
-            (out / "eval.json").write_text(text, encoding="utf-8")
-            cases.append(make_cases(scored, predictions))
-            drawn = []
-            for record, box, iou, _ in pictures.spread(cases[-1], 12):
-                boxes = [(record.box, "lime"), *([(box, "red")] if box else [])]
-                caption = f"{record.text}: {f'IoU {iou:.2f}' if box else 'no box'}"
-                drawn.append(pictures.draw_boxes(data.open_or_blank(record), boxes, caption))
-            pictures.contact_sheet(drawn).save(out / f"overlays_{suffix}.png")
+        if rank() > 0:
+            continue
+        text = json.dumps({"rows": rows, **summary}, indent=2) + "\n"
+        (out / "eval.json").write_text(text, encoding="utf-8")
+        cases.append([])
+        ious = strict_iou(scored, predictions).tolist()
+        for record, prediction, iou in zip(scored, predictions, ious):
+            box, _, _ = read_prediction(prediction, record)
+            text = (prediction or {}).get("text", "")
+            cases[-1].append(page.Case(record, box, iou, text))
+        drawn = []
+        for record, box, iou, _ in pictures.spread(cases[-1], 12):
+            boxes = [(record.box, "lime"), (box, "red")] if box else [(record.box, "lime")]
+            caption = f"{record.text}: {f'IoU {iou:.2f}' if box else 'no box'}"
+            drawn.append(pictures.draw_boxes(data.open_or_blank(record), boxes, caption))
+        pictures.contact_sheet(drawn).save(out / f"overlays_{suffix}.png")
+    if rank() > 0:
+        return
 
-    # 3. The report. A stage's logs lie in the folder above the step's.
-    if rank() == 0:
-        logs = []
-        for stage in () if files else stages:
-            logs.append((stage.name, stage.folder.resolve().parent if stage.run else stage.folder))
-        page.write_page(out / "report.html", rows, cases, logs, [*(train or ()), *records], summary)
-        print_report(
-            rows, summary, data.refusal_summary(records, args.data, args.root, args.split))
-        print(f"report, pictures{'' if files else ', predictions'}: {out}")
+    # 3. The report, with the logs of stages. They lie in the folder above the step's.
+    logs = []
+    for stage in () if files else stages:
+        logs.append((stage.name, stage.folder.resolve().parent if stage.run else stage.folder))
+    page.write_page(out / "report.html", rows, cases, logs, [*(train or ()), *records], summary)
+    print_report(rows, summary, data.refusal_summary(records, args.data, args.root, args.split))
+    print(f"report, pictures{'' if files else ', predictions'}: {out}")
 
 
 if __name__ == "__main__":

@@ -538,18 +538,25 @@ def test_score_by_hand(root: Path, fakes: Script) -> None:
     assert {key: got[key] for key in again} == pytest.approx(again, abs=1e-6)
 
 
-def test_blind_shows_another_image_in_the_same_frame(root: Path, fakes: Script) -> None:
+def test_blind_shows_another_image_in_the_same_frame(
+        root: Path, fakes: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     records = tiny(root)
-    others = evaluation.other_images(records)
-    assert all(a.image != b.image for a, b in zip(records, others))
-    assert len({other.image for other in others}) == 12
     seen = evaluate(records)
+    shown = []
+    opened = data.open_image
+
+    def watch(record: Record) -> Image.Image:
+        shown.append(record.image)
+        return opened(record)
+    monkeypatch.setattr(data, "open_image", watch)
     blind = evaluate(records, blind=True)
+    assert all(image != record.image for image, record in zip(shown, records, strict=True))
+    assert len(set(shown)) == 12
     assert [a["frame"] for a in seen] == [a["frame"] for a in blind]
     assert evaluation.score(records, blind)["Pr@0.5"] == 0
     assert evaluation.score(records, seen)["Pr@0.5"] > 0
     with pytest.raises(DataError, match="at least two images"):
-        evaluation.other_images(records[:2])
+        evaluate(records[:2], blind=True)
 
 
 def test_every_stage_side_by_side(
@@ -1074,9 +1081,9 @@ def ask(
     """Asks the fake model about a picture -> what the script prints, and its folder."""
     stage(tmp_path / "sft", root)
 
-    def script(picture: Path, text: str) -> str:
+    def script(picture: Path, text: str, *flags: object) -> str:
         fakes(tmp_path, "--image", picture, "--text", text, "--device", "cpu",
-              "--out", tmp_path / "asked")
+              "--out", tmp_path / "asked", *flags)
         return capfd.readouterr().out
     return script, tmp_path / "asked"
 
@@ -1147,23 +1154,29 @@ def test_ask_about_what_is_no_picture(
         assert "\n" not in str(error.value)
 
 
-def test_a_picture_of_16_bits_is_opened_by_its_stretch(tmp_path: Path) -> None:
+def test_a_picture_of_16_bits_is_opened_by_its_stretch(
+        ask: tuple[Script, Path], tmp_path: Path) -> None:
+    script, out = ask
     ramp = np.linspace(0, 4000, 90 * 90).astype(np.uint16).reshape(90, 90)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
-    image, turned = evaluation.open_picture(tmp_path / "deep.png", (0, 100))
-    assert not turned and image.getpixel((89, 89)) == (255,) * 3
+    script(tmp_path / "deep.png", "0: 5,5,50,50", "--stretch", 0, 100)
+    assert Image.open(out / "deep_answer.png").getpixel((89, 89)) == (255,) * 3
 
 
 @pytest.mark.parametrize("suffix", ["tif", "jpg"])
-def test_a_picture_is_turned_once_in_any_format(tmp_path: Path, suffix: str) -> None:
+def test_a_picture_is_turned_once_in_any_format(
+        ask: tuple[Script, Path], tmp_path: Path, suffix: str) -> None:
+    script, out = ask
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:, :30] = 255                             # the left half is white
     exif = Image.Exif()
     exif[0x0112] = 6                                 # its left becomes its top
     Image.fromarray(pixels).save(tmp_path / f"1.{suffix}", exif=exif)
-    image, turned = evaluation.open_picture(tmp_path / f"1.{suffix}")
-    assert turned and image.size == (40, 60)
-    assert image.getpixel((20, 5))[0] > 250 and image.getpixel((20, 55))[0] < 5
+    output = script(tmp_path / f"1.{suffix}", "0: 2,20,12,50")
+    assert "turned upright by its EXIF" in output
+    image = Image.open(out / "1_answer.png")
+    assert image.size == (40, 60)
+    assert image.getpixel((36, 5))[0] > 250 and image.getpixel((36, 55))[0] < 5
 
 
 def test_the_real_script_with_a_random_model(

@@ -47,6 +47,16 @@ def make_predictions(records: list[Record]) -> list[predictions.Prediction]:
     return predictions
 
 
+def make_cases(
+        records: list[Record], answers: list[predictions.Prediction]) -> list[report_page.Case]:
+    """Each record with its answer, as eval.py shows them."""
+    cases = []
+    for record, answer, iou in zip(records, answers, predictions.strict_iou(records, answers)):
+        box, _, _ = predictions.read_prediction(answer, record)
+        cases.append(report_page.Case(record, box, iou.item(), answer["text"]))
+    return cases
+
+
 def make_row(
         records: list[Record], predictions: list[predictions.Prediction], name: str = EVIL,
 ) -> dict[str, Any]:
@@ -107,7 +117,7 @@ def page(tmp_path: Path) -> str:
     write_logs(run)
     file = tmp_path / "report.html"
     rows = [make_row(records, predictions)] * 2
-    cases = [evaluation.make_cases(records, predictions)] * 2
+    cases = [make_cases(records, predictions)] * 2
     summary = {"centre_box": metrics.centre_box(records)}
     report_page.write_page(file, rows, cases, [(EVIL, run), ("none", tmp_path)], records, summary)
     return file.read_text(encoding="utf-8")
@@ -156,7 +166,7 @@ def stages_page(tmp_path: Path) -> str:
     predictions = make_predictions(records)
     silent = [prediction | {"text": "no"} for prediction in predictions]
     rows = [make_row(records, silent, "base"), make_row(records, predictions, "rft")]
-    cases = [evaluation.make_cases(records, silent), evaluation.make_cases(records, predictions)]
+    cases = [make_cases(records, silent), make_cases(records, predictions)]
     stages = []
     for name in ("base", "rft"):
         write_logs(tmp_path / name)
@@ -206,7 +216,7 @@ def test_200_pictures_of_noise_stay_under_5_mb(tmp_path: Path) -> None:
     records = make_records(tmp_path, 24, noise=True)
     predictions = make_predictions(records)
     rows = [make_row(records, predictions, f"stage {i}") for i in range(12)]
-    cases = [evaluation.make_cases(records, predictions)] * len(rows)
+    cases = [make_cases(records, predictions)] * len(rows)
     report_page.write_page(tmp_path / "report.html", rows, cases, [], records)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert 170 <= page.count("<img") <= report_page.PICTURES
