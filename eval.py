@@ -25,7 +25,6 @@ coordinates of a text. A box is in original pixels unless --coords says otherwis
 """
 import argparse
 import functools
-import itertools
 import json
 import math
 import sys
@@ -223,7 +222,7 @@ def training_overlap(
 
     "records" counts by image and box, "images" by image alone (`data.find_shared`).
     """
-    training, unread, seen = {}, [], set()
+    training, unread, sources, seen = [], [], set(), set()
     folder, run_json = stage.folder, stage.run
     while run_json and folder.resolve() not in seen:
         seen.add(folder.resolve())
@@ -232,15 +231,15 @@ def training_overlap(
         stretch = trained_with.get("stretch")
         source = (run_json.get("data"), run_json.get("root"), split, trained_with.get("coords"),
                   tuple(stretch) if stretch else None)
-        if "data" in run_json and source not in training:
-            training[source] = []
+        if "data" in run_json and source not in sources:
+            sources.add(source)
             try:
-                training[source] = load_once(*source)
+                training += load_once(*source)
             except DataError:
                 unread.append(f"{run_json['data']} {split}")
         folder = newest_step(Path(trained_with.get("init") or ""))
         run_json = read_json(folder / "run.json")
-    shared = data.find_shared(records, list(itertools.chain.from_iterable(training.values())))
+    shared = data.find_shared(records, training)
     rest = [i for i, what in enumerate(shared) if what != "record"]
     found = {"records": len(records) - len(rest), "images": len(records) - shared.count(None),
              "unread": unread}

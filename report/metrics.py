@@ -30,9 +30,7 @@ COLUMNS = ("left", "centre", "right")
 # ---------------------------------------------------------------- scores
 
 class Overlaps(NamedTuple):
-    """How N predicted boxes overlap their targets; all but valid are double."""
-
-    valid: Tensor             # (N,) bool: the box has an area in the image
+    valid: Tensor             # (N,) bool: the predicted box has an area in the image
     iou: Tensor               # (N,) `reward.agreement`, 0 without a box
     intersection: Tensor      # (N,) square pixels
     union: Tensor             # (N,) square pixels; the target's area without a box
@@ -40,7 +38,7 @@ class Overlaps(NamedTuple):
 
 
 def overlaps(pred: Tensor, gt: Tensor, size: Tensor) -> Overlaps:
-    """pred, gt (N, 4), size (N, 2) -> Overlaps of the clamped boxes."""
+    """pred, gt (N, 4), size (N, 2) -> Overlaps of the clamped boxes, double."""
     size = size.double()
     corner = size.repeat(1, 2)                                        # (N, 4)
     pred = pred.double().clamp(min=0).minimum(corner)
@@ -143,13 +141,11 @@ def vrsbench(
     """
     iou = vrsbench_iou(pred, gt, size, grid)
     parts = {
-        "all": [True] * len(gt),
-        "unique": [value is True for value in unique],
-        "non_unique": [value is False for value in unique],
-    }
+        "all": torch.ones(len(gt), dtype=torch.bool),
+        "unique": torch.tensor([value is True for value in unique]),
+        "non_unique": torch.tensor([value is False for value in unique])}
     scores = {}
-    for part, members in parts.items():
-        mask = torch.tensor(members, dtype=torch.bool)
+    for part, mask in parts.items():
         if mask.any():
             scores[part] = {"n": int(mask.sum())}
             for t in VRSBENCH_THRESHOLDS:
@@ -219,8 +215,6 @@ def breakdowns(
     return dict(tables)
 
 
-# ---------------------------------------------------------------- several samples
-
 def sampled(
         boxes: Tensor, target: Tensor, size: Tensor, inclusive: bool,
 ) -> dict[str, int | float | None | dict[str, float]]:
@@ -247,7 +241,7 @@ def sampled(
         "dispersion": scatter.mean().item() if len(scatter) else None}
 
 
-# ---------------------------------------------------------------- chance
+# ---------------------------------------------------------------- intervals
 
 def bootstrap(
         records: Sequence[Record], rates: Mapping[Any, tuple[Tensor, Tensor | None]],
