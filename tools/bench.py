@@ -141,7 +141,6 @@ def random_prompt(model: QwenVL, side: int, text: int = TEXT) -> Prompt:
 def clock(work: Callable[[], Any], device: torch.device) -> float | None:
     """Seconds that work() takes, on CUDA until the device is done; None if memory runs out."""
     cuda = device.type == "cuda"
-    gc.collect()
     if cuda:
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -302,6 +301,7 @@ class Bench:
         unit: "s", or a rate of which a call has `amount`; flops: of our call."""
         for model in filter(None, (self.ours, self.theirs)):
             model.zero_grad(set_to_none=True)
+        gc.collect()
         if self.device.type == "cpu":
             # Other programs may use the cores for a while: the best of the whole run counts.
             for key, value in ceilings(self.device, self.dtype).items():

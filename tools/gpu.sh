@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, in parts of ten minutes at most on one with 80 GB:
+# Everything that only a GPU can show, in parts of at most ten minutes on one with 80 GB:
 #
-#   bash gpu.sh speed | updates | step | numerics | batches | larger | stages | flags | study
+#   bash tools/gpu.sh speed | updates | step | numerics | batches | larger | stages | flags | study
 #
-# Figures go to $OUT (default: gpu/), each when it is measured: a part that is cut off leaves what
-# it has. SHAPE=tiny LARGER=tiny DEVICE=cpu tries the script on any machine; LIMIT is a part's
-# seconds.
+# Each figure is written to $OUT (default: gpu/) as soon as it is measured, so an interrupted part
+# keeps what it has. LARGER is a folder with the config.json of the larger shape, such as
+# Qwen2.5-VL-7B-Instruct/. SHAPE=tiny LARGER=tiny DEVICE=cpu tries the script on any machine;
+# LIMIT is a part's seconds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-gpu} device=${DEVICE:-cuda} shape=${SHAPE:-3b} limit=${LIMIT:-570}
 mkdir -p "$out"
 
-# limited COMMAND: stopped as by Ctrl-C where the part's time is over.
+# limited COMMAND: interrupted, as by Ctrl-C, when the part's time is up.
 limited() {
   local status=0
   timeout --signal INT --kill-after 20 "$((limit > SECONDS ? limit - SECONDS : 1))" "$@" ||
     status=$?
   if [ $status = 124 ]; then
-    echo "gpu.sh: the part's $limit seconds are over; what it has measured stands in $out" >&2
+    echo "gpu.sh: the part's $limit seconds are up; what it measured is in $out" >&2
     exit 124
   fi
   return $status
@@ -27,44 +28,43 @@ bench() {
   limited python -m tools.bench --device "$device" "$@"
 }
 
-# Loading, prefill and decoding beside transformers at 64 rollouts, and the image pipeline.
+# Loading, prefill and decoding of 64 rollouts, and the image pipeline, against transformers.
 speed() {
   bench --shape "$shape" --repeats 2 --only load prefill decode images --out "$out/$shape"
 }
 
-# Forward and backward passes: a group's, with the prompt once and repeated, and unequal records'.
+# Forward and backward passes: of a group, prompt shared or repeated, and of unequal records.
 updates() {
   bench --shape "$shape" --repeats 2 --only update sft --out "$out/${shape}_updates"
 }
 
-# A whole RFT step on either side.
+# A whole RFT step of both sides.
 step() {
   bench --shape "$shape" --repeats 1 --only step --out "$out/${shape}_step"
 }
 
-# float32 against bfloat16, graphs against eager; the ten largest operations.
+# float32 against bfloat16, CUDA graphs against none; the ten largest operations.
 numerics() {
   bench --shape "$shape" --only numerics profile --out "$out/${shape}_numerics"
 }
 
-# Decoding at 8 and at 256 rollouts.
+# Decoding of 8 and of 256 rollouts.
 batches() {
   bench --shape "$shape" --repeats 2 --only decode --prompts 1 --out "$out/${shape}_8"
   bench --shape "$shape" --repeats 1 --only decode --prompts 32 --out "$out/${shape}_256"
 }
 
-# The larger shape.
 larger() {
-  bench --shape "${LARGER:-7b}" --repeats 1 --only prefill decode --out "$out/larger"
+  bench --shape "${LARGER:-Qwen2.5-VL-7B-Instruct}" --repeats 1 --only prefill decode --out "$out/larger"
 }
 
-# NCCL and FSDP2 with one process: both stages, then RFT again from the middle. What was resumed
-# must be as what was never interrupted.
+# NCCL and FSDP2 with one process: both stages, then RFT resumed from its middle, which must give
+# the same numbers.
 stages() {
   stage_pair "$out/stages"
 }
 
-# The same with the flags that change how a step is computed.
+# The same with flags that change how a step is computed.
 flags() {
   if [ "$device" = cuda ]; then
     stage_pair "$out/stages_flags" --cuda-graphs --deterministic
@@ -73,7 +73,7 @@ flags() {
   fi
 }
 
-# stage_pair FOLDER FLAGS: FLAGS are RFT's.
+# stage_pair FOLDER [RFT FLAGS]
 stage_pair() {
   local folder=$1
   shift
@@ -83,7 +83,7 @@ stage_pair() {
   $run sft.py $common --init toy/base --out "$folder/sft" --steps "${STEPS:-200}" --every 100 \
     --lr 1e-3
   $rft --out "$folder/rft" "$@"
-  # The copy has lost its last two steps.
+  # The copy loses its last two steps.
   cp -r "$folder/rft" "$folder/resumed"
   rm -r "$folder/resumed/step_000004"
   ln -sfn step_000002 "$folder/resumed/latest"
@@ -104,8 +104,8 @@ for a, b in zip(whole, resumed, strict=True):
 PYTHON
 }
 
-# The regime of study/ablate.sh where the positional term matters most, for longer than two cores
-# can. Called again it goes on where its time was over.
+# The regime of study/ablate.sh in which the positional term matters most, for longer than two
+# cores can. A second call continues the first.
 study() {
   limited env PY=python STUDY="$out/study" REGIMES=small SEEDS=0 RFT="${STEPS:-1000}" \
     ARMS="iou positional consistency" bash study/ablate.sh
@@ -114,7 +114,7 @@ study() {
 case ${1:-} in
   speed | updates | step | numerics | batches | larger | stages | flags | study) "$1" ;;
   *)
-    echo "gpu.sh: say which part: speed, updates, step, numerics, batches, larger, stages, flags" \
+    echo "gpu.sh: name a part: speed, updates, step, numerics, batches, larger, stages, flags" \
       "or study" >&2
     exit 2 ;;
 esac
