@@ -39,9 +39,9 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from model import Config, QwenVL
+from model import QwenVL
 from qwen.generate import generate
-from qwen.hub import write_json
+from qwen.hub import Config, write_json
 from qwen.processor import Pixels, Processor, Prompt
 from train.dist import check_writable, choose_device, fail, peak_memory
 from train.flags import FlagParser, add_device_flag, positive

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import Config, QwenVL
+from model import QwenVL
 from qwen import lora
 from qwen.answer import PROMPT
 from qwen.generate import draw
-from qwen.hub import ADAPTER_CONFIG, base_folder, folder
+from qwen.hub import ADAPTER_CONFIG, Config, base_folder, folder
 from qwen.processor import Pixels, Processor, Prompt, smart_resize
 from readers.base import Record
 from train.checkpoints import fill_moments
