@@ -117,7 +117,7 @@ def assert_whole_checkpoints(out: Path) -> None:
             # An older step may have lost its state, but not a part of it.
             if name.startswith("state/") and not (step / "state").exists():
                 continue
-            assert checkpoints.fingerprint(step / name) == entry, (step, name)
+            assert checkpoints.manifest_entry(step / name) == entry, (step, name)
         load_file(step / "model.safetensors")
     if os.path.lexists(out / "latest"):
         assert (out / "latest" / "state").is_dir()
@@ -422,7 +422,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_goes_on(
     assert process.wait() == 0
     warnings = [line for line in process.lines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and f"step_000006/{name}" in warnings[0]
-    assert warnings[0].endswith("going on from step_000003")
+    assert warnings[0].endswith("continuing from step_000003")
     assert_same_run(out, straight("rft"))
     assert_whole_checkpoints(out)
 

@@ -71,7 +71,7 @@ def step(tmp_path: Path) -> Path:
 
 def test_a_file_that_changed_is_distinguished_from_one_that_did_not(step: Path) -> None:
     file = step / "state" / "x"
-    entry = checkpoints.fingerprint(file)
+    entry = checkpoints.manifest_entry(file)
     # sha256sum of "abc", as the standard has it.
     assert entry["sha256"].startswith("ba7816bf") and entry["bytes"] == 3
     (step / hub.MANIFEST).write_text(json.dumps({"state/x": entry}))

@@ -322,11 +322,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
     assert checkpoints.read_run(out)["step"] in (1, 2)
     assert checkpoints.restore(out, model, opt) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and words in lines[0] and "going on from step_000001" in lines[0]
+    assert len(lines) == 1 and words in lines[0] and "continuing from step_000001" in lines[0]
     assert (out / "latest").resolve().name == "step_000001"
     # Where it is the last one, there is nothing to go on from.
     cut_state(out / "step_000001")
-    with pytest.raises(CheckpointError, match="step_000001.*bytes, but had.*start anew"):
+    with pytest.raises(CheckpointError, match="step_000001.*bytes, but had.*start a new run"):
         checkpoints.restore(out, model, opt)
 
 

@@ -1,12 +1,10 @@
-"""Checkpoints of a run: written whole or not at all, checked and resumed.
+"""Checkpoints of a run: written whole or not at all, checked, resumed.
 
-    ckpt/sft/latest -> step_000200       the newest; best -> the step with the highest val_mIoU
-    ckpt/sft/step_000200/                weights and tokenizer in hub layout (adapters in PEFT's)
-        run.json                         how the run began: flags, data, versions
-        state/rank_00000_of_00008.safetensors     float32 parameters and moments, a file a process
-        manifest.json                    size and SHA-256 of each file above
-
-Nothing is pickled. A run resumes on any number of processes.
+    ckpt/sft/latest -> step_000200   the newest; `best` names the step of the highest val_mIoU
+    ckpt/sft/step_000200/            weights and tokenizer in hub layout (adapters in PEFT's)
+        run.json                     how the run began: flags, data, versions
+        state/rank_00000_of_00008.safetensors    each process's float32 parameters and moments
+        manifest.json                size and SHA-256 of all these files
 """
 import argparse
 import errno
@@ -34,7 +32,6 @@ from train.dist import (
     compute_dtype,
     fail,
     gather_lists,
-    local_rows,
     print_above_bar,
     raise_on_all_processes,
     rank,
@@ -42,9 +39,9 @@ from train.dist import (
 )
 
 # Exceptions from malformed files.
-MALFORMED = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError,
-             RecursionError)
-# Bytes of a checkpoint's small files, at most: tokenizer, settings, lists.
+MALFORMED = (
+    SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+# Bytes of a checkpoint's small files, at most: tokenizer, settings, manifest.
 SMALL_FILES = 2 ** 24
 
 
@@ -53,8 +50,7 @@ def open_model(
 ) -> tuple[QwenVL, Processor]:
     """Model and processor of a checkpoint; CheckpointError if they do not fit each other.
 
-    With a device: to answer there, in the dtype that it computes in. Without: as stored, to
-    be prepared for training.
+    With a device: there, in the dtype that it computes in. Without: as stored.
     """
     dtype = None if device is None else compute_dtype(device)
     model = QwenVL.from_pretrained(folder, dtype, device or "cpu")
@@ -63,30 +59,28 @@ def open_model(
     return model, processor
 
 
-# ---------------------------------------------------------------- before a run
+# ---------------------------------------------------------------- the folder of a run
 
 def check_output(out: Path, resume: bool) -> None:
     """Ends the script unless `out` is writable, and empty or to be resumed."""
-    # One process for all, so that none finds another's trial file.
+    # The first process only, or one would find the trial file of another.
     if rank():
         return
     check_writable(out)
-    if resume:
-        return
-    if (out / "latest").exists():
+    if (out / "latest").exists() and not resume:
         fail(f"{out} already holds a run, up to {(out / 'latest').resolve().name}; "
-             "go on with --resume, or name another --out")
-    if any(out.iterdir()):
+             "continue it with --resume, or name another --out")
+    if any(out.iterdir()) and not resume:
         fail(f"{out} is not empty, but holds no checkpoint; remove it, or name another --out")
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """run.json of a run to be resumed: the newest one that is undamaged."""
+    """run.json of a run to resume: the newest that is undamaged."""
     latest = out / "latest"
     if not os.path.lexists(latest):
         fail(f"--resume, but there is no checkpoint in {out}; "
              "leave --resume out, or name the --out of the run")
-    # save() replaces the link, but could not replace a folder.
+    # save() can replace a link, but not a folder.
     if not latest.is_symlink():
         newest = max((p.name for p in out.glob("step_*")), key=by_number, default="copy")
         fail(f"{latest} is a folder, but must be a link to a step's (cp -rL follows links); "
@@ -94,22 +88,49 @@ def read_run(out: Path) -> dict[str, Any]:
     steps = steps_so_far(out)
     step = next((step for step in steps if damage(step, "run.json") is None), steps[0])
     run = read_json(step / "run.json")
-    complete = isinstance(run, dict) and {"stage", "data_hash"} <= run.keys()
-    if not complete or not isinstance(run.get("flags"), dict):
+    known = run if isinstance(run, dict) else {}
+    if not {"stage", "data_hash"} <= known.keys() or not isinstance(known.get("flags"), dict):
         fail(f"{step / 'run.json'} does not say how the run began; "
-             f"start anew with --init {step}")
+             f"start a new one with --init {step}")
     return run
 
 
 def steps_so_far(out: Path) -> list[Path]:
     """The folders of a run's steps, newest first, from the one that `latest` names.
 
-    That one may be missing. Later ones are ignored: the run went back before them.
+    That one may be missing. Later ones are ignored: the run has gone back to before them.
     """
     latest = out / os.readlink(out / "latest")
     steps = [p for p in out.glob("step_*") if p.name.removeprefix("step_").isdecimal()]
     earlier = [p for p in steps if by_number(p) < by_number(latest)]
     return [latest, *sorted(earlier, key=by_number, reverse=True)]
+
+
+def sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point(link: Path, target: str) -> None:
+    """Points a link at a target, atomically."""
+    # A link cannot be changed, but another one can take its name.
+    other = link.with_name(f".{link.name}.tmp")
+    other.unlink(missing_ok=True)
+    other.symlink_to(target)
+    os.replace(other, link)
+    sync(link.parent)
+
+
+def remove_folder(folder: Path, aside: Path) -> None:
+    """Removes a folder, which loses its name first: a part of it is never seen under it."""
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- writing
@@ -118,14 +139,11 @@ def save(
         out: Path, line: Mapping[str, Any], model: QwenVL, opt: torch.optim.Optimizer,
         processor: Processor, run: Mapping[str, Any], args: argparse.Namespace,
 ) -> bool:
-    """Writes the checkpoint of the step that logged this line -> whether that worked.
+    """Writes the checkpoint of the step that logged this line -> False if the disk is full.
 
-    run: content of run.json; scores of the line's validation are added. Removes what --keep
-    and --keep-weights do not keep.
-
-    A run that is killed at any moment keeps its last checkpoint: files are written in a
-    hidden folder, which gets its name, and then the link, when the disk has all of them. If
-    the disk is full, one line says so and the run goes on.
+    run: goes to run.json, with the line's validation scores. Old files are removed as --keep
+    and --keep-weights say. Everything is written to a hidden folder, which gets its name, and
+    then the link, once it is on the disk: a run killed at any moment keeps its last checkpoint.
     """
     step = line["step"]
     folder = out / f"step_{step:06d}"
@@ -133,26 +151,29 @@ def save(
     state_file = f"state/rank_{rank():05d}_of_{world():05d}.safetensors"
     written = [state_file]
     stored: dict[str, Tensor] = {}
-    for tensors in model.stored_files().values():
-        stored |= tensors
+    for content in model.stored_files().values():
+        stored |= content
+    tensors, rows = training_state(model, opt)
+    # The optimizer's count, the same for all parameters, leaves skipped steps out.
+    optimizer_steps = int(next(iter(opt.state.values()), {"step": 0})["step"])
+    metadata = {
+        "rows": json.dumps(rows), "step": str(step), "optimizer_steps": str(optimizer_steps)}
     try:
         with raise_on_all_processes():
             if rank() == 0:
-                out.mkdir(parents=True, exist_ok=True)
-                # Killed runs leave unfinished folders.
+                # Unfinished folders of killed runs.
                 for left in out.glob(".*.tmp"):
-                    if left.is_dir() and not left.is_symlink():
-                        shutil.rmtree(left, ignore_errors=True)
-                # Weights as stored; float32 parameters, and two moments of trained ones.
+                    shutil.rmtree(left, ignore_errors=True)
+                (temporary / "state").mkdir(parents=True)
+                # Weights as stored; float32 parameters, and two moments if they are trained.
                 needed = sum(x.numel() for x in stored.values()) * model.stored_dtype.itemsize
                 needed += SMALL_FILES
                 for _, p in lora.saved_parameters(model):
                     needed += 4 * p.numel() * (3 if p.requires_grad else 1)
                 free = shutil.disk_usage(out).free
                 if free < needed:
-                    raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {needed / 2 ** 30:.2f} "
-                                  f"GiB are needed and {free / 2 ** 30:.2f} free")
-                (temporary / "state").mkdir(parents=True)
+                    need = f"{needed / 2 ** 30:.2f} GiB are needed and {free / 2 ** 30:.2f} free"
+                    raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {need}")
 
         with raise_on_all_processes():
             # One whole tensor at a time, on the device.
@@ -162,36 +183,30 @@ def save(
                     model.save_pretrained(temporary, whole)
                     processor.save_pretrained(temporary)
             finally:
-                # full_tensor() needs all processes, whether they write, or failed to.
+                # full_tensor() needs all processes, also after an error in the first.
                 for _ in whole:
                     pass
             if rank() == 0:
                 scores = {key: value for key, value in line.items() if key.startswith("val_")}
-                limits = [processor.min_pixels, processor.max_pixels]
-                description = {**run, **scores, "step": step, "pixels": limits}
-                text = json.dumps(description, indent=2) + "\n"
+                pixels = [processor.min_pixels, processor.max_pixels]
+                content = {**run, **scores, "step": step, "pixels": pixels}
+                text = json.dumps(content, indent=2) + "\n"
                 (temporary / "run.json").write_text(text, encoding="utf-8")
                 written += [file.name for file in temporary.iterdir() if file.is_file()]
-            tensors, rows = training_state(model, opt)
-            # The same for all parameters; skipped steps are not counted.
-            first_state = next(iter(opt.state.values()), {"step": 0})
-            metadata = {"rows": json.dumps(rows), "step": str(step),
-                        "optimizer_steps": str(int(first_state["step"]))}
-            write_tensors(
-                temporary / state_file, {name: x.shape for name, x in tensors.items()},
-                torch.float32, (tensors[name] for name in sorted(tensors)), metadata)
+            shapes = {name: x.shape for name, x in tensors.items()}
+            in_order = (tensors[name] for name in sorted(tensors))
+            write_tensors(temporary / state_file, shapes, torch.float32, in_order, metadata)
             for name in written:
                 sync(temporary / name)
-            entries = [(name, fingerprint(temporary / name)) for name in written]
+            entries = [(name, manifest_entry(temporary / name)) for name in written]
 
         manifest = dict(sorted(gather_lists(entries)))
         with raise_on_all_processes():
             if rank() == 0:
-                with open(temporary / MANIFEST, "wb") as stream:
-                    stream.write(json.dumps(manifest, indent=2).encode() + b"\n")
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                # The disk must have all of it, and the log of its steps, before its name.
+                text = json.dumps(manifest, indent=2) + "\n"
+                (temporary / MANIFEST).write_text(text, encoding="utf-8")
+                sync(temporary / MANIFEST)
+                # The disk must have all files, and the log of these steps, before the name.
                 for log_file in out.glob("*.jsonl"):
                     sync(log_file)
                 sync(temporary / "state")
@@ -215,39 +230,35 @@ def save(
 def training_state(
         model: nn.Module, opt: torch.optim.Optimizer,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """This process's part of what a resume needs, as in its file.
+    """What a resume needs of this process: its rows, and which ones these are.
 
-    -> tensors "master/<parameter>", "exp_avg/<parameter>", "exp_avg_sq/<parameter>" (its rows,
-    no copies), and of each parameter the "shape" of the whole and the "first" of its rows.
-
-    FSDP2 cuts dimension 0 into equal parts; the last ones may be shorter or empty. 10 rows
-    over 4 processes are 3, 3, 3 and 1, and begin at 0, 3, 6 and 9.
+    -> tensors "master/<parameter>", "exp_avg/<parameter>", "exp_avg_sq/<parameter>", not copied;
+    and the "shape" of each whole parameter with the number of its "first" row here. FSDP2 cuts
+    dimension 0 into equal parts: 10 rows over 4 processes begin at 0, 3, 6 and 9.
     """
     tensors = {}
     rows = {}
     for name, p in lora.saved_parameters(model):
-        first = 0
-        if isinstance(p, DTensor):
-            first = min(rank() * math.ceil(p.shape[0] / world()), p.shape[0])
+        sharded = isinstance(p, DTensor)
+        first = min(rank() * math.ceil(len(p) / world()), len(p)) if sharded else 0
         rows[name] = {"shape": list(p.shape), "first": first}
         for kind, x in {"master": p.data, **opt.state.get(p, {})}.items():
             if kind != "step":
-                tensors[f"{kind}/{name}"] = local_rows(x)
+                tensors[f"{kind}/{name}"] = x.to_local() if sharded else x
     return tensors, rows
 
 
 def prune(out: Path, keep: int, keep_weights: int | None) -> None:
-    """Points `best` at the step with the highest val_mIoU, the first of equals, and removes old
-    files.
+    """Points `best` at the step of the highest val_mIoU, the first of equals; removes old files.
 
-    `keep` newest steps keep their training state. The weights of all steps stay, or of the
+    The `keep` newest steps keep their training state. The weights of all steps stay, or of the
     `keep_weights` newest ones and the best.
     """
     steps = steps_so_far(out)
     best = None
     highest = -math.inf
     for step in reversed(steps):
-        run = read_json(step / "run.json") if damage(step, "run.json") is None else {}
+        run = {} if damage(step, "run.json") else read_json(step / "run.json")
         if run.get("val_mIoU", -math.inf) > highest:
             best = step
             highest = run["val_mIoU"]
@@ -260,37 +271,10 @@ def prune(out: Path, keep: int, keep_weights: int | None) -> None:
             remove_folder(step, out / f".{step.name}.tmp")
 
 
-def sync(path: Path) -> None:
-    """Forces a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def point(link: Path, target: str) -> None:
-    """Points a link at another target, atomically."""
-    # A link cannot be changed, but another one can take its name.
-    other = link.with_name(f".{link.name}.tmp")
-    other.unlink(missing_ok=True)
-    other.symlink_to(target)
-    os.replace(other, link)
-    sync(link.parent)
-
-
-def remove_folder(folder: Path, aside: Path) -> None:
-    """Removes a folder: moves it to `aside` first, so no part of it is ever seen."""
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 # ---------------------------------------------------------------- checking and reading
 
-def fingerprint(file: Path) -> dict[str, Any]:
-    """A file's entry in the manifest: its size, and its hash as sha256sum prints it."""
+def manifest_entry(file: Path) -> dict[str, Any]:
+    """A file's size, and its hash as sha256sum prints it."""
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": digest}
@@ -299,13 +283,13 @@ def fingerprint(file: Path) -> dict[str, Any]:
 def damage(step: Path, only: str | None = None) -> str | None:
     """What is wrong with a checkpoint's files, in words; None if they are as written.
 
-    only: check this file, on this process. Without it check all, shared among processes.
+    only: check one file, on this process. Else all are checked, shared among the processes.
     """
     if not only and not (step / "state").is_dir():
         return f"{step / 'state'} is missing"
-    listed: dict[str, dict[str, Any]] = {}
+    listed = {}
     try:
-        # Earlier versions wrote no manifest: restore() looks at the headers.
+        # Checkpoints of earlier versions have no manifest; load_state() looks at the headers.
         if (step / MANIFEST).exists():
             for name, entry in json.loads((step / MANIFEST).read_bytes()).items():
                 listed[name] = {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
@@ -316,23 +300,20 @@ def damage(step: Path, only: str | None = None) -> str | None:
         file = step / name
         if not file.is_file():
             found.append(f"{file} is missing")
-        elif name in listed:
-            size = file.stat().st_size
-            expected = listed[name]
-            if size != expected["bytes"]:
-                found.append(f"{file} has {size:,} bytes, but had {expected['bytes']:,} when it "
-                             "was written")
-            elif fingerprint(file) != expected:
-                found.append(f"{file} is not as it was written")
+        elif name in listed and file.stat().st_size != listed[name]["bytes"]:
+            found.append(f"{file} has {file.stat().st_size:,} bytes, but had "
+                         f"{listed[name]['bytes']:,} when it was written")
+        elif name in listed and manifest_entry(file) != listed[name]:
+            found.append(f"{file} is not as it was written")
         if found:
             break
     return min(found if only else gather_lists(found), default=None)
 
 
 def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
-    """Fills parameters and optimizer from the newest undamaged checkpoint of `out` -> its step.
+    """Fills parameters and optimizer from the newest undamaged checkpoint -> its step.
 
-    If it is not the one that `latest` names, the first process prints why, and `latest` moves.
+    If that is not the one that `latest` names, prints why, and moves the link.
     """
     damages = []
     for step in steps_so_far(out):
@@ -344,10 +325,10 @@ def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
         damages.append(problem)
     else:
         raise CheckpointError(f"{damages[0]}; no earlier step in {out} is whole and has its "
-                              "training state; start anew with --init")
+                              "training state; start a new run with --init")
     if damages and rank() == 0:
         for problem in damages:
-            print_above_bar(f"warning: {problem}; going on from {step.name}")
+            print_above_bar(f"warning: {problem}; continuing from {step.name}")
         point(out / "latest", step.name)
     return load_state(step, model, opt)
 
@@ -356,61 +337,57 @@ def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
 def load_state(step: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
     """Fills parameters and optimizer from a checkpoint's training state -> its step.
 
-    Any number of processes may have written it. Each of today's copies the rows that its part
-    of a tensor has in common with each file's. The second of two processes has rows 5 to 9
-    of 10; four processes wrote:
+    Any number of processes may have written it: each takes the rows that it needs out of each
+    file. The second of two processes has rows 5 to 9 of 10. Four processes wrote
 
         file       0        1        2       3
-        rows    0 1 2    3 4 5    6 7 8     9
-        taken              5      6 7 8     9
+        rows    0 1 2    3 4 5    6 7 8      9
+        taken              5      6 7 8      9
     """
     paths = sorted((step / "state").glob("rank_*.safetensors"))
     if not paths or len(paths) != int(paths[0].stem.rsplit("_", 1)[1]):
-        raise CheckpointError(f"{step / 'state'}: the training state is not whole; "
-                              f"start anew with --init {step}")
+        raise CheckpointError(f"{step / 'state'}: files of the training state are missing; "
+                              f"start a new run with --init {step}")
     files = []
     for path in paths:
         try:
             file = safe_open(path, "pt")
             metadata = file.metadata()
             files.append((file, json.loads(metadata["rows"])))
-            step_number = int(metadata["step"])
+            saved_step = int(metadata["step"])
             optimizer_steps = float(metadata["optimizer_steps"])
         except MALFORMED as error:
             raise CheckpointError(
                 f"{path}: not a whole training state ({error}); point {step.parent / 'latest'} "
-                f"at an earlier step, or start anew with --init {step}") from None
-    stored_names, stored_rows = set(files[0][0].keys()), files[0][1]
+                f"at an earlier step, or start a new run with --init {step}") from None
     for name, p in lora.saved_parameters(model):
-        if stored_rows.get(name, {}).get("shape") != list(p.shape):
+        if files[0][1].get(name, {}).get("shape") != list(p.shape):
             raise CheckpointError(f"{step / 'state'}: {name} does not fit this model; "
                                   "resume with the --init of the run")
-    # Frozen parameters have no moments.
     opt.state.clear()
-    fill_moments(model, opt, optimizer_steps, stored_names)
+    fill_moments(model, opt, optimizer_steps, set(files[0][0].keys()))
     tensors, rows = training_state(model, opt)
     for key, target in tensors.items():
         name = key.partition("/")[2]
         begin = rows[name]["first"]
-        end = begin + len(target)
-        for file, stored_rows in files:
+        for file, file_rows in files:
             stored = file.get_slice(key)
-            stored_begin = stored_rows[name]["first"]
-            first = max(begin, stored_begin)
-            last = min(end, stored_begin + stored.get_shape()[0])
-            if first < last:
-                part = stored[first - stored_begin:last - stored_begin]
-                target[first - begin:last - begin] = part.to(target.device)
-    return step_number
+            file_begin = file_rows[name]["first"]
+            first = max(begin, file_begin)
+            end = min(begin + len(target), file_begin + stored.get_shape()[0])
+            if first < end:
+                part = stored[first - file_begin:end - file_begin]
+                target[first - begin:end - begin] = part.to(target.device)
+    return saved_step
 
 
 def fill_moments(
         model: nn.Module, opt: torch.optim.Optimizer, steps: float = 0.0,
         stored: set[str] | None = None,
 ) -> None:
-    """Gives AdamW zero moments after this many steps, as its first step would make them.
+    """Gives AdamW zero moments, as its first step would, and a count of steps.
 
-    Of all trained parameters, or of those that have moments among the stored tensors.
+    stored: tensors of a training state; what has no moments there, gets none.
     """
     for name, p in model.named_parameters():
         wanted = stored is None or f"exp_avg/{name}" in stored

@@ -1,11 +1,7 @@
-"""Processes, device, sharding (FSDP2), optimizer. Imports nothing else of this project.
+"""Processes, device, sharding (FSDP2), optimizer.
 
-Trained parameters, their moments and gradient sums are float32. Passes compute in bfloat16
-on CUDA and in float32 on the CPU.
-
-Gradients are summed over processes, not averaged, because a loss is already divided by the
-token count of the whole step, over all processes. So the number of processes changes
-rounding only.
+Gradients are summed over processes, not averaged: a loss is already divided by the token
+count of the whole step, over all processes. So their number changes rounding only.
 """
 import faulthandler
 import itertools
@@ -56,15 +52,13 @@ def rank() -> int:
 
 
 def world() -> int:
-    """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def fail(message: object) -> NoReturn:
     """Ends the script after a user's mistake: one line on stderr, exit status 2.
 
-    If several processes fail, only the first prints: the others made the same mistake, or
-    fail because the first is gone.
+    If several processes fail, only the first prints; the others usually fail because of it.
     """
     if first_to_fail():
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -72,10 +66,7 @@ def fail(message: object) -> NoReturn:
 
 
 def open_store() -> None:
-    """Connects to the store of torchrun's processes, before they form a group.
-
-    The store outlives the processes, so they can agree on which one prints an error.
-    """
+    """Connects to the store of torchrun's processes, which outlives them."""
     global STORE
     if world() > 1:
         STORE, _, _ = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
@@ -98,24 +89,19 @@ def lost_peer(error: Exception) -> bool:
 
 
 def choose_device(asked: str | None) -> str:
-    """"cuda" or "cpu": as --device asks, by default CUDA if torch can use it.
-
-    If torch cannot use a GPU that is present, stop: a silent CPU run would be 100 times
-    slower.
-    """
+    """"cuda" or "cpu": as --device asks, by default CUDA if torch can use it."""
     if asked == "cpu" or torch.cuda.is_available():
         return asked or "cuda"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     gpu = ""
     if not hidden and any(GPU_FILES.glob("nvidia[0-9]*")):
-        driver = "of an unknown version"
-        if DRIVER_FILE.exists():
-            words = DRIVER_FILE.read_text(encoding="utf-8", errors="replace").split()
-            driver = next((word for word in words if word[:1].isdigit()), driver)
+        text = DRIVER_FILE.read_text(errors="replace") if DRIVER_FILE.exists() else ""
+        driver = next((word for word in text.split() if word[0].isdigit()), "unknown")
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         gpu = f" (NVIDIA driver {driver}; torch {torch.__version__} {built})"
     if asked == "cuda":
         fail(f"--device cuda, but torch sees no CUDA device{gpu}; use --device cpu")
+    # If torch cannot use a GPU that is present, stop: a silent CPU run would be 100x slower.
     if gpu:
         fail(f"torch cannot use the GPU{gpu}; install a torch that fits the driver "
              "(pytorch.org lists them), or use --device cpu")
@@ -125,8 +111,8 @@ def choose_device(asked: str | None) -> str:
 def start(device: str, deterministic: bool = False) -> torch.device:
     """Joins the processes that torchrun started -> this process's device.
 
-    device: "cuda" or "cpu". A single process on CUDA forms a group of its own, because only
-    sharded models (FSDP2) have bfloat16 copies of float32 parameters to compute with.
+    On CUDA a single process forms a group as well: only sharded models (FSDP2) have bfloat16
+    copies of float32 parameters to compute with.
     """
     faulthandler.enable()
     group: dict[str, Any] = {}
@@ -139,9 +125,8 @@ def start(device: str, deterministic: bool = False) -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = True
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            # Makes flash attention's backward pass add in a fixed order. warn_only, because
-            # sampling sums float64 probabilities by a kernel that has no such order; rounding
-            # there matters only if a draw lies within 1e-13 of a boundary.
+            # For flash attention's backward pass. warn_only: sampling's float64 sums have no
+            # such kernel, but their rounding matters only within 1e-13 of a draw.
             torch.use_deterministic_algorithms(True, warn_only=True)
         device = f"cuda:{torch.cuda.current_device()}"
         group["device_id"] = torch.device(device)
@@ -162,7 +147,6 @@ def start(device: str, deterministic: bool = False) -> torch.device:
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum over all processes."""
     if dist.is_initialized():
         x = x.clone()
         dist.all_reduce(x)
@@ -170,7 +154,6 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 def all_max(x: Tensor) -> Tensor:
-    """Maximum over all processes."""
     if dist.is_initialized():
         x = x.clone()
         dist.all_reduce(x, dist.ReduceOp.MAX)
@@ -196,7 +179,6 @@ def gather_lists(own: Sequence[T]) -> list[T]:
 
 
 def barrier() -> None:
-    """Waits for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -205,8 +187,7 @@ def barrier() -> None:
 def raise_on_all_processes() -> Iterator[None]:
     """Waits for all processes at its end; an OSError inside one of them is raised in all.
 
-    So no process waits forever for one that could not write. The first process with an
-    error raises its own, the others an OSError without a text.
+    The first process with an error raises its own, the others an OSError without text.
     """
     problem = None
     try:
@@ -219,12 +200,11 @@ def raise_on_all_processes() -> Iterator[None]:
 
 
 def print_above_bar(text: str) -> None:
-    """Prints a line on stderr, above the progress bar."""
     tqdm.write(text, file=sys.stderr)
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Makes a folder and its parents; ends the script if no file can be written there."""
+    """Makes a folder with its parents; ends the script if no file can be written there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -247,34 +227,31 @@ def prepare(
 ) -> nn.Module:
     """Makes a loaded model ready for training: float32, on the device, sharded by layers.
 
-    requires_grad must be set before. dtype: of passes, default compute_dtype(device).
-    A single process on the CPU does not shard and computes in float32.
+    Set requires_grad first. dtype: that of passes. A single process on the CPU does not
+    shard and computes in float32.
     """
     if not dist.is_initialized():
         return model.float().to(device)
     dtype = dtype or compute_dtype(device)
-    dtypes = {}
-    if dtype != torch.float32:
-        dtypes = {"param_dtype": dtype, "reduce_dtype": torch.float32}
-    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world(),))
-    # The base of LoRA adapters is never saved, so the compute dtype is enough for it. FSDP2
-    # asks for one dtype only among the trained parameters of a module.
+    # The frozen base of adapters is never saved, so it can be in the dtype of passes. (FSDP2
+    # asks for one dtype only among the trained parameters of a module.)
     adapted = any(hasattr(module, "lora_A") for module in model.modules())
     frozen_dtype = dtype if adapted else torch.float32
-    # Inner modules first: an outer one takes the parameters that are left. A layer becomes
-    # float32 just before it is sharded, so only one whole float32 layer exists at a time.
+    # Inner modules first: an outer one takes what is left. Each becomes float32 just before
+    # it is sharded, so only one whole float32 layer exists at a time.
     modules = (*model.visual.blocks, *model.model.layers, model.visual, model)
     for module in modules:
         for x in (*module.parameters(), *module.buffers()):
-            if x.is_floating_point():
-                x.data = x.data.to(torch.float32 if x.requires_grad else frozen_dtype)
+            stored_dtype = torch.float32 if x.requires_grad else frozen_dtype
+            if x.is_floating_point() and x.dtype != stored_dtype:
+                x.data = x.data.to(stored_dtype)
         fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in modules:
-        # Sum gradients: the loss is already divided by the token count of all processes.
+        # Gradients are sums. With a divide factor FSDP2 would use a scaled sum that only NCCL
+        # has; with the flag it uses the plain one, which gloo has as well.
         module.set_gradient_divide_factor(1.0)
-        # With a divide factor FSDP2 uses a scaled sum that only NCCL has; this flag makes it
-        # use the plain sum, which gloo has as well.
         module.set_force_sum_reduction_for_comms(True)
     # FSDP2 wraps forward() only; this method needs unsharded parameters as well.
     register_fsdp_forward_method(model, "score")
@@ -285,9 +262,8 @@ def prepare(
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
     """The model to sample with: each process has all parameters, no pass communicates.
 
-    Processes make different numbers of forward passes when they sample, because answers
-    differ in length. With sharded parameters each pass would wait for the other processes,
-    and the longest answer would wait forever. A model that is not sharded is yielded as is.
+    Answers differ in length, so processes make different numbers of passes. With sharded
+    parameters the longest answer would wait forever for the others.
     """
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for module in modules:
@@ -302,8 +278,8 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
 def unhooked(module: nn.Module) -> nn.Module:
     """A copy of a module tree without FSDP2's hooks; parameters and buffers are shared.
 
-    While parameters are gathered the hooks do nothing, but they take a fifth of the host's
-    time in decoding, and cannot be captured in a CUDA graph.
+    Here the hooks have nothing to do, but take a fifth of the host's time in decoding, and
+    cannot be captured in a CUDA graph.
     """
     # FSDP2 has put a class of its own before the module's.
     kind = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
@@ -321,11 +297,6 @@ def unhooked(module: nn.Module) -> nn.Module:
     return twin.train(module.training)
 
 
-def local_rows(x: Tensor) -> Tensor:
-    """This process's rows of a tensor: all of them if it is not sharded."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
 # ---------------------------------------------------------------- optimizer
 
 def optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
@@ -335,9 +306,9 @@ def optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
-def lr_at(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
+def lr_at(step: int, steps: int, peak: float) -> float:
     """Learning rate of step 0, ..., steps - 1: linear warm-up, then a cosine to peak / 10."""
-    warmup_steps = max(1, round(warmup * steps))
+    warmup_steps = max(1, round(0.03 * steps))
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     angle = math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -347,8 +318,7 @@ def lr_at(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
 def update(model: nn.Module, opt: torch.optim.Optimizer, lr: float) -> float:
     """One optimizer step, gradient clipped to norm 1 -> the norm before clipping.
 
-    The norm is over all parameters and processes. If it is not finite, the step is skipped.
-    Gradients are cleared in any case.
+    It is over all parameters and processes. If it is not finite, the step is skipped.
     """
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
@@ -364,20 +334,16 @@ def update(model: nn.Module, opt: torch.optim.Optimizer, lr: float) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB that this process has used at most: of the GPU, or on the CPU of main memory."""
+    """GiB that this process has used at most, on the GPU or in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    # Linux counts in KiB, macOS in bytes.
-    unit = 2 ** (20 if sys.platform == "linux" else 30)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / 2 ** (20 if sys.platform == "linux" else 30)      # KiB; macOS: bytes
 
 
 def memory_tokens(model: nn.Module, prompt: Any, completion_tokens: int) -> int:
-    """What --micro-tokens counts of a prompt and its completions.
-
-    Packed tokens, and the image's patches by the memory that they need in comparison with a
-    token (ours). A vision tower without trained parameters keeps nothing.
-    """
+    """What --micro-tokens counts of a prompt and its completions: packed tokens, and patches
+    of the image if the vision tower is trained, and so keeps activations."""
     tokens = len(prompt.input_ids) + completion_tokens
     if any(p.requires_grad for p in model.visual.parameters()):
         tokens += round(PATCH_TOKENS * int(prompt.image_grid_thw.prod(-1).sum()))
@@ -385,11 +351,10 @@ def memory_tokens(model: nn.Module, prompt: Any, completion_tokens: int) -> int:
 
 
 def micro_batches(tokens: Sequence[int], budget: int) -> list[slice]:
-    """Cuts this process's items of a step into micro-batches -> slices of neighbors.
+    """Cuts this process's items of a step into micro-batches within a budget.
 
-    tokens: memory_tokens() of each item. The slices are as few as keep each within the
-    budget, and equally long, give or take one item; an item alone may exceed the budget.
-    Every process gets the same number of slices, because FSDP2 passes need all processes.
+    tokens: memory_tokens() of each item; one alone may exceed the budget. Every process gets
+    the same number of slices, because FSDP2's passes need all processes.
 
     >>> micro_batches([5, 1, 9, 2], budget=12)        # 6 and 11 tokens
     [slice(0, 2, None), slice(2, 4, None)]
@@ -404,6 +369,6 @@ def micro_batches(tokens: Sequence[int], budget: int) -> list[slice]:
 
 
 def equal_slices(n: int, count: int) -> list[slice]:
-    """n items in `count` slices of neighbors; lengths differ by one at most."""
+    """Cuts n items into `count` slices; lengths differ by one at most."""
     edges = [n * i // count for i in range(count + 1)]
     return [slice(first, end) for first, end in zip(edges, edges[1:])]
