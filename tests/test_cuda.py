@@ -386,7 +386,7 @@ import rft, sft
 from train import dist, run as runtime
 from test_cuda import reward_by_letters
 rft.grade = reward_by_letters
-dist.prepare = functools.partial(dist.prepare, compute_dtype=torch.bfloat16)
+dist.prepare = functools.partial(dist.prepare, dtype=torch.bfloat16)
 runtime.launch({stage}.main)
 """
 FLAGS = {

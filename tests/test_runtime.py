@@ -482,15 +482,14 @@ def test_an_output_that_cant_be_written_to_is_refused_before_anything_is_loaded(
 
 # ---------------------------------------------------------------- flags of a resumed run
 
-def parse(monkeypatch: pytest.MonkeyPatch, *flags: object) -> argparse.Namespace:
+def parse(monkeypatch: pytest.MonkeyPatch, *words: object) -> argparse.Namespace:
     """A stage's flags, as read from this command line."""
-    parser = runtime.FlagParser("")
-    runtime.add_common_flags(parser, "sft", "toy/base", 1000)
-    parser.add_argument("--val", type=runtime.natural, default=0)
-    parser.add_argument("--lr", type=runtime.above_zero, default=1e-5)
+    parser = flags.FlagParser("")
+    flags.add_common_flags(parser, "sft", "toy/base", "1000", every=200)
+    parser.add_argument("--lr", type=flags.above_zero, default=1e-5)
     parser.add_argument("--weights", type=float, nargs=3, default=(1.0, 0.5, 0.5))
-    monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, flags)])
-    return runtime.parse(parser, "sft")
+    monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, words)])
+    return flags.parse(parser, "sft")
 
 
 @pytest.fixture
@@ -499,7 +498,8 @@ def run_folder(saved: tuple, monkeypatch: pytest.MonkeyPatch) -> Path:
     out, model, opt = saved
     args = parse(monkeypatch, "--out", out, "--data", "dior", "--lr", 1e-4, "--init", "toy/base",
                  "--steps", 4, "--freeze-vision")
-    run = runtime.run_description(args, "sft", base.Records([], {}))
+    given = {name: value for name, value in vars(args).items() if name != "resume"}
+    run = {"stage": "sft", "data_hash": base.Records([], {}).hash, "flags": given}
     processor = Processor.from_pretrained(out)
     assert checkpoints.save(out, {"step": 2}, model, opt, processor, run, ALL)
     return out

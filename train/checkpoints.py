@@ -88,8 +88,7 @@ def read_run(out: Path) -> dict[str, Any]:
     steps = steps_so_far(out)
     step = next((step for step in steps if damage(step, "run.json") is None), steps[0])
     run = read_json(step / "run.json")
-    known = run if isinstance(run, dict) else {}
-    if not {"stage", "data_hash"} <= known.keys() or not isinstance(known.get("flags"), dict):
+    if not isinstance(run, dict) or not {"stage", "data_hash", "flags"} <= run.keys():
         fail(f"{step / 'run.json'} does not say how the run began; "
              f"start a new one with --init {step}")
     return run
@@ -126,7 +125,7 @@ def point(link: Path, target: str) -> None:
 
 
 def remove_folder(folder: Path, aside: Path) -> None:
-    """Removes a folder, which loses its name first: a part of it is never seen under it."""
+    """Removes a folder. It is renamed first, so nothing incomplete ever has its name."""
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
         os.replace(folder, aside)
@@ -141,9 +140,9 @@ def save(
 ) -> bool:
     """Writes the checkpoint of the step that logged this line -> False if the disk is full.
 
-    run: goes to run.json, with the line's validation scores. Old files are removed as --keep
-    and --keep-weights say. Everything is written to a hidden folder, which gets its name, and
-    then the link, once it is on the disk: a run killed at any moment keeps its last checkpoint.
+    run: content of run.json; validation scores of the line are added. Then removes what --keep
+    and --keep-weights do not keep. A hidden folder takes all files, and gets its name and the
+    link once they are on the disk: a run killed at any moment keeps its last checkpoint.
     """
     step = line["step"]
     folder = out / f"step_{step:06d}"
@@ -218,8 +217,8 @@ def save(
     except OSError as error:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        if error.strerror:
-            print_above_bar(f"step {step} is not saved: {error.strerror} ({out}); "
+        if error.args:
+            print_above_bar(f"step {step} is not saved: {error.strerror or error} ({out}); "
                             "earlier checkpoints are unchanged")
         return False
     if rank() == 0:
@@ -230,11 +229,11 @@ def save(
 def training_state(
         model: nn.Module, opt: torch.optim.Optimizer,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """What a resume needs of this process: its rows, and which ones these are.
+    """This process's part of what a resume needs.
 
-    -> tensors "master/<parameter>", "exp_avg/<parameter>", "exp_avg_sq/<parameter>", not copied;
-    and the "shape" of each whole parameter with the number of its "first" row here. FSDP2 cuts
-    dimension 0 into equal parts: 10 rows over 4 processes begin at 0, 3, 6 and 9.
+    -> its rows of "master/<parameter>", "exp_avg/<parameter>", "exp_avg_sq/<parameter>", without
+    a copy; and for each parameter the "shape" of the whole and the number of the "first" row.
+    FSDP2 cuts dimension 0 into equal parts: 10 rows over 4 processes begin at 0, 3, 6 and 9.
     """
     tensors = {}
     rows = {}
@@ -385,9 +384,9 @@ def fill_moments(
         model: nn.Module, opt: torch.optim.Optimizer, steps: float = 0.0,
         stored: set[str] | None = None,
 ) -> None:
-    """Gives AdamW zero moments, as its first step would, and a count of steps.
+    """Gives AdamW the state that its first step would make, with this count of steps.
 
-    stored: tensors of a training state; what has no moments there, gets none.
+    stored: names of tensors in a training state; parameters without moments there get none.
     """
     for name, p in model.named_parameters():
         wanted = stored is None or f"exp_avg/{name}" in stored
