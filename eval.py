@@ -1,8 +1,8 @@
 """Evaluation: scores every stage, or anyone's predictions, in one table.
 
 Records -> a prediction for each, from a model (`evaluate`) or a file -> a row of scores
-(`score`, `details`) -> a table on the terminal, and in one folder eval.json (docs/logs.md
-explains its keys), report.html, predictions and pictures. `main` follows this order.
+(`score_predictions`, `details`) -> a table on the terminal, and in one folder eval.json,
+report.html, predictions and pictures. docs/logs.md explains the keys of eval.json.
 
 Boxes are clamped to the image and compared in pixels of the original image, as floats (no +1
 pixel). A box counts if IoU > t, as in DIOR-RSVG's evaluation (IoU >= t on opt, as in
@@ -113,7 +113,7 @@ def flags() -> FlagParser:
     return parser
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def refuse_mistakes(args: argparse.Namespace) -> None:
     """Ends the script if flags do not go together."""
     files = args.predictions or args.compare
     several = args.samples > 1 or len(args.temperature) > 1 or world() > 1
@@ -335,14 +335,14 @@ def validate(
         predictions = evaluate(
             whole, processor, records, max_new_tokens=args.max_new_tokens,
             batch=memory.validation_batch(longest), label="val")
-    row = score(records, predictions, args.data in INCLUSIVE)
+    row = score_predictions(records, predictions, args.data in INCLUSIVE)
     failed = sum(row["failures"].values()) / row["n"]
     return {"val_mIoU": row["mIoU"], "val_Pr@0.5": row["Pr@0.5"], "val_failed": failed}
 
 
 # ---------------------------------------------------------------- a row of eval.json
 
-def score(
+def score_predictions(
         records: Sequence[Record], predictions: Predictions, inclusive: bool = False,
 ) -> dict[str, Any]:
     """N records and their predictions -> scores, strict and lenient, and reasons for no box."""
@@ -519,7 +519,7 @@ def main() -> None:
     args = flags().parse_args()
     # Answers and paths may hold characters that the terminal's encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")
-    check_flags(args)
+    refuse_mistakes(args)
     files = args.compare or ([args.predictions] if args.predictions else [])
     device = None if files else dist.start(dist.choose_device(args.device))
     stages = find_stages(args.ckpt) if args.ckpt else []
@@ -555,7 +555,7 @@ def main() -> None:
                "stretch": scored[0].stretch, "blind": args.blind, "refused": records.refusals}
         if stage:
             row["trained_on"] = training_overlap(stage, scored, predictions, inclusive)
-        row |= score(scored, predictions, inclusive)
+        row |= score_predictions(scored, predictions, inclusive)
         row |= details(scored, predictions, args.data, train, records)
         rows.append(row)
         if rank() > 0:

@@ -264,7 +264,7 @@ def test_vrsbench_cells_survive_their_way_through_pixels(
     predictions = [{"id": "0", "text": text, "frame": frame}]
     row = evaluation.details([record], predictions, "vrsbench", None, [record])
     assert row["vrsbench"]["all"]["Acc@0.7"] == accuracy
-    assert evaluation.score([record], predictions)["failures"]["no area"] == no_area
+    assert evaluation.score_predictions([record], predictions)["failures"]["no area"] == no_area
 
 
 # ---------------------------------------------------------------- intervals, breakdowns, samples
@@ -523,7 +523,7 @@ def test_score_by_hand(root: Path, fakes: Script) -> None:
     """A sixth each is: right, off by 4 px, wordless, fenced JSON, not JSON, outside the image."""
     records = tiny(root)
     answers = evaluate(records)
-    got = evaluation.score(records, answers)
+    got = evaluation.score_predictions(records, answers)
     failures = {why: n for why, n in got["failures"].items() if n}
     assert failures == {"no answer": 8, "not JSON": 4, "outside image": 4}
     assert tuple(got["failures"]) == evaluation.OUTCOMES
@@ -553,8 +553,8 @@ def test_blind_shows_another_image_in_the_same_frame(
     assert all(image != record.image for image, record in zip(shown, records, strict=True))
     assert len(set(shown)) == 12
     assert [a["frame"] for a in seen] == [a["frame"] for a in blind]
-    assert evaluation.score(records, blind)["Pr@0.5"] == 0
-    assert evaluation.score(records, seen)["Pr@0.5"] > 0
+    assert evaluation.score_predictions(records, blind)["Pr@0.5"] == 0
+    assert evaluation.score_predictions(records, seen)["Pr@0.5"] > 0
     with pytest.raises(DataError, match="at least two images"):
         evaluate(records[:2], blind=True)
 

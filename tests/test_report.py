@@ -63,7 +63,7 @@ def make_row(
     details = evaluation.details(records, predictions, "vrsbench", records[:2], records)
     return {
         "stage": name, "temperature": 0.0, "blind": False, "data": EVIL, "split": EVIL,
-        "refused": {EVIL: 1234}, **evaluation.score(records, predictions), **details}
+        "refused": {EVIL: 1234}, **evaluation.score_predictions(records, predictions), **details}
 
 
 class Tags(HTMLParser):

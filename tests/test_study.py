@@ -50,7 +50,7 @@ def write_scores(folder: Path, records: list[Record], exact: bool) -> None:
     folder.mkdir(parents=True)
     lines = [json.dumps(p) + "\n" for p in predictions]
     (folder / "predictions_x.jsonl").write_text("".join(lines))
-    row = {**evaluation.score(records, predictions),
+    row = {**evaluation.score_predictions(records, predictions),
            **evaluation.details(records, predictions, "synth-tiny", None, records)}
     (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
 

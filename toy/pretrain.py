@@ -708,7 +708,7 @@ def zero_shot_scores(model: QwenVL, processor: Processor, n: int = 500) -> dict[
     of eight sampled at T=1 has IoU above 0.5. asked: how many there were."""
     records = load("synth", None, "val")[:n]
     greedy = evaluation.evaluate(model, processor, records, max_new_tokens=MAX_NEW_TOKENS)
-    row = evaluation.score(records, greedy)
+    row = evaluation.score_predictions(records, greedy)
     predictions = evaluation.evaluate(
         model, processor, records, temperature=1.0, samples=SAMPLES,
         max_new_tokens=MAX_NEW_TOKENS)
