@@ -1,6 +1,6 @@
-"""What runs on a GPU, on a played one (played_device.py), beside the same on the CPU.
+"""What runs on a GPU, on a played one (played_device.py), compared with the same on the CPU.
 
-And FSDP2 as a GPU has it, bfloat16 copies of float32 parameters, on the CPU by gloo.
+Also FSDP2 as on a GPU, with bfloat16 copies of float32 parameters, on the CPU by gloo.
 """
 import argparse
 import json
@@ -60,7 +60,7 @@ def checkpoint(
         request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that `setup` opens: a tiny model of the family that a test names.
 
-    Behind "untied " the head is a tensor of its own."""
+    In an "untied " one the head is a tensor of its own."""
     name = getattr(request, "param", "Qwen2.5-VL")
     path = write_tiny(tmp_path_factory.mktemp("tiny"), name.removeprefix("untied "))
     if name.startswith("untied "):
@@ -343,7 +343,7 @@ def test_a_validation_gives_the_cpus_scores(setup: Setup) -> None:
 
 def test_a_checkpoint_of_the_device_is_the_cpus_and_is_restored_there(
         setup: Setup, tmp_path: Path) -> None:
-    """Written on the device and on the CPU behind the same step, and read on either."""
+    """Written on the device and on the CPU after the same step, and read on either."""
     def trained(model: QwenVL) -> torch.optim.Optimizer:
         opt = dist.optimizer(model, 1e-3)
         sum(p.square().sum() for p in model.parameters()).backward()
@@ -422,7 +422,7 @@ def test_two_processes_train_in_bfloat16_and_resume_to_the_bit(
     assert all(line["finite"] and line["grad_norm"] > 0 for line in lines)
     want = read_checkpoint(out)
     assert {x.dtype for name, x in want.items() if name.startswith("rank")} == {torch.float32}
-    # As if the run had been interrupted behind its second step.
+    # As if the run had been interrupted after its second step.
     shutil.rmtree(out / "step_000004")
     (out / "latest").unlink()
     (out / "latest").symlink_to("step_000002")

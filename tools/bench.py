@@ -12,8 +12,7 @@ own model fed the prompt once per rollout, as TRL's trainer does.
 
     python -m tools.bench                                      the mid shape on a CPU; minutes
     python -m tools.bench --device cuda --shape 3b             one GPU
-    python -m tools.bench --shape Qwen3-VL-4B-Instruct/        the sizes of that config.json
-    python -m tools.bench --shape tiny --only decode update    two parts, in seconds
+    python -m tools.bench --shape Qwen3-VL-4B-Instruct/ --only decode update
 """
 import copy
 import gc
@@ -93,14 +92,12 @@ else:
     import transformers
     [name] = json.load(open(folder + "/config.json"))["architectures"]
     Model = getattr(transformers, name)
-def status(key):
-    [line] = [line for line in open("/proc/self/status") if line.startswith(key)]
-    return int(line.split()[1]) / 1024
-memory_before = status("VmRSS")
-started = time.perf_counter()
+def mib(key):
+    return next(int(x.split()[1]) / 1024 for x in open("/proc/self/status") if x.startswith(key))
+before, started = mib("VmRSS"), time.perf_counter()
 model = Model.from_pretrained(folder, dtype=getattr(torch, dtype))
 touched = sum(p.detach().flatten()[::512].float().sum().item() for p in model.parameters())
-print(time.perf_counter() - started, status("VmHWM") - memory_before)
+print(time.perf_counter() - started, mib("VmHWM") - before)
 """
 
 
@@ -125,13 +122,12 @@ def write_checkpoint(folder: Path, config: dict[str, Any], dtype: torch.dtype) -
 
 def random_prompt(model: QwenVL, side: int, text: int = TEXT) -> Prompt:
     """Random ids and pixels: an image of about side x side pixels within `text` tokens."""
-    config = model.config
-    patch = config.vision.patch
+    c, patch = model.config, model.config.vision.patch
     n = round(side / patch / 2)                      # tokens along a side, of 2 x 2 patches
     # Special ids are below 8 here, and in the upper half in checkpoints from elsewhere.
-    text_ids = torch.randint(8, config.vocab // 2, (text,))
-    start, end = config.marker_ids[-2:]
-    image_ids = torch.tensor([start, *[config.image_id] * n * n, end])
+    text_ids = torch.randint(8, c.vocab // 2, (text,))
+    start, end = c.marker_ids[-2:]
+    image_ids = torch.tensor([start, *[c.image_id] * n * n, end])
     ids = torch.cat((text_ids[:4], image_ids, text_ids[4:]))
     values = torch.randint(0, 256, ((2 * n) ** 2, 3, patch, patch), dtype=torch.uint8)
     pixels = Pixels(values, torch.linspace(-2, 2, 256).expand(3, -1), frames=2)
@@ -191,8 +187,7 @@ class Bench:
         for SFT; counts the FLOPs of our passes."""
         import transformers
         ours = QwenVL.from_pretrained(folder, self.dtype, self.device).requires_grad_(True)
-        # All rollouts are as long as asked for.
-        ours.stop_ids = ()
+        ours.stop_ids = ()                       # all rollouts are as long as asked for
         [name] = json.loads((folder / "config.json").read_text())["architectures"]
         theirs = getattr(transformers, name).from_pretrained(
             folder, dtype=self.dtype, attn_implementation="sdpa").to(self.device)
@@ -215,19 +210,19 @@ class Bench:
         # all pairs, causal or not). A step of decoding sees half a completion on average.
         with torch.device("meta"):
             shadow = QwenVL(ours.config)
-        counts = [0]
+        totals = [0]
         with FlopCounterMode(display=False) as counter:
             with torch.no_grad():
                 _, cache, positions = shadow.prefill(self.prompts, GROUP, max(1, tokens // 2))
-                counts.append(counter.get_total_flops())
+                totals.append(counter.get_total_flops())
                 positions = positions.repeat_interleave(GROUP)
                 shadow.decode(positions, positions, cache)
-                counts.append(counter.get_total_flops())
-            for batch in ((self.prompts[:1], [list(self.completions[0])]),
-                          (self.records, [[a] for a in self.answers])):
-                shadow.score(*batch)[0].sum().backward()
-                counts.append(counter.get_total_flops())
-        prefill, token, update, sft = (end - begin for begin, end in zip(counts, counts[1:]))
+            totals.append(counter.get_total_flops())
+            shadow.score(self.prompts[:1], [list(self.completions[0])])[0].sum().backward()
+            totals.append(counter.get_total_flops())
+            shadow.score(self.records, [[a] for a in self.answers])[0].sum().backward()
+            totals.append(counter.get_total_flops())
+        prefill, token, update, sft = (after - before for before, after in zip(totals, totals[1:]))
         sample = prefill + (tokens - 1) * token
         self.flops = {"prefill": prefill, "token": token, "update": update, "sft": sft,
                       "sample": sample, "step": sample + questions * update}
@@ -312,8 +307,7 @@ class Bench:
             for side in list(work):
                 taken = clock(work[side], self.device)
                 if taken is None:
-                    # It would run out of memory again. The other side goes on.
-                    del work[side]
+                    del work[side]               # it would run out of memory again
                 elif i > 0:
                     seconds[side].append(taken)
         medians = [statistics.median(seconds[s]) if s in work else None for s in seconds]
@@ -342,20 +336,20 @@ class Bench:
             row["out_of_memory"] = [failed] if failed else sides
             note = f"out of memory: {' and '.join(row['out_of_memory'])}"
         # The difference of two noisy times may be below 0.
-        if seconds is not None and seconds > 0:
-            if flops:
-                row |= {"TFLOP": flops / 1e12, "TFLOPs": flops / seconds / 1e12}
-            if read:
-                row |= {"GB": read / 1e9, "TBs": read / seconds / 1e12}
+        timed = seconds is not None and seconds > 0
+        if timed and flops:
+            row |= {"TFLOP": flops / 1e12, "TFLOPs": flops / seconds / 1e12}
+        if timed and read:
+            row |= {"GB": read / 1e9, "TBs": read / seconds / 1e12}
         self.report["rows"].append(row)
-        for each in self.report["rows"]:
-            if "TFLOPs" in each:
-                each["share"] = each["TFLOPs"] / self.report["matrix_TFLOPs"]
-            if "TBs" in each:
-                each["bandwidth_share"] = each["TBs"] / self.report["bandwidth_TBs"]
-        for key, ceiling in (("share", "matrix rate"), ("bandwidth_share", "bandwidth")):
-            if key in row:
-                note += f"   {row[key]:.0%} of the {ceiling}"
+        for rate, share, ceiling, words in (
+                ("TFLOPs", "share", "matrix_TFLOPs", "matrix rate"),
+                ("TBs", "bandwidth_share", "bandwidth_TBs", "bandwidth")):
+            for each in self.report["rows"]:
+                if rate in each:
+                    each[share] = each[rate] / self.report[ceiling]
+            if rate in row:
+                note += f"   {row[share]:.0%} of the {words}"
         figures = [f"{'no memory' if v is None else format(v, '.4g'):>12}" for v in (ours, theirs)]
         tqdm.write(f"{name:8} {peer:44} {' '.join(figures)} {unit:16} {note}")
         self.write()
@@ -391,8 +385,7 @@ def measure_alone(b: Bench, part: str, folder: Path) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     limits = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
     peer = Qwen2VLImageProcessorPil(**limits)
-    # No tokenizer is needed, and there is none.
-    processor = Processor.__new__(Processor)
+    processor = Processor.__new__(Processor)         # without a tokenizer
     vars(processor).update(
         limits, patch=14, temporal_patch=2, merge=2, mean=np.array(peer.image_mean, np.float32),
         std=np.array(peer.image_std, np.float32))
@@ -421,9 +414,9 @@ def measure(b: Bench, part: str) -> None:
 
     elif part == "decode":
         whole = b.compare(
-            "decode", "transformers generate, prefill included",
-            lambda: b.sample("ours", tokens), lambda: b.sample("theirs", tokens),
-            "new tokens/s", len(prompts) * GROUP * tokens, b.flops["sample"])
+            "decode", "transformers generate, prefill included", lambda: b.sample("ours", tokens),
+            lambda: b.sample("theirs", tokens), "new tokens/s", len(prompts) * GROUP * tokens,
+            b.flops["sample"])
         first = b.compare(
             "decode", "transformers generate, first token alone",
             lambda: b.sample("ours", 1), lambda: b.sample("theirs", 1), flops=b.flops["prefill"])
@@ -446,6 +439,7 @@ def measure(b: Bench, part: str) -> None:
         gradients = []
         for side in ("ours", "repeated"):
             ours.zero_grad(set_to_none=True)
+            theirs.zero_grad(set_to_none=True)
             b.update(side)
             gradients.append({n: p.grad for n, p in ours.named_parameters() if p.grad is not None})
         shared, repeated = gradients
@@ -539,7 +533,7 @@ def main() -> None:
     add("--prompts", type=positive, default=8,
         help="questions in decode and step, eight rollouts each")
     add("--tokens", type=positive, help="of a completion; default 64, on CUDA 256")
-    add("--only", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
+    add("--only", nargs="+", choices=PARTS, help="only these parts")
     add("--out", default=".", help="folder of bench.json")
     args = parser.parse_args()
     try:
@@ -578,7 +572,7 @@ def main() -> None:
                 if part == "models":
                     side = SIDES.get(args.shape, 800)
                     work = partial(b.open_models, folder, side, args.prompts, tokens)
-                elif part not in args.only:
+                elif args.only and part not in args.only:
                     continue
                 elif part in ("load", "images"):
                     work = partial(measure_alone, b, part, folder)

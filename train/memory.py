@@ -1,9 +1,9 @@
 """Does a run fit in a GPU's memory? Answered before its first step. Ours.
 
 Weights, gradients and moments follow from the number of parameters. Activations are counted, not
-estimated: the largest passes of a step run on the meta device, whose tensors have shapes but no
-data, and a tensor's bytes count from its creation until it is freed. So a plan needs no GPU, and
-it stays right when the model's code changes.
+estimated: the largest passes of a step run on the meta device, on which tensors have shapes but
+no data, and a tensor's bytes count from its creation until it is freed. So a plan needs no GPU,
+and it stays right when the model's code changes.
 
     python rft.py --plan --gpus 8 --memory 80 --init Qwen2.5-VL-7B-Instruct/ --image 800 800
 
@@ -288,11 +288,10 @@ def check_gpu(
     nothing is checked on a CPU.
     """
     gpus, available = args.gpus, args.memory * GIB
+    if device is not None and device.type == "cpu":
+        return
     if device is not None:
-        if device.type == "cpu":
-            return
-        gpus = world()
-        available = torch.cuda.get_device_properties(device).total_memory
+        gpus, available = world(), torch.cuda.get_device_properties(device).total_memory
     image = None if records else args.image
     longest = [longest_prompt(processor, part, image) for part in (records, val)]
     peak, phases = plan(args, step, gpus, *longest)
@@ -308,7 +307,7 @@ def check_gpu(
     if peak <= available:
         return
     needs = f"the run needs {peak / GIB:.1f} GiB of a GPU that has {available / GIB:.1f}"
-    # Cheapest first: speed, then validation, then what the run learns.
+    # What costs only speed comes first, then what changes the run.
     init = folder(args.init)
     adapter = (init / ADAPTER_CONFIG).exists()
     lora_rank = lora.read_adapter_config(init)["r"] if adapter else 64
@@ -333,7 +332,7 @@ def try_out(
         processor: Processor, records: Sequence[Record], val: Sequence[Record],
         args: argparse.Namespace, step: Step) -> None:
     """On GPUs, runs the largest passes once before step 1; one line and exit status 2 if memory
-    runs out. Weights do not change, and moments are allocated as the 0 they start from."""
+    runs out. Weights do not change; the optimizer's moments are allocated as zeros."""
     if model.device.type == "cpu":
         return
     longest = [longest_prompt(processor, part) for part in (records, val)]
