@@ -1,6 +1,6 @@
-"""A bad image does not end a night's run: sft.py, rft.py and eval.py on a folder that holds some.
+"""Undecodable images do not end a run of sft.py, rft.py or eval.py.
 
-What takes a bad one's place is worked out by hand; one process, two, and a resume agree.
+Replacements are worked out by hand; one process, two processes and a resume agree on them.
 """
 import json
 import shutil
@@ -17,7 +17,7 @@ import data
 from conftest import Run
 from data import load
 from readers.base import Record
-from train import run as runtime
+from train import run as training
 
 RECORDS = 120
 BATCH = 4
@@ -57,7 +57,7 @@ def ids_in_order(records: Sequence[Record], step: int, steps: int = 1) -> list[s
     """Ids of the records of some steps, nothing replaced."""
     ids = []
     for s in range(step, step + steps):
-        ids += [runtime.record_at(records, s * BATCH + i, 0).id for i in range(BATCH)]
+        ids += [training.record_at(records, s * BATCH + i, 0).id for i in range(BATCH)]
     return ids
 
 
@@ -72,7 +72,7 @@ def shares(
     unreadable = []
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        share = runtime.make_batch(records, step, BATCH, 0, lambda r: data.open_image(r).size)
+        share = training.make_batch(records, step, BATCH, 0, lambda r: data.open_image(r).size)
         assert share.inputs == [(40, 30)] * len(share.records)
         ids[rank::world] = [record.id for record in share.records]
         unreadable += [met["id"] for met in share.unreadable]
@@ -85,7 +85,7 @@ def test_a_bad_record_is_replaced_by_the_one_a_batch_later_whoever_opens_it(
     order = ids_in_order(load("jsonl", folder, "rft"), 0, 4)
     # The third of the first batch, and what would take its place.
     root = damaged(order[2], order[2 + BATCH])
-    monkeypatch.setattr(runtime, "MOST_UNREADABLE", 0.1)
+    monkeypatch.setattr(training, "MOST_UNREADABLE", 0.1)
     records = load("jsonl", root, "rft")
     for world in (1, 2, 4):
         first, unreadable = shares(monkeypatch, records, 0, world)
@@ -94,7 +94,7 @@ def test_a_bad_record_is_replaced_by_the_one_a_batch_later_whoever_opens_it(
         second, unreadable = shares(monkeypatch, records, 1, world)
         assert second == [order[4], order[5], order[10], order[7]]
         assert unreadable == [order[2 + BATCH]]
-        # What was met changes nothing that follows.
+        # Replacements do not change later steps.
         assert shares(monkeypatch, records, 2, world) == (order[8:12], [])
 
 
@@ -103,7 +103,7 @@ def test_an_order_of_bad_records_alone_has_an_end(
 ) -> None:
     records = load("jsonl", damaged(*(f"train{i}" for i in range(RECORDS))), "rft")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    share = runtime.make_batch(records, 0, BATCH, 0, data.open_image)
+    share = training.make_batch(records, 0, BATCH, 0, data.open_image)
     # One in 120 may be met.
     assert not share.records and len(share.unreadable) == 2
 
@@ -114,13 +114,13 @@ def test_replacements_are_counted_named_once_and_kept(
     def bad(i: int, image: str = "a.png") -> dict[str, Any]:
         return {"place": 3 + i, "id": f"r{i}", "image": image, "problem": f"{image}: bad {i}"}
 
-    def counted(run: runtime.Run, step: int, *met: dict[str, Any]) -> dict[str, int]:
+    def counted(run: training.Run, step: int, *met: dict[str, Any]) -> dict[str, int]:
         line = {"step": step}
         run.count_unreadable(line, met)
         return line
 
     args = SimpleNamespace(out=tmp_path, resume=True)
-    run = runtime.Run(args, "sft", [None] * 300)
+    run = training.Run(args, "sft", [None] * 300)
     assert counted(run, 1) == {"step": 1}
     assert counted(run, 2, bad(0)) == {"step": 2, "unreadable": 1}
     assert counted(run, 3, bad(0), bad(1)) == {"step": 3, "unreadable": 2}
@@ -131,8 +131,8 @@ def test_replacements_are_counted_named_once_and_kept(
     assert [(line["step"], line["id"], line["image"]) for line in lines] == [
         (2, "r0", "a.png"), (3, "r1", "a.png")]
     # A run that is resumed after step 2 has met only the first.
-    runtime.cut_log(tmp_path / "unreadable.jsonl", 2)
-    resumed = runtime.Run(args, "sft", [None] * 300)
+    training.cut_log(tmp_path / "unreadable.jsonl", 2)
+    resumed = training.Run(args, "sft", [None] * 300)
     resumed.read_logs()
     assert counted(resumed, 3, bad(0), bad(1)) == {"step": 3, "unreadable": 2}
     assert not capfd.readouterr().out
@@ -158,8 +158,8 @@ def log_of(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return lines
 
 
-def resume_behind(out: Path, step: int, copy: Path) -> None:
-    """A copy of a run's folder, as after a crash behind a step."""
+def resume_after(out: Path, step: int, copy: Path) -> None:
+    """A copy of a run's folder, as after a crash after that step."""
     shutil.copytree(out, copy, symlinks=True)
     for later in sorted(copy.glob("step_*")):
         if int(later.name[5:]) > step:
@@ -186,7 +186,7 @@ def test_sft_goes_on_and_a_resume_and_two_processes_take_the_same_records(
     # The bad image of val is a miss.
     assert all(line["val_failed"] >= 0.25 for line in log_of(one))
     resumed = tmp_path / "resumed"
-    resume_behind(one, 1, resumed)
+    resume_after(one, 1, resumed)
     done = run("sft.py", "--out", resumed, "--resume")
     assert done.returncode == 0, done.stderr
     assert log_of(resumed) == log_of(one)

@@ -52,7 +52,7 @@ def environment(server: FakeServer, init: Path, data_root: Path, out: Path) -> d
 
 
 def run_paper(env: dict[str, str], stop_at: Path | None = None) -> subprocess.Popen:
-    """Runs the script to its end, or kills it with all its children where stop_at appears."""
+    """Runs the script to its end, or kills it with all its children when stop_at appears."""
     script = subprocess.Popen(
         ["bash", "study/paper.sh", "dior"], cwd=ROOT, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)

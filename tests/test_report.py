@@ -206,7 +206,8 @@ def test_a_narrow_screen_scrolls_tables_in_their_boxes(stages_page: str) -> None
     assert stages_page.count("<table>") == stages_page.count("<div class=wide><table>") > 3
     assert ".wide{overflow-x:auto;max-width:100%}" in report_page.STYLE
     assert "h1,h2,h3,p,nav{overflow-wrap:anywhere}" in report_page.STYLE
-    assert "img,svg{max-width:100%" in report_page.STYLE and "pre{white-space:pre-wrap" in report_page.STYLE
+    assert "img,svg{max-width:100%" in report_page.STYLE
+    assert "pre{white-space:pre-wrap" in report_page.STYLE
     without_limits = re.sub(r"max-width:\d+px|min\(\d+px,100%\)", "", report_page.STYLE)
     widths = [int(width) for width in re.findall(r"width:(\d+)px", without_limits)]
     assert all(width <= 360 - 2 * 12 for width in widths)
@@ -248,7 +249,8 @@ def test_cases_are_best_worst_and_median_and_none_twice(tmp_path: Path) -> None:
         cases.append(report_page.Case(record, record.box, iou, ""))
     row = {"stage": "sft", "temperature": 0.0, "blind": False}
     shown = re.findall(r"<h4>(\w+)</h4>|IoU (0\.\d)", report_page.case_section(row, cases, 1))
-    assert [title or iou for title, iou in shown] == ["Best", "0.9", "Worst", "0.1", "Median", "0.5"]
+    assert [title or iou for title, iou in shown] == [
+        "Best", "0.9", "Worst", "0.1", "Median", "0.5"]
     ious = re.findall(r"IoU (0\.\d)", report_page.case_section(row, cases, 6))
     assert sorted(ious) == ["0.1", "0.3", "0.5", "0.7", "0.9"]
     assert report_page.case_section(row, cases, 0) == ""

@@ -1,7 +1,7 @@
-"""The embedded world, its base, and the study.
+"""The embedded world and its base.
 
-Boxes are held against drawn pixels, expressions against a resolver that reads the text; splits
-and determinism.
+Boxes are compared with drawn pixels, expressions with a resolver that reads the text; splits and
+determinism.
 """
 import argparse
 import collections
@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,13 @@ def surface(o: Object) -> float:
 
 def resolve(text: str, objects: Sequence[Object]) -> list[Object]:
     """All objects that an expression fits, read word by word."""
-    before, *thing, behind, region, relation, size, color, category = (
+    before, *thing, after, region, relation, size, color, category = (
         EXPRESSION.fullmatch(text).groups())
     pool = things(objects, *thing)
     if region:
         pool = [o for o in pool if ninth(o) == NINTHS[region]]
-    if before or behind:
-        axis, sign = EXTREMES[before or behind]
+    if before or after:
+        axis, sign = EXTREMES[before or after]
         pool = [min(pool, key=lambda o: sign * middle(o)[axis])]
     if relation:
         anchor, = things(objects, size, color, category)
@@ -87,7 +87,7 @@ def resolve(text: str, objects: Sequence[Object]) -> list[Object]:
 def things(
         objects: Sequence[Object], size: str | None, color: str | None, category: str,
 ) -> list[Object]:
-    """The objects of a category, of this color where given; the largest or smallest of them."""
+    """The objects of a category, of this color if given; the largest or smallest of them."""
     pool = [o for o in objects if o.category == category and color in (None, o.color)]
     if size is None:
         return pool
@@ -113,7 +113,7 @@ def is_on_side(o: Object, anchor: Object, side: tuple[int, int]) -> bool:
 ALL_SPLITS = {**SPLITS, **{f"small {name}": split for name, split in SMALL.items()}}
 for world, splits in (("one", scenes.ONE), ("tiny", scenes.TINY)):
     ALL_SPLITS |= {f"{world} {name}": split for name, split in splits.items()}
-# Those whose records have hashes of their own, because they joined the world after the others.
+# Splits that have their own hashes, because they are newer than the others.
 FINAL = {"final": "5bfe550b31f0b001", "small final": "b480d142de3ea601"}
 ALONE = {"one": "6d48abb0d4a6d037", "tiny": "c907e52b9f7da3a3"}
 KINDS = {"category", "attribute", "position", "extreme", "relation", "two-step"}
@@ -171,10 +171,9 @@ def world_hash(names: Sequence[str]) -> str:
 
 
 def test_the_world_has_not_changed() -> None:
-    """Scores in LOG.md and the README are of these scenes.
+    """Scores in LOG.md and the README are from these scenes.
 
-    Records of every split, and the pixels of a few (a coarse look: libraries may round
-    differently).
+    Records of every split, and roughly the pixels of a few: libraries may round differently.
     """
     worlds = {**FINAL, **ALONE}
     others = [name for name in sorted(ALL_SPLITS) if name.split()[0] not in worlds
@@ -191,7 +190,7 @@ def test_the_world_has_not_changed() -> None:
 
 @pytest.mark.parametrize("name", ["synth", "synth-small"])
 def test_the_final_split_has_2000_scenes_that_no_other_has(name: str) -> None:
-    """Nor has it the things of another's scene at other seeds."""
+    """No other split has a scene with the same objects, either."""
     final = data.load(name, None, "final")
     assert len(final) == 2000 and {r.id.split("-")[0] for r in final} == {"final"}
     seeds = {r.image.seed for r in final}
@@ -206,7 +205,7 @@ def test_the_final_split_has_2000_scenes_that_no_other_has(name: str) -> None:
 
 
 @pytest.mark.parametrize("name, largest", [("synth-one", 14.5), ("synth-tiny", 5.1)])
-def test_where_one_thing_is_alone_there_is_nothing_to_choose(name: str, largest: float) -> None:
+def test_scenes_of_one_object_leave_nothing_to_choose(name: str, largest: float) -> None:
     records = data.load(name, None, "final")
     assert len(records) > 1900 and all(len(r.image.objects) == 1 for r in records)
     assert {r.kind for r in records} == {"category", "attribute"}
@@ -218,7 +217,7 @@ def test_where_one_thing_is_alone_there_is_nothing_to_choose(name: str, largest:
 def test_a_box_is_the_extent_of_what_is_drawn() -> None:
     """An object's pixels are those that differ from the same scene without it.
 
-    The shadow lies to the lower right, up to two pixels.
+    Its shadow is up to two pixels to the lower right.
     """
     for seed in range(40_000_000, 40_000_060):
         s = make_scene(seed, Split(0, 0, 1, 3))
@@ -271,14 +270,14 @@ def test_digits_aim_at_the_bump_about_a_number() -> None:
             assert targets[number, place, int(digit)] > 0.1
 
 
-def test_what_the_base_is_taught_is_true_and_ends_its_turn(tmp_path: Path) -> None:
+def test_training_answers_of_the_base_are_true_and_end_their_turn(tmp_path: Path) -> None:
     pretrain.write_shape(tmp_path, 0)
     processor = Processor.from_pretrained(tmp_path)
     assert [len(processor.words(n)) for n in ("7", "52", "112")] == [1, 2, 3]
     for seed in range(30):
         s = make_scene(seed, SPLITS["pretrain"])
         pairs = pretrain.question_answer_pairs(s, random.Random(seed))
-        # One more is the request for a box in the answer format.
+        # The request for a box in the answer format is one more.
         assert 0 < len(pairs) <= pretrain.MAX_LISTS + pretrain.MAX_OTHERS + 1
         encoded = pretrain.encode_answers(processor, pairs, pretrain.digit_targets(), 1024)
         for (_, answer), (ids, targets) in zip(pairs, encoded):
@@ -288,7 +287,7 @@ def test_what_the_base_is_taught_is_true_and_ends_its_turn(tmp_path: Path) -> No
             assert processor.decode(ids[-len(targets):]) == answer
 
 
-def test_the_base_is_asked_for_a_box_only_where_one_thing_has_the_name(tmp_path: Path) -> None:
+def test_the_base_is_asked_for_a_box_only_if_one_object_has_the_name(tmp_path: Path) -> None:
     pretrain.write_shape(tmp_path, 0)
     processor = Processor.from_pretrained(tmp_path)
     asked = 0
@@ -312,7 +311,7 @@ def test_the_base_is_asked_for_a_box_only_where_one_thing_has_the_name(tmp_path:
 
 
 def assert_true_of(answer: str, scene: scenes.Scene) -> None:
-    """Every box that an answer gives is that of an object as it says."""
+    """Every box in an answer belongs to an object of that category and color."""
     for color, category, box in re.findall(r"(?:a|the) (?:(\w+) )?(\w+) \[([\d, ]+)\]", answer):
         values = [int(v) for v in box.split(",")]
         boxes = []
@@ -322,7 +321,7 @@ def assert_true_of(answer: str, scene: scenes.Scene) -> None:
         assert values in boxes, answer
 
 
-def test_pretraining_goes_on_where_it_was_stopped(
+def test_pretraining_resumes(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(out: Path, resume: bool = False) -> tuple[dict[str, torch.Tensor], str]:
         args = argparse.Namespace(
@@ -333,8 +332,10 @@ def test_pretraining_goes_on_where_it_was_stopped(
         pretrain.train(model, Processor.from_pretrained(out), args, out)
         return model.state_dict(), (out / "metrics.jsonl").read_text()
 
-    def crash(path: Path, line: dict[str, Any], log: Callable[..., None] = pretrain.append_line) -> None:
-        log(path, line)
+    append_line = pretrain.append_line
+
+    def crash(path: Path, line: dict[str, Any]) -> None:
+        append_line(path, line)
         if line["step"] == 3:
             raise KeyboardInterrupt
 
@@ -361,16 +362,16 @@ def test_the_base_in_the_repository() -> None:
     miou = float(re.search(r"mean IoU of the box (\d\.\d+)", card)[1])
     named = float(re.search(r"right for (\d\.\d+)", card)[1])
     assert abs(scores["pointing_mIoU"] - miou) < 0.1 and abs(scores["named"] - named) < 0.15
-    # It answers the stages' own request, badly: what RFT starts from, and room above it.
+    # It answers the request of the stages badly: RFT starts there and has room above.
     zero_shot = pretrain.zero_shot_scores(model, processor, 60)
-    told = float(re.search(r"greedy mean IoU (\d\.\d+)", card)[1])
+    greedy = float(re.search(r"greedy mean IoU (\d\.\d+)", card)[1])
     best = float(re.search(r"has IoU above 0\.5 for (\d\.\d+)", card)[1])
-    assert abs(zero_shot["zero_shot_mIoU"] - told) < 0.15 and 0.15 < told < 0.40
+    assert abs(zero_shot["zero_shot_mIoU"] - greedy) < 0.15 and 0.15 < greedy < 0.40
     assert abs(zero_shot["pass_8"] - best) < 0.2
     assert zero_shot["pass_8"] > zero_shot["zero_shot_Pr50"]
 
 
-def test_a_base_that_is_not_there_costs_the_output_nothing(
+def test_a_missing_base_leaves_the_output_unchanged(
         run: Run, tmp_path: Path) -> None:
     (tmp_path / "kept").touch()
     done = run("toy/pretrain.py", "--init", tmp_path / "nowhere", "--out", tmp_path)

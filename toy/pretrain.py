@@ -1,19 +1,19 @@
-"""The small base: a Qwen2.5-VL shape trained from nothing on the embedded world.
+"""Trains the small base, with the architecture of Qwen2.5-VL, from scratch on the embedded world.
 
-Real weights can't ship, and this base stands in for them. It ends up knowing what a pretrained
-model knows here: the things, their colors and where they lie. It follows the request for one
-box in the answer format where one thing alone has the name. It has seen no expression that
-needs reasoning: no choice by place, size or relation.
+The repository cannot contain real weights; this base replaces them. In the end it knows what a
+pretrained model would know about this world: the objects, their colors and positions. It answers
+the request for one box in the answer format if only one object has the name. It has seen no
+expression that needs reasoning: no choice by position, size or relation.
 
-Two losses in one loop. The dense ones ask each image token which object lies there, its color
-and its box; without them the language model finds nothing to read. After a while language
-joins: boxes and points of things by name, by category, and the other way round.
+There are two losses in one loop. The dense ones ask each image token for the object there, its
+color and its box; without them the language model finds nothing to read. Language starts after
+--warm steps: boxes and points of objects by name, by category, and the reverse.
 
-    python toy/pretrain.py                   writes ckpt/base, a model card with its scores
-                                             beside it; hours on two CPU cores
-    python toy/pretrain.py --resume          goes on where it was stopped
+    python toy/pretrain.py                   writes ckpt/base and a model card with its scores;
+                                             hours on two CPU cores
+    python toy/pretrain.py --resume          resumes
     python toy/pretrain.py --init toy/base --warm 0 --lr 1.5e-3 --out ckpt/longer
-                                             trains a base on, with moments and heads anew
+                                             trains a base further, with new moments and heads
 """
 import argparse
 import functools
@@ -47,9 +47,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cot  # noqa: E402
 import eval as evaluation  # noqa: E402
 import reward  # noqa: E402
+from cot import noun_phrase, point_text, writer  # noqa: E402
 from data import load  # noqa: E402
 from model import Config, QwenVL  # noqa: E402
 from qwen.answer import PROMPT, Frame, write  # noqa: E402
@@ -59,32 +59,28 @@ from qwen.hub import folder, read_token_ids  # noqa: E402
 from qwen.processor import WORDS, Processor, Prompt  # noqa: E402
 from readers.base import Record, Records  # noqa: E402
 from report import metrics  # noqa: E402
-from report import predictions as answers  # noqa: E402
+from report.predictions import sampled_boxes  # noqa: E402
 from toy import scenes  # noqa: E402
-from train import dist  # noqa: E402
-from train import run as runtime  # noqa: E402
+from train.dist import fail, lr_at  # noqa: E402
 from train.flags import FlagParser, natural, positive  # noqa: E402
-from train.run import (
-    append_line,  # noqa: E402
-    launch,  # noqa: E402
-)
+from train.run import append_line, commit, cut_log, launch  # noqa: E402
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )
 VOCABULARY = 768
-# The world's images are not resized, so their pixels are the model's frame.
+# Images of this world are not resized, so the model's frame is in their pixels.
 FRAME = Frame((scenes.SIDE, scenes.SIDE), (scenes.SIDE, scenes.SIDE), "absolute")
-PATCHES = scenes.SIDE // 14    # a side
+PATCHES = scenes.SIDE // 14    # per image side
 IMAGE_TOKENS = PATCHES ** 2 // 4
 
 
 # ---------------------------------------------------------------- shape and tokenizer
 
-# Heads are narrow and images small: with these sections rows and columns turn fast enough to be
-# told apart, and half of a head hardly turns at all, so that words can look for things by what
-# they are, however far away.
+# Heads are narrow and images small: with these sections of the rotary embedding, rows and columns
+# rotate fast enough to be distinguished, while half of a head hardly rotates, so words can find
+# objects by content at any distance.
 TEXT_SHAPE = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5,
     "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
@@ -106,7 +102,7 @@ PROCESSOR_CONFIG = {
 
 
 def write_shape(out: Path, seed: int) -> None:
-    """Writes tokenizer, processor and config.json of the base, in hub layout."""
+    """Writes the base's tokenizer, processor and config.json, in hub layout."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(seed)
     tokenizer.save(str(out / "tokenizer.json"))
@@ -122,7 +118,7 @@ def write_shape(out: Path, seed: int) -> None:
 
 
 def train_tokenizer(seed: int) -> Tokenizer:
-    """Byte-level BPE as Qwen's, with a vocabulary of the world's words."""
+    """Byte-level BPE like Qwen's, with a vocabulary of this world's words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -160,7 +156,6 @@ def model_config(tokenizer: Tokenizer, ids: dict[str, int]) -> dict[str, Any]:
 
 
 def tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
-    """tokenizer_config.json"""
     added = {}
     for token, i in ids.items():
         added[str(i)] = {"content": token, "special": True, "normalized": False,
@@ -170,13 +165,13 @@ def tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def corpus(seed: int) -> Iterator[str]:
-    """Yields texts for the tokenizer to learn its words from: prompts, reasoning, lists."""
+    """Yields texts that train the tokenizer: prompts, reasoning, lists."""
     split = replace(scenes.SPLITS["pretrain"], scenes=1500)
     records = []
     for r in scenes.records(split):
         records.append(
             Record(str(r.number), r.scene, r.text, r.box, r.category, r.scene.size, r.kind))
-    write_completion = cot.writer(Records(records, {}))
+    write_completion = writer(Records(records, {}))
     for i, record in enumerate(records):
         yield PROMPT.format(text=record.text)
         yield write_completion(record, FRAME)
@@ -186,10 +181,10 @@ def corpus(seed: int) -> Iterator[str]:
 
 
 def fresh_model(out: Path, seed: int) -> QwenVL:
-    """Random weights; residual branches begin small beside the words they are added to."""
+    """Random weights; residual branches start small relative to the embeddings."""
     torch.manual_seed(seed)
     model = QwenVL(Config.from_json(out / "config.json"))
-    # What these matrices give is added to the residual stream.
+    # The outputs of these matrices are added to the residual stream.
     residual_outputs = ("o_proj.weight", "down_proj.weight", "attn.proj.weight")
     for name, p in model.named_parameters():
         if p.ndim > 1:
@@ -202,9 +197,9 @@ def fresh_model(out: Path, seed: int) -> QwenVL:
     return model
 
 
-# ---------------------------------------------------------------- what is said of a scene
+# ---------------------------------------------------------------- questions and answers
 
-# What stands around a question: mostly nothing, so that the base also follows longer requests.
+# Text around a question: mostly none. With some, the base also follows longer requests.
 REQUESTS = ("{}",) * 12 + (
     "look at the picture. {}",
     "{} be brief.",
@@ -214,10 +209,10 @@ REQUESTS = ("{}",) * 12 + (
 )
 BOX_QUESTIONS = ("{}", "where is {}?", "locate {}.", "i look for {}.")
 POINT_QUESTIONS = ("point to {}.", "about where is {}?")
-# Question and answer pairs of a scene at most.
+# At most this many question and answer pairs of a scene.
 MAX_LISTS = 3
 MAX_OTHERS = 3
-# Tokens of an answer in the format, a thought of CoT-SFT included: none is cut.
+# Tokens of an answer in the format, enough for the reasoning of CoT-SFT.
 MAX_NEW_TOKENS = 160
 
 Pair = tuple[str, str]         # question, answer
@@ -230,11 +225,11 @@ def box_text(box: scenes.Box) -> str:
 
 def near_text(box: scenes.Box) -> str:
     """A point near the center, as the reasoning writes it: "near (45, 60)"."""
-    return f"near {cot.point_text(box, FRAME)}"
+    return f"near {point_text(box, FRAME)}"
 
 
 def unique_names(scene: scenes.Scene) -> list[tuple[str, scenes.Object]]:
-    """Names that fit one object alone, with it: its category, or color and category."""
+    """(name, object) if the name, a category with or without a color, fits only this object."""
     names = []
     for phrase, pool in scenes.noun_phrases(scene).items():
         if len(pool) == 1:
@@ -243,12 +238,12 @@ def unique_names(scene: scenes.Scene) -> list[tuple[str, scenes.Object]]:
 
 
 def question_answer_pairs(scene: scenes.Scene, rng: random.Random) -> list[Pair]:
-    """Some pairs: things that have a name, by box or point; lists; what lies near a point."""
+    """Some pairs: boxes or points of named objects, lists, and what is near a point."""
     others = [name_pair(name, o, rng) for name, o in unique_names(scene)]
     lists = list_pairs(scene, rng)
     from_left = sorted(scene.objects, key=lambda o: o.center[0])
     for o in rng.sample(from_left, min(2, len(from_left))):
-        answer = f"{cot.noun_phrase(o)} {box_text(o.box)}"
+        answer = f"{noun_phrase(o)} {box_text(o.box)}"
         others.append((f"what is {near_text(o.box)}?", answer))
     pairs = rng.sample(lists, min(MAX_LISTS, len(lists)))
     pairs += rng.sample(others, min(MAX_OTHERS, len(others)))
@@ -257,27 +252,27 @@ def question_answer_pairs(scene: scenes.Scene, rng: random.Random) -> list[Pair]
 
 
 def grounding_pairs(scene: scenes.Scene, rng: random.Random) -> list[Pair]:
-    """The request of every stage for one thing that has a name, and a short thought before its box.
+    """The request of all stages for a named object, answered by a short thought and its box.
 
-    None where no thing of the scene has a name of its own.
+    Empty if no object of the scene has a name of its own.
     """
     names = unique_names(scene)
     if not names:
         return []
     name, o = rng.choice(names)
-    think = f"{name}. {cot.noun_phrase(o)} {near_text(o.box)}."
+    think = f"{name}. {noun_phrase(o)} {near_text(o.box)}."
     return [(PROMPT.format(text=name), write(think, box_text(o.box)))]
 
 
 def name_pair(name: str, o: scenes.Object, rng: random.Random) -> Pair:
-    """Where an object is that has a name."""
+    """A question for a named object, by box or point."""
     if rng.random() < 0.6:
         return rng.choice(BOX_QUESTIONS).format(name), f"{name} {box_text(o.box)}"
     return rng.choice(POINT_QUESTIONS).format(name), f"{name} {near_text(o.box)}"
 
 
 def list_pairs(scene: scenes.Scene, rng: random.Random) -> list[Pair]:
-    """Lists of the things of each category, and of a color where there are several."""
+    """Lists of the objects of each category, and of a color if several have it."""
     from_left = sorted(scene.objects, key=lambda o: o.center[0])
     pools = {}
     for o in from_left:
@@ -290,31 +285,31 @@ def list_pairs(scene: scenes.Scene, rng: random.Random) -> list[Pair]:
     for phrase, pool in pools.items():
         place_text = rng.choice((box_text, near_text))
         manner = "" if place_text is box_text else " by a point"
-        answer = ", ".join(f"{cot.noun_phrase(o)} {place_text(o.box)}" for o in pool)
+        answer = ", ".join(f"{noun_phrase(o)} {place_text(o.box)}" for o in pool)
         pairs.append((f"list every {phrase}{manner}.", answer))
     return pairs
 
 
 class Answer(NamedTuple):
-    """A question and its answer as the model learns them."""
+    """A question and its answer for training."""
 
-    ids: Tensor                # (L,) that follow the image, end of turn included
-    targets: Tensor            # (A, V) distributions of the answer's tokens, the last A of ids
+    ids: Tensor                # (L,) after the image, with the end of turn
+    targets: Tensor            # (A, V) distributions for the last A ids, which are the answer's
 
     @property
     def inputs(self) -> int:
-        """Tokens that the model reads: all but the last."""
+        """Number of tokens that the model reads: all but the last."""
         return len(self.ids) - 1
 
 
 def encode_answers(
         processor: Processor, pairs: Sequence[Pair], digit_distributions: Tensor, vocab: int,
 ) -> Iterator[Answer]:
-    """Yields the pairs as ids; the digits of numbers have soft targets, see `digit_targets`."""
+    """Yields the pairs as ids, with soft targets for the digits of numbers (`digit_targets`)."""
     digit_ids = processor.encode("0123456789")[:10]
     for question, answer in pairs:
         question_ids = processor.turns(question, 0)
-        # What follows the image; that itself is computed once for all pairs of the scene.
+        # The part after the image, which is computed once for all pairs of the scene.
         vision_end = question_ids.index(processor.ids["<|vision_end|>"])
         question_ids = question_ids[vision_end + 1:]
         answer_ids = processor.encode(answer)
@@ -322,7 +317,7 @@ def encode_answers(
         soft_targets = []
         for number in re.finditer(r"\d+", answer):
             digits = number[0]
-            # The digit of "bbox_2d" is spelling and counts nothing.
+            # The digit of "bbox_2d" is not a number.
             if answer[number.start() - 1] == "_":
                 soft_targets.extend(F.one_hot(torch.tensor([int(d) for d in digits]), 10).float())
             else:
@@ -333,10 +328,10 @@ def encode_answers(
         yield Answer(torch.cat((torch.tensor(question_ids), answer_ids)), targets)
 
 
-# ---------------------------------------------------------------- what the losses aim at
+# ---------------------------------------------------------------- targets
 
 class DenseTargets(NamedTuple):
-    """What the image tokens should say of their four patches each."""
+    """Targets of the image tokens; each has four patches."""
 
     kinds: Tensor              # (tokens, 4) long: 1 + the category's index, 0 for no object
     colors: Tensor             # (tokens, 4) long
@@ -344,7 +339,7 @@ class DenseTargets(NamedTuple):
 
 
 def dense_targets(scene: scenes.Scene) -> DenseTargets:
-    """A patch answers for the object that covers its center, or whose center it covers."""
+    """A patch's target is the object that covers its center, or has its own center in the patch."""
     cell = scenes.SIDE / PATCHES
     kinds = np.zeros((PATCHES, PATCHES), int)
     colors = np.zeros((PATCHES, PATCHES), int)
@@ -355,7 +350,7 @@ def dense_targets(scene: scenes.Scene) -> DenseTargets:
         rows = (centers >= y1) & (centers <= y2)
         columns = (centers >= x1) & (centers <= x2)
         covered = rows[:, None] & columns
-        # A small object may lie between the centers of all patches.
+        # A small object may cover no patch's center.
         covered[int(o.center[1] // cell), int(o.center[0] // cell)] = True
         kinds[covered] = 1 + list(scenes.CATEGORIES).index(o.category)
         colors[covered] = list(scenes.COLORS).index(o.color)
@@ -364,17 +359,17 @@ def dense_targets(scene: scenes.Scene) -> DenseTargets:
 
 
 def by_token(grid: np.ndarray) -> Tensor:
-    """(rows, columns, ...) of patches -> (tokens, 4, ...): a token has two by two of them."""
+    """(rows, columns, ...) of patches -> (tokens, 4, ...): a token has 2 x 2 patches."""
     patches = torch.from_numpy(grid).unflatten(0, (-1, 2)).unflatten(2, (-1, 2))
-    # Row, row in it, column, column in it -> row, column, row in it, column in it.
+    # (row, row in token, column, column in token) -> (row, column, row in token, column in token)
     patches = patches.transpose(1, 2)
     return patches.flatten(2, 3).flatten(0, 1)
 
 
 def soft_numbers(numbers: Tensor) -> Tensor:
-    """Numbers (...) -> distributions over all numbers, (..., 113).
+    """Numbers (...) -> distributions over 0 to 112, (..., 113).
 
-    Each is a bump of one pixel about the number, because a near miss is better than a far one.
+    Each is a bump of one pixel around the number, because a near miss is better than a far one.
     """
     distance = torch.arange(scenes.SIDE + 1) - numbers[..., None]
     return (-distance ** 2 / 2).softmax(-1)
@@ -382,9 +377,9 @@ def soft_numbers(numbers: Tensor) -> Tensor:
 
 @functools.cache
 def digit_targets() -> Tensor:
-    """The bump about a number as its digits see it, (113, 3, 10).
+    """The bump around a number as distributions of its digits, (113, 3, 10).
 
-    How likely each digit is at a place of a number, behind those before.
+    Probability of each digit at each place of a number, given the digits before.
     """
     targets = torch.zeros(scenes.SIDE + 1, 3, 10)
     bumps = soft_numbers(torch.arange(scenes.SIDE + 1))        # (113, 113)
@@ -392,7 +387,7 @@ def digit_targets() -> Tensor:
         digits = str(number)
         if place >= len(digits):
             continue
-        # Others further away weigh nothing.
+        # Numbers further away have no weight.
         for other in range(max(0, number - 9), min(scenes.SIDE, number + 9) + 1):
             other_digits = str(other)
             if len(other_digits) > place and other_digits[:place] == digits[:place]:
@@ -403,7 +398,7 @@ def digit_targets() -> Tensor:
 def number_embeddings(width: int) -> Tensor:
     """Numbers as points on circles of many periods, (113, width), of length 1.
 
-    Near numbers lie near; tens and hundreds are among the periods, for the digits.
+    Near numbers have near points. Periods of 10 and 100 help with the digits.
     """
     periods = torch.logspace(math.log10(5), math.log10(240), width // 2 - 8)
     periods = torch.cat((periods, torch.tensor([10.0, 100.0] * 4)))
@@ -418,22 +413,22 @@ class SceneBatch:
     """The scenes of a step."""
 
     prompts: list[Prompt]              # images
-    answers: list[list[Answer]]        # what is said of each; none while only dense losses run
-    targets: DenseTargets              # of all image tokens
+    answers: list[list[Answer]]        # of each scene; empty during --warm
+    targets: DenseTargets              # for all image tokens
 
     @property
     def all_answers(self) -> list[Answer]:
         return list(itertools.chain.from_iterable(self.answers))
 
 
-def make_batch(
+def scene_batch(
         step: int, processor: Processor, vocab: int, args: argparse.Namespace) -> SceneBatch:
-    """The scenes of a step; a pure function of it and of --seed."""
+    """The scenes of a step, a pure function of the step and --seed."""
     split = scenes.SPLITS["pretrain"]
     rng = random.Random(f"{args.seed} {step}")
     seeds = [split.first_seed + rng.randrange(split.scenes) for _ in range(args.batch)]
     batch_scenes = [scenes.make_scene(seed, split) for seed in seeds]
-    # All that a scene's questions share: the turn up to the end of the image.
+    # The part that a scene's questions share: the turn up to the end of the image.
     ids = processor.turns("", IMAGE_TOKENS)
     image_ids = torch.tensor(ids[:ids.index(processor.ids["<|vision_end|>"]) + 1])
     prompts = []
@@ -449,19 +444,19 @@ def make_batch(
 
 
 class Readout(NamedTuple):
-    """What one pass over a batch gives to read answers from."""
+    """Hidden states of one pass over a batch."""
 
-    tower: Tensor              # (tokens, D) image tokens as the vision tower gives them
-    halfway: Tensor            # (tokens, D) image tokens half-way up the language model
+    tower: Tensor              # (tokens, D) image tokens after the vision tower
+    halfway: Tensor            # (tokens, D) image tokens after half of the language model
     answers: Tensor            # (inputs, D) last hidden states of all answers' inputs
 
 
 class Pretraining:
     """The model with the heads that only training needs.
 
-    Category and color are read off the tower's tokens by linear heads. The box is read half-way
-    up the language model: the tower's positions are relative, so where in the image a token lies
-    is first known to layers that see <|vision_start|>.
+    Linear heads predict category and color from the tower's tokens, and the box from the middle of
+    the language model: the tower's positions are relative, so only layers that see
+    <|vision_start|> know a token's position in the image.
     """
 
     def __init__(self, model: QwenVL, lr: float) -> None:
@@ -480,13 +475,13 @@ class Pretraining:
         self.muon, self.adamw = make_optimizers(model, self.parameters, lr)
 
     def parts(self) -> dict[str, Any]:
-        """All that a state to resume from holds."""
+        """The parts of a state to resume from."""
         return {"model": self.model, "heads": self.heads, "muon": self.muon, "adamw": self.adamw}
 
     def read_out(self, batch: SceneBatch) -> Readout:
-        """Images are computed once for all that is said of them."""
+        """One pass: an image is computed once for all its answers."""
         model = self.model
-        # (N, D), (3, N), Q lengths, Q positions behind them
+        # (N, D), (3, N), Q lengths, Q positions after them
         x, positions, lengths, starts, deepstack = model.pack(batch.prompts)
         prompt_tokens = len(x)
         image_ids = torch.cat([prompt.input_ids for prompt in batch.prompts])
@@ -495,7 +490,7 @@ class Pretraining:
         answers = batch.all_answers
         inputs = [answer.inputs for answer in answers]
         if answers:
-            # All prompts are of one length, so all answers begin at one position.
+            # All prompts have the same length, so all answers start at the same position.
             answer_positions = torch.cat([starts[0] + torch.arange(n) for n in inputs])
             positions = torch.cat((positions, answer_positions.expand(3, -1)), 1)
             input_ids = torch.cat([answer.ids[:-1] for answer in answers])
@@ -504,7 +499,7 @@ class Pretraining:
         prefix = []
         for length, group in zip(lengths, batch.answers):
             prefix.append((length, sum(answer.inputs for answer in group)))
-        # The hook fills it again.
+        # Filled again by the hook.
         self.middle_outputs.clear()
         plan = Plan(lengths + inputs, prefix=prefix)
         hidden = model.model(x, positions, plan, deepstack=deepstack)
@@ -513,7 +508,7 @@ class Pretraining:
 
     def dense_loss(
             self, readout: Readout, targets: DenseTargets) -> tuple[Tensor, dict[str, float]]:
-        """Loss of the heads, and how right they are where an object lies."""
+        """Loss of the heads, and their accuracy on patches with an object."""
         kinds, colors, boxes = targets
         kind = self.heads["kind"](readout.tower).unflatten(1, (4, -1))     # (tokens, 4, kinds)
         color = self.heads["color"](readout.tower).unflatten(1, (4, -1))
@@ -521,7 +516,7 @@ class Pretraining:
         covered = kinds > 0                                                # (tokens, 4)
         width = self.number_points.shape[1]
         box = box[covered].unflatten(-1, (4, width)) @ self.number_points.T    # (n, 4, numbers)
-        # Most patches show the ground: the second term lets objects weigh as much as it.
+        # Most patches show the ground: the second term gives objects the same weight.
         loss = (F.cross_entropy(kind.flatten(0, 1), kinds.flatten())
                 + F.cross_entropy(kind[covered], kinds[covered])
                 + F.cross_entropy(color[covered], colors[covered])
@@ -533,14 +528,14 @@ class Pretraining:
         }
 
     def language_loss(self, readout: Readout, answers: Sequence[Answer]) -> Tensor:
-        """Cross-entropy of the answers' tokens; the questions' are only read."""
+        """Cross-entropy of the answers' tokens, not of the questions'."""
         is_answer = torch.cat(
             [torch.arange(a.inputs) >= a.inputs - len(a.targets) for a in answers])
         logits = self.model.lm_head(readout.answers[is_answer])            # (A, V)
         return F.cross_entropy(logits, torch.cat([a.targets for a in answers]))
 
     def train_step(self, batch: SceneBatch, lr: float) -> dict[str, float]:
-        """One update -> its metrics."""
+        """One update; returns its metrics."""
         readout = self.read_out(batch)
         loss, metrics = self.dense_loss(readout, batch.targets)
         if batch.all_answers:
@@ -557,9 +552,9 @@ class Pretraining:
         return metrics
 
     def name_words(self, processor: Processor) -> None:
-        """Makes the heads' rows the embeddings of the words that they stand for.
+        """Sets the embeddings of categories and colors to the heads' rows.
 
-        So language begins with words that already point at what the tower shows.
+        Language then starts with words that already match the tower's tokens.
         """
         embedding = self.model.model.embed_tokens.weight
         width = embedding.shape[1]
@@ -571,7 +566,7 @@ class Pretraining:
                     ids = processor.words(f" {word}") if word else []
                     if len(ids) == 1:
                         embedding[ids[0]] = 0.05 * width ** 0.5 * F.normalize(row, dim=0)
-        # Moments of the rows that stood there before would pull the new ones away.
+        # The moments belong to the old rows and would pull the new ones away.
         self.adamw.state.pop(embedding, None)
 
 
@@ -590,15 +585,15 @@ def make_optimizers(
 # ---------------------------------------------------------------- training
 
 def train(model: QwenVL, processor: Processor, args: argparse.Namespace, out: Path) -> None:
-    """Dense losses throughout, language from step --warm on."""
+    """Dense losses in all steps, language after --warm of them."""
     pretraining = Pretraining(model, args.lr)
     first = load_pretraining(out, pretraining) if args.resume else 0
-    runtime.cut_log(out / "metrics.jsonl", first)
+    cut_log(out / "metrics.jsonl", first)
     steps = range(first, args.steps)
     with tqdm(steps, initial=first, total=args.steps, desc="pretrain") as bar:
         for step in bar:
-            lr = dist.lr_at(step, args.steps, args.lr)
-            batch = make_batch(step, processor, model.config.vocab, args)
+            lr = lr_at(step, args.steps, args.lr)
+            batch = scene_batch(step, processor, model.config.vocab, args)
             line = {"step": step + 1, **pretraining.train_step(batch, lr)}
             if step + 1 == args.warm:
                 pretraining.name_words(processor)
@@ -612,14 +607,14 @@ def train(model: QwenVL, processor: Processor, args: argparse.Namespace, out: Pa
 
 
 def save_pretraining(out: Path, pretraining: Pretraining, step: int) -> None:
-    """Writes state.pt, whole or not at all."""
+    """Writes state.pt atomically."""
     states = {name: part.state_dict() for name, part in pretraining.parts().items()}
     torch.save({"step": step, **states}, out / "state.tmp")
     os.replace(out / "state.tmp", out / "state.pt")
 
 
 def load_pretraining(out: Path, pretraining: Pretraining) -> int:
-    """Reads state.pt -> the steps that it covers."""
+    """Loads state.pt; returns its number of steps."""
     state = torch.load(out / "state.pt")
     for name, part in pretraining.parts().items():
         part.load_state_dict(state[name])
@@ -630,7 +625,7 @@ def load_pretraining(out: Path, pretraining: Pretraining) -> int:
 
 @dataclass
 class Question:
-    """One question to the base, and what is right: a box, or the beginning of the answer."""
+    """A question to the base, and the right answer: a box, or the start of a text."""
 
     scene: scenes.Scene
     text: str
@@ -639,7 +634,7 @@ class Question:
 
 
 def val_questions(n: int) -> list[Question]:
-    """Of n val scenes: where a thing is that has a name, and what lies near a center."""
+    """Two questions about each of n val scenes: a named object's box, and what is near a point."""
     questions = []
     split = scenes.SPLITS["val"]
     for i in range(n):
@@ -651,7 +646,7 @@ def val_questions(n: int) -> list[Question]:
             name, named_object = rng.choice(names)
             questions.append(Question(scene, f"where is {name}?", box=named_object.box))
         questions.append(
-            Question(scene, f"what is {near_text(o.box)}?", name=f"{cot.noun_phrase(o)} "))
+            Question(scene, f"what is {near_text(o.box)}?", name=f"{noun_phrase(o)} "))
     return questions
 
 
@@ -669,7 +664,7 @@ def answer_questions(
 
 
 def answer_iou(answer: str, box: scenes.Box) -> float:
-    """IoU of an answer's last four numbers, 0 where there are fewer."""
+    """IoU of an answer's last four numbers, 0 if it has fewer."""
     numbers = [float(v) for v in re.findall(r"\d+", answer)[-4:]]
     if len(numbers) < 4:
         return 0.0
@@ -677,11 +672,11 @@ def answer_iou(answer: str, box: scenes.Box) -> float:
 
 
 def scores(model: QwenVL, processor: Processor, n: int = 400) -> dict[str, float]:
-    """What the base knows of n val scenes.
+    """What the base knows about n val scenes.
 
-    pointing_mIoU, pointing_Pr50: of boxes asked for by name. named: the share of objects whose
-    color and category it says when asked what is near their center. pointed, asked_for_name:
-    how many of each were asked for.
+    pointing_mIoU, pointing_Pr50: of boxes of named objects. named: the share of objects for which
+    it answers color and category when asked what is near their center. pointed, asked_for_name:
+    the numbers of questions.
     """
     questions = val_questions(n)
     ious = []
@@ -698,21 +693,22 @@ def scores(model: QwenVL, processor: Processor, n: int = 400) -> dict[str, float
             "pointed": len(iou), "named": float(np.mean(named)), "asked_for_name": len(named)}
 
 
-SAMPLES = 8                    # answers to a record, as many as a group of RFT has
+SAMPLES = 8                    # answers to a record, like a group of RFT
 
 
 def zero_shot_scores(model: QwenVL, processor: Processor, n: int = 500) -> dict[str, float]:
-    """How the base answers n val records, asked as the stages ask.
+    """Scores of the base on n val records, with the prompt of the stages.
 
-    zero_shot_mIoU, zero_shot_Pr50, no_box: of greedy answers. pass_8: the chance that the best
-    of eight sampled at T=1 has IoU above 0.5. asked: how many there were."""
+    zero_shot_mIoU, zero_shot_Pr50, no_box: of greedy answers. pass_8: the probability that the
+    best of eight answers sampled at T=1 has IoU above 0.5. asked: the number of records.
+    """
     records = load("synth", None, "val")[:n]
     greedy = evaluation.evaluate(model, processor, records, max_new_tokens=MAX_NEW_TOKENS)
     row = evaluation.score_predictions(records, greedy)
     predictions = evaluation.evaluate(
         model, processor, records, temperature=1.0, samples=SAMPLES,
         max_new_tokens=MAX_NEW_TOKENS)
-    boxes = answers.sampled_boxes(records, predictions)               # (N, samples, 4)
+    boxes = sampled_boxes(records, predictions)               # (N, samples, 4)
     sampled = metrics.sampled(boxes, *metrics.targets(records), inclusive=False)
     return {"zero_shot_mIoU": row["mIoU"], "zero_shot_Pr50": row["Pr@0.5"],
             "no_box": sum(row["failures"].values()) / len(records), "asked": len(records),
@@ -744,13 +740,13 @@ the best of eight answers at T=1 has IoU above 0.5 for {pass_8:.3f}.
 
 
 def write_card(out: Path, args: argparse.Namespace) -> None:
-    """Scores the base as it is stored, and writes and prints its model card."""
+    """Scores the stored base, and writes and prints its model card."""
     model = QwenVL.from_pretrained(out, torch.float32)
     processor = Processor.from_pretrained(out)
     start = f"on from {args.init} of that commit" if args.init else "from nothing"
     card = CARD.format(
         **scores(model, processor), **zero_shot_scores(model, processor), steps=args.steps,
-        batch=args.batch, parameters=count_parameters(model), commit=runtime.commit(), start=start,
+        batch=args.batch, parameters=count_parameters(model), commit=commit(), start=start,
         command=" ".join(["python toy/pretrain.py", *sys.argv[1:]]))
     (out / "README.md").write_text(card, encoding="utf-8")
     print(card)
@@ -761,15 +757,14 @@ def count_parameters(model: QwenVL) -> int:
 
 
 def flags() -> FlagParser:
-    parser = FlagParser("Trains the small base on the embedded world from nothing")
+    parser = FlagParser("Trains the small base on the embedded world from scratch")
     add = parser.add_argument
     add("--out", default="ckpt/base", help="folder of the base")
-    add("--resume", action="store_true", help="go on where --out was stopped")
+    add("--resume", action="store_true", help="resume the run in --out")
     add("--steps", type=positive, default=14_000, help="steps")
-    add("--init", help="a base to train on; default: random weights and a tokenizer of its own")
-    add("--warm", type=natural, default=100,
-        help="the first of them, without language")
-    add("--batch", type=positive, default=16, help="scenes a step")
+    add("--init", help="a base to train further; default: random weights and a new tokenizer")
+    add("--warm", type=natural, default=100, help="first steps, which are without language")
+    add("--batch", type=positive, default=16, help="scenes per step")
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--seed", type=int, default=0, help="of weights and scenes")
     add("--every", type=positive, default=500,
@@ -781,9 +776,9 @@ def main() -> None:
     args = flags().parse_args()
     out = Path(args.out)
     if (out / "model.safetensors").exists():
-        dist.fail(f"{out} already holds a model; remove it, or name another --out")
+        fail(f"{out} already holds a model; remove it, or name another --out")
     if args.resume and not (out / "state.pt").exists():
-        dist.fail(f"no state.pt in {out} to resume from; begin without --resume")
+        fail(f"no state.pt in {out} to resume from; leave out --resume")
     init = folder(args.init) if args.init else None
     if not args.resume:
         shutil.rmtree(out, ignore_errors=True)

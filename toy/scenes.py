@@ -1,16 +1,16 @@
-"""The embedded world: small aerial scenes that draw themselves, and expressions with one answer.
+"""The embedded world: small synthetic aerial scenes, and expressions with one answer each.
 
 A scene is a pure function of a seed: textured terrain, a road, a river or a coast, trees, and
-objects that do not touch. An object has a category, which is its shape, a color and a size;
-its box is the extent of what is drawn. Ships and piers lie at a coast, bridges over a river,
-all else on land.
+objects that do not touch. An object has a category, which gives its shape, a color and a size;
+its box is the extent of its drawing. Ships and piers are at a coast, bridges over a river,
+everything else on land.
 
 An expression names an object by category, attribute, region of the image, extreme, relation to
-another object, or by two of these. It is used only where one object fits it clearly and all
-others clearly do not (MARGIN).
+another object, or by two of these. It is used only if one object fits it clearly and all others
+clearly do not (MARGIN).
 
-The world is fixed: test_toy.py holds a hash of its records, so that scores taken at different
-times speak of the same scenes.
+The world is fixed: test_toy.py has a hash of its records, so scores of different dates are about
+the same scenes.
 """
 import functools
 import math
@@ -28,11 +28,11 @@ Box = tuple[float, float, float, float]          # (x1, y1, x2, y2), pixels
 Color = tuple[int, int, int]
 
 SIDE = 112                     # of an image, pixels
-# A scene is drawn this much larger and then shrunk, so that its edges are smooth.
+# A scene is drawn larger by this factor and then shrunk, for smooth edges.
 OVERSAMPLING = 3
-# Pixels by which an expression must hold for its object and fail for the others.
+# Pixels by which its object must satisfy an expression, and the others must fail it.
 MARGIN = 5
-# Ratio of sizes from which one object is clearly larger than another.
+# An object is clearly larger than another above this ratio of sizes.
 CLEARLY_LARGER = 1.3
 
 COLORS = {
@@ -42,9 +42,7 @@ COLORS = {
 
 
 class Category(NamedTuple):
-    """How long objects of a category are, and where they lie."""
-
-    shortest: float            # pixels
+    shortest: float            # length of its objects in pixels
     longest: float
     ground: str                # "land", "water", "shore" or "river"
 
@@ -58,7 +56,7 @@ CATEGORIES = {
     "crane": Category(12, 36, "land"), "ship": Category(10, 36, "water"),
     "pier": Category(14, 34, "shore"), "bridge": Category(20, 38, "river"),
 }
-MIN_LENGTH = 5                 # pixels, whatever the split's scale
+MIN_LENGTH = 5                 # pixels, at any scale
 TERRAINS = {
     "grass": (112, 138, 82), "sand": (198, 180, 140), "concrete": (150, 150, 150),
     "field": (150, 140, 90), "scrub": (126, 112, 84), "snow": (206, 210, 218),
@@ -69,14 +67,14 @@ ROAD = (104, 104, 108)
 ROAD_LINE = (200, 200, 190)
 TREE = (58, 84, 50)
 SHADOW = (60, 60, 56)
-RIVER_WIDTH = 13               # pixels; a road's is 8
-# Terrain of the novel split alone; so are the pairs of category and color that `unseen` names.
+RIVER_WIDTH = 13               # pixels; a road has 8
+# Terrain of the novel split only, like the pairs of category and color for which `unseen` is true.
 HELD_OUT_TERRAIN = "snow"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Scenes of consecutive seeds; splits share none."""
+    """Scenes of consecutive seeds. No two splits share a seed."""
 
     first_seed: int
     scenes: int
@@ -93,7 +91,7 @@ SPLITS = {
     "val": Split(30_000_000, 500, 2, 12),
     "test": Split(40_000_000, 2_020, 2, 12),
     "novel": Split(50_000_000, 1_000, 6, 12, novel=True),
-    # For figures that are published: no design is chosen on it.
+    # For published figures: no design is chosen on it.
     "final": Split(90_000_000, 2_000, 2, 12),
 }
 SMALL = {
@@ -102,14 +100,14 @@ SMALL = {
     "test": Split(80_000_000, 2_020, 2, 12, scale=0.5),
     "final": Split(100_000_000, 2_000, 2, 12, scale=0.5),
 }
-# One thing a scene: there is nothing else to choose, so that a box can only be imprecise.
+# One object in each scene: a model cannot choose a wrong one, so a box can only be imprecise.
 ONE = {
     "rft": Split(110_000_000, 10_000, 1, 1),
     "val": Split(120_000_000, 500, 1, 1),
     "test": Split(130_000_000, 2_000, 1, 1),
     "final": Split(140_000_000, 2_000, 1, 1),
 }
-# The same where half of the things are as small as things get.
+# The same with tiny objects: half of them have MIN_LENGTH.
 TINY = {
     "rft": Split(150_000_000, 10_000, 1, 1, scale=0.3),
     "val": Split(160_000_000, 500, 1, 1, scale=0.3),
@@ -121,7 +119,7 @@ WORLDS = {"synth": SPLITS, "synth-small": SMALL, "synth-one": ONE, "synth-tiny":
 
 
 def unseen(category: str, color: str) -> bool:
-    """Whether this pair is kept for the novel split; one of each category's six colors is."""
+    """Whether this pair is only in the novel split; each category has one such color."""
     color_index = list(COLORS).index(color)
     category_index = list(CATEGORIES).index(category)
     return (color_index - category_index) % len(COLORS) == 0
@@ -131,8 +129,6 @@ def unseen(category: str, color: str) -> bool:
 
 @dataclass(frozen=True)
 class Object:
-    """A thing that a scene shows."""
-
     category: str
     color: str
     box: Box
@@ -165,9 +161,9 @@ class Strip:
         return SIDE / 2 + along * cos - across * sin, SIDE / 2 + along * sin + across * cos
 
     def allows(self, ground: str, center: Point, radius: float) -> bool:
-        """Whether an object that belongs on this ground may fill a disc about the center.
+        """Whether an object of this ground may cover a disc around the center.
 
-        A road is land. What belongs to a shore or a river is put there, and always may.
+        A road is land. Objects of a shore or a river are placed there, so the answer is yes.
         """
         x, y = center
         x_distance = (x - SIDE / 2) * math.sin(self.angle)
@@ -184,7 +180,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in an image; it draws itself."""
+    """The content of an image."""
 
     seed: int
     terrain: str
@@ -196,7 +192,7 @@ class Scene:
         return SIDE, SIDE
 
     def draw(self) -> Image.Image:
-        """The RGB image; its random numbers are the scene's own."""
+        """The RGB image; random details depend on the scene's seed alone."""
         rng = np.random.default_rng(self.seed)
         ground = np.array(TERRAINS[self.terrain]) * rng.uniform(0.85, 1.1)
         gray = texture(self.terrain, int(rng.integers(16)))          # (SIDE, SIDE)
@@ -216,7 +212,7 @@ class Scene:
 # ---------------------------------------------------------------- drawing
 
 def draw_trees(pen: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    """A few discs, each on top of its shadow."""
+    """A few discs, each over its shadow."""
     count = int(rng.integers(14))
     for x, y, radius in rng.uniform((0, 0, 1.2), (SIDE, SIDE, 3.2), (count, 3)):
         for shift, brightness in ((1.0, 0.55), (0.0, 1.0)):
@@ -226,9 +222,9 @@ def draw_trees(pen: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
 
 
 def draw_strip(pen: ImageDraw.ImageDraw, strip: Strip, rng: np.random.Generator) -> None:
-    """The road, river or coast of a scene."""
+    """Draws the road, river or coast of a scene."""
     def edge_to_edge(across: float, waves: float = 0.0) -> list[Point]:
-        """A line from edge to edge and beyond, at this distance from the strip's own."""
+        """A line from edge to edge and beyond, parallel to the strip at this distance."""
         wave = waves * rng.normal(0, 1, 33)
         points = []
         for along, shift in zip(np.linspace(-SIDE, SIDE, 33), wave):
@@ -249,7 +245,7 @@ def draw_strip(pen: ImageDraw.ImageDraw, strip: Strip, rng: np.random.Generator)
 
 @functools.cache
 def texture(terrain: str, variant: int) -> ndarray:
-    """One of a terrain's 16 gray textures, to be added to its color -> (SIDE, SIDE).
+    """One of a terrain's 16 gray textures, (SIDE, SIDE), to add to its color.
 
     Noise, furrows in a field, joints in concrete, tufts.
     """
@@ -278,7 +274,7 @@ def texture(terrain: str, variant: int) -> ndarray:
 # ---------------------------------------------------------------- shapes of the categories
 
 def ellipse(corners: int, x_radius: float, y_radius: float, x_center: float = 0.0) -> ndarray:
-    """A polygon of so many corners -> (corners, 2)."""
+    """A polygon with this number of corners, (corners, 2)."""
     t = np.linspace(0, 2 * math.pi, corners, endpoint=False)
     return np.stack((x_radius * np.cos(t) + x_center, y_radius * np.sin(t)), 1)
 
@@ -292,18 +288,18 @@ def polygon(*corners: Point) -> ndarray:
 
 
 def turned(shape: ndarray, degrees: float) -> ndarray:
-    """A polygon (n, 2), turned about the origin; y points down, so it turns clockwise."""
+    """A polygon (n, 2), rotated around the origin: clockwise, because y points down."""
     a = math.radians(degrees)
     return shape @ np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])
 
 
-# A polygon, and its brightness beside the object's color.
+# A polygon, and its brightness relative to the object's color.
 Part = tuple[ndarray, float]
 
 ROTOR = rectangle(-0.38, -0.03, 0.38, 0.03)
 BLADE = polygon((0, 0), (0.47, -0.09), (0.5, 0.03))
 
-# Parts of each category from bottom to top, in a frame where its length is 1 along x.
+# Parts of each category, from bottom to top, for an object of length 1 along x.
 CATEGORY_PARTS: dict[str, list[Part]] = {
     "plane": [
         (polygon((0.06, -0.06), (-0.18, -0.45), (-0.28, -0.45), (-0.14, -0.06)), 1),
@@ -365,7 +361,7 @@ def shaded(color: Color, brightness: float) -> Color:
 
 
 def object_parts(category: str, angle: float, length: float) -> list[Part]:
-    """The parts of an object about the origin, in pixels."""
+    """The parts of an object around the origin, in pixels."""
     return [(turned(shape, angle) * length, shade) for shape, shade in CATEGORY_PARTS[category]]
 
 
@@ -378,7 +374,7 @@ CATEGORY_CORNERS = {name: all_corners(parts) for name, parts in CATEGORY_PARTS.i
 
 
 def object_polygons(o: Object) -> Iterator[tuple[ndarray, Color]]:
-    """Yields an object's polygons in the image with their colors, its shadow first."""
+    """Yields (polygon, color) of an object in the image, first its shadow."""
     parts = object_parts(o.category, o.angle, o.length)
     shift = np.array(o.box[:2]) - all_corners(parts).min(0)
     for shape, _ in parts:
@@ -390,21 +386,21 @@ def object_polygons(o: Object) -> Iterator[tuple[ndarray, Color]]:
 # ---------------------------------------------------------------- scenes
 
 def make_scene(seed: int, split: Split) -> Scene:
-    """The scene of this seed; a pure function of it and of the split's settings."""
+    """The scene of this seed, a pure function of the seed and the split's settings."""
     rng = random.Random(seed)
     strip_kind = rng.choices(("road", "coast", "river", ""), (30, 25, 20, 25))[0]
     strip = Strip(strip_kind, rng.uniform(-34, 34), rng.uniform(0, 2 * math.pi))
     terrain = HELD_OUT_TERRAIN
     if not split.novel:
         terrain = rng.choice([t for t in TERRAINS if t != HELD_OUT_TERRAIN])
-    # Few categories and colors a scene make distractors common.
+    # With few categories and colors in a scene, distractors are common.
     categories = scene_categories(strip, rng)
     colors = rng.sample(list(COLORS), 3)
-    # The exponent makes scenes of few objects more common.
+    # The exponent makes scenes with few objects more common.
     span = split.max_objects - split.min_objects + 1
     count = split.min_objects + int(span * rng.random() ** 1.7)
     objects: list[Object] = []
-    # Where these attempts do not find room for all, the scene has fewer objects.
+    # If these attempts do not find room for all, the scene has fewer objects.
     for _ in range(100 + 30 * count):
         if len(objects) == count:
             break
@@ -415,7 +411,7 @@ def make_scene(seed: int, split: Split) -> Scene:
 
 
 def scene_categories(strip: Strip, rng: random.Random) -> list[str]:
-    """Two to four categories of land, and some of those that belong to the strip."""
+    """Two to four categories of land, and some of the strip's."""
     of_strip = {"coast": ("ship", "pier"), "river": ("bridge",)}.get(strip.kind, ())
     of_land = [name for name, category in CATEGORIES.items() if category.ground == "land"]
     chosen = rng.sample(of_land, rng.randint(2, 4))
@@ -425,7 +421,7 @@ def scene_categories(strip: Strip, rng: random.Random) -> list[str]:
 def random_object(
         rng: random.Random, strip: Strip, categories: Sequence[str], colors: Sequence[str],
         split: Split) -> Object | None:
-    """An object somewhere in the image, None where it may not lie there or not be shown."""
+    """An object at a random place, None if it may not be there or its color is held out."""
     name = rng.choice(categories)
     color = rng.choice(colors)
     category = CATEGORIES[name]
@@ -434,14 +430,14 @@ def random_object(
     angle = rng.choice((0, 90, 180, 270)) + rng.uniform(-20, 20)
     x = rng.uniform(0, SIDE)
     y = rng.uniform(0, SIDE)
-    # Piers and bridges lie across the strip's line.
+    # Piers and bridges cross the strip's line.
     if category.ground in ("shore", "river"):
         angle = math.degrees(strip.angle) + 90
         x, y = strip.point(rng.uniform(-SIDE / 2, SIDE / 2))
-    # A bridge reaches over its river.
+    # A bridge is longer than its river is wide.
     if category.ground == "river":
         length = max(length, RIVER_WIDTH + 5)
-    # The box is the extent of what is drawn, so it comes from the turned parts.
+    # The box is the extent of the drawing, so it comes from the rotated parts.
     corners = turned(CATEGORY_CORNERS[name], angle) * length
     width, height = (corners.max(0) - corners.min(0)).tolist()
     edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
@@ -456,7 +452,7 @@ def random_object(
 
 
 def are_apart(a: Box, b: Box) -> bool:
-    """Whether there are more than two pixels between the boxes, across or down."""
+    """Whether more than two pixels separate the boxes, horizontally or vertically."""
     return a[0] > b[2] + 2 or b[0] > a[2] + 2 or a[1] > b[3] + 2 or b[1] > a[3] + 2
 
 
@@ -468,7 +464,7 @@ REGIONS = {
     "left": (0, 1), "center": (1, 1), "right": (2, 1),
     "lower left": (0, 2), "bottom": (1, 2), "lower right": (2, 2),
 }
-# Axis of the center, and the sign that makes the object's coordinate the least.
+# Axis of the center, and the sign for which the object has the smallest coordinate.
 EXTREMES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "lowest": (1, -1)}
 # Unit vector from the anchor towards the object.
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -490,7 +486,7 @@ WORDINGS = {
 
 
 class Expression(NamedTuple):
-    """A text that one object of a scene fits."""
+    """A text that fits one object of a scene."""
 
     kind: str                  # "category", "attribute", "position", "extreme", "relation" ...
     text: str                  # ... or "two-step"
@@ -498,7 +494,7 @@ class Expression(NamedTuple):
 
 
 class SceneRecord(NamedTuple):
-    """One expression of a scene, as data.py reads it."""
+    """One expression of a scene, for data.py."""
 
     number: int                # of the scene in its split
     scene: Scene
@@ -509,9 +505,9 @@ class SceneRecord(NamedTuple):
 
 
 class Anchor(NamedTuple):
-    """An object by which others are described."""
+    """An object that others are described by."""
 
-    phrase: str                # that fits it alone: "the red ship"
+    phrase: str                # fits it alone: "the red ship"
     target: Object
 
 
@@ -525,7 +521,7 @@ def in_region(o: Object, region: str, slack: float) -> bool:
 
 
 def lies_on_side(o: Object, anchor: Object, relation: str, slack: float) -> bool:
-    """Whether an object lies on this side of the anchor, more than to either side of it."""
+    """Whether an object is on this side of the anchor, and further along it than across."""
     dx = o.center[0] - anchor.center[0]
     dy = o.center[1] - anchor.center[1]
     ux, uy = RELATIONS[relation]
@@ -537,9 +533,9 @@ def lies_on_side(o: Object, anchor: Object, relation: str, slack: float) -> bool
 def sole_fit(
         pool: Sequence[Object], fits: Callable[[Object, float], bool], margin: float,
 ) -> Object | None:
-    """The one object that fits clearly, while no other fits even nearly; else None.
+    """The object that fits clearly if no other one nearly fits, else None.
 
-    fits: takes an object and a slack in pixels.
+    fits: a predicate of an object and a slack in pixels.
     """
     found = None
     for o in pool:
@@ -553,7 +549,7 @@ def sole_fit(
 def clear_first(
         pool: Sequence[Object], key: Callable[[Object], float],
         are_distinct: Callable[[float, float], bool]) -> Object | None:
-    """The object of least key, where the two least keys are distinct; else None."""
+    """The object with the smallest key if the two smallest keys are distinct, else None."""
     ranked = sorted(pool, key=key)
     if len(ranked) > 1 and are_distinct(key(ranked[0]), key(ranked[1])):
         return ranked[0]
@@ -565,7 +561,7 @@ def sizes_distinct(a: float, b: float) -> bool:
 
 
 def noun_phrases(scene: Scene) -> dict[str, list[Object]]:
-    """Noun phrase, "ship" or "red ship" -> the objects that it fits."""
+    """Noun phrase ("ship", "red ship") -> the objects that it fits."""
     pools: dict[str, list[Object]] = {}
     for o in scene.objects:
         same_category = [p for p in scene.objects if p.category == o.category]
@@ -577,7 +573,7 @@ def noun_phrases(scene: Scene) -> dict[str, list[Object]]:
 
 def worded(
         rng: random.Random, kind: str, wording: str, target: Object, *words: str) -> Expression:
-    """An expression in one of its wordings; words: those that are put into it."""
+    """An expression in one of its wordings, filled with the words."""
     return Expression(kind, rng.choice(WORDINGS[wording]).format(*words), target)
 
 
@@ -611,7 +607,7 @@ def region_expressions(
 def relation_expressions(
         phrase: str, pool: Sequence[Object], anchor: Anchor, rng: random.Random,
 ) -> Iterator[Expression]:
-    # An anchor that itself takes an attribute is a second step: "left of the red ship".
+    # An anchor with an attribute is a second step: "left of the red ship".
     plain_anchor = len(anchor.phrase.split()) == 2
     kind = "relation" if is_category(phrase) and plain_anchor else "two-step"
     for relation in RELATIONS:
@@ -626,12 +622,12 @@ def relation_expressions(
 
 
 def is_category(phrase: str) -> bool:
-    """Whether a noun phrase is the category alone, without a color."""
+    """Whether a noun phrase has no color."""
     return " " not in phrase
 
 
 def expressions(scene: Scene, rng: random.Random) -> list[Expression]:
-    """All expressions of a scene, in wordings of rng's choice."""
+    """All expressions of a scene, in random wordings."""
     pools = noun_phrases(scene)
     scene_expressions = []
     anchors: list[Anchor] = []
@@ -643,7 +639,7 @@ def expressions(scene: Scene, rng: random.Random) -> list[Expression]:
             scene_expressions.append(expression)
             anchors.append(Anchor(expression.text, expression.target))
     for phrase, pool in pools.items():
-        # Of a sole object more words would only confirm what is clear already.
+        # More words about a single object would add nothing.
         if len(pool) == 1:
             kind = "category" if is_category(phrase) else "attribute"
             scene_expressions.append(Expression(kind, f"the {phrase}", pool[0]))
@@ -657,15 +653,15 @@ def expressions(scene: Scene, rng: random.Random) -> list[Expression]:
 
 
 def records(split: Split) -> list[SceneRecord]:
-    """One expression for each scene of a split; kinds in equal shares where the scene allows.
+    """One expression for each scene of a split, with kinds in equal shares if scenes allow it.
 
-    A scene with too few objects, without an expression, or without an unseen pair in the novel
-    split, gives none.
+    Scenes with too few objects, or without an expression (in the novel split: of an unseen pair),
+    are left out.
     """
     split_records = []
     for number in range(split.scenes):
         scene = make_scene(split.first_seed + number, split)
-        # Apart from the scene's own numbers: other expressions leave the scene as it is.
+        # Not the scene's own generator: changes of expressions leave scenes unchanged.
         rng = random.Random(split.first_seed + number + 5_000_000)
         choices = expressions(scene, rng)
         if split.novel:
