@@ -846,6 +846,18 @@ def test_the_genuine_records_of_rrsis_d_in_its_converted_form(tmp_path: Path) ->
         load("rrsisd", tmp_path, "train")
 
 
+def test_a_published_val_that_is_missing_is_not_held_out_of_train(tmp_path: Path) -> None:
+    """It would hold images that sft and rft, which get the whole train, are trained on."""
+    for i in range(3):
+        image(tmp_path / f"{i}.jpg")
+    lines(tmp_path / "rrsisd_train.jsonl", *({
+        "split": "train", "sent": "a ship", "file_name": f"{i}.jpg", "ann_id": i,
+        "bbox": [1, 2, 30, 40]} for i in range(3)))
+    assert len(load("rrsisd", tmp_path, "sft")) == 3
+    with pytest.raises(base.NoSplit, match="rrsisd_val.jsonl"):
+        load("rrsisd", tmp_path, "val")
+
+
 @needs_sample("rrsis_d")
 def test_the_genuine_train_split_of_rrsis_d_has_the_published_count(
         tmp_path: Path, capsys: pytest.CaptureFixture,
@@ -1056,6 +1068,13 @@ def test_your_own_lines_are_read_and_bad_ones_refused_by_number(tmp_path: Path) 
         "image outside the data set": [7, 8], "empty text": [9, 10],
         "x1 > x2 or y1 > y2 (is it x, y, width, height?)": [11], "no box": [12, 13, 15],
         "id of an earlier record": [14], "no image named": [16]}
+
+
+def test_lone_surrogates_are_replaced_where_records_are_made(tmp_path: Path) -> None:
+    image(tmp_path / "1.jpg")
+    lines(tmp_path / "test.jsonl", own("1.jpg", "a \ud800 ship", id="\udfff", category="\ud83d"))
+    record, = load("jsonl", tmp_path, "test")
+    assert (record.id, record.text, record.category) == ("?", "a ? ship", "?")
 
 
 def test_the_splits_of_your_own_data(tmp_path: Path) -> None:
