@@ -127,31 +127,28 @@ class Graph:
     def __call__(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """As QwenVL.decode."""
         if self.tokens is None or len(tokens) != len(self.tokens):
-            self.capture(tokens, positions, cache)
+            self.tokens = tokens.clone()
+            self.positions = positions.clone()
+            # A first run, on a stream of its own, lets libraries allocate what they need. The
+            # cache's counts go back, because this step is not taken.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.model.decode(self.tokens, self.positions, cache)
+            torch.cuda.current_stream().wait_stream(side)
+            cache.filled -= 1
+            cache.place -= 1
+            # Recording runs nothing on the device, but the host counts.
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.model.decode(self.tokens, self.positions, cache)
+            cache.filled -= 1
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
         self.graph.replay()
         # The replay counts on the device only.
         cache.filled += 1
         return self.logits
-
-    def capture(self, tokens: Tensor, positions: Tensor, cache: Cache) -> None:
-        """Records one step; afterwards the cache's counts are as before."""
-        self.tokens = tokens.clone()
-        self.positions = positions.clone()
-        # A first run, on a stream of its own, lets libraries allocate what they need.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.model.decode(self.tokens, self.positions, cache)
-        torch.cuda.current_stream().wait_stream(side)
-        cache.filled -= 1
-        cache.place -= 1
-        # Recording runs nothing on the device, but the host counts.
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.model.decode(self.tokens, self.positions, cache)
-        cache.filled -= 1
 
 
 # ---------------------------------------------------------------- random numbers

@@ -106,9 +106,6 @@ class Pixels:
     table: Tensor                 # (channels, 256) float32: what each byte is normalised to
     frames: int                   # of the temporal patch; a still image fills all of them
 
-    def __len__(self) -> int:
-        return len(self.values)
-
     def normalised(
             self, device: torch.device | str = "cpu",
             dtype: torch.dtype = torch.float32) -> Tensor:

@@ -175,7 +175,7 @@ def test_patches_count_if_anything_of_the_vision_tower_is_trained(tmp_path: Path
         prompt = passes["updating"].prompt
         costs.append(dist.memory_tokens(model, prompt, 0))
     tokens = len(prompt.input_ids)
-    patches = len(prompt.pixels)
+    patches = len(prompt.pixels.values)
     with_patches = tokens + round(dist.PATCH_TOKENS * patches)
     assert costs == [with_patches, tokens, with_patches, tokens]
 
@@ -192,7 +192,7 @@ def test_a_patch_and_a_token_keep_what_the_budget_says(tmp_path: Path) -> None:
         with ByteCounter(list(model.parameters())) as counter:
             model.score([prompt], [[torch.zeros(256, dtype=torch.long)]])[0]
             kept.append(counter.peak)
-    patch = (kept[0] - kept[1]) / len(prompt.pixels)
+    patch = (kept[0] - kept[1]) / len(prompt.pixels.values)
     token = kept[1] / (len(prompt.input_ids) + 255)
     assert 0.7 * dist.PATCH_TOKENS < patch / token < 1.4 * dist.PATCH_TOKENS
 
