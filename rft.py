@@ -56,15 +56,14 @@ from train.run import Run, epoch_order, launch, load_records, record_at, trailin
 MAX_LOG_RATIO = 20.0              # exp() of a larger log-ratio is useless and may overflow
 COLLAPSED_AFTER = 10              # steps in a row without a learning signal, then a warning
 LEAST_ENTROPY = 0.01              # nats per token: the sampled answers are nearly identical
-# Keys of metrics.jsonl and rollouts.jsonl that no term of the reward may use.
-RESERVED = set(
-    "step loss lr grad_norm finite warning peak_GiB val_mIoU val_Pr@0.5 val_failed unreadable "
-    "completion_tokens tokens_per_second reward length truncated unparsable unique "
-    "no_overlap_groups no_overlap_advantage positional_alone_advantage zero_variance_groups "
-    "resampled advantage consistency_weight consistency_weight_min consistency_weight_max "
-    "dispersion groups_with_boxes entropy clipped clipped_completions kl sampled_scored_max "
-    "seconds_rollout seconds_reward seconds_resample seconds_update id expression target boxes "
-    "texts".split())
+# Keys of metrics.jsonl and rollouts.jsonl (docs/logs.md) that no term of the reward may use.
+RESERVED = set("""
+    step loss lr grad_norm finite warning peak_GiB val_mIoU val_Pr@0.5 val_failed unreadable reward
+    length truncated unparsable unique no_overlap_groups no_overlap_advantage dispersion entropy kl
+    positional_alone_advantage zero_variance_groups resampled advantage consistency_weight
+    consistency_weight_min consistency_weight_max groups_with_boxes clipped clipped_completions
+    sampled_scored_max seconds_rollout seconds_reward seconds_resample seconds_update
+    id expression target boxes texts""".split())
 
 
 class NamedWeights(argparse.Action):

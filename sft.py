@@ -102,7 +102,7 @@ def train_step(
     }
 
 
-def step_size(
+def longest_step(
         args: argparse.Namespace, processor: Processor, records: Sequence[Record]) -> memory.Step:
     """The size of a step, for the plan of memory: with the longest completion of these records,
     or --max-new-tokens if there are none."""
@@ -125,7 +125,7 @@ def main() -> None:
     if args.plan:
         processor = Processor.from_pretrained(folder(args.init), max_pixels=args.max_pixels)
         records, val = ((), ()) if args.image else load_records(args, args.split)
-        memory.show(args, step_size(args, processor, records), records, val)
+        memory.show(args, longest_step(args, processor, records), records, val)
         return
     init = folder(args.init)
     records, val = load_records(args, args.split)
@@ -135,7 +135,7 @@ def main() -> None:
     model, processor = open_model(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
     device = dist.start(args.device, args.deterministic)
-    step_of_run = step_size(args, processor, records) if device.type != "cpu" else None
+    step_of_run = longest_step(args, processor, records) if device.type != "cpu" else None
     memory.check_gpu(args, processor, records, val, step_of_run, device)
     lora.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
     model = dist.prepare(model, device)

@@ -228,11 +228,11 @@ def test_sft_plans_for_its_longest_completion(tiny_checkpoint: Path, tmp_path: P
     lines = [{"id": record.id, "think": "x" * (900 + i)} for i, record in enumerate(records)]
     reasoning.write_text("".join(json.dumps(line) + "\n" for line in lines))
     args = sft.flags().parse_args(["--cot", str(reasoning), "--batch", "4"])
-    assert 919 < sft.step_size(args, processor, records).tokens < 1100
+    assert 919 < sft.longest_step(args, processor, records).tokens < 1100
     args = sft.flags().parse_args(["--answer-only", "--batch", "4"])
-    assert sft.step_size(args, processor, records).tokens < 100
+    assert sft.longest_step(args, processor, records).tokens < 100
     # The data are not looked at.
-    assert sft.step_size(args, processor, []).tokens == args.max_new_tokens
+    assert sft.longest_step(args, processor, []).tokens == args.max_new_tokens
 
 
 def test_a_plan_of_data_without_a_record_says_so(

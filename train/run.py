@@ -212,17 +212,7 @@ def make_batch(
 # ---------------------------------------------------------------- a run
 
 class Run:
-    """A run of a stage: its folder, its log, its checkpoints, and its steps.
-
-        run = Run(args, "sft", records)
-        run.begin(model, optimizer, processor)
-        for step, batch in run.steps(make, args.batch):
-            line = train_step(...)
-            if run.due(step):
-                line |= validate(...)
-            run.log(line, batch)
-        run.end()
-    """
+    """A run of a stage: its folder, log, checkpoints and steps. sft.main() shows its use."""
 
     def __init__(
             self, args: argparse.Namespace, stage: str, records: Records,
