@@ -31,7 +31,7 @@ from qwen.hub import FAMILIES
 from qwen.processor import Processor, Prompt
 from readers.base import Records
 from train import checkpoints, dist
-from train import run as runtime
+from train.run import record_at
 
 DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 0.03)]
 
@@ -206,8 +206,9 @@ def test_a_step_of_64_rollouts_of_256_tokens_waits_40_times_at_most(setup: Setup
         model.stop_ids = ()
         gpu.syncs.clear()
         policy = rft.Policy(model, setup.processor, None, None)
-        rollouts = rft.sample(policy, records, prompts, torch.arange(8), args)
-    assert rollouts.lengths.min() == 256 and gpu.syncs.total() <= 40
+        groups = rft.sample(policy, records, prompts, torch.arange(8), args)
+    shortest = min(len(c) for group in groups for c in group.completions)
+    assert shortest == 256 and gpu.syncs.total() <= 40
 
 
 # ---------------------------------------------------------------- faults that must be seen
@@ -258,14 +259,12 @@ def step_flags(stage: Any, **changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**flags | {"steps": 10, "updates": 2, "data": "dior"} | changes)
 
 
-def reward_by_letters(rollouts: rft.Rollouts, args: argparse.Namespace) -> rft.Grades:
-    """Grades that differ within a group, from a model that has learned nothing."""
-    rewards = []
-    for group in rollouts.completions:
-        rewards.append([len(c) % 5 / 5 + int(c[0]) % 7 / 7 for c in group])
-    rewards = torch.tensor(rewards)
-    boxes = torch.full((*rewards.shape, 4), torch.nan)
-    return rft.Grades(rewards, {name: rewards / 2 for name in ("iou", *args.reward)}, boxes)
+def reward_by_letters(group: rft.Group, args: argparse.Namespace) -> rft.Group:
+    """Rewards that differ within a group, for a model that has learned nothing."""
+    group.reward = torch.tensor([len(c) % 5 / 5 + int(c[0]) % 7 / 7 for c in group.completions])
+    group.terms = {name: group.reward / 2 for name in ("iou", *args.reward)}
+    group.boxes = torch.full((len(group.reward), 4), torch.nan)
+    return group
 
 
 def rft_step(setup: Setup, model: QwenVL, reference: QwenVL) -> dict[str, Any]:
@@ -273,7 +272,7 @@ def rft_step(setup: Setup, model: QwenVL, reference: QwenVL) -> dict[str, Any]:
     policy = rft.Policy(model, setup.processor, opt, reference.requires_grad_(False))
     records = setup.records[:4]
     prompts = [setup.processor(open_image(r), r.text) for r in records]
-    line, _, _ = rft.train_step(policy, records, prompts, step_flags(rft), 0)
+    line, _ = rft.train_step(policy, records, prompts, step_flags(rft), 0)
     return line
 
 
@@ -305,8 +304,8 @@ def test_a_step_in_float32_is_the_cpus(
     want = step(setup, host, reference)
     with PlayedDevice() as gpu:
         model = QwenVL.from_pretrained(setup.path, None)
-        model = dist.prepare(
-            model, torch.device("cuda"), gradient_checkpointing=checkpointing)
+        model.visual.checkpointing = model.model.checkpointing = checkpointing
+        model = dist.prepare(model, torch.device("cuda"))
         got = step(setup, model, QwenVL.from_pretrained(setup.path, torch.float32, "cuda"))
         assert got["peak_GiB"] == gpu.peak_bytes / 2 ** 30 > 0
     compare_lines(got, want, 1e-4)
@@ -353,12 +352,14 @@ def test_a_checkpoint_of_the_device_is_the_cpus_and_is_restored_there(
     def kept(folder: Path) -> dict[str, Tensor]:
         return load_file(next((folder / "latest" / "state").iterdir()))
 
+    keep = argparse.Namespace(keep=2, keep_weights=None)
     host = dist.prepare(setup.model, torch.device("cpu"))
-    checkpoints.save(tmp_path / "host", 1, host, trained(host), setup.processor, {})
+    checkpoints.save(
+        tmp_path / "host", {"step": 1}, host, trained(host), setup.processor, {}, keep)
     with PlayedDevice() as gpu:
         model = on_cuda(setup.path)
         opt = trained(model)
-        checkpoints.save(tmp_path / "gpu", 1, model, opt, setup.processor, {})
+        checkpoints.save(tmp_path / "gpu", {"step": 1}, model, opt, setup.processor, {}, keep)
         restored = on_cuda(setup.path)
         restored_opt = dist.optimizer(restored, 1e-3)
         assert checkpoints.restore(tmp_path / "gpu", restored, restored_opt) == 1
@@ -383,11 +384,12 @@ BFLOAT16_STAGE = """
 import functools, sys, torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import rft, sft
-from train import dist, run as runtime
+from train import dist
+from train.run import launch
 from test_cuda import reward_by_letters
 rft.grade = reward_by_letters
 dist.prepare = functools.partial(dist.prepare, dtype=torch.bfloat16)
-runtime.launch({stage}.main)
+launch({stage}.main)
 """
 FLAGS = {
     "sft": ["--split", "train", "--batch", 4, "--val", 2],
@@ -454,7 +456,7 @@ def sft_step_of_run(setup: Setup) -> dict[str, Any]:
     """The first step of FLAGS["sft"], by one process in float32."""
     write = cot.writer(setup.records, None, False)
     examples = []
-    for record in (runtime.record_at(setup.records, i, 0) for i in range(4)):
+    for record in (record_at(setup.records, i, 0) for i in range(4)):
         examples.append(sft.make_example(record, setup.processor, write))
     model = dist.prepare(setup.model, torch.device("cpu"))
     return sft.train_step(model, dist.optimizer(model, 1e-3), examples, step_flags(sft), 0)
