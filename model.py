@@ -1,19 +1,18 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: vision tower, language model, log-probabilities, files.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: vision tower, language model, scores, checkpoints.
 
 The three families share one language model and one vision tower. Search for "Qwen2-VL",
 "Qwen2.5-VL" and "Qwen3-VL" to find every difference.
 
-Tokens are packed everywhere, (N, D): the sequences of a batch follow each other in one tensor,
-and no padding is computed. A `Plan` says which tokens see which (qwen/attention.py has a
-drawing). A layer is norm, attention, norm, MLP, and knows nothing about batches. Two steps serve
-everything: prompts are prefilled, and completions extend them, with gradient (`score`) or
-without (`prefill` and `decode`, see qwen/generate.py). So sampled and scored log-probabilities
-agree.
+Tokens are packed everywhere, (N, D): the sequences of a batch follow each other in one
+tensor, without padding. A `Plan` says which tokens see which (qwen/attention.py has a
+drawing); layers know nothing about batches. Prompts are prefilled, and completions extend
+them, with gradient (`score`) or without (`prefill`, `decode`, see qwen/generate.py). Both
+are the same two steps, so sampled and scored log-probabilities agree.
 
 Shapes: N packed tokens, D width, H heads, KV key-value heads, hd head width, Q prompts,
 G rollouts of a prompt, R = Q * G rollouts, V vocabulary.
-Sources: the reports on Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL
-(arXiv 2511.21631), and the released checkpoints. Module names are the checkpoints' names.
+Sources: arXiv 2409.12191 (Qwen2-VL), 2502.13923 (Qwen2.5-VL), 2511.21631 (Qwen3-VL), and the
+released checkpoints. Module names are the checkpoints' names.
 """
 from __future__ import annotations
 
@@ -47,24 +46,23 @@ from qwen.hub import (
 from qwen.processor import Prompt
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-# Markers that only prompts hold, by their text in the tokenizer.
+# Markers that only prompts hold.
 VISION_MARKERS = (
-    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+    "<|video_pad|>")
 # Logit of an id that must not be sampled. It is finite, so that 0 * log 0 stays 0.
 NEVER = -1e30
-# Logits alive at once in `score` (float32: 0.1 GB). Without a limit memory would grow with
-# tokens x vocabulary.
+# Logits alive at once in `score`: 0.1 GB in float32, on CUDA 1 GB, since the head's gradient is
+# a bfloat16 sum over the chunks, rounded at each.
 LOGITS_PER_CHUNK = 2 ** 25
-# More on CUDA (1 GB): the head's gradient is a bfloat16 sum over the chunks, rounded at each.
 CUDA_LOGITS_PER_CHUNK = 2 ** 28
-# Patches in one pass of the vision tower without gradient: more only take more memory.
+# Patches in one pass of the vision tower without gradient. More only take more memory, but on
+# CUDA, where fewer kernels are launched, they are faster (1.3 GB at the widths of 3B).
 PATCHES_AT_ONCE = 2048
-# On CUDA more are faster: fewer kernels are launched, and the host waits once per pass (1.3 GB
-# at the widths of 3B).
 CUDA_PATCHES_AT_ONCE = 2 ** 15
 Grid = tuple[int, int, int]               # an image's frames, rows and columns, in patches
-Rotation = tuple[Tensor, Tensor]          # cos and signed sin of rotary angles, (N, 1, hd) each
-# What Qwen3-VL adds to its image tokens after the first layers (arXiv 2406.04334): their rows in
+Rotation = tuple[Tensor, Tensor]          # cos, signed sin of rotary angles, (N, 1, hd) each
+# Added to Qwen3-VL's image tokens after the first layers (arXiv 2406.04334): the tokens' rows in
 # the pack, and features (image tokens, D) for the first layer, for the second ...
 Deepstack = tuple[Tensor, list[Tensor]]
 ALL_ROWS = slice(None)
@@ -86,7 +84,7 @@ class MLP(nn.Module):
 def rotation_by(angles: Tensor) -> Rotation:
     """(N, hd / 2) rotary angles -> what `rotate` takes.
 
-    Dimension i is paired with i + hd / 2, and (a, b) turns to (a cos - b sin, b cos + a sin)."""
+    Dimensions i and i + hd / 2, (a, b), turn to (a cos - b sin, b cos + a sin)."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
@@ -118,7 +116,7 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(c.hidden, c.hidden)
 
     def forward(self, x: Tensor, rotation: Rotation, plan: Plan) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))                  # (N, 3 * H, hd)
+        qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))              # (N, 3 * H, hd)
         qk, v = qkv.split((2 * self.heads, self.heads), 1)
         q, k = rotate(qk, *rotation).split(self.heads, 1)
         return self.proj(attention(q, k, v, plan).flatten(1))
@@ -150,38 +148,39 @@ class VisionBlock(nn.Module):
 def merger(c: VisionConfig, deepstack: bool = False) -> nn.Sequential:
     """(tokens, merge * merge, hidden) patches -> (tokens, out), by the checkpoint's names.
 
-    Qwen3-VL's mergers for deepstack normalise a token's joined patches, all others each patch."""
+    Qwen3-VL's deepstack mergers normalise a token's joined patches, others each patch."""
     wide = c.hidden * c.merge ** 2
+    qwen3 = c.family == "Qwen3-VL"
     norm = VISION_NORM[c.family](wide if deepstack else c.hidden, 1e-6)
-    join = nn.Flatten(1)
-    fc1, gelu, fc2 = nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, c.out)
+    first = {"norm" if qwen3 else "ln_q": norm, "join": nn.Flatten(1)}
     if deepstack:
-        parts = {"join": join, "norm": norm, "linear_fc1": fc1, "gelu": gelu, "linear_fc2": fc2}
-    elif c.family == "Qwen3-VL":
-        parts = {"norm": norm, "join": join, "linear_fc1": fc1, "gelu": gelu, "linear_fc2": fc2}
+        first = {"join": nn.Flatten(1), "norm": norm}
+    fc1, gelu, fc2 = nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, c.out)
+    if qwen3:
+        mlp = {"linear_fc1": fc1, "gelu": gelu, "linear_fc2": fc2}
     else:
-        parts = {"ln_q": norm, "join": join, "mlp": nn.Sequential(fc1, gelu, fc2)}
-    return nn.Sequential(OrderedDict(parts))
+        mlp = {"mlp": nn.Sequential(fc1, gelu, fc2)}
+    return nn.Sequential(OrderedDict(first | mlp))
 
 
 def frame_layout(height: int, width: int, c: VisionConfig) -> tuple[Tensor, Tensor, list[int]]:
-    """A frame of height x width patches -> row and column of its patches (patches, 2), in the
-    order of pixel_values; its tokens window by window (tokens,); the tokens of each window.
+    """A frame of height x width patches -> row and column of each (patches, 2), in the order of
+    pixel_values; its tokens window by window (tokens,); the tokens of each window.
 
-    pixel_values has a token's merge x merge patches next to each other, and the tokens row by
-    row. Windows consist of whole tokens; those at the right and lower edge may be cut."""
+    pixel_values has a token's patches next to each other, and the tokens row by row. Windows
+    consist of whole tokens; those at the right and lower edge may be cut."""
     m = c.merge
     # To the order of pixel_values: a token's row and column, then row and column within it.
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     grid = torch.stack((row, column), -1).view(height // m, m, width // m, m, 2)
     patch_positions = grid.transpose(1, 2).reshape(-1, 2)
-    # The number of each token's window, counted row by row. Without windows the frame is one.
+    # The number of each token's window, row by row. Without windows the frame is one.
     side = c.window // c.patch // m if c.window else max(height, width)    # in tokens
     windows_per_row = -(-(width // m) // side)
     row, column = torch.meshgrid(
         torch.arange(height // m), torch.arange(width // m), indexing="ij")
     window = (row // side * windows_per_row + column // side).flatten()    # (tokens,)
-    # A stable sort by window makes each window's tokens neighbours and keeps them row by row.
+    # A stable sort makes each window's tokens neighbours and keeps them row by row.
     return patch_positions, window.argsort(stable=True), window.bincount().tolist()
 
 
@@ -196,18 +195,15 @@ class VisionTower(nn.Module):
         if c.family == "Qwen3-VL":
             zeros = torch.zeros(c.table_side ** 2, c.hidden)
             self.pos_embed = nn.Embedding.from_pretrained(zeros, freeze=False)
-            self.merger = merger(c)
-            self.deepstack_merger_list = nn.ModuleList(
-                merger(c, deepstack=True) for _ in c.deepstack)
-        else:
-            self.merger = merger(c)
+        self.merger = merger(c)
+        self.deepstack_merger_list = nn.ModuleList(merger(c, True) for _ in c.deepstack)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
 
     def learned_positions(self, frames: Sequence[Tensor]) -> Tensor:
-        """Qwen3-VL: rows and columns (patches, 2) of each frame -> (patches of all, hidden).
+        """Qwen3-VL: row and column of each frame's patches, (patches, 2) -> (patches, hidden).
 
-        A table of side x side learned positions is stretched over a frame, corner on corner, and
-        a patch takes the four around it, bilinearly."""
+        The table of side x side positions is stretched over a frame, corner on corner, and a
+        patch takes the four around it, bilinearly."""
         side = self.config.table_side
         places = []
         for frame in frames:
@@ -217,23 +213,23 @@ class VisionTower(nn.Module):
         place = torch.cat(places).to(self.pos_embed.weight.device)
         before = place.long()
         after = (before + 1).clamp(max=side - 1)
-        row, column = torch.stack((before, after), -1).unbind(1)           # (patches, 2) each
+        row, column = torch.stack((before, after), -1).unbind(1)           # (patches, 2)
         share = place - before
         row_share, column_share = torch.stack((1 - share, share), -1).unbind(1)
         index = (row[:, :, None] * side + column[:, None]).flatten(1)      # (patches, 4)
         weight = (row_share[:, :, None] * column_share[:, None]).flatten(1)
-        around = self.pos_embed(index)                                     # (patches, 4, hidden)
+        around = self.pos_embed(index)                             # (patches, 4, hidden)
         return (around * weight[:, :, None]).sum(1)
 
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """pixel_values (patches, channels * temporal * patch * patch), grids of all images ->
-        (tokens of the language model, out); for Qwen3-VL (tokens, out * (1 + deepstack))."""
+        """pixel_values (patches, channels * temporal * patch * patch) of all images -> (tokens of
+        the language model, out), with Qwen3-VL's deepstack next to it, `out` each."""
         c = self.config
         device = pixel_values.device
-        joined = c.merge ** 2                                              # patches per token
+        joined = c.merge ** 2                                              # patches a token
 
-        # All tokens get one order: frame by frame, window by window. So every window, and every
-        # frame, is one sequence of the pack. Frames of a video do not see each other.
+        # One order for all tokens: frame by frame, window by window. So every window, and
+        # every frame, is one sequence of the pack. Frames of a video do not see each other.
         frames, orders, window_patches, frame_patches = [], [], [], []
         start = 0
         for count, height, width in grids:
@@ -254,8 +250,7 @@ class VisionTower(nn.Module):
         positions = positions.unflatten(0, (-1, joined))[order].flatten(0, 1)
         quarter = c.hidden // c.heads // 4
         inverse_frequency = 10000.0 ** -(torch.arange(quarter, device=device) / quarter)
-        angles = (positions[:, :, None] * inverse_frequency).flatten(1)    # (patches, hd / 2)
-        rotation = rotation_by(angles)
+        rotation = rotation_by((positions[:, :, None] * inverse_frequency).flatten(1))
 
         # Patches do not overlap, so the checkpoint's convolution is a matrix product.
         proj = self.patch_embed.proj
@@ -328,38 +323,33 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = c
         self.checkpointing = False
-        # Zeros: the weights come from a checkpoint or from toy/pretrain.py. (A random start on
-        # the meta device imports 70 MB of torch.)
+        # (A random start on the meta device imports 70 MB of torch.)
         zeros = torch.zeros(c.vocab, c.hidden)
         self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.layers))
         self.norm = nn.RMSNorm(c.hidden, c.eps)
 
-    def rotation(self, positions: Tensor) -> Rotation:
-        """positions (3, N) -> cos and sin: each frequency turns by one of the three axes."""
+    def forward(
+            self, x: Tensor, positions: Tensor, plan: Plan | Cache,
+            output_rows: Rows = ALL_ROWS, deepstack: Deepstack | None = None) -> Tensor:
+        """x (N, D) embeddings, positions (3, N) of time, height, width -> hidden states of the
+        output rows."""
         c = self.config
         half = c.head_dim // 2
-        device = positions.device
-        inverse_frequency = c.rope_theta ** -(torch.arange(half, device=device) / half)
-        # Rows are selected without an index tensor: that would be copied from the host, which
-        # waits for the device and which a CUDA graph cannot capture.
+        # M-RoPE: each frequency turns by one of the three axes. No index tensor selects them:
+        # the host would wait for the device to copy it, and a CUDA graph cannot capture that.
         if c.family == "Qwen3-VL":
             # The axes take turns, until height and width have filled their sections.
             turns = [i % 3 if i < 3 * c.mrope_section[i % 3] else 0 for i in range(half)]
             axes = positions.unbind()
-            rows = torch.stack([axes[turn] for turn in turns])                 # (hd / 2, N)
+            rows = torch.stack([axes[turn] for turn in turns])             # (hd / 2, N)
         else:
             # Each axis fills its section of the frequencies.
             rows = torch.cat(
                 [axis.expand(n, -1) for axis, n in zip(positions, c.mrope_section)])
-        return rotation_by(rows.T * inverse_frequency)                         # (N, hd / 2)
+        inverse_frequency = c.rope_theta ** -(torch.arange(half, device=rows.device) / half)
+        rotation = rotation_by(rows.T * inverse_frequency)
 
-    def forward(
-            self, x: Tensor, positions: Tensor, plan: Plan | Cache,
-            output_rows: Rows = ALL_ROWS, deepstack: Deepstack | None = None) -> Tensor:
-        """x (N, D) embeddings, positions (3, N) of time, height, width -> hidden states (N, D),
-        or those of the output rows."""
-        rotation = self.rotation(positions)
         image_rows, features = deepstack or (None, [])
         # The last layer computes the output rows only, unless deepstack adds to its output.
         skipping = len(self.layers) > len(features)
@@ -374,82 +364,86 @@ class LanguageModel(nn.Module):
         return self.norm(x if skipping else x[output_rows])
 
 
-# ---------------------------------------------------------------- positions and rows to score
+# ---------------------------------------------------------------- layout of a pack
 
-def mrope_positions(input_ids: Tensor, grids: Sequence[Grid], image_id: int, merge: int) -> Tensor:
-    """M-RoPE positions of one sequence: (T,) ids -> (3, T) time, height, width.
+def mrope_positions(
+        sequences: Sequence[Tensor], grids: Sequence[Grid], image_id: int, merge: int,
+        refused_id: int | None = None) -> list[Tensor]:
+    """M-RoPE positions: ids (T,) of each sequence -> (3, T) time, height, width of each.
 
-    grids: the sequence's images, in patches; ValueError if they do not fit the image tokens.
-    Text counts up, the same on all axes. An image's tokens lie on a grid that begins where the
-    text stopped, and the text goes on after the grid's longer side. Two tokens of text, an image
-    of 2 x 3 tokens (id 9), one of text:
+    grids: the images of all sequences; ValueError if they do not fit the image tokens.
+    refused_id: id of video tokens; then a video is a ValueError. Text counts up, the same on all
+    axes. An image's tokens lie on a grid that begins where the text stopped, and the text goes
+    on after the grid's longer side. Two tokens of text, an image of 2 x 3 tokens, one of text:
 
-    >>> mrope_positions(torch.tensor([5, 5, 9, 9, 9, 9, 9, 9, 5]), [(1, 4, 6)], image_id=9, merge=2)
+    >>> ids = torch.tensor([5, 5, 9, 9, 9, 9, 9, 9, 5])
+    >>> mrope_positions([ids], [(1, 4, 6)], image_id=9, merge=2)[0]
     tensor([[0, 1, 2, 2, 2, 2, 2, 2, 5],
             [0, 1, 2, 2, 2, 3, 3, 3, 5],
             [0, 1, 2, 3, 4, 2, 3, 4, 5]])
     """
-    ids = input_ids.tolist()
     images = iter(grids)
-    parts = []
-    place = 0                     # of a token in the sequence
-    start = 0                     # position of a text token there, or of an image's first corner
-    while place < len(ids):
-        if ids[place] == image_id:
-            frames, height, width = next(images, (0, 0, 0))
-            height //= merge
-            width //= merge
-            count = frames * height * width
-            if count == 0 or ids[place:place + count] != [image_id] * count:
-                raise ValueError(
-                    f"the image tokens from place {place} on do not match image_grid_thw: "
-                    f"{frames} x {height} x {width} were expected")
-            axes = (torch.arange(frames), torch.arange(height), torch.arange(width))
-            parts.append(torch.cartesian_prod(*axes).view(-1, 3).T + start)
-            start += max(height, width)
-        else:
-            count = 1
-            while place + count < len(ids) and ids[place + count] != image_id:
-                count += 1
-            parts.append((torch.arange(count) + start).expand(3, count))
-            start += count
-        place += count
+    positions = []
+    for ids in map(Tensor.tolist, sequences):
+        video = refused_id in ids or any(frames > 1 for frames, _, _ in grids)
+        if refused_id is not None and video:
+            raise ValueError("a video; this code reads only images with Qwen3-VL")
+        parts = []
+        place = 0                 # of a token in the sequence
+        start = 0                 # position of a text token there, or of an image's corner
+        while place < len(ids):
+            if ids[place] == image_id:
+                frames, height, width = next(images, (0, 0, 0))
+                height //= merge
+                width //= merge
+                count = frames * height * width
+                if count == 0 or ids[place:place + count] != [image_id] * count:
+                    raise ValueError(
+                        f"the image tokens from place {place} on do not match image_grid_thw, "
+                        f"{frames} x {height} x {width} tokens")
+                axes = (torch.arange(frames), torch.arange(height), torch.arange(width))
+                parts.append(torch.cartesian_prod(*axes).view(-1, 3).T + start)
+                start += max(height, width)
+            else:
+                count = 1
+                while place + count < len(ids) and ids[place + count] != image_id:
+                    count += 1
+                parts.append((torch.arange(count) + start).expand(3, count))
+                start += count
+            place += count
+        positions.append(torch.cat(parts, 1))
     if next(images, None) is not None:
         raise ValueError("there are more images in image_grid_thw than in the tokens")
-    return torch.cat(parts, 1).to(input_ids.device)
+    return positions
 
 
 def completion_layout(
         prompt_lengths: Sequence[int], first_positions: Sequence[int],
         completion_lengths: Sequence[Sequence[int]],
 ) -> tuple[list[int], list[tuple[int, int]], Tensor, Tensor]:
-    """Where the completions of Q prompts lie in a pack: after all prompts, by question, by rollout.
+    """Completions of Q prompts in a pack: after all prompts, by question, by rollout.
 
-    A completion of L tokens, its end-of-turn included, is counted in two ways:
-    - tokens 0 to L - 2 are fed, since nothing follows the last one: L - 1 rows. Fed token k has
-      position first + k; `first_positions` has the first of each prompt, which is smaller than
-      the prompt's length if image tokens share positions;
-    - all L tokens are predicted: token 0 by the prompt's last row, token k by the row of k - 1.
+    Of a completion of L tokens, its end-of-turn included, tokens 0 to L - 2 are fed, L - 1 rows,
+    and all L are predicted: token 0 by the prompt's last row, token k by the row of token k - 1.
+    Fed token k has position first + k. (A prompt's first_position is smaller than its length,
+    since image tokens share positions.)
 
-    Prompts p and q of 4 and 3 tokens; completions a and b of p, of 2 and 3 tokens, and c of q,
-    of 1 token, so none of it is fed:
+    Prompts p and q of 4 and 3 tokens; completions a and b of p and c of q, of 2, 3 and 1 tokens:
 
         row        0   1   2   3  | 4   5   6  | 7  | 8   9
         token      p0  p1  p2  p3 | q0  q1  q2 | a0 | b0  b1
         predicts               a0 |         c0 | a1 | b1  b2
                                b0 |
 
-    If q's image makes its completions start at position 2:
-
-    >>> fed_lengths, prefix, positions, predicting_rows = completion_layout(
-    ...     [4, 3], [4, 2], [[2, 3], [1]])
-    >>> fed_lengths                              # fed tokens of each completion
+    >>> layout = completion_layout([4, 3], [4, 2], [[2, 3], [1]])
+    >>> fed_lengths, prefix, positions, predicting_rows = layout
+    >>> fed_lengths                          # of each completion
     [1, 2, 0]
-    >>> prefix                                   # tokens of each prompt, fed tokens of its group
+    >>> prefix                               # tokens of a prompt, fed tokens of its group
     [(4, 3), (3, 0)]
-    >>> positions                                # of the fed tokens a0 | b0, b1, on all axes
+    >>> positions                            # of a0 | b0, b1, the same on all axes
     tensor([4, 4, 5])
-    >>> predicting_rows                          # for a0, a1 | b0, b1, b2 | c0
+    >>> predicting_rows                      # of a0, a1 | b0, b1, b2 | c0
     tensor([3, 7, 3, 8, 9, 6])
     """
     fed_lengths, prefix, fed_positions, predicting_rows = [], [], [], []
@@ -474,14 +468,16 @@ class QwenVL(nn.Module):
     """One of FAMILIES for grounding.
 
     stop_ids: ids that end a completion.
-    banned:   (V,) bool, ids that cannot be sampled: image, video and vision markers, ids without
-              a text. Their probability is 0 in sampling and in scoring."""
+    banned:   (V,) bool, ids that cannot be sampled: image, video and vision markers, ids
+              without a text. Their probability is 0 in sampling and in scoring."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.stored_dtype = torch.bfloat16       # of the weights that save_pretrained writes
+        self.stored_dtype = torch.bfloat16       # what save_pretrained writes
         self.base: Path | None = None            # the folder that the weights come from
+        # Qwen3-VL separates the frames of a video by timestamps in the text.
+        self.refused_id = config.video_id if config.family == "Qwen3-VL" else None
         self.visual = VisionTower(config.vision)
         self.model = LanguageModel(config)
         self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
@@ -492,12 +488,11 @@ class QwenVL(nn.Module):
     def set_vocabulary(self, token_ids: dict[str, int]) -> None:
         """token_ids: the tokenizer's, text -> id; {} if only config.json is known."""
         # The embedding has more rows than the tokenizer has tokens: these ids have no text.
-        # Without a tokenizer every id counts as one with a text.
-        with_text = set(token_ids.values()) if token_ids else set(range(self.config.vocab))
-        markers = {token_ids[text] for text in VISION_MARKERS if text in token_ids}
-        samplable = with_text - markers - set(self.config.marker_ids)
-        banned = torch.tensor([i not in samplable for i in range(self.config.vocab)])
-        # A buffer moves to the device with the weights; persistent=False keeps it out of files.
+        vocab = range(self.config.vocab)
+        with_text = set(token_ids.values()) or set(vocab)
+        markers = {*self.config.marker_ids, *map(token_ids.get, VISION_MARKERS)}
+        banned = torch.tensor([i not in with_text or i in markers for i in vocab])
+        # A buffer moves to the device with the weights; no file holds this one.
         self.register_buffer("banned", banned.to(self.device), persistent=False)
         stop_ids = tuple(token_ids[text] for text in STOP_TOKENS if text in token_ids)
         self.stop_ids = stop_ids or self.config.stop_ids
@@ -505,15 +500,6 @@ class QwenVL(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.norm.weight.device
-
-    def positions(self, ids: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """One sequence's ids (T,) and images -> M-RoPE positions (3, T)."""
-        c = self.config
-        if c.family == "Qwen3-VL":
-            # It separates the frames of a video by timestamps in the text.
-            if c.video_id in ids.tolist() or any(frames > 1 for frames, _, _ in grids):
-                raise ValueError("a video; this code reads only images with Qwen3-VL")
-        return mrope_positions(ids, grids, c.image_id, c.vision.merge)
 
     def embed(
             self, input_ids: Tensor, pixel_values: Tensor | None,
@@ -549,36 +535,23 @@ class QwenVL(nn.Module):
 
     def forward(
             self, input_ids: Tensor, attention_mask: Tensor | None = None,
-            pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None) -> Tensor:
-        """(B, T) ids and mask (padding on either side) -> (B, T, V) logits in the compute dtype,
-        0 at padding.
+            pixel_values: Tensor | None = None,
+            image_grid_thw: Tensor | None = None) -> Tensor:
+        """transformers' interface: (B, T) ids and mask (padding on either side) -> (B, T, V)
+        logits in the compute dtype, 0 at padding. Our scripts call score, prefill and decode.
 
-        This is transformers' interface and argument names; training, sampling and evaluation
-        call score, prefill and decode. pixel_values (patches, D) and image_grid_thw (images, 3)
-        hold the images of all sequences in order."""
+        pixel_values (patches, D) and image_grid_thw (images, 3): of all sequences in order."""
         c = self.config
-        if attention_mask is None:
-            mask = torch.ones_like(input_ids, dtype=torch.bool)
-        else:
-            mask = attention_mask.bool()
-        grids = [] if image_grid_thw is None else [tuple(g) for g in image_grid_thw.tolist()]
-        positions = []
-        begin = 0                                # the sequence's first image
-        for ids, keep in zip(input_ids, mask):
-            # The number of image tokens says which images are this sequence's.
-            image_tokens = int((ids[keep] == c.image_id).sum())
-            end = begin
-            while image_tokens > 0 and end < len(grids):
-                frames, height, width = grids[end]
-                image_tokens -= frames * height * width // c.vision.merge ** 2
-                end += 1
-            positions.append(self.positions(ids[keep], grids[begin:end]))
-            begin = end
-        if begin < len(grids):
-            raise ValueError("there are more images in image_grid_thw than in the tokens")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = mask.bool()
+        grids = [] if image_grid_thw is None else list(map(tuple, image_grid_thw.tolist()))
+        sequences = [ids[keep] for ids, keep in zip(input_ids, mask)]
+        positions = mrope_positions(
+            sequences, grids, c.image_id, c.vision.merge, self.refused_id)
         plan = Plan(mask.sum(1).tolist(), device=self.device)
         x, deepstack = self.embed(input_ids[mask], pixel_values, grids)
-        hidden = self.model(x, torch.cat(positions, 1), plan, deepstack=deepstack)
+        positions = torch.cat(positions, 1).to(x.device)
+        hidden = self.model(x, positions, plan, deepstack=deepstack)
         logits = hidden.new_zeros(*input_ids.shape, c.vocab)
         logits[mask] = self.lm_head(hidden)
         return logits
@@ -590,33 +563,32 @@ class QwenVL(nn.Module):
     ) -> tuple[Tensor, Tensor, list[int], list[int], Deepstack | None]:
         """Q prompts in one pack -> embeddings (N, D), positions (3, N), the length of each
         prompt, the position that follows each prompt, Qwen3-VL's deepstack."""
-        grids = []
-        parts = []
-        for prompt in prompts:
-            own_grids = [tuple(grid) for grid in prompt.image_grid_thw.tolist()]
-            parts.append(self.positions(prompt.input_ids, own_grids))
-            grids += own_grids
-        ids = torch.cat([prompt.input_ids for prompt in prompts])
-        ids, positions = to_device((ids, torch.cat(parts, 1)), self.device)
+        c = self.config
+        grid_rows = torch.cat([prompt.image_grid_thw for prompt in prompts])
+        grids = [tuple(grid) for grid in grid_rows.tolist()]
+        ids = [prompt.input_ids for prompt in prompts]
+        parts = mrope_positions(ids, grids, c.image_id, c.vision.merge, self.refused_id)
+        # Positions are made on the host, so reading them does not wait for the device.
+        first_positions = [int(part.max()) + 1 for part in parts]
+        lengths = [len(part) for part in ids]
+        ids, positions = to_device((torch.cat(ids), torch.cat(parts, 1)), self.device)
         if hasattr(prompts[0], "pixels"):
-            # A Processor's prompts hold bytes. They are joined on the host, since every copy to
-            # the device waits for it, and normalised there.
+            # A Processor's prompts hold bytes, joined on the host (a copy waits for the
+            # device) and normalised on the device.
             values = torch.cat([prompt.pixels.values for prompt in prompts])
             dtype = self.visual.patch_embed.proj.weight.dtype
-            pixels = replace(prompts[0].pixels, values=values).normalised(self.device, dtype)
+            pixels = replace(prompts[0].pixels, values=values)
+            pixels = pixels.normalised(self.device, dtype)
         else:
             pixels = torch.cat([prompt.pixel_values for prompt in prompts]).to(self.device)
         x, deepstack = self.embed(ids, pixels, grids)
-        # Positions are made on the host, so reading them does not wait for the device.
-        first_positions = [int(part.max()) + 1 for part in parts]
-        lengths = [len(prompt.input_ids) for prompt in prompts]
         return x, positions, lengths, first_positions, deepstack
 
     def prefill(
             self, prompts: Sequence[Prompt], group: int,
             max_new_tokens: int) -> tuple[Tensor, Cache, Tensor]:
-        """Q prompts -> logits (Q, V) of the first new token, a Cache for G rollouts of each, the
-        position (Q,) of that token."""
+        """Q prompts -> logits (Q, V) of the first new token, a Cache for G rollouts of each,
+        the position (Q,) of that token."""
         x, positions, lengths, first_positions, deepstack = self.pack(prompts)
         starts, first_positions = to_device(
             (cumulative(lengths), torch.tensor(first_positions)), self.device)
@@ -626,31 +598,26 @@ class QwenVL(nn.Module):
         return self.lm_head(hidden), Cache(plan, group, max_new_tokens), first_positions
 
     def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
-        """One more token of every rollout: tokens (R,), position (R,) -> logits (R, V) of the
-        token after it."""
+        """One more token of every rollout: tokens (R,), position (R,) -> logits (R, V) of
+        the token after it."""
         # All layers put the token at the same place of the cache.
         cache.admit()
         x = self.model.embed_tokens(tokens)
         return self.lm_head(self.model(x, position.expand(3, -1), cache))
 
     def distribution(self, logits: Tensor, temperature: float) -> Tensor:
-        """(..., V) logits -> log-probabilities in float32 at this temperature, over the ids that
-        can be sampled."""
+        """(..., V) logits -> float32 log-probabilities, over the ids that can be sampled."""
         scaled = logits.float() / temperature
         return scaled.masked_fill(self.banned, NEVER).log_softmax(-1)
 
     def score(
             self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]],
             temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of completions, with gradient; every prompt and image is computed
-        once for its whole group.
+        """Q prompts, each with G completions (L,), end-of-turn included -> logp (tokens,) and
+        entropy (tokens,), float32, packed by question, rollout, token.
 
-        prompts: Q of Prompt; completions: Q lists of G (L,) long tensors, end-of-turn included;
-        lengths may differ.
-        -> logp (tokens,) and entropy (tokens,), float32, packed by question, rollout, token; the
-        entropy carries no gradient."""
-        # Prompts come first in the pack, completions after them. All tokens of a completion are
-        # predicted, all but its last one are fed. It sees its prompt and itself.
+        Every prompt and image is computed once for its whole group. The log-probabilities
+        carry a gradient, the entropy none."""
         x, positions, prompt_lengths, first_positions, deepstack = self.pack(prompts)
         lengths = [[len(completion) for completion in group] for group in completions]
         fed_lengths, prefix, fed_positions, rows = completion_layout(
@@ -672,8 +639,8 @@ class QwenVL(nn.Module):
                 entropy = -(logp.exp() * logp).sum(-1)
             return logp.gather(-1, targets[:, None])[:, 0], entropy
 
-        # Logits (tokens, V) would be the largest tensor of all. They exist for one chunk at a
-        # time, also in the backward pass, which computes the chunk again.
+        # Logits (tokens, V) would be the largest tensor of all. They exist for one chunk at
+        # a time, also in the backward pass, which computes the chunk again.
         limit = LOGITS_PER_CHUNK if hidden.device.type == "cpu" else CUDA_LOGITS_PER_CHUNK
         size = max(1, limit // self.config.vocab)
         logps, entropies = [], []
@@ -692,11 +659,10 @@ class QwenVL(nn.Module):
     def from_pretrained(
             cls, path: str | Path, dtype: torch.dtype | None = torch.bfloat16,
             device: torch.device | str = "cpu") -> QwenVL:
-        """A checkpoint's folder in hub layout, a stage's (its newest step), or an adapter's, on
-        top of the base that it names.
+        """From a checkpoint's folder in hub layout, a stage's (its newest step), or an adapter's,
+        on top of the base that it names; dtype None keeps the stored one.
 
-        dtype None keeps the stored one. Strict: a tensor that is missing, unexpected or of
-        another shape is a CheckpointError that names it. Files are memory-mapped."""
+        Strict: a CheckpointError names what is missing, unexpected or of another shape."""
         path = folder(path)
         base = base_folder(path)
         config = Config.from_json(base / "config.json")
@@ -704,10 +670,11 @@ class QwenVL(nn.Module):
             # On the meta device no memory is spent on weights that the checkpoint replaces.
             with torch.device("meta"):
                 model = cls(config)
-        except Exception as error:               # torch's, about sizes of any type and value
+        except Exception as error:               # torch raises several types about sizes
+            reason = str(error).splitlines()[0]
             raise CheckpointError(
-                f"{base / 'config.json'}: no model has these sizes ({str(error).splitlines()[0]});"
-                " copy the file again from where it came from") from None
+                f"{base / 'config.json'}: no model has these sizes ({reason}); copy the file "
+                "again from where it came from") from None
         shapes = {name: p.shape for name, p in model.state_dict().items()}
         if config.tied:
             shapes.pop("lm_head.weight")
@@ -725,21 +692,21 @@ class QwenVL(nn.Module):
     def save_pretrained(
             self, path: str | Path, whole: Iterator[Tensor] | None = None,
             shard_bytes: int = 5 * 10 ** 9) -> None:
-        """Writes config.json and safetensors in hub layout, in the checkpoint's own dtype; from
-        a model with adapters only these, in PEFT's layout.
+        """Writes config.json and safetensors in hub layout, in the checkpoint's own dtype; if
+        the model has adapters only these, in PEFT's layout.
 
-        whole: the tensors in the order of stored_files(), if the model's own are sharded over
+        whole: the tensors in the order of stored_files(), if the model's are sharded over
         processes. Each is asked for when it is written."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         files = self.stored_files(shard_bytes)
         if whole is None:
-            whole = itertools.chain.from_iterable(tensors.values() for tensors in files.values())
+            whole = itertools.chain.from_iterable(x.values() for x in files.values())
         if lora.adapted(self):
             write_json(path / ADAPTER_CONFIG, lora.adapter_config(self))
         else:
             write_json(path / "config.json", self.config.raw)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         total = 0
         for file, tensors in files.items():
             shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -751,10 +718,12 @@ class QwenVL(nn.Module):
             write_json(path / WEIGHT_INDEX, index)
 
     def stored_files(self, shard_bytes: int = 5 * 10 ** 9) -> dict[str, dict[str, Tensor]]:
-        """What save_pretrained writes: for each file of at most so many bytes (more if a single
-        tensor has more) the names in it, sorted, with this model's tensors."""
+        """What save_pretrained writes: file -> name, sorted -> this model's tensor. A file has
+        at most `shard_bytes`, unless a single tensor has more."""
         if lora.adapted(self):
-            return {lora.WEIGHTS: lora.stored_tensors(self)}
+            names = {f"base_model.model.{nested_name(n)}.weight": p
+                     for n, p in lora.saved_parameters(self)}
+            return {lora.WEIGHTS: dict(sorted(names.items()))}
         shards: list[dict[str, Tensor]] = [{}]
         size = 0
         for name, tensor in self.state_dict().items():
@@ -767,8 +736,8 @@ class QwenVL(nn.Module):
             stored_name = nested_name(name) if self.config.family == "Qwen3-VL" else name
             shards[-1][stored_name] = tensor
             size += n
-        files = {}
-        for i, shard in enumerate(shards, 1):
-            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            files[file if len(shards) > 1 else "model.safetensors"] = dict(sorted(shard.items()))
-        return files
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            n = len(shards)
+            names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+        return {name: dict(sorted(shard.items())) for name, shard in zip(names, shards)}

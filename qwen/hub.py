@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 # The families by config.json's `model_type`, and relatives that this code does not compute.
@@ -26,12 +27,12 @@ OTHER_MODELS = {
     "qwen2_5_omni": "Qwen2.5-Omni", "qwen3_omni_moe": "Qwen3-Omni"}
 ADAPTER_CONFIG = "adapter_config.json"                # PEFT's, in place of config.json
 WEIGHT_INDEX = "model.safetensors.index.json"         # lists the files of sharded weights
-MANIFEST = "manifest.json"                            # lists a step's files with their hashes
-# torch's dtypes by safetensors' names.
+MANIFEST = "manifest.json"                            # lists a step's files and their hashes
+# Dtypes of weights, as safetensors names them.
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# Elements of a tensor that are copied to the host, or converted, at a time.
-PIECE = 2 ** 20
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
+    torch.float16: "F16"}
+PIECE = 2 ** 20                   # elements of a tensor that are copied to the host at a time
 # Exceptions from files with other content than expected.
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError)
 
@@ -42,35 +43,26 @@ class CheckpointError(Exception):
 
 # ---------------------------------------------------------------- config.json
 
-# The values that this code computes, for fields of config.json that may ask for something else.
-# Any other value is refused by name; null and absent are fine; () refuses every value.
-COMPUTED: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (),
-    "compression_config": (),
-    "text_config.quantization_config": (),
-    "text_config.hidden_act": ("silu", "swish"),
-    "text_config.attention_bias": (True,),
-    "text_config.attention_dropout": (0,),
-    "text_config.mlp_bias": (False,),
-    "text_config.use_sliding_window": (False,),
-    "text_config.partial_rotary_factor": (1,),
-    "rope.rope_type": ("default", "mrope"),
-    "rope.type": ("default", "mrope"),
-    "rope.partial_rotary_factor": (1,),
-    "rope.mrope_interleaved": (False,),
-    "vision_config.quantization_config": (),
-    "vision_config.hidden_act": ("silu", "swish"),
-    "vision_rope.rope_type": ("axial", "default"),
-    "vision_rope.type": ("axial", "default"),
-    "vision_rope.rope_theta": (10000,),
-    "vision_rope.partial_rotary_factor": (1,)}
+# The values that this code computes, for fields of config.json that may ask for something
+# else. Other values are refused by name; null and absent are fine; () refuses every value.
+COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "": {"quantization_config": (), "compression_config": ()},
+    "text_config": {
+        "quantization_config": (), "hidden_act": ("silu", "swish"), "attention_bias": (True,),
+        "attention_dropout": (0,), "mlp_bias": (False,), "use_sliding_window": (False,),
+        "partial_rotary_factor": (1,)},
+    "rope_parameters": {
+        "rope_type": ("default", "mrope"), "type": ("default", "mrope"),
+        "partial_rotary_factor": (1,), "mrope_interleaved": (False,)},
+    "vision_config": {"quantization_config": (), "hidden_act": ("silu", "swish")},
+    "vision_config.rope_parameters": {
+        "rope_type": ("axial", "default"), "type": ("axial", "default"),
+        "rope_theta": (10000,), "partial_rotary_factor": (1,)}}
 COMPUTED_BY_FAMILY = {
-    "Qwen2-VL": {"vision_config.hidden_act": ("quick_gelu",)},
-    "Qwen2.5-VL": {},
-    "Qwen3-VL": {
-        "text_config.attention_bias": (False, True),
-        "rope.mrope_interleaved": (True,),
-        "vision_config.hidden_act": ("gelu_pytorch_tanh", "gelu_new")}}
+    ("Qwen2-VL", "vision_config", "hidden_act"): ("quick_gelu",),
+    ("Qwen3-VL", "vision_config", "hidden_act"): ("gelu_pytorch_tanh", "gelu_new"),
+    ("Qwen3-VL", "text_config", "attention_bias"): (False, True),
+    ("Qwen3-VL", "rope_parameters", "mrope_interleaved"): (True,)}
 
 
 @dataclass(frozen=True)
@@ -84,12 +76,11 @@ class VisionConfig:
     channels: int
     patch: int                    # side in pixels
     temporal_patch: int           # frames
-    merge: int                    # merge x merge patches become one token of the language model
-    window: int                   # side in pixels; patches attend within windows, except ...
-    full_blocks: tuple[int, ...]  # ... in these blocks, which attend within whole frames
-    # Qwen3-VL: side of the square table of learned positions; blocks that feed deepstack.
-    table_side: int = 0
-    deepstack: tuple[int, ...] = ()
+    merge: int                    # merge x merge patches become one token
+    window: int                   # side in pixels; patches see their window, except ...
+    full_blocks: tuple[int, ...]  # ... in these blocks, where they see their whole frame
+    table_side: int               # Qwen3-VL: of the square table of learned positions, or 0
+    deepstack: tuple[int, ...]    # Qwen3-VL: blocks that also feed the language model's layers
 
 
 @dataclass(frozen=True)
@@ -117,119 +108,99 @@ class Config:
 
     @classmethod
     def from_json(cls, path: str | Path) -> Config:
-        """From config.json, as the hub has it (flat, `rope_scaling`) or as transformers writes
-        it (`text_config`, `rope_parameters`); CheckpointError if it is another model's."""
+        """From config.json, as the hub has it (flat, `rope_scaling`) or as transformers writes it
+        (`text_config`, `rope_parameters`); CheckpointError if it is another model's."""
         raw = read_json_object(Path(path))
         model_type = raw.get("model_type")
         if model_type not in list(FAMILIES):
-            name = OTHER_MODELS.get(str(model_type))
+            name = OTHER_MODELS.get(str(model_type), "another model")
             raise CheckpointError(
-                f"{path}: model_type is {model_type!r}{f' ({name})' if name else ''}; this code "
-                f"runs dense checkpoints of {', '.join(FAMILIES.values())} ({', '.join(FAMILIES)})")
+                f"{path}: model_type is {model_type!r} ({name}); this code runs dense checkpoints "
+                f"of {', '.join(FAMILIES.values())} ({', '.join(FAMILIES)})")
         family = FAMILIES[model_type]
-        qwen3 = family == "Qwen3-VL"
+        qwen2, qwen25, qwen3 = (family == name for name in FAMILIES.values())
         try:
-            text = raw.get("text_config") or raw
+            refuse_other_values(path, family, raw)
             vision = raw["vision_config"]
-            refuse_other_values(path, family, raw, text, vision)
+            depth = vision["depth"]
+            # Qwen2-VL's hidden_size is the language model's width.
+            width = vision["embed_dim"] if qwen2 else vision["hidden_size"]
+            mlp_width = int(width * vision.get("mlp_ratio", 4)) if qwen2 else None
+            vision_config = VisionConfig(
+                family=family,
+                depth=depth,
+                hidden=width,
+                heads=vision["num_heads"],
+                intermediate=mlp_width or vision["intermediate_size"],
+                out=vision["hidden_size"] if qwen2 else vision["out_hidden_size"],
+                channels=vision.get("in_channels", vision.get("in_chans", 3)),
+                patch=vision.get("patch_size", 16 if qwen3 else 14),
+                temporal_patch=vision.get("temporal_patch_size", 2),
+                merge=vision.get("spatial_merge_size", 2),
+                window=vision["window_size"] if qwen25 else 0,
+                full_blocks=tuple(vision["fullatt_block_indexes"] if qwen25 else range(depth)),
+                table_side=math.isqrt(vision["num_position_embeddings"]) if qwen3 else 0,
+                deepstack=tuple(vision["deepstack_visual_indexes"] if qwen3 else ()))
+
+            text = raw.get("text_config") or raw
             # transformers prefers the older name, too.
             rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
             hidden, heads = text["hidden_size"], text["num_attention_heads"]
-            eos = text.get("eos_token_id", raw.get("eos_token_id"))
-            stop_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
-            markers = ("image", "video", "vision", "vision_start", "vision_end")
-            marker_ids = [raw.get(f"{marker}_token_id") for marker in markers]
-            config = cls(
+            head_dim = text.get("head_dim") or (128 if qwen3 else hidden // heads)
+            sections = tuple(rope["mrope_section"])
+            if sum(sections) * 2 != head_dim:
+                raise ValueError(f"mrope_section {sections} is not half of head_dim {head_dim}")
+            theta = rope.get("rope_theta") or text.get("rope_theta")
+            eos = text.get("eos_token_id", raw.get("eos_token_id", ()))
+            kinds = ("image", "video", "vision", "vision_start", "vision_end")
+            marker_ids = [raw.get(f"{kind}_token_id") for kind in kinds]
+            return cls(
                 family=family,
                 vocab=text["vocab_size"],
                 hidden=hidden,
                 layers=text["num_hidden_layers"],
                 heads=heads,
                 kv_heads=text["num_key_value_heads"],
-                head_dim=text.get("head_dim") or (128 if qwen3 else hidden // heads),
+                head_dim=head_dim,
                 intermediate=text["intermediate_size"],
                 eps=text.get("rms_norm_eps", 1e-6 if qwen3 else 1e-5),
-                rope_theta=rope.get("rope_theta") or text.get("rope_theta") or (
-                    5e5 if qwen3 else 1e6),
-                mrope_section=tuple(rope["mrope_section"]),
+                rope_theta=theta or (5e5 if qwen3 else 1e6),
+                mrope_section=sections,
                 attention_bias=text.get("attention_bias", False) if qwen3 else True,
-                tied=raw.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False,
+                tied=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
                 image_id=raw["image_token_id"],
                 video_id=raw.get("video_token_id"),
                 marker_ids=tuple(i for i in marker_ids if i is not None),
-                stop_ids=tuple(stop_ids),
-                vision=read_vision_config(vision, family),
+                stop_ids=(eos,) if isinstance(eos, int) else tuple(eos or ()),
+                vision=vision_config,
                 raw=raw)
-            if sum(config.mrope_section) * 2 != config.head_dim:
-                raise ValueError(f"mrope_section {config.mrope_section} is not half the head "
-                                 f"width {config.head_dim}")
         except KeyError as error:
-            raise CheckpointError(
-                f"{path}: {error} is missing; is this the config.json of a {family} "
-                "checkpoint?") from None
+            raise CheckpointError(f"{path}: {error} is missing; is this the config.json of a "
+                                  f"{family} checkpoint?") from None
         except MALFORMED as error:
-            raise CheckpointError(
-                f"{path}: not the config.json of a {family} checkpoint ({error}); copy it again "
-                "from where it came from") from None
-        return config
+            raise CheckpointError(f"{path}: not the config.json of a {family} checkpoint "
+                                  f"({error}); copy it again from where it came from") from None
 
 
-def read_vision_config(vision: dict[str, Any], family: str) -> VisionConfig:
-    """From config.json's `vision_config`; KeyError if a field is missing."""
-    depth = vision["depth"]
-    if family == "Qwen2-VL":
-        # Its hidden_size is the language model's width.
-        hidden, out = vision["embed_dim"], vision["hidden_size"]
-        intermediate = int(hidden * vision.get("mlp_ratio", 4))
-    else:
-        hidden, out = vision["hidden_size"], vision["out_hidden_size"]
-        intermediate = vision["intermediate_size"]
-    # Only Qwen2.5-VL has windows.
-    window, full_blocks = 0, range(depth)
-    if family == "Qwen2.5-VL":
-        window, full_blocks = vision["window_size"], vision["fullatt_block_indexes"]
-    table_side, deepstack = 0, ()
-    if family == "Qwen3-VL":
-        table_side = math.isqrt(vision["num_position_embeddings"])
-        deepstack = vision["deepstack_visual_indexes"]
-    return VisionConfig(
-        family=family, depth=depth, hidden=hidden, heads=vision["num_heads"],
-        intermediate=intermediate, out=out,
-        channels=vision.get("in_channels", vision.get("in_chans", 3)),
-        patch=vision.get("patch_size", 16 if family == "Qwen3-VL" else 14),
-        temporal_patch=vision.get("temporal_patch_size", 2),
-        merge=vision.get("spatial_merge_size", 2),
-        window=window, full_blocks=tuple(full_blocks),
-        table_side=table_side, deepstack=tuple(deepstack))
-
-
-def refuse_other_values(
-        path: str | Path, family: str, raw: dict[str, Any], text: dict[str, Any],
-        vision: dict[str, Any]) -> None:
-    """CheckpointError for a field of config.json with a value that this code does not compute.
-
-    raw: the whole of config.json; text, vision: its parts on the two towers."""
+def refuse_other_values(path: str | Path, family: str, raw: dict[str, Any]) -> None:
+    """CheckpointError for a field of config.json with a value that is not among COMPUTED."""
+    text = raw.get("text_config") or raw
+    vision = raw["vision_config"]
     parts = [
-        ("", "", raw),
-        ("text_config", "" if text is raw else "text_config.", text),
-        # Two names for one object.
-        ("rope", "rope_scaling.", text.get("rope_scaling") or {}),
-        ("rope", "rope_parameters.", text.get("rope_parameters") or {}),
-        ("vision_config", "vision_config.", vision),
-        ("vision_rope", "vision_config.rope_parameters.", vision.get("rope_parameters") or {})]
-    computed = COMPUTED | COMPUTED_BY_FAMILY[family]
-    found = [("layer_types", kind, ("full_attention",)) for kind in text.get("layer_types") or ()]
-    for place, values in computed.items():
-        where, _, name = place.rpartition(".")
-        for part, prefix, content in parts:
-            if part == where:
-                found.append((prefix + name, content.get(name), values))
+        ("", raw), ("text_config", text), ("rope_parameters", text.get("rope_scaling")),
+        ("rope_parameters", text.get("rope_parameters")), ("vision_config", vision),
+        ("vision_config.rope_parameters", vision.get("rope_parameters"))]
+    kinds = text.get("layer_types") or ()
+    found = [("layer_types", kind, ("full_attention",)) for kind in kinds]
+    for part, content in parts:
+        for name, values in COMPUTED[part].items():
+            values = COMPUTED_BY_FAMILY.get((family, part, name), values)
+            found.append((f"{part} {name}".strip(), (content or {}).get(name), values))
     for name, value, values in found:
         if value is not None and value not in values:
             only = f"only {json.dumps(values[0])}" if values else "no such thing"
-            raise CheckpointError(
-                f"{path}: {name} is {json.dumps(value)[:60]}, but this code computes {only}; take "
-                "a checkpoint without it")
+            raise CheckpointError(f"{path}: {name} is {json.dumps(value)[:60]}, but this code "
+                                  f"computes {only}; take a checkpoint without it")
 
 
 # ---------------------------------------------------------------- folders
@@ -246,7 +217,7 @@ def by_number(path: str | Path) -> list[str | int]:
 
 
 def newest_step(path: str | Path) -> Path:
-    """A stage's folder -> its newest step; a checkpoint's folder, and any other path -> itself.
+    """A stage's folder -> its newest step; any other path -> itself.
 
     Other programs write checkpoint-500, checkpoint-1500 and no link to the latest."""
     path = Path(path)
@@ -262,9 +233,8 @@ def folder(path: str | Path) -> Path:
     """The same, but a CheckpointError if there is no checkpoint."""
     newest = newest_step(path)
     if not is_checkpoint(newest):
-        raise CheckpointError(
-            f"no checkpoint at {path}: it has no config.json, no link `latest` to a folder with "
-            "one, and no folder checkpoint-N with one; check the path")
+        raise CheckpointError(f"no checkpoint at {path}: no config.json there, in a folder "
+                              "`latest` or in a folder checkpoint-N; check the path")
     return newest
 
 
@@ -275,27 +245,26 @@ def base_folder(path: Path) -> Path:
         return path
     if any((path / name).exists() for name in ("model.safetensors", WEIGHT_INDEX)):
         raise CheckpointError(
-            f"{path}: {ADAPTER_CONFIG} is next to whole weights, so it is unclear which to load; "
+            f"{path}: {ADAPTER_CONFIG} is next to whole weights, and only one can be loaded; "
             "merge the adapter into them, or move it to a folder of its own")
     name = str(read_json_object(file).get("base_model_name_or_path") or "")
     base = newest_step(name)
     if not name or not (base / "config.json").exists():
-        raise CheckpointError(
-            f"{file}: the base checkpoint {name!r} is not there; name its folder as "
-            "base_model_name_or_path in that file")
+        raise CheckpointError(f"{file}: the base checkpoint {name!r} is not there; name its "
+                              "folder as base_model_name_or_path in that file")
     return base
 
 
 # ---------------------------------------------------------------- names of tensors
 
 def nested_name(name: str) -> str:
-    """Our name of a parameter or module -> transformers', and that of Qwen3-VL's checkpoints."""
+    """Our name of a parameter or module -> transformers', which Qwen3-VL's files have too."""
     if name.startswith("visual."):
         return f"model.{name}"
     return re.sub(r"^model\.", "model.language_model.", name)
 
 
-# Wrappers add these to names: DDP, torch.compile, FSDP, gradient checkpointing, Lightning; PEFT.
+# Added to names by DDP, torch.compile, FSDP, gradient checkpointing, Lightning, PEFT.
 WRAPPERS = re.compile(
     r"^base_model\.model\.|(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module"
     r"|_checkpoint_wrapped_module|_forward_module)\.")
@@ -304,7 +273,7 @@ HOLDERS = re.compile(r"^(?:model\.)+(?=(?:model|language_model|visual|lm_head)\.
 
 
 def own_name(stored_name: str) -> str:
-    """A tensor's name in a checkpoint of any layout -> the hub's for Qwen2.5-VL, which is ours.
+    """A tensor's name in a checkpoint of any layout -> ours, the hub's for Qwen2.5-VL.
 
     >>> own_name("model.language_model.norm.weight")        # as transformers 5 writes it
     'model.norm.weight'
@@ -321,8 +290,9 @@ def own_name(stored_name: str) -> str:
 # ---------------------------------------------------------------- tensors in and out
 
 def read_weights(
-        path: Path, shapes: Mapping[str, Sequence[int]], tied: bool, dtype: torch.dtype | None,
-        device: torch.device | str) -> tuple[dict[str, Tensor], torch.dtype]:
+        path: Path, shapes: Mapping[str, Sequence[int]], tied: bool,
+        dtype: torch.dtype | None, device: torch.device | str,
+) -> tuple[dict[str, Tensor], torch.dtype]:
     """Tensors of exactly these names and shapes from a model's folder, and the dtype that its
     embedding is stored in. dtype None leaves each tensor in its own.
 
@@ -330,42 +300,47 @@ def read_weights(
     index = path / WEIGHT_INDEX
     files = {"model.safetensors"}
     if not (path / "model.safetensors").exists() and index.exists():
-        try:
-            files = {str(file) for file in read_json_object(index)["weight_map"].values()}
-        except MALFORMED as error:
-            raise CheckpointError(
-                f"{index}: not a readable index ({error}); download it again") from None
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: it has no weight_map; download it again")
+        files = set(map(str, weight_map.values()))
     # Files in this folder only: an index may name any path.
     for file in sorted(files - set(os.listdir(path))):
-        raise CheckpointError(
-            f"no weights at {path / file}; a checkpoint is model.safetensors, or an index and the "
-            "shards it names")
+        raise CheckpointError(f"no weights at {path / file}; a checkpoint is "
+                              "model.safetensors, or an index and the shards it names")
     tensors: dict[str, Tensor] = {}
     stored_names: dict[str, str] = {}
     stored_dtype = torch.bfloat16
     for file in sorted(files):
         try:
-            with safe_open(path / file, "pt") as stored:
-                for stored_name in stored.keys():
-                    name = own_name(stored_name)
-                    if name in tensors:
-                        raise CheckpointError(
-                            f"{path}: {stored_names[name]} and {stored_name} are one tensor under "
-                            "two names; remove one of them")
-                    stored_names[name] = stored_name
-                    tensor = read_tensor(path / file, stored, stored_name, shapes.get(name), dtype)
-                    tensors[name] = tensor.to(device)
-                    if name == "model.embed_tokens.weight":
-                        stored_dtype = stored.get_slice(stored_name)[:0].dtype
+            # Memory-mapped until they are converted or copied to a GPU.
+            stored = load_file(path / file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path / file}: not a whole safetensors file ({error}); "
                                   "download it again") from None
+        for stored_name, tensor in stored.items():
+            name = own_name(stored_name)
+            if name in tensors:
+                raise CheckpointError(f"{path}: {stored_names[name]} and {stored_name} are one "
+                                      "tensor under two names; remove one of them")
+            if name in shapes and tensor.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{path / file}: {stored_name} is stored as {tensor.dtype}; this code reads "
+                    "no quantized weights, take the checkpoint they were made from")
+            if name in shapes and tensor.shape != shapes[name]:
+                raise CheckpointError(
+                    f"{path / file}: {stored_name} is {tuple(tensor.shape)}, but config.json "
+                    f"asks for {tuple(shapes[name])}; take both from one checkpoint")
+            if name == "model.embed_tokens.weight":
+                stored_dtype = tensor.dtype
+            stored_names[name] = stored_name
+            tensors[name] = tensor.to(device, dtype)
     if tied and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
         if not torch.equal(head, tensors.get("model.embed_tokens.weight", head[:0])):
             raise CheckpointError(
-                f"{path}: lm_head.weight differs from embed_tokens, but config.json says that "
-                "they are tied; set tie_word_embeddings to false in it")
+                f"{path}: lm_head.weight differs from embed_tokens, but config.json says they are "
+                "tied; set tie_word_embeddings to false in it")
     missing = sorted(shapes.keys() - tensors.keys())
     surplus = sorted(stored_names[name] for name in tensors.keys() - shapes.keys())
     for name in missing:
@@ -373,8 +348,8 @@ def read_weights(
         tail = name.split(".", 1)[1] if name.count(".") > 2 else name
         for other in surplus:
             if other.endswith(f".{tail}"):
-                raise CheckpointError(f"{path}: the tensors are named like {other}, where {name} "
-                                      "is expected; rename them")
+                raise CheckpointError(f"{path}: the tensors are named like {other}, but {name} is "
+                                      "expected; rename them")
     for what, names in (("missing", missing), ("not expected", surplus)):
         if names:
             first = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
@@ -383,54 +358,31 @@ def read_weights(
     return tensors, stored_dtype
 
 
-def read_tensor(
-        file: Path, stored: safe_open, name: str, expected: Sequence[int] | None,
-        dtype: torch.dtype | None) -> Tensor:
-    """One tensor of an open safetensors file in this dtype; `expected` None takes any shape."""
-    part = stored.get_slice(name)
-    shape = tuple(part.get_shape())
-    if expected is not None and part.get_dtype() not in DTYPES.values():
-        raise CheckpointError(
-            f"{file}: {name} is stored as {part.get_dtype()}; this code reads no quantized "
-            "weights, take the checkpoint they were made from")
-    if expected is not None and shape != tuple(expected):
-        raise CheckpointError(
-            f"{file}: {name} is {shape}, but config.json asks for {tuple(expected)}; take both "
-            "from one checkpoint")
-    if not shape or dtype in (None, part[:0].dtype):
-        return stored.get_tensor(name).to(dtype=dtype)
-    # Converted some rows at a time, so it is never in memory twice.
-    tensor = torch.empty(shape, dtype=dtype)
-    rows = max(1, 4 * PIECE * shape[0] // max(1, tensor.numel()))
-    for i in range(0, shape[0], rows):
-        tensor[i:i + rows] = part[i:i + rows]
-    return tensor
-
-
 def write_tensors(
         file: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype,
         tensors: Iterator[Tensor], metadata: Mapping[str, str],
 ) -> None:
     """Writes a safetensors file, byte for byte that of safetensors' own save_file.
 
-    tensors: one for each name, sorted by name, on any device and in any type. Each is asked for
-    when it is written, and only a piece of it is copied to the host."""
+    tensors: one for each name, sorted by name, on any device and in any type. Each is asked
+    for when it is written, and only a piece of it is copied to the host."""
     names = sorted(shapes)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
         begin = end
         end += math.prod(shapes[name]) * dtype.itemsize
-        header[name] = {
-            "dtype": DTYPES[dtype], "shape": list(shapes[name]), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shapes[name]),
+                        "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             tensor = next(tensors)
-            if tuple(tensor.shape) != tuple(shapes[name]):
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(shapes[name])}")
+            shape = tuple(tensor.shape)
+            if shape != tuple(shapes[name]):
+                raise ValueError(f"{name} is {shape}, not {tuple(shapes[name])}")
             for piece in tensor.detach().reshape(-1).split(PIECE):
                 on_host = piece.to(dtype).cpu().contiguous()
                 stream.write(on_host.view(torch.uint8).numpy())
@@ -441,8 +393,8 @@ def write_tensors(
 # ---------------------------------------------------------------- token ids and JSON
 
 def read_token_ids(path: Path) -> dict[str, int]:
-    """Token text -> id, from tokenizer.json, or from vocab.json and the tokens added to it; {}
-    if a folder has neither."""
+    """Token text -> id, from tokenizer.json, or from vocab.json and the tokens added to it;
+    {} if a folder has neither."""
     file = path / "tokenizer.json"
     if not file.exists():
         file = path / "vocab.json"
@@ -451,54 +403,49 @@ def read_token_ids(path: Path) -> dict[str, int]:
     content = read_json_object(file)
     try:
         if file.name == "vocab.json":
-            ids = content | {token["content"]: i for i, token in read_added_tokens(path).items()}
+            added = {token["content"]: i for i, token in read_added_tokens(path).items()}
+            ids = content | added
         else:
-            added = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+            added = {x["content"]: x["id"] for x in content.get("added_tokens", ())}
             ids = content["model"]["vocab"] | added
-        wrong = [text for text, i in ids.items() if not isinstance(i, int)]
-        if wrong:
-            raise ValueError(f"the id of {wrong[0]!r} is {ids[wrong[0]]!r}")
+        if not all(isinstance(i, int) for i in ids.values()):
+            raise ValueError("an id is not a whole number")
     except MALFORMED as error:
         raise CheckpointError(f"{file}: not a tokenizer's ({error}); copy it again from where "
-                              "the weights came from") from None
+                              "it came from") from None
     return ids
 
 
 def read_added_tokens(path: Path) -> dict[int, dict[str, Any]]:
     """Id -> token, its text under "content", of the tokens added to vocab.json.
 
-    tokenizer_config.json lists them as "added_tokens_decoder"; older checkpoints have texts and
-    ids in added_tokens.json. If both list a token, they must agree."""
+    tokenizer_config.json lists them as "added_tokens_decoder"; older checkpoints have texts
+    and ids in added_tokens.json. If both list a token, they must agree."""
     added: dict[int, dict[str, Any]] = {}
-    file = path / "tokenizer_config.json"
-    try:
-        if file.exists():
-            decoder = read_json_object(file).get("added_tokens_decoder", {})
-            added = {int(i): dict(token) for i, token in decoder.items()}
-        known = {token["content"]: i for i, token in added.items()}
-        file = path / "added_tokens.json"
-        if file.exists():
-            for text, i in read_json_object(file).items():
-                if not isinstance(i, int):
-                    raise ValueError(f"the id of {text!r} is {i!r}")
-                if known.get(text, i) != i or added.get(i, {"content": text})["content"] != text:
-                    raise ValueError(f"{text} is {i} here, but not in tokenizer_config.json")
-                added.setdefault(i, {"content": text})
-    except MALFORMED as error:
-        raise CheckpointError(f"{file}: not a tokenizer's ({error}); copy it again from where "
-                              "the weights came from") from None
+    if (path / "tokenizer_config.json").exists():
+        config = read_json_object(path / "tokenizer_config.json")
+        for i, token in config.get("added_tokens_decoder", {}).items():
+            added[int(i)] = dict(token)
+    known = {token["content"]: i for i, token in added.items()}
+    if (path / "added_tokens.json").exists():
+        for text, i in read_json_object(path / "added_tokens.json").items():
+            same = added.setdefault(i, {"content": text})["content"] == text
+            if not isinstance(i, int) or not same or known.get(text, i) != i:
+                raise CheckpointError(
+                    f"{path}: {text} is {i!r} in added_tokens.json, but not in "
+                    "tokenizer_config.json; take both from one checkpoint")
     return added
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError if it is missing, damaged or something else."""
+    """The object in a JSON file; CheckpointError if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}")
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not a readable JSON object ({error}); copy it again from "
-                              "where it came from") from None
+        raise CheckpointError(f"{file}: not a readable JSON object ({error}); copy it again "
+                              "from where it came from") from None
     return content
 
 

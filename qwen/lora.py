@@ -1,17 +1,17 @@
 """LoRA: adapters on frozen linear layers; made, read and written in PEFT's layout, merged.
 
-An adapted layer computes W x + b + alpha / rank * B (A x). W and b stay as they are, A and B are
-trained: at rank 64, 3% of the parameters of a 3B model. B starts at 0, so the model starts as its
-base.
+An adapted layer computes W x + b + alpha / rank * B (A x). W and b are frozen, A and B are
+trained: at rank 64, 3% of the parameters of a 3B model. B starts at 0, so the model starts
+as its base.
 
-A run that starts from an adapter continues to train it. So a checkpoint holds one adapter over
-the base that it names, and PEFT loads it. If a reference policy is needed, it is the same model
-with its adapters as they were at the start (`reference`): off, or a small second copy.
+A run that starts from an adapter continues to train it, so a checkpoint holds one adapter over
+the base that it names, and PEFT loads it. The reference policy is the same model with its
+adapters as they were at the start (`reference`): off, or a small second copy.
 
 Source: LoRA (arXiv 2106.09685); names, files and the start of A are PEFT's. No dropout.
 
-    python sft.py --lora 64 ...                         trains, saves and resumes only adapters
-    python -m tools.merge_lora ckpt/sft merged/         full weights, which transformers loads
+    python sft.py --lora 64 ...                      trains, saves and resumes only adapters
+    python -m tools.merge_lora ckpt/sft merged/      full weights, which transformers loads
 """
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from qwen.hub import ADAPTER_CONFIG, CheckpointError, nested_name, own_name, read_json_object
 
 WEIGHTS = "adapter_model.safetensors"
+# The linear layers in these parts may have adapters: not the head.
+PARTS = ("model.layers.", "visual.")
 # A tensor's name in the file, around the path of its layer.
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-# Fields of adapter_config.json that do not change what a trained adapter computes. Any other
-# field that is set asks for a kind of adapter that is not implemented.
+# Fields of adapter_config.json that do not change what a trained adapter computes. If any
+# other is set, the adapter is of a kind that is not implemented.
 PLAIN_FIELDS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
     "revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
@@ -49,8 +51,8 @@ PLAIN_VALUES = {
 class LoRALinear(nn.Linear):
     """A linear layer with an adapter; weight and bias are the base's and keep their names.
 
-    lora_A (rank, in), lora_B (out, rank). start_A, start_B: copies from the start of a run, None
-    if B was 0."""
+    lora_A (rank, in), lora_B (out, rank). start_A, start_B: copies from the start of a run,
+    None if B was 0."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> None:
         super().__init__(
@@ -81,14 +83,6 @@ def adapted(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def linears(model: nn.Module, vision: bool) -> dict[str, nn.Linear]:
-    """The linear layers that get adapters, by name: the language model's and, with `vision`, the
-    vision tower's."""
-    parts = ("model.layers.", "visual.") if vision else ("model.layers.",)
-    named = model.named_modules()
-    return {n: m for n, m in named if isinstance(m, nn.Linear) and n.startswith(parts)}
-
-
 def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that a checkpoint holds: the adapters', or all if there are none."""
     only_adapters = bool(adapted(model))
@@ -100,11 +94,10 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 # ---------------------------------------------------------------- before a run
 
 def fit(model: nn.Module, args: argparse.Namespace) -> None:
-    """Changes a loaded model to what the flags train: with adapters under --lora, else without.
+    """Gives a loaded model the adapters that --lora asks for; without it, merges what is there.
 
-    Without --lora an adapter that the run starts from is merged. With --lora it is trained as it
-    is: its layers, its alpha (which `args` say afterwards). CheckpointError if the flags ask for
-    another one."""
+    An adapter that the run starts from is trained as it is, and `args` then say its alpha and
+    layers. CheckpointError if the flags ask for another one."""
     layers = adapted(model)
     if not args.lora:
         merge(model)
@@ -123,17 +116,21 @@ def fit(model: nn.Module, args: argparse.Namespace) -> None:
         for flag, there in refusals.items():
             if there:
                 raise CheckpointError(
-                    f"{flag}, but the adapter in {args.init} has {there} and is trained as it is; "
-                    "change the flag, or merge it first: python -m tools.merge_lora "
+                    f"{flag}, but the adapter in {args.init} has {there} and is trained as it "
+                    "is; change the flag, or merge it first: python -m tools.merge_lora "
                     f"{args.init} OUT")
         args.lora_alpha = float(layer.alpha)
         args.lora_vision = vision
 
 
 def add(model: nn.Module, rank: int, alpha: float, vision: bool, seed: int) -> None:
-    """Adds adapters to the linear layers: A random by the seed, so all processes agree; B 0."""
+    """Adds adapters to the language model's linear layers and, with `vision`, to the vision
+    tower's. A is random by the seed, the same on all processes; B is 0."""
     random = torch.Generator().manual_seed(seed)
-    for name, linear in linears(model, vision).items():
+    parts = PARTS if vision else PARTS[:1]
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, nn.Linear) or not name.startswith(parts):
+            continue
         # PEFT's start: uniform within 1 / sqrt(in).
         bound = linear.in_features ** -0.5
         A = (torch.rand(rank, linear.in_features, generator=random) * 2 - 1) * bound
@@ -167,9 +164,9 @@ def keep_start(model: nn.Module) -> None:
 def reference(model: nn.Module) -> Iterator[None]:
     """Inside, adapters are as they were at `keep_start`; a model without any is unchanged.
 
-    Gradients are on inside although nothing trained takes part, so nothing is kept for them:
-    then the vision tower runs in one pass, as for the policy. So both give the same bits, and
-    all processes of a sharded model make equally many passes."""
+    With gradients on, the vision tower runs in one pass, as for the policy: so both give the
+    same bits, and all processes of a sharded model make equally many passes. Nothing that is
+    trained takes part, so nothing is kept for a backward pass."""
     layers = adapted(model).values()
     for layer in layers:
         layer.at_start = True
@@ -197,14 +194,6 @@ def merge(model: nn.Module) -> None:
 
 # ---------------------------------------------------------------- PEFT's files
 
-def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """PEFT's names of the adapters, sorted, with this model's tensors."""
-    stored = {}
-    for name, tensor in saved_parameters(model):
-        stored[f"base_model.model.{nested_name(name)}.weight"] = tensor
-    return dict(sorted(stored.items()))
-
-
 def adapter_config(model: nn.Module) -> dict[str, Any]:
     """The adapter_config.json of a model with adapters."""
     layers = adapted(model)
@@ -218,20 +207,20 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
         "lora_alpha": int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        # Full names: the last word alone, gate_proj, would match the vision tower's as well.
+        # Full names: "gate_proj" alone would match the vision tower's as well.
         "target_modules": [nested_name(name) for name in layers]}
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json of a folder; CheckpointError if it asks for more than plain LoRA."""
+    """adapter_config.json of a folder; CheckpointError unless it is plain LoRA's."""
     file = path / ADAPTER_CONFIG
     config = read_json_object(file)
     for name, value in config.items():
-        plain = name in PLAIN_FIELDS if name not in PLAIN_VALUES else value in PLAIN_VALUES[name]
+        plain = name in PLAIN_FIELDS and value in PLAIN_VALUES.get(name, (value,))
         if value and not plain:
             raise CheckpointError(
-                f"{file}: {name} is {value!r}, a kind of adapter that is not implemented; merge "
-                "it with PEFT, and start from that")
+                f"{file}: {name} is {value!r}, a kind of adapter that is not implemented; "
+                "merge it with PEFT, and start from that")
     r = config.get("r")
     alpha = config.get("lora_alpha")
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
@@ -245,27 +234,27 @@ def load_adapter(
         device: torch.device | str) -> None:
     """Adds the adapter in a folder to its loaded base, in this dtype (None: as stored)."""
     config = read_adapter_config(path)
-    rank, alpha = config["r"], config["lora_alpha"]
     file = path / WEIGHTS
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy it again "
-                              "from where it came from") from None
-    known = linears(model, vision=True)
+        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy it "
+                              "again from where it came from") from None
+    modules = dict(model.named_modules())
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         name = own_name(match[1]) if match else ""
-        if name not in known:
+        if not isinstance(modules.get(name), nn.Linear) or not name.startswith(PARTS):
             raise CheckpointError(
-                f"{file}: {key} is not an adapter of a linear layer of the language model or the "
-                "vision tower; merge the adapter with PEFT, and start from that")
+                f"{file}: {key} is not an adapter of a linear layer of the language model or "
+                "the vision tower; merge it with PEFT, and start from that")
         pairs.setdefault(name, {})[match[2]] = tensor.to(device, dtype)
     if not pairs:
-        raise CheckpointError(f"{file}: it holds no adapter; copy it again from where it came from")
+        raise CheckpointError(f"{file}: it holds no adapter; copy it again")
+    rank, alpha = config["r"], config["lora_alpha"]
     for name, pair in pairs.items():
-        linear = known[name]
+        linear = modules[name]
         expected = {"A": (rank, linear.in_features), "B": (linear.out_features, rank)}
         for part, shape in expected.items():
             there = tuple(pair[part].shape) if part in pair else "missing"

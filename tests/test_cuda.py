@@ -228,12 +228,13 @@ def test_a_wait_in_every_token_would_be_seen(
 
 def test_a_copy_from_the_host_while_a_graph_is_captured_would_be_seen(
         setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    rotation = LanguageModel.rotation
+    forward = LanguageModel.forward
 
-    def rotation_with_an_index(self: LanguageModel, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_with_an_index(
+            self: LanguageModel, x: Tensor, positions: Tensor, *more: Any, **named: Any) -> Tensor:
         axes = torch.tensor([0, 1, 2], device=positions.device)
-        return rotation(self, positions[axes])
-    monkeypatch.setattr(LanguageModel, "rotation", rotation_with_an_index)
+        return forward(self, x, positions[axes], *more, **named)
+    monkeypatch.setattr(LanguageModel, "forward", forward_with_an_index)
     with PlayedDevice():
         sample(setup, monkeypatch, on_cuda(setup.path), 4)
         with pytest.raises(RuntimeError, match="stream is capturing: torch.tensor"):

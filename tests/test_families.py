@@ -1,5 +1,5 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the hub's shapes, the stages on each family's tiny
-checkpoint, their coordinates. (Their numbers stand beside transformers' in test_model.py
+checkpoint, their coordinates. (Their numbers are compared with transformers' in test_model.py
 and test_generate.py, their prompts and pixels in test_data.py.)"""
 import functools
 import json

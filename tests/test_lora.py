@@ -25,8 +25,8 @@ from qwen import lora
 from qwen.hub import CheckpointError
 from qwen.processor import Processor, Prompt
 from tools import bench, merge_lora
-from train import checkpoints, dist
-from train import run as runtime
+from train import dist
+from train.flags import parse
 
 # ---------------------------------------------------------------- models, prompts, commands
 
@@ -105,7 +105,7 @@ def main(script: ModuleType, *flags: object) -> None:
         script.main()
 
 
-# ---------------------------------------------------------------- beside PEFT
+# ---------------------------------------------------------------- against PEFT
 
 @pytest.mark.parametrize("vision", [False, True])
 def test_an_adapter_loads_in_peft_with_equal_logits_on_the_same_layers(
@@ -148,7 +148,7 @@ def test_an_adapter_of_any_family_loads_in_peft_with_equal_logits(
 @pytest.mark.parametrize("older", [False, True])
 def test_an_adapter_that_peft_made_loads_here(
         tiny_checkpoint: Path, tmp_path: Path, older: bool) -> None:
-    """Also one whose names are the checkpoint's, as transformers' modules once had them."""
+    """Also with the checkpoint's names, which transformers' modules once had."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=3, lora_alpha=5, target_modules=["q_proj", "down_proj", "qkv"],
@@ -252,7 +252,7 @@ def test_the_reference_is_the_start_whatever_is_trained(
 
 def test_only_adapters_are_trained_and_their_gradient_is_that_of_the_formula(
         tiny_checkpoint: Path) -> None:
-    """Beside weights W + alpha / rank B A made by hand: dA = alpha / rank B^T dW, and dB alike."""
+    """Against weights W + alpha / rank B A made by hand: dA = alpha / rank B^T dW, and dB alike."""
     prompt = make_prompt(tiny_checkpoint)
     model = with_adapters(tiny_checkpoint, vision=True)
     lora.choose_trained(model, False, False)
@@ -309,7 +309,7 @@ import torch
 sys.path[:0] = [{root!r}, {tests!r}]
 import model as model_module
 from qwen import lora
-from train import dist, run as runtime
+from train import dist
 from model import QwenVL
 from test_lora import flags, make_prompt, score
 
@@ -353,7 +353,7 @@ def test_a_base_in_bfloat16_under_float32_adapters_on_two_processes(
     of one. And unequal numbers of images make equally many passes, or this would hang."""
     with_adapters(tiny_checkpoint).save_pretrained(tmp_path / "adapter")
     script = tmp_path / "script.py"
-    root = Path(runtime.__file__).parents[1]
+    root = Path(dist.__file__).parents[1]
     script.write_text(BFLOAT16.format(root=str(root), tests=str(root / "tests")))
     done = run(script, tiny_checkpoint, tmp_path / "adapter", tmp_path / "gradients", processes=2)
     assert done.returncode == 0, done.stderr
@@ -413,7 +413,7 @@ def adapters(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def interrupt(out: Path, copy: Path, step: int) -> None:
-    """A copy of a run, as if it had been interrupted behind an earlier step."""
+    """A copy of a run, as if it had been interrupted after an earlier step."""
     shutil.copytree(out, copy, symlinks=True)
     (copy / "latest").unlink()
     (copy / "latest").symlink_to(f"step_{step:06d}")
@@ -471,7 +471,7 @@ def test_sft_with_adapters_on_two_processes_and_resumed(
     assert_same(adapters(tmp_path / "one" / "latest"), straight, 1e-4)
 
 
-def test_rft_trains_an_adapter_on_beside_its_start(
+def test_rft_trains_an_adapter_on_next_to_its_start(
         run: Run, taught: Path, rft_flags: list[object], tmp_path: Path) -> None:
     one = tmp_path / "one"
     main(rft, *rft_flags, "--lora", 4, "--out", one)
@@ -528,12 +528,12 @@ def test_rft_of_all_weights_begins_at_the_merged_adapter(
 def test_a_second_model_is_opened_for_a_reference_without_adapters_alone(
         monkeypatch: pytest.MonkeyPatch, adapter: Path) -> None:
     opened = []
-    open_model = checkpoints.open_model
+    open_model = rft.open_model
 
     def count(*args: Any, **more: Any) -> tuple[QwenVL, Processor]:
         opened.append(args)
         return open_model(*args, **more)
-    monkeypatch.setattr(checkpoints, "open_model", count)
+    monkeypatch.setattr(rft, "open_model", count)
     for rank, models in ((4, 1), (None, 2)):
         opened.clear()
         args = rft.flags().parse_args(["--device", "cpu"])
@@ -646,18 +646,18 @@ def test_an_adapter_with_vision_is_not_frozen_in_part(tiny_checkpoint: Path) -> 
 
 
 @pytest.mark.parametrize("typed, words", [
-    ("--lora 0", "--lora: 0 is not a whole number above 0"),
+    ("--lora 0", "--lora: 0 is not a whole number from 1"),
     ("--lora-alpha 8", "--lora-alpha without --lora"),
     ("--lora-vision", "--lora-vision without --lora"),
-    ("--lora 8 --lora-alpha nan", "--lora-alpha: nan is not a finite number"),
-    ("--lora 8 --lora-vision --freeze-vision", "--lora-vision trains what --freeze-vision keeps"),
+    ("--lora 8 --lora-alpha nan", "--lora-alpha: nan is not a number"),
+    ("--lora 8 --lora-vision --freeze-vision", "--lora-vision trains what --freeze-vision freezes"),
 ])
 def test_flags_that_do_not_go_together_are_one_line(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, typed: str, words: str,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["sft.py", *typed.split()])
     with pytest.raises(SystemExit) as leaving:
-        runtime.parse(sft.flags(), "sft")
+        parse(sft.flags(), "sft")
     lines = capsys.readouterr().err.strip().splitlines()
     assert leaving.value.code == 2 and len(lines) == 1 and words in lines[0]
 

@@ -1,4 +1,4 @@
-"""model.py and attention.py beside transformers' three families (random weights), beside
+"""model.py and attention.py against transformers' three families (random weights), against
 dense attention, and by hand."""
 import dataclasses
 import doctest
@@ -197,11 +197,11 @@ def test_positions_by_hand() -> None:
     # Two text tokens, an image of 2 x 3 tokens, one text token: the image starts at 2,
     # and the text goes on at 2 + max(2, 3) = 5.
     ids = torch.tensor([7, 7, *[IMAGE] * 6, 7])
-    got = mrope_positions(ids, [(1, 4, 6)], IMAGE, 2)
+    [got] = mrope_positions([ids], [(1, 4, 6)], IMAGE, 2)
     assert got.tolist() == [
         [0, 1, 2, 2, 2, 2, 2, 2, 5], [0, 1, 2, 2, 2, 3, 3, 3, 5], [0, 1, 2, 3, 4, 2, 3, 4, 5]]
     with pytest.raises(ValueError, match="do not match"):
-        mrope_positions(torch.tensor([IMAGE, 7]), [(1, 4, 6)], IMAGE, 2)
+        mrope_positions([torch.tensor([IMAGE, 7])], [(1, 4, 6)], IMAGE, 2)
 
 
 # --------------------------------------------------------------------------------- attention
@@ -302,7 +302,7 @@ def test_a_merge_reaches_the_rows_it_is_given(
 
 
 def test_pieces_with_index_rows_may_be_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pack whose completions lie apart, as no Plan makes it: the piece that shows
+    """A pack with completions that lie apart, as no Plan makes it: the piece that shows
     them their prompt has an index of rows. Forward and backward equal dense
     attention."""
     plan = Plan([3, 2, 4, 2])
@@ -381,7 +381,7 @@ COMPLETION_TOKENS = 3 + 5 + 1 + 2 + 3 + 1 + 2
 def scored_apart(
         model: QwenVL, prompts: Sequence[Any], completions: Sequence[Sequence[Tensor]],
         temperature: float) -> Tensor:
-    """The plain slow path: every completion behind a copy of its prompt, one forward
+    """The plain slow path: every completion after a copy of its prompt, one forward
     pass each."""
     out = []
     for p, group in zip(prompts, completions):
@@ -456,7 +456,7 @@ def test_the_model_remembers_nothing_between_calls(pair: Pair) -> None:
 
 def hub_config(path: Path) -> None:
     """The nested config.json rewritten as the hub has it: flat, with rope_scaling, and
-    eos beside it."""
+    eos at the top."""
     config = json.loads((path / "config.json").read_text())
     text = config.pop("text_config")
     rope = text.pop("rope_parameters")
@@ -545,7 +545,7 @@ def test_a_config_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
             ("{", "not a readable JSON object"),
             ("[]", "not a readable JSON object .a list"),
             (text.replace('"hidden_size": 64', '"hidden_size": []'), "not the config.json of"),
-            (text.replace("qwen2_5_vl", "llama", 1), "model_type is 'llama'; this code runs"),
+            (text.replace("qwen2_5_vl", "llama", 1), "model_type is 'llama' .another model.; this code runs"),
             (text.replace("qwen2_5_vl", "qwen3_vl_moe", 1), "'qwen3_vl_moe' .Qwen3-VL-MoE.; "),
             (text.replace("qwen2_5_vl", "qwen3_5", 1), "is 'qwen3_5' .Qwen3.5.; "),
             (text.replace('"qwen2_5_vl"', '["qwen2_5_vl"]', 1), "model_type is .'qwen2_5_vl'."),

@@ -107,9 +107,9 @@ def test_vocab_merges_and_added_tokens_alone_are_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("added, words", [
-    ({"<|im_end|>": 300}, "<|im_end|> is 300 here, but not in tokenizer_config.json"),
-    ({"<other>": 256}, "<other> is 256 here, but not"),
-    ({"<other>": "264"}, "the id of '<other>' is '264'"),
+    ({"<|im_end|>": 300}, "<|im_end|> is 300 in added_tokens.json, but not in tokenizer_config.json"),
+    ({"<other>": 256}, "<other> is 256 in added_tokens.json, but not"),
+    ({"<other>": "264"}, "<other> is '264' in added_tokens.json"),
     ([1], "not a readable JSON object")])
 def test_added_tokens_that_do_not_fit_are_refused(
         folder: Path, added: Any, words: str,
