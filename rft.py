@@ -4,10 +4,9 @@ One step: sample G answers to each of Q questions, reward them, turn the rewards
 into advantages, weight the group's loss by how far its answers miss or scatter, and take one
 clipped policy-gradient step. Training needs boxes only, no reasoning.
 
-The method is RSGround-R1 (arXiv 2601.21634): the reward is R = IoU + 0.1 positional + format
-(section 3.3), and the whole loss of a group is multiplied by its weight (section 3.4); both are
-known second-hand. Settings that the paper leaves open are VLM-R1's. docs/method.md has the
-formulas of all objectives and the source of each setting.
+RSGround-R1 (arXiv 2601.21634): the reward is R = IoU + 0.1 positional + format (section 3.3), and
+a group's whole loss is multiplied by its weight (section 3.4), both second-hand. Other settings
+are VLM-R1's. docs/method.md has the formulas of all objectives and the source of each setting.
 
     python rft.py                                        embedded data, on a laptop
     torchrun rft.py --data dior --epochs 0.4             one GPU: ckpt/sft -> ckpt/rft
@@ -67,11 +66,9 @@ RESERVED = set("""
 
 
 class NamedWeights(argparse.Action):
-    """--reward NAME=WEIGHT ... -> dict; names are those of reward.TERMS, and "format"."""
+    """--reward NAME=WEIGHT ... -> dict, in one order, so that sums are equal to the bit."""
 
-    def __call__(
-            self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
-            values: Sequence[str], option: str | None = None) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
         names = (*reward.TERMS, "format")
         weights: dict[str, float] = {}
         for text in values:
@@ -86,9 +83,7 @@ class NamedWeights(argparse.Action):
             except argparse.ArgumentTypeError:
                 raise argparse.ArgumentError(
                     self, f"{text} is not NAME=WEIGHT with a finite number") from None
-        # In one order, whatever the user's: the sum of the terms is then the same to the bit.
-        ordered = {name: weights[name] for name in names if name in weights}
-        setattr(namespace, self.dest, ordered)
+        setattr(namespace, self.dest, {name: weights[name] for name in names if name in weights})
 
 
 def flags() -> FlagParser:
@@ -165,10 +160,9 @@ def check_flags(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- the objective
 
 def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
-    """rewards (Q, G) -> advantages (Q, G): (R - mean) / (std + 1e-4) within a group.
+    """rewards (Q, G) -> (Q, G): (R - mean) / (std + 1e-4) in a group, std over G - 1; 0 if equal.
 
-    std is over G - 1. Exactly 0 if all rewards of a group are equal. GRPO (arXiv 2402.03300) as
-    in VLM-R1; without the division it is Dr. GRPO's (arXiv 2503.20783).
+    GRPO (arXiv 2402.03300) as in VLM-R1; without the division Dr. GRPO (arXiv 2503.20783).
     """
     advantage = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std:
@@ -189,12 +183,10 @@ def policy_loss(
     """One micro-batch's share of an optimizer step's loss, and sums over its tokens for the log.
 
     Tensors are packed (tokens,), except lengths (completions,); logp_ref is None if beta is 0.
-    n_tokens and completions count the whole optimizer step, over all micro-batches and processes,
-    so shares and their gradients simply add up.
-
-    A token's gain is PPO's clipped surrogate (arXiv 1707.06347) minus beta times an estimate of
-    the KL to the reference (k3). Its loss is minus that, times its weight: that of its group, or
-    0 if it is masked. We assume that the weight also multiplies the KL.
+    n_tokens and completions count the whole optimizer step, over micro-batches and processes, so
+    shares and gradients simply add up. A token's gain is PPO's clipped surrogate (arXiv
+    1707.06347) minus beta times the KL to the reference (k3). Its loss is minus that times its
+    weight: its group's, or 0 if masked. We assume that the weight also multiplies the KL.
     """
     log_ratio = logp - logp_old
     if ratio == "sequence":
@@ -333,10 +325,7 @@ def grade(group: Group, args: argparse.Namespace) -> Group:
 
 
 def step_seeds(args: argparse.Namespace, step: int, turn: int = 0) -> Tensor:
-    """Seeds of this process's questions in a turn of resampling (0: the first sampling).
-
-    Each depends only on the question's place in the step.
-    """
+    """Seeds of this process's questions in a turn of resampling (0: the first sampling)."""
     first = ((args.seed + turn) * 1_000_003 + step) * args.prompts
     return torch.tensor([first + i for i in range(dist.rank(), args.prompts, dist.world())])
 
@@ -345,9 +334,8 @@ def fresh_records(
         records: Sequence[Record], args: argparse.Namespace, step: int, turn: int) -> list[Record]:
     """This process's records for a turn (1, 2, ...) of resampling, one for each of its places.
 
-    They are all records but those of the step, in an order of the step's own, Q per turn, and
-    repeat if there are too few. So they depend on seed, step, turn and place alone: a resumed run,
-    or one on more processes, gets the same.
+    All records but those of the step come in an order of the step's own, Q per turn, and again if
+    there are too few. They depend on seed, step, turn and place, not on processes or resumes.
     """
     Q = args.prompts
     taken = {record_at(records, place, args.seed).id for place in range(step * Q, (step + 1) * Q)}
@@ -363,8 +351,8 @@ def resample(
         args: argparse.Namespace, step: int) -> dict[str, float]:
     """Replaces groups of equal rewards by fresh questions, in place -> entries for the log.
 
-    fresh: turn (1, 2, ...) -> one record for each group. DAPO's dynamic sampling (arXiv
-    2503.14476) with a limit of --resample turns, which is ours.
+    fresh: turn -> one record per group. DAPO's dynamic sampling (arXiv 2503.14476); the limit of
+    --resample turns is ours.
     """
     if not args.resample:
         return {}
@@ -461,7 +449,8 @@ def train_step(
             **update_summary(sums, minibatches, args),
             "lr": lr, "grad_norm": grad_norm, "finite": not sums["not_finite"], **resampled,
             "seconds_rollout": sampled - started, "seconds_reward": graded - sampled,
-            "seconds_update": updated - update_started, "peak_GiB": dist.peak_memory(policy.model.device)}
+            "seconds_update": updated - update_started,
+            "peak_GiB": dist.peak_memory(policy.model.device)}
     return line, groups
 
 
@@ -504,10 +493,9 @@ def set_old_policy(
         policy: Policy, batch: MicroBatch, scored: Tensor, args: argparse.Namespace) -> None:
     """Fixes, at the first scoring, what the ratio and the KL compare with.
 
-    scored: (tokens,) log-probabilities without gradient. If the step has one optimizer step, it
-    is on policy by definition: the old policy is the scored one, and the difference to the
-    sampled log-probabilities is rounding, which is logged. With several optimizer steps the old
-    policy is the sampler, so that the clip bounds the whole way from it.
+    A single optimizer step is on policy: the old log-probabilities are the scored ones (tokens,),
+    and their difference to the sampled ones is rounding, which is logged. With several optimizer
+    steps the old policy is the sampler, so that the clip bounds the whole way from it.
     """
     sampled = torch.cat([logp for group in batch.groups for logp in group.sampled_logp])
     batch.sampled_scored = (scored - sampled).abs().max().item()
@@ -520,7 +508,7 @@ def set_old_policy(
 # ---------------------------------------------------------------- the log
 
 def positional_alone(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """Groups (Q,) bool in which no term of the reward varies but the positional one."""
+    """(Q,) bool: groups in which only the positional term of the reward varies."""
     alone = varies(terms["positional"]) & (weights["positional"] != 0)
     for name, weight in weights.items():
         if weight and name != "positional":
@@ -629,8 +617,7 @@ def log_rollouts(path: Path, step: int, groups: list[Group]) -> None:
 def canary(
         policy: Policy, records: Sequence[Record], prompts: Sequence[Prompt],
         args: argparse.Namespace) -> None:
-    """Prints, before step 1, how the starting policy answers: a reward that cannot rise shows
-    here and not after an hour."""
+    """Prints how the starting policy answers: a reward that cannot rise shows before step 1."""
     seeds = torch.arange(len(records)) + 7_777 * (dist.rank() + 1)
     groups = [grade(group, args) for group in sample(policy, records, prompts, seeds, args)]
     outcomes: Counter[str] = Counter()
