@@ -66,7 +66,7 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 4) -> Image.Imag
 def overlay(
         image: Image.Image, boxes: Sequence[tuple[Box, str, Colour]], path: Path | None = None,
 ) -> Image.Image:
-    """A copy of the image in full size with (box, label, colour) triples, saved if path is given."""
+    """A copy of the image in full size with (box, label, colour), saved if `path` is given."""
     image = image.convert("RGB")
     pen = ImageDraw.Draw(image)
     longer_side = max(image.size)

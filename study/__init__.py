@@ -1,1 +1,1 @@
-"""The ablations of the paper on the embedded world: ablate.py runs them, study.py tabulates them."""
+"""The paper's ablations on the embedded world: ablate.py runs them, study.py tabulates them."""

@@ -82,10 +82,10 @@ class Regime(NamedTuple):
     sft_steps: int = 1         # times the steps of CoT-SFT
 
 
-# Dividing advantages by their group's deviation makes a group whose boxes differ by one pixel
-# weigh as much as one whose choices differ, so --no-std is on where scenes have many things.
-# Without the division a group that misses altogether, which only the positional term tells apart,
-# moves almost nothing, so the regimes of the map divide.
+# Divided by their deviation, the advantages of a group with boxes one pixel apart weigh as much as
+# those of a group with different choices, so the tables use --no-std if scenes have many things.
+# Undivided, a group without any overlap, in which only the positional term differs, has almost no
+# weight, so the regimes of the map divide.
 REGIMES = {
     "tiny": Regime("one thing alone, tiny", "synth-tiny", rft=3),
     "little": Regime("many things, SFT on a tenth of its records", "synth", flags="--no-std"),

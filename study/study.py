@@ -60,7 +60,8 @@ def read_row(folder: Path) -> dict[str, Any] | None:
     try:
         return content["rows"][0]
     except (KeyError, IndexError, TypeError):
-        fail(f"{folder / 'eval.json'} has no row of scores; remove {folder} and run ablate.sh again")
+        fail(f"{folder / 'eval.json'} has no row of scores; remove {folder} and run ablate.sh "
+             "again")
 
 
 def seeds_with(regime: Path, split: str, *arms: str) -> list[Path]:
@@ -437,7 +438,7 @@ def draw(groups: Sequence[tuple[str, Sequence[tuple[str, Effect]]]], path: Path)
     heights = [len(bars) + 1 for _, bars in groups]
     figure, axes = pyplot.subplots(
         len(groups), squeeze=False, sharex=True, height_ratios=heights, layout="constrained",
-        figsize=(10, 0.3 * sum(heights) + 1))
+        figsize=(10, 0.3 * sum(heights) + 1.2))
     for axis, (title, bars) in zip(axes[:, 0], groups):
         axis.set_title(title, loc="left", weight="bold", fontsize=10)
         axis.grid(axis="x", color="#cccccc")
@@ -449,8 +450,8 @@ def draw(groups: Sequence[tuple[str, Sequence[tuple[str, Effect]]]], path: Path)
             axis.plot(effect.mean, y, "o", color="black", markerfacecolor=fill)
         axis.set_yticks(range(len(bars)), [label for label, _ in bars])
         axis.set_ylim(len(bars) - 0.5, -0.5)
-    axes[-1, 0].set_xlabel("difference in mIoU (0 to 1), 95% interval over scenes; small lines: "
-                           "seeds; hollow: the interval holds 0")
+    axes[-1, 0].set_xlabel("difference in mIoU (0 to 1), 95% interval over scenes\n"
+                           "small lines: seeds; hollow: the interval holds 0")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
