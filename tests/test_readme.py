@@ -1,62 +1,70 @@
-"""README.md: its commands and files exist."""
+"""README.md: it stays short, and its numbers and reading order are those of the code."""
 import argparse
-import itertools
+import ast
 import re
 from pathlib import Path
 
-import reward
 import rft
 import sft
-from train import run as runtime
+from train.flags import set_steps
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {"sft.py": sft.flags, "rft.py": rft.flags}
 
 
-def options(parser: argparse.ArgumentParser) -> set[str]:
-    """All flags of a script."""
-    return set(itertools.chain.from_iterable(a.option_strings for a in parser._actions))
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= 170
+    assert len(README.encode()) <= 12_000
 
 
-def test_the_table_of_settings_has_the_defaults_of_the_code() -> None:
+def test_steps_by_number_of_records_are_those_of_the_stages() -> None:
+    rows = re.findall(
+        r"\| ([\d,]+) \| `--epochs ([\d.]+)` \| ([\d,]+) \| `--epochs ([\d.]+)` \| ([\d,]+) \|",
+        README)
+    assert len(rows) == 3
+    batch, prompts = sft.flags().get_default("batch"), rft.flags().get_default("prompts")
+    assert f"steps of {batch} records" in README and f"steps of {prompts} questions" in README
+    for records, *columns in rows:
+        n = int(records.replace(",", ""))
+        for epochs, steps, per_step in zip(columns[::2], columns[1::2], (batch, prompts)):
+            args = argparse.Namespace(steps=None, epochs=float(epochs))
+            set_steps(args, n, per_step)
+            assert args.steps == int(steps.replace(",", ""))
+
+
+def test_formulas_have_the_defaults_of_the_code() -> None:
     args = rft.flags().parse_args([])
-    table = README.split("## Whose settings", 1)[1].split("\n## ", 1)[0]
-    weights = runtime.as_typed(args.reward)
-    for text in (f"`--reward {weights}`", f"`--alpha {args.alpha:g}`",
-                 f"`--weighting {args.weighting}`", f"`--prompts {args.prompts}`",
-                 f"`--group {args.group}`", f"`--lr {args.lr:.0e}".replace("e-06", "e-6"),
-                 f"--beta {args.beta:g} --clip {args.clip[0]:g} {args.clip[1]:g}`"):
-        assert text in table, text
-    assert f"`--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}`" in table
-    assert args.temperature == 1 and "T=1" in table and not args.no_std
+    mean, variance = args.lambdas
+    assert args.alpha / 2 == 1.25 and "sx = 1.25 W" in README
+    assert variance == 1 and f"w = exp({mean:g} (1 - m) + v)" in README
+    assert f"clip(r, {1 - args.clip[0]:g}, {1 + args.clip[1]:g}) A" in README
+    assert f"- {args.beta:g} KL" in README
+    assert args.group == 8 and "writes eight answers" in README
+    assert args.reward == {"iou": 1, "positional": 0.1, "format": 1}
+    assert "R = IoU + 0.1 P + format" in README
 
 
-def test_the_table_of_objectives_has_the_choices_and_defaults_of_the_code() -> None:
-    args = rft.flags().parse_args([])
-    table = README.split("### Objectives", 1)[1].split("\n## ", 1)[0]
-    rows = [line for line in table.splitlines() if line.startswith("| ")]
-    for flag, choices in (("loss", rft.LOSSES), ("ratio", rft.RATIOS), ("kl", rft.KLS)):
-        for choice in choices:
-            row, = (line for line in rows if f"`--{flag} {choice}`" in line)
-            assert ("*default*" in row) == (choice == getattr(args, flag)), row
-    assert f"clip, *default* {args.clip[0]:g} {args.clip[1]:g} |" in table
-    assert set(re.findall(r"--[a-z][a-z-]*", table)) <= options(rft.flags())
-    for name in ("dual_clip", "mask_truncated", "importance_cap", "resample", "no_std"):
-        assert not getattr(args, name) and f"--{name.replace('_', '-')}" in table
-    assert args.updates == args.minibatches == 1
+def test_the_reading_order_names_what_its_files_define() -> None:
+    stops = re.findall(r"^(\d)\. (`\w.*)$", README, re.MULTILINE)
+    assert [number for number, _ in stops] == list("123456789")
+    for _, text in stops:
+        files = re.findall(r"`([\w/]+\.py)`", text)
+        defined = set()
+        for file in files:
+            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+            defined |= {node.name for node in ast.walk(tree)
+                        if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        # Frame is the processor's import.
+        names = set(re.findall(r"`([A-Za-z_]+)`", text)) - {"Frame"}
+        assert names and names <= defined, text
 
 
-def test_files_and_flags_that_the_readme_names_exist() -> None:
-    for name in re.findall(r"`((?:study/|toy/|tests/)?\w+\.(?:py|sh))`", README):
-        assert (ROOT / name).exists(), name
-    for script, flags in SCRIPTS.items():
-        known = options(flags())
-        for command in re.findall(rf"{re.escape(script)} ([^\n`#]*)", README):
-            for flag in re.findall(r"--[a-z][a-z-]*", command):
-                assert flag in known | {"--nproc_per_node"}, (script, flag)
-
-
-def test_terms_that_the_readme_names_exist() -> None:
-    named = re.search(r"`--reward ([^`]*)`", README)[1].split()
-    assert {text.split("=")[0] for text in named} <= {*reward.TERMS, "format"}
+def test_every_file_of_the_map_exists_and_every_script_and_folder_is_in_it() -> None:
+    drawn = README.split("## The code\n\n```\n", 1)[1].split("```", 1)[0]
+    named = set()
+    for line in drawn.splitlines():
+        named |= set(re.split(r"\s{3,}", line)[0].split())
+    assert all((ROOT / name).exists() for name in named)
+    modules = {path.name for path in ROOT.glob("*.py")}
+    packages = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")}
+    assert modules | packages <= named
