@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ PARSERS = {"sft.py": sft.flags, "rft.py": rft.flags, "eval.py": evaluation.flags
            "cot.py": cot.flags}
 # Flags of other programs.
 OTHER_FLAGS = {"--nproc_per_node", "--signal", "--requeue"}
+HELP: dict[str, set[str]] = {}                    # script -> its flags, read once
 # Keys that are logged only if something goes wrong.
 TROUBLE = {"warning", "unreadable"}
 TERMS = ("iou", "positional", "format")           # of the default reward
@@ -51,9 +52,9 @@ def anchors(text: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "LOG.md"], ids=lambda page: page.name)
 def test_links_and_anchors_resolve(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if link.startswith("http"):
             continue
         path, _, anchor = link.partition("#")
@@ -66,14 +67,17 @@ def test_links_and_anchors_resolve(page: Path) -> None:
 # ---------------------------------------------------------------- commands
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of each command line in a page's bash blocks, from python, torchrun or bash on."""
-    for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            for i, word in enumerate(words):
-                if word in ("python", "torchrun", "bash"):
-                    yield words[i:]
-                    break
+    """The words of each command, from python, torchrun or bash on, in bash blocks and in lines."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines += re.findall(r"`([^`\n]*(?:python|torchrun|bash) [^`\n]*(?:\.py|\.sh|-m )[^`\n]*)`", text)
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        for i, word in enumerate(words):
+            if word in ("python", "torchrun", "bash"):
+                yield words[i:]
+                break
 
 
 def script_and_flags(words: list[str]) -> tuple[str, list[str]]:
@@ -84,8 +88,21 @@ def script_and_flags(words: list[str]) -> tuple[str, list[str]]:
     return words[start], words[start + 1:]
 
 
+@pytest.fixture
+def known_flags(run: Run) -> Callable[[str], set[str]]:
+    """A script's path -> its flags, as its --help has them."""
+    def known(script: str) -> set[str]:
+        if script not in HELP:
+            done = run(script, "--help")
+            assert done.returncode == 0, done.stderr
+            HELP[script] = set(re.findall(r"--[a-z][a-z-]*", done.stdout))
+        return HELP[script]
+    return known
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_name_scripts_and_flags_that_exist(page: Path, run: Run) -> None:
+def test_commands_name_scripts_and_flags_that_exist(
+        page: Path, known_flags: Callable[[str], set[str]]) -> None:
     for words in commands(TEXTS[page]):
         script, flags = script_and_flags(words)
         assert (ROOT / script).exists(), words
@@ -94,17 +111,15 @@ def test_commands_name_scripts_and_flags_that_exist(page: Path, run: Run) -> Non
         if script in PARSERS:
             PARSERS[script]().parse_args(flags)
         elif script.endswith(".py"):
-            known = run(script, "--help").stdout
-            for word in flags:
-                assert not word.startswith("--") or f"{word} " in known or f"{word}]" in known, words
+            assert {word for word in flags if word.startswith("--")} <= known_flags(script), words
 
 
-def test_every_flag_that_is_mentioned_exists(run: Run) -> None:
-    known = OTHER_FLAGS | {"--batches"}          # of study/gradient.py
+def test_every_flag_that_is_mentioned_exists(known_flags: Callable[[str], set[str]]) -> None:
+    known = set(OTHER_FLAGS)
     for flags in PARSERS.values():
         known |= options(flags())
     for script in ("data.py", "tools/bench.py", "tools/merge_lora.py"):
-        known |= set(re.findall(r"--[a-z][a-z-]*", run(script, "--help").stdout))
+        known |= known_flags(script)
     for page, text in TEXTS.items():
         if page.parent.name == "results":
             continue                             # tables of former versions
