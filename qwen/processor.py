@@ -1,14 +1,12 @@
 """From image and expression to the model's input: resizing, patches, chat prompt, tokens.
 
-`Processor(image, text)` resizes the image, cuts patches and writes the chat prompt. The model
-answers in its own coordinates; `answer.locate` converts the box with the prompt's Frame.
+The model answers in its own coordinates; `answer.locate` converts a box with the prompt's Frame.
 """
 import hashlib
 import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,20 +23,18 @@ from readers.base import ASPECT, DataError, read_json
 from readers.images import rgb
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-# A family's model_type, the convention of its coordinates, and the system turn of its chat
-# template (None: it has none). `prompt_hash` covers this table.
+# model_type, convention of coordinates (as in Frame), system turn (None: the template has none).
 CHAT_FORMATS = {
     "Qwen2VLProcessor": ("qwen2_vl", "1000", "You are a helpful assistant."),
     "Qwen2_5_VLProcessor": ("qwen2_5_vl", "absolute", "You are a helpful assistant."),
     "Qwen3VLProcessor": ("qwen3_vl", "1000", None)}
-TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
-    "preprocessor_config.json", "chat_template.json", "chat_template.jinja",
-    "special_tokens_map.json", "added_tokens.json", "processor_config.json",
-    "generation_config.json")
 # The image processor's settings: newer checkpoints have them in the first file, under
 # "image_processor". With both files, transformers reads the first.
 IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
+TOKENIZER_FILES = (
+    *IMAGE_FILES, "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+    "generation_config.json")
 # Settings with the only value that this code supports; 3 is bicubic.
 IMAGE_SETTINGS = {
     "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
@@ -50,18 +46,13 @@ WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-# ---------------------------------------------------------------- image to patches
-
 def smart_resize(
         width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The families' rule -> (width, height) of the resized image.
-
-    Both sides are multiples of `factor`, the area is between min_pixels and max_pixels, and
-    the aspect ratio is nearly kept. DataError for an image that is too long.
-    """
+    """(width, height) of the resized image by the families' rule: multiples of `factor`, an area
+    between min_pixels and max_pixels, nearly the same aspect ratio. DataError if it is too long."""
     if max(width, height) > ASPECT * min(width, height):
-        raise DataError(
-            f"an image of {width} x {height} is more than {ASPECT} times as long as wide; cut it")
+        raise DataError(f"an image of {width} x {height} is over {ASPECT} times as long as wide; "
+                        "cut it")
     w = round(width / factor) * factor
     h = round(height / factor) * factor
     if w * h > max_pixels:
@@ -76,10 +67,8 @@ def smart_resize(
 
 
 def cut_patches(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
-    """Pixels (H, W, C) -> patches (N, C, patch, patch) in the vision tower's order.
-
-    The tower joins merge x merge neighbours to one token, so patches are numbered block by
-    block, and row by row within a block. An image of 2 x 4 patches, of one pixel each:
+    """Pixels (H, W, C) -> patches (N, C, patch, patch) in the vision tower's order: it joins
+    merge x merge neighbours to one token. An image of 2 x 4 patches, of one pixel each:
 
     >>> pixels = np.array([[0, 1, 2, 3],
     ...                    [4, 5, 6, 7]])[..., None]
@@ -93,37 +82,28 @@ def cut_patches(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
     return axes.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, patch, patch)
 
 
-# ---------------------------------------------------------------- the model's input
-
 @dataclass(frozen=True)
 class Pixels:
-    """The patches of an image as bytes, in the vision tower's order.
-
-    They travel to the device like this, because the model's floats take eight times as much.
-    """
+    """An image's patches as bytes: the model's floats take eight times as much to send."""
 
     values: Tensor                # (patches, channels, patch, patch) uint8
     table: Tensor                 # (channels, 256) float32: what each byte is normalised to
     frames: int                   # of the temporal patch; a still image fills all of them
 
     def normalised(
-            self, device: torch.device | str = "cpu",
-            dtype: torch.dtype = torch.float32) -> Tensor:
+            self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """(patches, D) as the model takes them; D = channels * frames * patch^2."""
         values = self.values.to(device, non_blocking=True)
         table = self.table.to(device, dtype)
-        channels, levels = table.shape
         # One lookup for all channels: the values of channel c start at c * 256.
-        first = torch.arange(channels, dtype=torch.int32, device=device) * levels
+        first = torch.arange(len(table), dtype=torch.int32, device=device) * 256
         places = values.int().add_(first[:, None, None]).flatten()
-        one_frame = table.flatten().index_select(0, places).view(len(values), channels, 1, -1)
+        one_frame = table.flatten().index_select(0, places).view(len(values), len(table), 1, -1)
         return one_frame.expand(-1, -1, self.frames, -1).flatten(1)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One record as the model sees it."""
-
     input_ids: Tensor             # (T,) long
     pixels: Pixels
     image_grid_thw: Tensor        # (1, 3) long: time, height, width in patches
@@ -131,32 +111,28 @@ class Prompt:
 
     @property
     def pixel_values(self) -> Tensor:
-        """(patches, D) float32, as from transformers' processor."""
         return self.pixels.normalised()
 
 
 def prompt_hash() -> str:
-    """12 hex characters for all of the prompt but image and expression; run.json has them."""
+    """12 hex characters of the prompt's text and chat formats, for run.json."""
     return hashlib.sha256(repr((PROMPT, CHAT_FORMATS)).encode()).hexdigest()[:12]
 
 
 @dataclass(eq=False)
 class Processor:
-    """Image and expression -> Prompt, completion -> ids, ids -> text.
-
-    For Qwen2-VL, Qwen2.5-VL and Qwen3-VL. Threads may share one: loading sets it for good.
-    """
+    """Image and expression -> Prompt, completion -> ids, ids -> text. Threads may share one."""
 
     tokenizer: Tokenizer
     ordinary: Tokenizer           # without added tokens: it reads "<|im_end|>" as letters
     source: Path                  # folder of the tokenizer's files
+    ids: dict[str, int | None]    # of SPECIAL and <|endoftext|>
+    end_id: int                   # end of the assistant's turn
+    tags: dict[str, int]          # TAGS that are tokens: Qwen3-VL has <think> and </think>
     image_file: Path              # file of the image settings
     family: str                   # config.json's model_type
     convention: str               # of coordinates, as in Frame
     system: str | None            # text of the system turn
-    ids: dict[str, int | None]    # of SPECIAL and <|endoftext|>
-    end_id: int                   # end of the assistant's turn
-    tags: dict[str, int]          # TAGS that are tokens: Qwen3-VL has <think> and </think>
     min_pixels: int               # of the resized image
     max_pixels: int
     patch: int                    # side in pixels
@@ -167,13 +143,10 @@ class Processor:
 
     @classmethod
     def from_pretrained(
-            cls, path: str | Path, min_pixels: int | None = None,
-            max_pixels: int | None = None) -> "Processor":
-        """The processor of a checkpoint's folder, or of a stage's (its newest step).
-
-        min_pixels, max_pixels: of the resized image, instead of the file's. DataError if files
-        are missing or wrong, or if the limits are not those of the training (run.json).
-        """
+            cls, path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None,
+    ) -> "Processor":
+        """From a checkpoint's folder, or a stage's (its newest step). Given pixel limits replace
+        the file's. DataError if files are missing or wrong."""
         folder = newest_step(path)
         # An adapter from elsewhere comes without these files; its base has them.
         if not any((folder / name).exists() for name in IMAGE_FILES):
@@ -181,40 +154,34 @@ class Processor:
         settings = read_settings(folder, min_pixels, max_pixels)
         tokenizer = read_tokenizer(folder)
         ids = {t: tokenizer.token_to_id(t) for t in (*SPECIAL, "<|endoftext|>")}
-        absent = [t for t in SPECIAL if ids[t] is None]
-        if absent:
-            raise DataError(
-                f"{folder}: the tokenizer has no {', '.join(absent)}; use a Qwen-VL model's")
+        for token in SPECIAL:
+            if ids[token] is None:
+                raise DataError(f"{folder}: the tokenizer has no {token}; use a Qwen-VL model's")
         added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+        tags = {tag: added[tag] for tag in TAGS if tag in added}
         plain = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
-        return cls(
-            tokenizer, Tokenizer.from_str(json.dumps(plain)), folder, ids=ids,
-            end_id=ids["<|im_end|>"], tags={tag: added[tag] for tag in TAGS if tag in added},
-            **settings)
+        ordinary = Tokenizer.from_str(json.dumps(plain))
+        return cls(tokenizer, ordinary, folder, ids, ids["<|im_end|>"], tags, **settings)
 
     def check_fits(self, config: Any) -> None:
         """CheckpointError unless this belongs to a model of this model.Config."""
-        vision = config.vision
+        image, vision = self.image_file, config.vision
         # Another family has another convention for coordinates; no later check would notice.
         for file, name, ours, theirs in (
-                (self.image_file, "the family", FAMILIES[self.family], config.family),
-                (self.image_file, "patch_size", self.patch, vision.patch),
-                (self.image_file, "merge_size", self.merge, vision.merge),
-                (self.image_file, "temporal_patch_size", self.temporal_patch,
-                 vision.temporal_patch),
+                (image, "the family", FAMILIES[self.family], config.family),
+                (image, "patch_size", self.patch, vision.patch),
+                (image, "merge_size", self.merge, vision.merge),
+                (image, "temporal_patch_size", self.temporal_patch, vision.temporal_patch),
                 (self.source, "<|image_pad|>", self.ids["<|image_pad|>"], config.image_id)):
             if ours != theirs:
-                raise CheckpointError(
-                    f"{file}: {name} is {ours}, but config.json asks for {theirs}; take all "
-                    "files from one checkpoint")
+                raise CheckpointError(f"{file}: {name} is {ours}, but config.json asks for "
+                                      f"{theirs}; take all files from one checkpoint")
         last_id = max(self.tokenizer.get_vocab().values())
         if last_id >= config.vocab:
-            raise CheckpointError(
-                f"{self.source}: the tokenizer's last id is {last_id}, but config.json has "
-                f"{config.vocab} ids; take all files from one checkpoint")
+            raise CheckpointError(f"{self.source}: the last id is {last_id}, but config.json has "
+                                  f"{config.vocab} ids; take all files from one checkpoint")
 
     def __call__(self, image: Image.Image, text: str) -> Prompt:
-        """An image and an expression -> Prompt. Nothing is truncated."""
         pixels, grid, resized = self.patches(image)
         ids = self.turns(PROMPT, int(grid.prod()) // self.merge ** 2, text=text)
         frame = Frame(image.size, resized, self.convention)
@@ -222,8 +189,8 @@ class Processor:
 
     def patches(self, image: Image.Image) -> tuple[Pixels, Tensor, tuple[int, int]]:
         """An image -> its patches, image_grid_thw (1, 3), resized (width, height)."""
-        width, height = smart_resize(
-            *image.size, self.patch * self.merge, self.min_pixels, self.max_pixels)
+        factor = self.patch * self.merge
+        width, height = smart_resize(*image.size, factor, self.min_pixels, self.max_pixels)
         resized = rgb(image).resize((width, height), Image.Resampling.BICUBIC)
         values = torch.from_numpy(cut_patches(np.asarray(resized), self.patch, self.merge))
         # A channel has 256 values at most: normalise these, then look up.
@@ -233,48 +200,44 @@ class Processor:
         return Pixels(values, table, self.temporal_patch), grid, (width, height)
 
     def turns(self, user: str, image_tokens: int, **blanks: str) -> list[int]:
-        """The family's chat prompt as ids: system turn, user turn with the image, start of
-        the answer. With blanks, `user` is a template of ours, which they fill in."""
+        """The family's chat prompt as ids: system turn, user turn with the image, start of the
+        answer. With blanks, `user` is a template of ours, which they fill in."""
         start, end, vision_start, vision_end, image = (self.ids[t] for t in SPECIAL)
         ids = []
         if self.system is not None:
             ids += [start, *self.words(f"system\n{self.system}"), end, *self.words("\n")]
-        ids += [start, *self.words("user\n")]
-        ids += [vision_start, *[image] * image_tokens, vision_end]
+        ids += [start, *self.words("user\n"), vision_start, *[image] * image_tokens, vision_end]
         ids += [*self.words(user, tags=bool(blanks), **blanks), end, *self.words("\n")]
         return [*ids, start, *self.words("assistant\n")]
 
     def words(self, text: str, /, tags: bool = False, **blanks: str) -> list[int]:
-        """Ordinary text -> ids; no special token is recognised in it, so an expression may
-        contain anything. A lone surrogate, which cannot be encoded, becomes "?".
-
-        tags: recognise those tags of our answer format that are tokens.
-        blanks: ordinary text that fills in `text`, a template.
-        """
+        """Text -> ids. Special tokens are read as letters, so an expression may contain anything;
+        with `tags`, self.tags are tokens. With blanks, `text` is a template that they fill in.
+        A lone surrogate, which cannot be encoded, becomes "?"."""
         known = self.tags if tags else {}
         ids = []
         for part in re.split(f"({'|'.join(known)})", text) if known else [text]:
             if part in known:
                 ids.append(known[part])
-            else:
-                part = part.format(**blanks) if blanks else part
-                part = part.encode("utf-8", "replace").decode()
-                ids += self.ordinary.encode(part, add_special_tokens=False).ids
+                continue
+            part = part.format(**blanks) if blanks else part
+            part = part.encode("utf-8", "replace").decode()
+            ids += self.ordinary.encode(part, add_special_tokens=False).ids
         return ids
 
     def encode(self, completion: str) -> Tensor:
         """A completion's text -> (L,) long, with the end of the turn."""
         return torch.tensor([*self.words(completion, tags=True), self.end_id])
 
-    def decode(self, ids: Tensor | Sequence[int]) -> str:
+    def decode(self, ids: Tensor | list[int]) -> str:
         """Ids of a completion -> its text, without the stop token at its end."""
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if ids and ids[-1] in (self.end_id, self.ids["<|endoftext|>"]):
-            ids = ids[:-1]
+            ids.pop()
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Copies the tokenizer's and processor's files, with the pixel limits in use."""
+        """Copies the files of tokenizer and processor, with the pixel limits in use."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
@@ -292,8 +255,7 @@ class Processor:
                 (path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def frame_by_coords(
-        size: tuple[int, int], coords: str, processor: Processor | None) -> Frame:
+def frame_by_coords(size: tuple[int, int], coords: str, processor: Processor | None) -> Frame:
     """The frame of an image of this size, for the --coords original (pixels of the image),
     resized (pixels after the processor's resizing), 1000 or fraction (of the sides)."""
     resized = (1, 1) if coords == "fraction" else size
@@ -303,20 +265,17 @@ def frame_by_coords(
     return Frame(size, resized, "1000" if coords == "1000" else "absolute")
 
 
-# ---------------------------------------------------------------- a checkpoint's files
-
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON file's object, {} without the file; DataError if it is not an object."""
+    """A JSON file's object; {} without the file."""
     content = read_json(file)
     if content is not None and not isinstance(content, dict):
         raise DataError(f"{file}: not a JSON object; {COPY_AGAIN}")
     return content or {}
 
 
-def read_settings(
-        folder: Path, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
-    """The processor's files, as fields of Processor; DataError for a missing or wrong setting,
-    and for one that makes other pixels than `Processor.patches`."""
+def read_settings(folder: Path, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
+    """The settings in a folder's files, as fields of Processor; DataError for a missing or wrong
+    one, and for one that makes other pixels than `Processor.patches`."""
     file = folder / IMAGE_FILES[0]
     nested = read_object(file)
     image = nested.get("image_processor")
@@ -324,24 +283,20 @@ def read_settings(
         file = folder / IMAGE_FILES[1]
         image = read_object(file)
     if image == {}:
-        raise DataError(
-            f"no {IMAGE_FILES[1]} at {folder}; copy it there from the checkpoint's hub page")
+        raise DataError(f"no {IMAGE_FILES[1]} at {folder}; copy it there from the hub page")
     settings: dict[str, Any] = {"image_file": file}
     try:
-        if not isinstance(image, dict):
-            raise ValueError("image_processor is not a JSON object")
         for name, ours in IMAGE_SETTINGS.items():
             value = image.get(name)
             equal = isinstance(value, (int, float)) and abs(value - ours) < 1e-6
             if value is not None and not equal:
                 raise ValueError(f"{name} is {value!r}, but this code supports only {ours}")
+        # transformers' precedence: min_pixels and max_pixels win over "size". Its edges are
+        # areas as well; some files have min_pixels and max_pixels in it.
         size = image.get("size") or {}
         if not isinstance(size, dict):
             raise ValueError(f"size is {size!r}, not shortest_edge and longest_edge")
-        # transformers' precedence: min_pixels and max_pixels win over "size". Its edges are
-        # areas as well, and some files have min_pixels and max_pixels in it.
-        whole = {f"{side}_size": image.get(f"{side}_size")
-                 for side in ("patch", "merge", "temporal_patch")}
+        whole = {f"{x}_size": image.get(f"{x}_size") for x in ("patch", "merge", "temporal_patch")}
         for name, edge, choice, default in (
                 ("min_pixels", "shortest_edge", min_pixels, 56 * 56),
                 ("max_pixels", "longest_edge", max_pixels, 28 * 28 * 1280)):
@@ -349,59 +304,49 @@ def read_settings(
             known = [value for value in values if value is not None]
             if size and not known:
                 raise ValueError(f"size has no {edge}")
-            whole[name] = known[0] if known else default
+            whole[name] = [*known, default][0]
         for name, value in whole.items():
             if type(value) is not int or not 0 < value < 2 ** 31:
                 raise ValueError(f"{name} is {value!r}, not a whole number above 0")
             settings[name.removesuffix("_size")] = value
-        for name, least in (("image_mean", -1e6), ("image_std", 1e-6)):
+        for name, least, above in (("image_mean", -1e6, ""), ("image_std", 1e-6, " above 0")):
             values = np.array(image.get(name), dtype=np.float32)
             if values.shape != (3,) or not ((least <= values) & (values < 1e6)).all():
-                above = " above 0" if least > 0 else ""
                 raise ValueError(f"{name} is {image.get(name)!r}, not three numbers{above}")
             settings[name.removeprefix("image_")] = values
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise DataError(f"{file}: {error}; {COPY_AGAIN}") from None
 
     limits = [settings["min_pixels"], settings["max_pixels"]]
     trained = read_object(folder / "run.json").get("pixels") or limits
     if trained != limits and not min_pixels and not max_pixels:
-        raise DataError(
-            f"{file} resizes images to {limits[0]} to {limits[1]} pixels, but run.json says the "
-            f"checkpoint was trained with {trained}; write these into the first file")
+        raise DataError(f"{file} resizes images to {limits[0]} to {limits[1]} pixels, but run.json "
+                        f"says it was trained with {trained}; write these into the first file")
 
-    known = [content["processor_class"] for content in (image, nested)
-             if content.get("processor_class") in list(CHAT_FORMATS)]
-    if not known:
+    names = (image.get("processor_class"), nested.get("processor_class"))
+    rows = [row for name, row in CHAT_FORMATS.items() if name in names]
+    if not rows:
         model_type = read_object(base_folder(folder) / "config.json").get("model_type")
-        known = [name for name, row in CHAT_FORMATS.items() if row[0] == model_type]
-    if not known:
-        raise DataError(
-            f"{folder}: neither {IMAGE_FILES[1]} nor config.json names one of "
-            f"{', '.join(CHAT_FORMATS)}; copy both again from the hub page")
-    settings["family"], settings["convention"], settings["system"] = CHAT_FORMATS[known[0]]
+        rows = [row for row in CHAT_FORMATS.values() if row[0] == model_type]
+    if not rows:
+        raise DataError(f"{folder}: neither {IMAGE_FILES[1]} nor config.json names one of "
+                        f"{', '.join(CHAT_FORMATS)}; copy both again from the hub page")
+    settings["family"], settings["convention"], settings["system"] = rows[0]
     return settings
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder; DataError if there is none.
-
-    From tokenizer.json, or from vocab.json and merges.txt with the added tokens of
-    tokenizer_config.json or added_tokens.json.
-    """
+    """From tokenizer.json, or from vocab.json and merges.txt with the added tokens of
+    tokenizer_config.json or added_tokens.json. DataError if a checkpoint's folder has neither."""
     try:
         if (folder / "tokenizer.json").exists():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         else:
-            vocab = read_object(folder / "vocab.json")
-            if not vocab or not (folder / "merges.txt").exists():
-                raise DataError(
-                    f"no tokenizer at {folder}: neither tokenizer.json nor vocab.json with "
-                    "merges.txt; copy them from the checkpoint's hub page")
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            lines = [line for line in lines if line and not line.startswith("#version")]
-            merges = [tuple(line.split(" ")) for line in lines]
-            tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+            files = [folder / "vocab.json", folder / "merges.txt"]
+            if not all(file.exists() for file in files):
+                raise DataError(f"no tokenizer at {folder}: neither tokenizer.json nor vocab.json "
+                                "with merges.txt; copy them from the hub page")
+            tokenizer = Tokenizer(models.BPE.from_file(*map(str, files)))
             tokenizer.normalizer = normalizers.NFC()
             tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
                 pre_tokenizers.Split(Regex(WORDS), "isolated"),
@@ -410,9 +355,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             for i, token in sorted(read_added_tokens(folder).items()):
                 tokenizer.add_tokens([AddedToken(**{"special": False} | token)])
                 if tokenizer.token_to_id(token["content"]) != i:
-                    raise DataError(
-                        f"{folder}: {token['content']} should have id {i}, but vocab.json leaves "
-                        "another one for it; copy both files again from the hub page")
+                    raise DataError(f"{folder}: {token['content']} should have id {i}, but "
+                                    f"vocab.json leaves another one for it; {COPY_AGAIN}")
         # tokenizer.json may hold how an earlier program cut, padded or (BPE dropout)
         # randomised its texts, and the library would continue.
         tokenizer.no_truncation()
@@ -421,7 +365,6 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         return tokenizer
     except (DataError, CheckpointError):
         raise
-    except Exception as error:                       # the library raises nothing narrower
-        reason = " ".join(str(error).split())        # some of its messages have several lines
-        raise DataError(
-            f"{folder}: the tokenizer is unreadable ({reason}); {COPY_AGAIN}") from None
+    except Exception as error:                   # the library raises nothing narrower
+        reason = " ".join(str(error).split())    # some of its messages have several lines
+        raise DataError(f"{folder}: the tokenizer is unreadable ({reason}); {COPY_AGAIN}") from None
