@@ -1,17 +1,13 @@
 """A teacher gets image, expression and true box, and explains how to find the object.
 
-The teacher is a checkpoint (`ask_checkpoint`), or a server with OpenAI's chat-completions protocol
-such as vLLM or SGLang (`ask_server`; `post` sends, `read_completion` reads). Each explanation is a
-line of a JSONL, kept or refused (cot.py shows the format). The same command continues after a
-stop, and asks again for records that got no whole answer in --tries requests.
-
     python cot.py dior --teacher CKPT
     python cot.py dior --teacher http://localhost:8000/v1 --model Qwen2.5-VL-72B-Instruct \\
         --coords resized --init Qwen2.5-VL-3B-Instruct/ --parallel 32 --want 30000
 
-`filter_explanation` refuses incomplete chains, inconsistent coordinate formats and wrong boxes, as
-the paper does (teacher Qwen2.5-VL-72B, 30,000 texts kept; second-hand), and reasoning that gives
-the box away, which is ours.
+A server needs OpenAI's chat-completions protocol, as vLLM and SGLang have it. Each explanation is
+a line of a JSONL, kept or refused (cot.py shows the format). The same command continues after a
+stop, and asks again for records without a whole answer. The paper, too, refuses incomplete chains,
+inconsistent coordinates and wrong boxes (second-hand); refusing a box given away is ours.
 """
 import argparse
 import base64
@@ -60,10 +56,10 @@ TEACHER_PROMPT = (
 INCONSISTENT = "inconsistent coordinate format"
 MIN_TEACHER_IOU = 0.5         # of the teacher's box with the annotation
 REVEALING_DISTANCE = 3        # in units of the model's frame
-MAX_COUNT = 20                # larger whole numbers are no counts, but coordinates or sizes
+MAX_COUNT = 20                # larger whole numbers are coordinates or sizes
 PLAIN_NUMBER = r"\d++(?:\.\d++)?+"
-# A point (x, y) or a box [x1, y1, x2, y2], in either kind of brackets.
 TWO_NUMBERS = rf"{PLAIN_NUMBER}\s*,\s*{PLAIN_NUMBER}"
+# A point (x, y) or a box [x1, y1, x2, y2], in either kind of brackets.
 COORDINATES = re.compile(rf"[(\[]\s*{TWO_NUMBERS}(?:\s*,\s*{TWO_NUMBERS})?\s*[)\]]")
 # "x1 = 12" is a coordinate and "12 pixels" a size, however small the number is.
 BARE_COORDINATE = re.compile(r"\b[xywh]\d?\s*[=:]\s*\d|\d\s*(?:px|pixels?)\b", re.IGNORECASE)
@@ -80,7 +76,7 @@ MIN_SECRET_LENGTH = 8         # shorter keys are words, such as vLLM's EMPTY
 
 @dataclass
 class Explanation:
-    """What is asked about a record, and the answer."""
+    """A request about a record, and its answer."""
 
     record: Record
     seed: int                     # of the sampling; it depends on the record, not on the order
@@ -90,7 +86,7 @@ class Explanation:
 
 
 def prompt_blanks(record: Record, frame: Frame) -> dict[str, str]:
-    """What fills in TEACHER_PROMPT, with the box in the teacher's frame."""
+    """What fills in TEACHER_PROMPT."""
     units = "in thousandths of the image's width and height, from 0 to 1000"
     if frame.convention == "absolute":
         width, height = frame.resized
@@ -154,14 +150,13 @@ def open_explanations(out: Path) -> Iterator[tuple[BinaryIO, dict[str, str | Non
     advice = "name another file with --out"
     try:
         file = open(out, "a+b")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise DataError(f"{out} is being written by another process; wait, or {advice}") from None
     except OSError as error:
         raise DataError(f"{out} can't be written ({error.strerror}); {advice}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(
-                f"{out} is being written by another process; wait for it, or {advice}") from None
         file.seek(0)
         finished = {}
         end = 0                       # of the whole lines, in bytes
@@ -209,16 +204,15 @@ def run_teacher(args: argparse.Namespace, records: Records) -> None:
         bar = tqdm(total=len(requests), desc="teacher")
         with bar, closing(ask(requests)) as explanations:
             for explanation in explanations:
-                record, frame, text = explanation.record, explanation.frame, explanation.text
-                if text is None:
+                if explanation.text is None:
                     undone.append(explanation)
                     in_a_row += 1
                 else:
+                    record, frame, text = explanation.record, explanation.frame, explanation.text
                     think, reason = filter_explanation(text, record, frame)
-                    line = {"id": record.id, "think": think}
-                    if reason is not None:
-                        line = {"id": record.id, "refused": reason, "text": text}
-                    line["frame"] = asdict(frame)
+                    content = {"think": think} if reason is None else {
+                        "refused": reason, "text": text}
+                    line = {"id": record.id, **content, "frame": asdict(frame)}
                     file.write((json.dumps(line) + "\n").encode())
                     file.flush()                   # a killed call loses no line
                     finished[record.id] = reason
@@ -243,8 +237,7 @@ def run_teacher(args: argparse.Namespace, records: Records) -> None:
 
 def ask_checkpoint(
         args: argparse.Namespace, model: QwenVL, processor: Processor,
-        requests: Sequence[Explanation],
-) -> Iterator[Explanation]:
+        requests: Sequence[Explanation]) -> Iterator[Explanation]:
     """Yields the requests with a checkpoint's answers, --batch at once."""
     for i in range(0, len(requests), args.batch):
         batch = []
@@ -272,11 +265,9 @@ def ask_checkpoint(
                 yield request
 
 
-# ---------------------------------------------------------------- a server
-
 @dataclass(eq=False)
 class Unanswered(Exception):
-    """A request without a whole answer."""
+    """A request to a server without a whole answer."""
 
     reason: str
     retry: bool = True
@@ -285,8 +276,8 @@ class Unanswered(Exception):
 
 
 def ask_server(
-        args: argparse.Namespace, processor: Processor | None, requests: Sequence[Explanation],
-) -> Iterator[Explanation]:
+        args: argparse.Namespace, processor: Processor | None,
+        requests: Sequence[Explanation]) -> Iterator[Explanation]:
     """Yields the requests with a server's answers in any order, --parallel at once.
 
     processor: resizes images as the teacher's does. DataError if no request can succeed.
@@ -297,15 +288,13 @@ def ask_server(
     stopped = threading.Event()
 
     def ask(request: Explanation) -> Explanation:
-        record = request.record
-        request.frame = frame_by_coords(record.size, args.coords, processor)
+        request.frame = frame_by_coords(request.record.size, args.coords, processor)
         try:
-            url = image_data_url(record)
+            url = image_data_url(request.record)
         except UnreadableImage as error:
             request.failure = str(error)
             return request
-        prompt = TEACHER_PROMPT.format(**prompt_blanks(record, request.frame))
-        prompt = prompt.encode("utf-8", "replace").decode()        # lone surrogates have no bytes
+        prompt = TEACHER_PROMPT.format(**prompt_blanks(request.record, request.frame))
         content = [{"type": "image_url", "image_url": {"url": url}},
                    {"type": "text", "text": prompt}]
         body = {"model": args.model, "messages": [{"role": "user", "content": content}],
@@ -316,8 +305,7 @@ def ask_server(
             # With the same seed, the next answer would be cut at the same place.
             body["seed"] = (request.seed + attempt) % 2 ** 31
             try:
-                answer = post(args, key, json.dumps(body).encode())
-                request.text = secret.sub("[key]", read_completion(answer))
+                request.text = secret.sub("[key]", post(args, key, json.dumps(body).encode()))
                 break
             except Unanswered as error:
                 reason = secret.sub("[key]", error.reason)
@@ -345,8 +333,8 @@ def ask_server(
         pool.terminate()
 
 
-def post(args: argparse.Namespace, key: str, body: bytes) -> bytes:
-    """Sends one request -> the body of the answer, or Unanswered. Follows no redirects."""
+def post(args: argparse.Namespace, key: str, body: bytes) -> str:
+    """Sends one request -> the text of the answer, or Unanswered. Follows no redirects."""
     url = urlsplit(args.teacher)
     secure = url.scheme == "https"
     connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -373,14 +361,23 @@ def post(args: argparse.Namespace, key: str, body: bytes) -> bytes:
     if response.length:
         raise Unanswered("the answer was cut")
     status = response.status
+    malformed = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
     if status == 200:
-        return content
+        try:
+            choice = json.loads(content)["choices"][0]
+            # A lone surrogate has no bytes to train on.
+            text = choice["message"]["content"].encode("utf-8", "replace").decode()
+        except malformed:
+            raise Unanswered("the answer is no chat completion with a text") from None
+        if choice.get("finish_reason") == "length":
+            raise Unanswered("the explanation was cut at --max-new-tokens")
+        return text
     # A server that refuses a key may quote parts of it, so its words are not shown.
     if status in (401, 403):
         raise Unanswered(str(status), remedy="it refuses the key in the environment variable "
                          f"{args.key_env}, or its absence")
     message = content.decode("utf-8", "replace")
-    with suppress(ValueError, LookupError, TypeError, RecursionError):
+    with suppress(*malformed):
         value = json.loads(content)
         message = json.dumps(value)
         message = str(value["error"]["message"])       # as OpenAI's servers put it
@@ -397,25 +394,9 @@ def post(args: argparse.Namespace, key: str, body: bytes) -> bytes:
         remedy="check --teacher and --model" if hopeless else "")
 
 
-def read_completion(content: bytes) -> str:
-    """The text of a chat completion; Unanswered if there is none, or it was cut."""
-    try:
-        choice = json.loads(content)["choices"][0]
-        # A lone surrogate has no bytes to train on.
-        text = choice["message"]["content"].encode("utf-8", "replace").decode()
-        finish_reason = choice.get("finish_reason")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise Unanswered("the answer is no chat completion with a text") from None
-    if finish_reason == "length":
-        raise Unanswered("the explanation was cut at --max-new-tokens")
-    return text
-
-
 def image_data_url(record: Record) -> str:
-    """A record's image as a data URL: its JPEG or PNG file, or a PNG of its pixels.
-
-    Other programs may show a file differently: turn it as EXIF says, put transparency on black.
-    """
+    """A record's image as a data URL: its JPEG or PNG file, or a PNG of its pixels if other
+    programs may show the file differently (turned as EXIF says, transparency on black)."""
     image = data.open_image(record)
     content = b""
     if isinstance(record.image, Path) and is_plain(record.image):
@@ -439,8 +420,7 @@ def check_teacher_flags(args: argparse.Namespace) -> None:
         args.device = choose_device(args.device) if args.teacher else None
         return
     if not args.model or not args.coords:
-        fail("a server as --teacher needs --model, the name of the model there, and --coords "
-             "original, resized or 1000, the coordinates that it knows")
+        fail("a server as --teacher needs --model, the name of the model there, and --coords")
     if args.coords == "resized" and not args.init:
         fail("--coords resized needs --init, a checkpoint that resizes images as the teacher does")
     try:
