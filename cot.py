@@ -7,10 +7,9 @@ or distance of the anchor), and whether it fits. The box comes last, because a m
 left to right and reasons must come before what follows from them.
 
 Each fact has one wording: in RFT, every token that could just as well be another one adds noise
-to the gradient. Every sentence is true of the annotated boxes. Real data sets annotate only some
-objects, so a text speaks only of objects with an expression of their own in the same split, and
-never claims that there are no others. The source is "synthetic spatial reasoning" in the abstract
-of RSGround-R1 (arXiv 2601.21634); the form is ours, because the paper's texts are not public.
+to the gradient. Real data sets annotate only some objects, so a text mentions only objects with an
+expression of their own in the same split, and never claims that there are no others. The idea is
+"synthetic spatial reasoning" in the abstract of RSGround-R1 (arXiv 2601.21634); the form is ours.
 
     python cot.py dior                  prints a few texts and draws their boxes, in image pixels
     python cot.py dior --init CKPT      the same in the coordinates that sft.py --init CKPT uses
@@ -38,6 +37,7 @@ import torch
 import data
 import reward
 from qwen.answer import TAGS, Box, Frame, format_box, format_ok, write
+from qwen.hub import MALFORMED
 from qwen.processor import Processor
 from readers.base import DataError, Record, read_json_lines
 from report.pictures import draw_boxes
@@ -51,7 +51,6 @@ REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"),
            ("lower left", "bottom", "lower right"))
 ROUNDING = 0.02               # of places and distances, as a share of the frame's longer side
 MAX_OTHER_CANDIDATES = 5      # the nearest ones
-SAME_OBJECT_IOU = 0.9         # from which two annotations are one object, under two expressions
 SIZE_WORDS = re.compile(
     r"\b(?:large|larger|largest|big|bigger|biggest|huge"
     r"|small|smaller|smallest|tiny|tinier|tiniest|little)\b")
@@ -104,12 +103,10 @@ def point_text(box: Box, frame: Frame) -> str:
 
 
 def noun_phrase(neighbor: Neighbor) -> str:
-    """Color, if known, and category with their article: "an orange car"."""
+    """"an orange car"; the color only if it is known."""
     words = f"{neighbor.color} {neighbor.category.lower() or 'object'}".strip()
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
-
-# ---------------------------------------------------------------- one text
 
 def find_anchor(
         record: Record, others: Sequence[Neighbor], candidates: Sequence[Neighbor],
@@ -134,12 +131,9 @@ def find_anchor(
     return min(mentioned, key=lambda entry: entry[:2])[2] if mentioned else None
 
 
-def explain(
-        record: Record, others: Sequence[Neighbor], frame: Frame, color: str = "") -> str:
-    """One record's completion, in the coordinates of `frame`.
-
-    others: the other objects of the image. color: the target's, if known.
-    """
+def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str = "") -> str:
+    """One record's completion, in the coordinates of `frame`. others: the other objects of the
+    image. color: the target's, if known."""
     text = record.text.lower()
     # A size word after the relation describes the anchor: "the car below the largest plane".
     head = RELATION_WORDS.split(text)[0]
@@ -154,11 +148,9 @@ def explain(
     nearest = sorted(alike, key=lambda o: math.dist(box_center(o.box), center))
 
     # 2. Sort them as the expression asks; otherwise from left to right, without saying so.
-    for order in ORDERS:
-        words, introduction, measure, descending = order
+    for words, introduction, measure, descending in ORDERS:
         possible = measure != "distance" or anchor is not None
-        asking = head if measure == "area" else text
-        if possible and re.search(rf"\b(?:{words})\b", asking):
+        if possible and re.search(rf"\b(?:{words})\b", head if measure == "area" else text):
             break
     else:
         introduction, measure, descending = "", "center", False
@@ -184,8 +176,7 @@ def explain(
             line += f", of size {round(math.sqrt(box_area(frame.to_model(o.box))))}"
         if anchor is not None:
             # The side, the distance, or both if the expression asks for both or neither.
-            asks_side = SIDE_WORDS.search(text)
-            asks_distance = DISTANCE_WORDS.search(text)
+            asks_side, asks_distance = SIDE_WORDS.search(text), DISTANCE_WORDS.search(text)
             origin = box_center(anchor.box)
             if abs(x - origin[0]) >= abs(y - origin[1]):
                 side = "left of" if x < origin[0] else "right of"
@@ -205,27 +196,19 @@ def explain(
     return write(think, format_box(record.box, frame))
 
 
-# ---------------------------------------------------------------- texts of a split
-
 def other_objects(record: Record, same_image: Sequence[Record]) -> list[Neighbor]:
-    """The other objects of a record's image; a synth scene knows them all.
-
-    same_image: the split's records of that image, so that reasoning for a training record
-    never mentions a test record's object.
-    """
+    """The other objects of a record's image. same_image: the split's records of it, so that
+    reasoning for a training record never mentions a test record's object."""
     if record.objects:
-        return [Neighbor(o.category, o.box, o.color)
-                for o in record.objects if o.box != record.box]
+        return [Neighbor(o.category, o.box, o.color) for o in record.objects if o.box != record.box]
     # An object can be annotated several times, under several expressions.
     boxes = torch.tensor([record.box, *(r.box for r in same_image)], dtype=torch.float64)
-    same = reward.iou(boxes[:, None], boxes) >= SAME_OBJECT_IOU        # (boxes, boxes)
-    neighbors = []
-    distinct = [0]
-    for i, other in enumerate(same_image, 1):
+    same = reward.iou(boxes[:, None], boxes) >= data.SAME_BOX        # (boxes, boxes)
+    distinct = [0]                # the record itself
+    for i in range(1, len(boxes)):
         if not same[i, distinct].any():
-            neighbors.append(Neighbor(other.category, other.box))
             distinct.append(i)
-    return neighbors
+    return [Neighbor(same_image[i - 1].category, same_image[i - 1].box) for i in distinct[1:]]
 
 
 def writer(
@@ -233,9 +216,7 @@ def writer(
 ) -> Callable[[Record, Frame], str]:
     """-> function (record, frame) -> text of the completion.
 
-    file: JSONL of reasoning; what it lacks or refuses is written from the annotations.
-    answer_only: without reasoning.
-    """
+    file: JSONL of reasoning; what it lacks or refuses is written from the annotations."""
     reasoning = load_reasoning(file, records) if file and not answer_only else {}
     by_image = defaultdict(list)
     for record in records:
@@ -272,9 +253,7 @@ def load_reasoning(
 ) -> dict[str, tuple[str, Frame | None] | None]:
     """A JSONL of reasoning -> id -> (think, frame), None if the line says "refused".
 
-    DataError if a line does not fit or a record has none. A file with frames is a teacher's, and
-    may be unfinished.
-    """
+    A file with frames is a teacher's, which may lack records."""
     reasoning = {}
     unfinished = False
     for number, line in read_json_lines(path):
@@ -287,11 +266,11 @@ def load_reasoning(
             think, frame = line["think"], line.get("frame")
             think.encode()        # fails for a lone surrogate, which has no bytes to train on
             if frame is not None:
-                original, resized = tuple(frame["original"]), tuple(frame["resized"])
-                frame = Frame(original, resized, frame["convention"])
+                sizes = tuple(frame["original"]), tuple(frame["resized"])
+                frame = Frame(*sizes, frame["convention"])
                 frame.to_model(frame.to_image((1, 1)))
                 unfinished = True
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        except MALFORMED:
             raise DataError(f'{place}: not a JSON object with "id", a text "think" and, perhaps, '
                             'the "frame" of a teacher') from None
         if any(tag in think for tag in TAGS):
@@ -311,8 +290,6 @@ def load_reasoning(
     return reasoning
 
 
-# ---------------------------------------------------------------- command line
-
 def flags() -> FlagParser:
     parser = FlagParser(
         "Shows the reasoning that sft.py trains on, with its pictures, or has a teacher write it")
@@ -322,18 +299,16 @@ def flags() -> FlagParser:
     add("--split", default="sft", help="split")
     data.add_reading_flags(add, "--data-coords")
     add("--init", metavar="CKPT",
-        help="checkpoint that sets the coordinates of the texts, as sft.py --init does; default: "
-        "pixels of the image. With --coords resized: one that resizes images as the teacher does")
+        help="checkpoint that sets the coordinates, as sft.py --init does (default: image pixels); "
+        "with --coords resized: one that resizes images as the teacher does")
     add("--show", type=positive, default=8, help="records")
     add("--seed", type=int, default=0, help="of the teacher's sampling")
-    add("--out", help="picture, default cot_check.png; "
-        "with --teacher the JSONL, default cot_<name>_<split>.jsonl")
+    add("--out", help="picture (cot_check.png) or teacher's JSONL (cot_<name>_<split>.jsonl)")
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", metavar="CKPT or URL", help="has this checkpoint explain the known boxes, "
         "or the server at this address of OpenAI's protocol: http://host:port/v1")
     add("--limit", type=positive, help="records in this call; default: all that are left")
-    add("--want", type=positive,
-        help="stop once this many explanations are kept, earlier calls included")
+    add("--want", type=positive, help="stop once this many are kept, earlier calls included")
     add("--max-new-tokens", type=positive, default=400, help="longest explanation, tokens")
     add("--temperature", type=not_negative, default=0.7, help="of sampling; 0 is greedy")
     add = parser.add_argument_group("teacher, a checkpoint").add_argument
@@ -342,14 +317,13 @@ def flags() -> FlagParser:
     add = parser.add_argument_group("teacher, a server").add_argument
     add("--model", help="name of the model there")
     add("--coords", choices=("original", "resized", "1000"),
-        help="coordinates that the model knows: pixels of the original image, pixels of the "
-        "image as it is resized (needs --init), thousandths of its sides")
+        help="its coordinates: pixels of the image, of the resized image (needs --init), or "
+        "thousandths of the sides")
     add("--parallel", type=positive, default=8, help="requests at once")
-    add("--tries", type=positive, default=8,
-        help="requests for a whole answer; after them a record is left to the next call")
+    add("--tries", type=positive, default=8, help="requests for a whole answer in this call")
     add("--timeout", type=above_zero, default=120.0, help="seconds for an answer")
     add("--key-env", metavar="NAME", default="OPENAI_API_KEY",
-        help="environment variable with the server's key; if it is not set, none is sent")
+        help="environment variable with the server's key, if it needs one")
     return parser
 
 

@@ -24,8 +24,6 @@ PROMPT = (
     f"in <answer> </answer> tags, like {EXAMPLE}")
 
 
-# ---------------------------------------------------------------- coordinates
-
 @dataclass(frozen=True)
 class Frame:
     """How a model's coordinates relate to an image.
@@ -53,10 +51,8 @@ class Frame:
 
 
 def clamp_box(box: Sequence[float], size: tuple[float, float]) -> Box | None:
-    """A box cut to an image of size (W, H), or None if no area is left.
-
-    This uses Python floats, because 1e300 would be infinite in float32.
-    """
+    """A box cut to an image of size (W, H), or None if no area is left."""
+    # Python floats, because 1e300 would be infinite in float32.
     x1, y1, x2, y2 = (float(min(max(v, 0), size[i % 2])) for i, v in enumerate(box))
     return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
 
@@ -66,14 +62,11 @@ def locate(box: Sequence[float] | None, frame: Frame) -> Box | None:
     return box and clamp_box(frame.to_image(box), frame.original)
 
 
-# ---------------------------------------------------------------- box to text
-
 def format_box(box: Sequence[float], frame: Frame) -> str:
     """A box in original pixels as the model is trained to write it: "[x1, y1, x2, y2]".
 
-    The numbers are whole, in the model's frame. The written box has an area and overlaps
-    the given one, even if that is thinner than a unit. Below, 2.55 and 2.58 both round to
-    3, and an interval from 3 to 4 would miss them:
+    The numbers are whole. The written box overlaps the given one, even if that is thinner than a
+    unit. Below, 2.55 and 2.58 both round to 3, and an interval from 3 to 4 would miss them:
 
     >>> format_box((2.6, 2.55, 7.2, 2.58), Frame((800, 800), (800, 800), "absolute"))
     '[3, 2, 7, 3]'
@@ -96,8 +89,6 @@ def write(think: str | None, box_text: str) -> str:
     reasoning = "" if think is None else f"<think>{think}</think>"
     return f'{reasoning}<answer>{{"bbox_2d": {box_text}}}</answer>'
 
-
-# ---------------------------------------------------------------- text to box, strictly
 
 FAILURES = (
     "no answer", "several answers", "not JSON", "no bbox_2d", "not four numbers", "no area")
@@ -133,16 +124,15 @@ def read_answer(text: str) -> tuple[Box | None, str | None]:
     opening, closing = ANSWER
     if text.count(opening) > 1 or text.count(closing) > 1:
         return None, "several answers"
-    start = text.find(opening)
-    end = text.find(closing)
+    start, end = text.find(opening), text.find(closing)
     if start < 0 or end < start:
         return None, "no answer"
     try:
         # Objects become tuples of pairs, which show a repeated key. NaN and Infinity are
         # not JSON, but Python accepts them: int("NaN") raises ValueError.
         content = json.loads(
-            text[start + len(opening):end], object_pairs_hook=tuple, parse_int=float,
-            parse_constant=int)
+            text[start + len(opening):end],
+            object_pairs_hook=tuple, parse_int=float, parse_constant=int)
     except (ValueError, RecursionError):
         return None, "not JSON"
     pairs = content if isinstance(content, tuple) else ()
@@ -154,10 +144,9 @@ def read_answer(text: str) -> tuple[Box | None, str | None]:
 
 def checked(value: Any) -> tuple[Box | None, str | None]:
     """A parsed JSON value with float numbers -> a box or a failure, as `read_answer`."""
-    if not isinstance(value, list) or len(value) != 4:
-        return None, "not four numbers"
+    four = isinstance(value, list) and len(value) == 4
     # Booleans are not floats; 1e999 and an integer of 5,000 digits are infinite.
-    if not all(isinstance(x, float) and math.isfinite(x) for x in value):
+    if not four or not all(isinstance(x, float) and math.isfinite(x) for x in value):
         return None, "not four numbers"
     x1, y1, x2, y2 = value
     return (x1, y1, x2, y2), None if x2 > x1 and y2 > y1 else "no area"
@@ -174,12 +163,11 @@ FOUR_NUMBERS = re.compile(
 
 
 def parse_box_lenient(text: str) -> Box | None:
-    """For reports on models that were not trained on our format; the reward never uses it.
+    """The box of `parse_box`, else the first four numbers after the last <answer> (without one,
+    after the last </think>; without that, anywhere).
 
-    The box of `parse_box`, else the first four numbers after the last <answer> (without
-    one, after the last </think>; without that, anywhere). This reads fenced and bare JSON,
-    Qwen2.5-VL's [{"bbox_2d": [...], "label": ...}] and Qwen2-VL's
-    <|box_start|>(x1,y1),(x2,y2)<|box_end|>.
+    For reports on models that were not trained on our format; the reward never uses it. It reads
+    Qwen2.5-VL's [{"bbox_2d": [...]}] and Qwen2-VL's <|box_start|>(x1,y1),(x2,y2)<|box_end|>.
     """
     box = parse_box(text)
     if box is not None:

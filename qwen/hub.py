@@ -34,7 +34,8 @@ DTYPES = {
     torch.float16: "F16"}
 PIECE = 2 ** 20                   # elements of a tensor that are copied to the host at a time
 # Exceptions from files with other content than expected.
-MALFORMED = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError)
+MALFORMED = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class CheckpointError(Exception):

@@ -40,6 +40,7 @@ import reward
 from model import QwenVL
 from qwen.answer import EXAMPLE, TAGS, Frame, format_box, parse_box
 from qwen.generate import generate
+from qwen.hub import MALFORMED
 from qwen.processor import Processor, Prompt, frame_by_coords
 from readers.base import DataError, Record, Records, UnreadableImage, sha256
 from readers.images import is_plain
@@ -120,13 +121,11 @@ def filter_explanation(text: str, record: Record, frame: Frame) -> tuple[str | N
     #    and with up to two numbers in between. "x1" is a name, "100-150" are two numbers.
     numbers = [float(n) for n in re.findall(r"(?<![A-Za-z\d.])\d{1,6}(?:\.\d+)?", think)]
     windows = [sorted(numbers[i:i + 6]) for i in range(max(1, len(numbers) - 5))]
-    notations = []
-    for x1, y1, x2, y2 in (box, frame.to_model(record.box)):
-        notations += [sorted((x1, y1, x2, y2)), sorted((x1, y1, x2 - x1, y2 - y1))]
-    for notation, window in itertools.product(notations, windows):
-        for four in itertools.combinations(window, 4):
-            if all(abs(a - b) <= REVEALING_DISTANCE for a, b in zip(four, notation)):
-                return None, "box given away"
+    for (x1, y1, x2, y2), window in itertools.product((box, frame.to_model(record.box)), windows):
+        for notation in sorted((x1, y1, x2, y2)), sorted((x1, y1, x2 - x1, y2 - y1)):
+            for four in itertools.combinations(window, 4):
+                if all(abs(a - b) <= REVEALING_DISTANCE for a, b in zip(four, notation)):
+                    return None, "box given away"
 
     # 4. Coordinates can be converted: they are points and boxes within the frame, not shares of
     #    the sides. Other numbers are counts, or the expression's.
@@ -136,10 +135,9 @@ def filter_explanation(text: str, record: Record, frame: Frame) -> tuple[str | N
         if beyond or ("." in match[0] and max(values) <= 1):
             return None, INCONSISTENT
     rest = COORDINATES.sub(" ", think)
-    known = re.findall(PLAIN_NUMBER, record.text)
     for number in OTHER_NUMBER.findall(rest):
         is_count = "." not in number and float(number) <= MAX_COUNT
-        if not is_count and number not in known:
+        if not is_count and number not in re.findall(PLAIN_NUMBER, record.text):
             return None, INCONSISTENT
     return (None, INCONSISTENT) if BARE_COORDINATE.search(rest) else (think, None)
 
@@ -160,22 +158,21 @@ def open_explanations(out: Path) -> Iterator[tuple[BinaryIO, dict[str, str | Non
         file.seek(0)
         finished = {}
         end = 0                       # of the whole lines, in bytes
-        line_end = b""                # if the last of them lacks it
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
                 finished[str(row["id"])] = row.get("refused")
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            except MALFORMED:
                 # A killed call may leave the start of a line, which is removed.
                 is_start = line.startswith(LINE_START) or LINE_START.startswith(line)
                 if line.endswith(b"\n") or not is_start:
                     raise DataError(
                         f"{out}, line {number}: not a line of a teacher's file; {advice}") from None
+                file.truncate(end)
                 break
             end += len(line)
-            line_end = b"" if line.endswith(b"\n") else b"\n"
-        file.truncate(end)
-        file.write(line_end)
+            if not line.endswith(b"\n"):
+                file.write(b"\n")
         yield file, finished
 
 
@@ -192,11 +189,9 @@ def run_teacher(args: argparse.Namespace, records: Records) -> None:
     with open_explanations(out) as (file, finished):
         counts = Counter(finished.values())        # reason -> lines; None: kept
         done_before = len(finished)
-        requests = []
-        for record in records:
-            if record.id not in finished:
-                digest = sha256(f"{args.seed} {record.id}")
-                requests.append(Explanation(record, int.from_bytes(digest[:4], "big")))
+        requests = [
+            Explanation(r, int.from_bytes(sha256(f"{args.seed} {r.id}")[:4], "big"))
+            for r in records if r.id not in finished]
         enough = args.want is not None and counts[None] >= args.want
         requests = [] if enough else requests[:args.limit]
         undone = []
@@ -210,9 +205,8 @@ def run_teacher(args: argparse.Namespace, records: Records) -> None:
                 else:
                     record, frame, text = explanation.record, explanation.frame, explanation.text
                     think, reason = filter_explanation(text, record, frame)
-                    content = {"think": think} if reason is None else {
-                        "refused": reason, "text": text}
-                    line = {"id": record.id, **content, "frame": asdict(frame)}
+                    answer = {"refused": reason, "text": text} if reason else {"think": think}
+                    line = {"id": record.id, **answer, "frame": asdict(frame)}
                     file.write((json.dumps(line) + "\n").encode())
                     file.flush()                   # a killed call loses no line
                     finished[record.id] = reason
@@ -280,8 +274,7 @@ def ask_server(
         requests: Sequence[Explanation]) -> Iterator[Explanation]:
     """Yields the requests with a server's answers in any order, --parallel at once.
 
-    processor: resizes images as the teacher's does. DataError if no request can succeed.
-    """
+    processor: resizes images as the teacher's does. DataError if no request can succeed."""
     key = os.environ.get(args.key_env, "").strip()
     # The server may repeat the key. It is replaced in all that is printed or written.
     secret = re.compile(re.escape(key) if len(key) >= MIN_SECRET_LENGTH else "(?!)")
@@ -336,8 +329,7 @@ def ask_server(
 def post(args: argparse.Namespace, key: str, body: bytes) -> str:
     """Sends one request -> the text of the answer, or Unanswered. Follows no redirects."""
     url = urlsplit(args.teacher)
-    secure = url.scheme == "https"
-    connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    connect = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[url.scheme]
     connection = connect(url.hostname, url.port, timeout=args.timeout)
     headers = {"Content-Type": "application/json"}
     if key:
@@ -361,23 +353,22 @@ def post(args: argparse.Namespace, key: str, body: bytes) -> str:
     if response.length:
         raise Unanswered("the answer was cut")
     status = response.status
-    malformed = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
     if status == 200:
         try:
             choice = json.loads(content)["choices"][0]
             # A lone surrogate has no bytes to train on.
             text = choice["message"]["content"].encode("utf-8", "replace").decode()
-        except malformed:
+        except MALFORMED:
             raise Unanswered("the answer is no chat completion with a text") from None
         if choice.get("finish_reason") == "length":
             raise Unanswered("the explanation was cut at --max-new-tokens")
         return text
     # A server that refuses a key may quote parts of it, so its words are not shown.
     if status in (401, 403):
-        raise Unanswered(str(status), remedy="it refuses the key in the environment variable "
-                         f"{args.key_env}, or its absence")
+        remedy = f"it refuses the key in the environment variable {args.key_env}, or its absence"
+        raise Unanswered(str(status), remedy=remedy)
     message = content.decode("utf-8", "replace")
-    with suppress(*malformed):
+    with suppress(*MALFORMED):
         value = json.loads(content)
         message = json.dumps(value)
         message = str(value["error"]["message"])       # as OpenAI's servers put it
@@ -388,10 +379,9 @@ def post(args: argparse.Namespace, key: str, body: bytes) -> str:
             wait = float(retry_after)
         else:
             wait = mktime_tz(parsedate_tz(retry_after)) - time.time()
-    hopeless = status == 404 or status < 400
-    raise Unanswered(
-        f"{status}: {message}", retry=status in (408, 429) or status >= 500, wait=wait,
-        remedy="check --teacher and --model" if hopeless else "")
+    retry = status in (408, 429) or status >= 500
+    remedy = "check --teacher and --model" if status == 404 or status < 400 else ""
+    raise Unanswered(f"{status}: {message}", retry, wait, remedy)
 
 
 def image_data_url(record: Record) -> str:
@@ -423,12 +413,11 @@ def check_teacher_flags(args: argparse.Namespace) -> None:
         fail("a server as --teacher needs --model, the name of the model there, and --coords")
     if args.coords == "resized" and not args.init:
         fail("--coords resized needs --init, a checkpoint that resizes images as the teacher does")
-    try:
+    fits = False
+    with suppress(ValueError):
         url = urlsplit(args.teacher)
-        fits = url.hostname and url.port != 0
-    except ValueError:
-        fits = False
-    if not fits or url.username or url.password or url.query:
+        fits = url.hostname and url.port != 0 and not (url.username or url.password or url.query)
+    if not fits:
         # The address is not shown: it may hold a password.
         fail("the address of --teacher must be like http://host:port/v1, without a user, a "
              "password or a query; put a key into the environment variable of --key-env")
