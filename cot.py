@@ -148,7 +148,8 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
     nearest = sorted(alike, key=lambda o: math.dist(box_center(o.box), center))
 
     # 2. Sort them as the expression asks; otherwise from left to right, without saying so.
-    for words, introduction, measure, descending in ORDERS:
+    for order in ORDERS:
+        words, introduction, measure, descending = order
         possible = measure != "distance" or anchor is not None
         if possible and re.search(rf"\b(?:{words})\b", head if measure == "area" else text):
             break

@@ -18,8 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 
 from qwen.answer import PROMPT, TAGS, Frame
-from qwen.hub import (
-    FAMILIES, MALFORMED, CheckpointError, base_folder, newest_step, read_added_tokens)
+from qwen.hub import FAMILIES, CheckpointError, base_folder, newest_step, read_added_tokens
 from readers.base import ASPECT, DataError, read_json
 from readers.images import rgb
 
@@ -315,7 +314,7 @@ def read_settings(folder: Path, min_pixels: int | None, max_pixels: int | None) 
             if values.shape != (3,) or not ((least <= values) & (values < 1e6)).all():
                 raise ValueError(f"{name} is {image.get(name)!r}, not three numbers{above}")
             settings[name.removeprefix("image_")] = values
-    except MALFORMED as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise DataError(f"{file}: {error}; {COPY_AGAIN}") from None
 
     limits = [settings["min_pixels"], settings["max_pixels"]]
