@@ -1,4 +1,4 @@
-"""What a run must survive: farewells, kills, a full disk, damaged files, a lost process.
+"""What a run must survive: stop requests, kills, a full disk, damaged files, a lost process.
 
 After each fault the resumed run must equal the uninterrupted one to the bit: weights, log
 and rollouts.
@@ -147,7 +147,7 @@ def flags_of(
 def straight(
         flags_of: dict[str, list[object]], forks: Forks,
         tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """straight(stage): the folder of a run that nothing befell."""
+    """straight(stage): the folder of a run without a fault."""
     folders: dict[str, Path] = {}
 
     def straight(stage: str) -> Path:
@@ -160,26 +160,26 @@ def straight(
     return straight
 
 
-# ---------------------------------------------------------------- farewells
+# ---------------------------------------------------------------- stop requests
 
-@pytest.mark.parametrize("stage, told", [
+@pytest.mark.parametrize("stage, order", [
     ("rft", signal.SIGTERM), ("sft", signal.SIGINT), ("sft", signal.SIGUSR1), ("sft", "stop")])
-def test_a_farewell_finishes_the_step_saves_and_says_how_to_go_on(
+def test_a_stop_request_finishes_the_step_saves_and_prints_how_to_resume(
         start: Callable[..., Process], flags_of: dict, straight: Callable[[str], Path],
-        tmp_path: Path, stage: str, told: int | str) -> None:
+        tmp_path: Path, stage: str, order: int | str) -> None:
     out = tmp_path / "out"
     process = start(stage, *flags_of[stage], "--out", out)
     wait_for(lambda: steps_logged(out) >= 1)
-    if told == "stop":
+    if order == "stop":
         (out / "stop").touch()
     else:
-        process.kill(told)
+        process.kill(order)
     assert process.wait() == 0
     done = steps_logged(out)
-    assert 1 <= done < 8, "the machine is too slow to stop the run in its midst"
+    assert 1 <= done < 8, "the machine is too slow to stop the run half way"
     assert (out / "latest").resolve().name == f"step_{done:06d}"
     assert process.lines()[-1] == (
-        f"stopped after step {done} of 8; go on with: python {stage}.py --out {out} --resume")
+        f"stopped after step {done} of 8; resume with: python {stage}.py --out {out} --resume")
     assert_whole_checkpoints(out)
     assert not (out / "stop").exists() and not list(out.glob(".*"))
     assert start(stage, "--out", out, "--resume").wait() == 0
@@ -200,16 +200,16 @@ def test_a_signal_to_all_processes_of_a_job_leaves_the_ones_that_prepare_images_
 
 
 def when(function: str) -> str:
-    """Code by which a run is told to stop while it is in this function."""
+    """Code that requests a stop while the run is in this function."""
     place, _, name = function.rpartition(".")
     return (f"import eval\nbefore = {function}\n"
-            f"def told(*args):\n    runtime.STOP_REQUESTED.set()\n    return before(*args)\n"
-            f"{place}.{name} = told\n")
+            f"def requested(*args):\n    runtime.STOP_REQUESTED.set()\n    return before(*args)\n"
+            f"{place}.{name} = requested\n")
 
 
 @pytest.mark.parametrize("function, done", [
     ("stage.canary", 0), ("eval.validate", 3), ("checkpoints.save", 3)])
-def test_a_farewell_is_obeyed_wherever_it_comes(
+def test_a_stop_request_works_wherever_it_comes(
         start: Callable[..., Process], flags_of: dict, straight: Callable[[str], Path],
         tmp_path: Path, function: str, done: int) -> None:
     out = tmp_path / "out"
@@ -230,7 +230,7 @@ def test_a_farewell_is_obeyed_wherever_it_comes(
     assert_same_run(out, straight("rft"))
 
 
-def test_a_file_stop_that_was_there_before_a_resume_is_obeyed_once(
+def test_a_file_stop_from_before_a_resume_works_once(
         start: Callable[..., Process], straight: Callable[[str], Path], tmp_path: Path) -> None:
     out = interrupted(straight("sft"), tmp_path / "out", 3)
     (out / "stop").touch()
@@ -253,7 +253,7 @@ def test_a_second_sigint_leaves_at_once_even_from_within_a_long_call(
     began = time.monotonic()
     process.kill(signal.SIGINT)
     assert process.wait() == 130 and time.monotonic() - began < 10
-    assert process.lines()[-1].startswith("left at once")
+    assert process.lines()[-1].startswith("stopped at once")
     assert "Traceback" not in process.output.read_text()
     assert start("sft", "--out", out, "--resume").wait() == 0
     assert_same_run(out, straight("sft"))
@@ -323,7 +323,7 @@ def test_a_kill_at_each_turn_of_a_save_loses_nothing(
 # ---------------------------------------------------------------- disks and files
 
 def interrupted(straight: Path, out: Path, step: int) -> Path:
-    """A copy of a run as if it had been killed some steps behind a checkpoint."""
+    """A copy of a run as if it had been killed some steps after a checkpoint."""
     shutil.copytree(straight, out, symlinks=True)
     for folder in out.glob("step_*"):
         if int(folder.name.removeprefix("step_")) > step:
@@ -334,7 +334,7 @@ def interrupted(straight: Path, out: Path, step: int) -> Path:
 
 # Of a file's bytes: less than the weights have, and less than the training state has.
 @pytest.mark.parametrize("file", ["model.safetensors", "state/rank_00000_of_00001.safetensors"])
-def test_a_disk_that_is_full_in_the_midst_of_a_save_leaves_the_last_one_and_says_so(
+def test_a_disk_that_fills_up_during_a_save_keeps_the_last_checkpoint_and_prints_a_line(
         start: Callable[..., Process], straight: Callable[[str], Path], tmp_path: Path,
         file: str) -> None:
     out = interrupted(straight("sft"), tmp_path / "out", 3)
@@ -343,7 +343,7 @@ def test_a_disk_that_is_full_in_the_midst_of_a_save_leaves_the_last_one_and_says
     assert process.wait() == 2
     said = process.lines()
     assert sum("is not saved: File too large" in line for line in said) == 3
-    assert said[-1] == (f"sft.py: step 8 could not be saved; make room in {out}, then python "
+    assert said[-1] == (f"sft.py: step 8 could not be saved; free some space in {out}, then python "
                         f"sft.py --out {out} --resume")
     assert "Traceback" not in process.output.read_text()
     assert_whole_checkpoints(out)
@@ -379,7 +379,7 @@ def test_a_small_disk_that_fills_up(
     process = start("sft", "--out", out, "--resume", spoil=spoil)
     assert process.wait() == 2
     assert any("step 6 is not saved" in line and words in line for line in process.lines())
-    assert "could not be saved; make room" in process.lines()[-1]
+    assert "could not be saved; free some space" in process.lines()[-1]
     assert_whole_checkpoints(out)
     filler.unlink()
     assert start("sft", "--out", out, "--resume").wait() == 0
@@ -436,7 +436,7 @@ TWO = ["--steps", 24, "--every", 8]
 def straight_two(
         forks: Forks, flags_of: dict, tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A run of sft.py by two processes that nothing befell."""
+    """A run of sft.py by two processes without a fault."""
     out = tmp_path_factory.mktemp("straight") / "two"
     processes = pair(forks, out.parent, "sft", *flags_of["sft"], *TWO, "--out", out)
     assert [process.wait() for process in processes] == [0, 0]
@@ -483,7 +483,7 @@ def test_what_ended_one_of_two_is_said_once_and_by_none_but_it(
     assert time.monotonic() - began < 60
     texts = [process.output.read_text() for process in processes]
     assert "Traceback" not in texts[0] and "gloo" not in "".join(texts)
-    assert "a process of this run is gone" not in texts[0]
+    assert "a process of this run has ended" not in texts[0]
     assert ("Traceback" in texts[1]) == (status == 1)
     assert processes[1].lines()[-1:] == words and "unreadable" not in texts[0]
 
@@ -503,7 +503,7 @@ def test_when_one_of_two_is_killed_the_other_ends_and_says_one_line(
     assert processes[killed].wait() == -signal.SIGKILL and other.wait() == 1
     assert time.monotonic() - began < 60
     text = other.output.read_text()
-    assert other.lines()[-1].startswith("a process of this run is gone")
+    assert other.lines()[-1].startswith("a process of this run has ended")
     assert "Traceback" not in text
     assert_whole_checkpoints(out)
     resume_by_two(forks, out)
@@ -513,7 +513,7 @@ def test_when_one_of_two_is_killed_the_other_ends_and_says_one_line(
 @pytest.mark.parametrize("rank, place", [("0", "model"), ("1", "train.checkpoints")])
 def test_a_disk_that_is_full_for_one_of_two_keeps_none_waiting(
         forks: Forks, straight_two: Path, tmp_path: Path, rank: str, place: str) -> None:
-    """The first process fails amid the weights, which both gather; the other with its state."""
+    """The first process fails at the weights, which both gather; the other at its state."""
     out = interrupted(straight_two, tmp_path / "out", 16)
     spoil = ("import errno, os, sys\n"
              "def full(file, shapes, dtype, tensors, metadata):\n"
@@ -526,7 +526,7 @@ def test_a_disk_that_is_full_for_one_of_two_keeps_none_waiting(
     said = processes[0].lines() + processes[1].lines()
     # When it was due, and once more at the end.
     assert sum("step 24 is not saved: No space left" in line for line in said) == 2
-    assert sum("step 24 could not be saved; make room" in line for line in said) == 1
+    assert sum("step 24 could not be saved; free some space" in line for line in said) == 1
     assert_whole_checkpoints(out)
     assert (out / "latest").resolve().name == "step_000016" and not list(out.glob(".*"))
     resume_by_two(forks, out)
@@ -553,7 +553,7 @@ def process_of_rank(launcher: subprocess.Popen, rank: int) -> int:
     raise AssertionError(children)
 
 
-def test_under_torchrun_a_farewell_is_in_time_and_a_kill_ends_all(
+def test_under_torchrun_a_stop_request_is_in_time_and_a_kill_ends_all(
         forks: Forks, flags_of: dict, straight_two: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     output = tmp_path / "output"
@@ -561,10 +561,11 @@ def test_under_torchrun_a_farewell_is_in_time_and_a_kill_ends_all(
         HERE / "sft.py", *flags_of["sft"], *TWO, "--out", out, output=output)
     wait_for(lambda: steps_logged(out) >= 1)
     launcher.send_signal(signal.SIGTERM)
-    # Its own status is an error: it was told to end, and ended its processes.
+    # Its own status is an error: it got the signal as well, and ended its processes.
     assert launcher.wait(60) != 0
     said = output.read_text()
-    assert f"resume with: torchrun --nproc_per_node 2 {HERE / 'sft.py'} --out {out} --resume" in said
+    resume = f"torchrun --nproc_per_node 2 {HERE / 'sft.py'} --out {out} --resume"
+    assert f"resume with: {resume}" in said
     assert_whole_checkpoints(out)
     done = steps_logged(out)
     assert (out / "latest").resolve().name == f"step_{done:06d}" and done < 24
@@ -575,7 +576,7 @@ def test_under_torchrun_a_farewell_is_in_time_and_a_kill_ends_all(
     assert launcher.wait(60) != 0
     said = output.read_text()
     # One is torchrun's own.
-    assert said.count("Traceback") == 1 and said.count("a process of this run is gone") <= 1
+    assert said.count("Traceback") == 1 and said.count("a process of this run has ended") <= 1
     assert_whole_checkpoints(out)
     resume_by_two(forks, out)
     assert_same_run(out, straight_two)

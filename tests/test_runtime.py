@@ -348,7 +348,7 @@ def test_a_state_of_another_model_is_refused(saved: tuple) -> None:
         checkpoints.restore(out, torch.nn.Linear(2, 1), opt)
 
 
-def test_an_interrupted_save_leaves_the_last_checkpoint_standing(
+def test_an_interrupted_save_keeps_the_last_checkpoint(
         saved: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: Any, **more: Any) -> None:
         raise KeyboardInterrupt
@@ -377,8 +377,8 @@ def test_the_newest_states_and_the_best_weights_stay(
     out, model, opt = saved
     processor = Processor.from_pretrained(out)
     shutil.rmtree(out / "step_000001")
-    # Of equals the first is the best; a step without a validation is none. A step behind
-    # the newest is of a course that the run has left.
+    # Of equals the first is the best; a step without a validation is none. A step after
+    # the newest one is ignored: the run has gone back to before it.
     scores = {1: 0.2, 2: 0.7, 3: None, 4: 0.7, 5: 0.1}
     for step, score in scores.items():
         line = {"step": step} if score is None else {"step": step, "val_mIoU": score}
@@ -405,12 +405,12 @@ def test_a_checkpoint_that_has_no_room_is_not_begun_and_the_last_one_stands(
     needed = 4 * parameters + 3 * 4 * parameters + checkpoints.SMALL_FILES
     written = sum(p.stat().st_size for p in (out / "latest/").rglob("*") if p.is_file())
     assert written < needed < written + 2 * checkpoints.SMALL_FILES
-    for free, stands in ((needed - 1, False), (needed, True)):
+    for free, fits in ((needed - 1, False), (needed, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-        assert checkpoints.save(out, {"step": 3}, model, opt, processor, RUN, ALL) == stands
-        assert (out / "step_000003").exists() == stands and not list(out.glob(".*"))
+        assert checkpoints.save(out, {"step": 3}, model, opt, processor, RUN, ALL) == fits
+        assert (out / "step_000003").exists() == fits and not list(out.glob(".*"))
         said = capsys.readouterr().err.splitlines()
-        assert len(said) == (not stands)
+        assert len(said) == (not fits)
     monkeypatch.undo()
     assert (out / "latest").resolve().name == "step_000003"
 
@@ -477,7 +477,8 @@ def test_an_output_that_cant_be_written_to_is_refused_before_anything_is_loaded(
             assert f"nothing can be written to {folder} (" in words and "--out" in words
     nested = tmp_path / "a" / "b"
     assert dist.check_writable(nested) == nested and not list(nested.iterdir())
-    checkpoints.check_output(nested, False)                              # an empty folder is a new one
+    # An empty folder is a new one.
+    checkpoints.check_output(nested, False)
 
 
 # ---------------------------------------------------------------- flags of a resumed run
@@ -494,7 +495,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, *words: object) -> argparse.Namespace
 
 @pytest.fixture
 def run_folder(saved: tuple, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stage's folder whose run.json is of a run with some flags, on no records."""
+    """A stage's folder with the run.json of a run with some flags, on no records."""
     out, model, opt = saved
     args = parse(monkeypatch, "--out", out, "--data", "dior", "--lr", 1e-4, "--init", "toy/base",
                  "--steps", 4, "--freeze-vision")

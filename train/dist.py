@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,6 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-T = TypeVar("T")
 # Seconds without a step before every process prints its stack.
 STUCK_AFTER = 1800
 # How long a process waits for another one.
@@ -169,7 +168,7 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def gather_lists(own: Sequence[T]) -> list[T]:
+def gather_lists(own: Sequence[Any]) -> list[Any]:
     """The items of all processes in one list, by rank; lengths may differ."""
     if not dist.is_initialized():
         return list(own)
