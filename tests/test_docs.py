@@ -71,7 +71,8 @@ def commands(text: str) -> Iterator[list[str]]:
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    lines += re.findall(r"`([^`\n]*(?:python|torchrun|bash) [^`\n]*(?:\.py|\.sh|-m )[^`\n]*)`", text)
+    programs = "(?:python|torchrun|bash) "
+    lines += re.findall(rf"`([^`\n]*{programs}[^`\n]*(?:\.py|\.sh|-m )[^`\n]*)`", text)
     for line in lines:
         words = shlex.split(line, comments=True)
         for i, word in enumerate(words):
