@@ -40,6 +40,7 @@ from train import dist, memory
 from train.checkpoints import open_model
 from train.flags import (
     FlagParser,
+    Values,
     above_zero,
     add_common_flags,
     as_typed,
@@ -55,6 +56,7 @@ from train.run import Run, epoch_order, launch, load_records, record_at, trailin
 MAX_LOG_RATIO = 20.0              # exp() of a larger log-ratio is useless and may overflow
 COLLAPSED_AFTER = 10              # steps in a row without a learning signal, then a warning
 LEAST_ENTROPY = 0.01              # nats per token: the sampled answers are nearly identical
+WEIGHTINGS = ("consistency", "mean", "variance", "off", "shuffled")
 # Keys of metrics.jsonl and rollouts.jsonl (docs/logs.md) that no term of the reward may use.
 RESERVED = set("""
     step loss lr grad_norm finite warning peak_GiB val_mIoU val_Pr@0.5 val_failed unreadable reward
@@ -84,6 +86,13 @@ class NamedWeights(argparse.Action):
                 raise argparse.ArgumentError(
                     self, f"{text} is not NAME=WEIGHT with a finite number") from None
         setattr(namespace, self.dest, {name: weights[name] for name in names if name in weights})
+
+
+def weighting(name: str) -> str:
+    """The type of --weighting's first value."""
+    if name not in WEIGHTINGS:
+        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(WEIGHTINGS)}")
+    return name
 
 
 def flags() -> FlagParser:
@@ -127,13 +136,13 @@ def flags() -> FlagParser:
         f"only logged; default: {as_typed(reward.DEFAULT_REWARD)}")
     add("--alpha", type=above_zero, default=2.5,
         help="width of the positional term's kernel, in halves of the true box's sides")
-    add("--weighting", choices=("consistency", "mean", "variance", "off", "shuffled"),
-        default="consistency",
-        help="of a group's loss: by mean and variance of its IoU, by one of them, not at all, or "
-        "the consistency weights dealt at random (control)")
-    add("--lambdas", type=moderate, nargs=2, default=(1.2, 1.0), metavar=("MEAN", "VARIANCE"),
-        help="of the consistency weight: exp(MEAN (1 - mean IoU) + VARIANCE variance), clipped "
-        "to 0.5 .. 3")
+    add("--weighting", nargs="+", action=Values, default="consistency",
+        metavar=("NAME", "MEAN VARIANCE"),
+        parts=(("weighting", weighting, 1), ("lambdas", moderate, 2)),
+        help="of a group's loss: exp(MEAN (1 - mean IoU) + VARIANCE variance) of its IoU, clipped "
+        "to 0.5 .. 3 (consistency), by one of the two (mean, variance), off, or the consistency "
+        "weights dealt at random (shuffled: control); default: consistency 1.2 1")
+    parser.set_defaults(lambdas=(1.2, 1.0))
     return parser
 
 

@@ -109,7 +109,7 @@ def fit(model: nn.Module, args: argparse.Namespace) -> None:
         vision = any(name.startswith("visual.") for name in layers)
         refusals = {
             f"--lora {args.lora}": args.lora != layer.rank and f"rank {layer.rank}",
-            f"--lora-alpha {args.lora_alpha}":
+            f"--lora {args.lora} {args.lora_alpha}":
                 args.lora_alpha not in (None, layer.alpha) and f"alpha {layer.alpha:g}",
             "--lora-vision": args.lora_vision and not vision and "none in the vision tower",
             "--freeze-vision": args.freeze_vision and vision and "some in the vision tower"}

@@ -58,8 +58,8 @@ READERS = {
     "cot-dior": "cot.py dior --root {out}/dior --init toy/base --out {out}/cot-dior.png",
     "cot-teacher": "cot.py synth --teacher toy/base --limit 8 --max-new-tokens 48 "
                    "--out {out}/teacher.jsonl --device cpu",
-    "plan": "rft.py --init toy/base --plan --image 800 800",
-    "plan-sft": "sft.py --init toy/base --plan --gpus 2 --lora 8",
+    "plan": "rft.py --init toy/base --plan 1 80 800 800",
+    "plan-sft": "sft.py --init toy/base --plan 2 --lora 8",
 }
 MISTAKES = {
     "no-flag": "rft.py --nonsense 1",
@@ -73,7 +73,7 @@ MISTAKES = {
     "other-flag": "rft.py --resume --out {out}/rft --lr 1",
     "group": "rft.py --group 1 --init toy/base",
     "prompts": "rft.py --prompts 3 --minibatches 2 --init toy/base",
-    "lora": "sft.py --lora-alpha 3",
+    "lora": "sft.py --lora-vision",
     "negative": "sft.py --steps -1",
     "eval-nothing": "eval.py nowhere",
     "eval-flags": "eval.py --image nothing.png",

@@ -163,7 +163,7 @@ def test_the_table_of_settings_has_the_defaults_of_the_code() -> None:
                  f"`--weighting {args.weighting}`", f"`--prompts {args.prompts}`",
                  f"`--group {args.group}`", f"`--lr {args.lr:.0e}`".replace("e-06", "e-6"),
                  f"`--beta {args.beta:g} --clip {low:g} {high:g}`",
-                 f"`--lambdas {args.lambdas[0]:g} {args.lambdas[1]:g}`",
+                 f"`--weighting consistency {args.lambdas[0]:g} {args.lambdas[1]:g}`",
                  f"`--temperature {args.temperature:g}`", f"`--loss {args.loss}`",
                  f"`--max-new-tokens {args.max_new_tokens}`"):
         assert text in table, text

@@ -384,7 +384,7 @@ def taught(
 def sft_flags(taught: Path, dior_root: Path) -> list[object]:
     return ["--data", "dior", "--root", dior_root, "--init", taught, "--steps", 4, "--batch", 4,
             "--micro-tokens", 400, "--lr", 3e-3, "--answer-only", "--val", 1, "--every", 2,
-            "--max-new-tokens", 8, "--device", "cpu", "--lora", 4, "--lora-alpha", 12]
+            "--max-new-tokens", 8, "--device", "cpu", "--lora", 4, 12]
 
 
 @pytest.fixture(scope="module")
@@ -628,7 +628,7 @@ def test_an_adapter_without_its_weights_or_with_no_json_is_named(
 
 @pytest.mark.parametrize("changes, words", [
     ({"lora": 8}, "--lora 8, but the adapter in INIT has rank 4"),
-    ({"lora_alpha": 3.0}, "--lora-alpha 3.0, but the adapter in INIT has alpha 12"),
+    ({"lora_alpha": 3.0}, "--lora 4 3.0, but the adapter in INIT has alpha 12"),
     ({"lora_vision": True}, "--lora-vision, but the adapter in INIT has none in the vision"),
 ])
 def test_flags_that_ask_for_another_adapter_than_the_starts_are_refused(
@@ -647,9 +647,9 @@ def test_an_adapter_with_vision_is_not_frozen_in_part(tiny_checkpoint: Path) -> 
 
 @pytest.mark.parametrize("typed, words", [
     ("--lora 0", "--lora: 0 is not a whole number from 1"),
-    ("--lora-alpha 8", "--lora-alpha without --lora"),
     ("--lora-vision", "--lora-vision without --lora"),
-    ("--lora 8 --lora-alpha nan", "--lora-alpha: nan is not a number"),
+    ("--lora 8 nan", "--lora: nan is not a number"),
+    ("--lora 8 16 4", "--lora: 4: too many values"),
     ("--lora 8 --lora-vision --freeze-vision", "--lora-vision trains what --freeze-vision freezes"),
 ])
 def test_flags_that_do_not_go_together_are_one_line(

@@ -201,15 +201,15 @@ def test_a_patch_and_a_token_keep_what_the_budget_says(tmp_path: Path) -> None:
 
 def test_a_plan_is_printed_without_a_gpu_and_its_status_says_whether_it_fits(
         tiny_checkpoint: Path, run: Callable[..., Any]) -> None:
-    common = ("rft.py", "--plan", "--init", tiny_checkpoint, "--image", 112, 112)
-    fits = run(*common, "--gpus", 2)
+    common = ("rft.py", "--init", tiny_checkpoint, "--plan")
+    fits = run(*common, 2, 80, 112, 112)
     assert fits.returncode == 0 and "memory of each of 2 GPUs, GiB" in fits.stdout
     for row in ("trained weights, float32", "KV cache, prompts, logits", "needed at most"):
         assert row in fits.stdout
-    tight = run(*common, "--memory", 1)
+    tight = run(*common, 1, 1, 112, 112)
     assert tight.returncode == 2 and len(tight.stderr.strip().splitlines()) == 1
     assert "take more GPUs" in tight.stderr
-    odd = run(*common, "--gpus", 3)
+    odd = run(*common, 3, 80, 112, 112)
     assert odd.returncode == 2 and "take a multiple" in odd.stderr
 
 

@@ -1111,7 +1111,7 @@ def test_every_weighting_on_two_processes_and_resumed(
         run: Run, run_rft: Callable, tmp_path: Path, weighting: str) -> None:
     """Without a reference; the test above has the consistency weights."""
     flags = ("--steps", 2, "--every", 1, "--val", 0, "--beta", 0,
-             "--weighting", weighting, "--lambdas", 0.9, 1)
+             "--weighting", weighting, 0.9, 1)
     out = tmp_path / "one"
     log = run_rft(out, *flags)
     log_of_two = run_rft(tmp_path / "two", *flags, processes=2)
@@ -1177,7 +1177,9 @@ def test_an_output_that_stands_is_not_overwritten(
     ("--init nowhere", "no checkpoint at nowhere"),
     ("--group 1", "--group 1"),
     ("--steps many", "--steps"),
-    ("--weighting sometimes", "--weighting"),
+    ("--weighting sometimes", "--weighting: sometimes is not one of consistency, mean"),
+    ("--weighting mean 1", "--weighting: 1: 2 values belong here"),
+    ("--weighting mean nan 0", "--weighting: nan is not a number"),
     ("--unknown", "--unknown"),
     ("--resume", "--resume"),
     ("--reward iou=1 iuo=1", "no term is called 'iuo'"),
@@ -1203,7 +1205,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     "--lr nan", "--lr -1", "--lr inf", "--lr 0", "--temperature nan", "--temperature inf",
     "--temperature 0", "--alpha 0", "--alpha -1", "--epochs 0", "--epochs nan",
     "--seed 9999999999999999", "--epochs 1e308", "--alpha 1e-320",
-    "--lambdas 1e39 1e39", "--seed -1", "--val -1", "--lambdas nan 0", "--beta nan",
+    "--seed -1", "--val -1", "--beta nan",
     "--beta -1", "--clip -1 2", "--clip nan 2",
     "--resample -1", "--minibatches 0",
 ])
@@ -1215,6 +1217,19 @@ def test_a_number_that_makes_no_sense_is_one_line(
     name, value = flags.split()[:2]
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and f"{name}: {value} is not a" in errors[0]
+
+
+def test_a_flag_of_several_values_keeps_the_defaults_of_those_that_are_left_out() -> None:
+    plain = rft.flags().parse_args([])
+    assert (plain.plan, plain.gpus, plain.memory, plain.image) == (False, 1, 80, None)
+    assert (plain.keep, plain.keep_weights, plain.lora, plain.lora_alpha) == (2, None, None, None)
+    given = rft.flags().parse_args("--plan 8 24 --keep 3 5 --lora 4 --weighting off".split())
+    assert (given.plan, given.gpus, given.memory, given.image) == (True, 8, 24, None)
+    assert (given.keep, given.keep_weights, given.lora, given.lora_alpha) == (3, 5, 4, None)
+    assert (given.weighting, given.lambdas) == ("off", (1.2, 1.0))
+    sized = rft.flags().parse_args("--plan 1 24 800 600 --weighting mean 0.4 0".split())
+    assert sized.plan is True and sized.image == [800, 600]
+    assert (sized.weighting, sized.lambdas) == ("mean", [0.4, 0])
 
 
 def test_weights_are_kept_in_one_order_whatever_the_users() -> None:

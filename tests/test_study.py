@@ -620,7 +620,7 @@ def test_a_variants_gradient_is_that_of_its_own_objective(
     torch.testing.assert_close(gradients[gradient.TARGET], by_hand, rtol=1e-3, atol=1e-7)
 
     # Where the reward is the IoU, undivided, and all weigh the same, these are one gradient.
-    flags = "--temperature 0.7 --no-std --reward iou=1 positional=0 --lambdas 0 0"
+    flags = "--temperature 0.7 --no-std --reward iou=1 positional=0 --weighting consistency 0 0"
     gradients, _ = gradient.gradients(
         policy, records, None, rft.flags().parse_args(flags.split()))
     same = ("total", "total without positional", "iou alone", "total, weighted by consistency")

@@ -141,7 +141,7 @@ def save(
     """Writes the checkpoint of the step that logged this line -> False if the disk is full.
 
     run: content of run.json; validation scores of the line are added. Then removes what --keep
-    and --keep-weights do not keep. A hidden folder takes all files, and gets its name and the
+    and --keep's second value do not keep. A hidden folder takes all files, and gets its name and the
     link once they are on the disk: a run killed at any moment keeps its last checkpoint.
     """
     step = line["step"]

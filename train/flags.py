@@ -16,6 +16,8 @@ FREE_ON_RESUME = (
     "out", "resume", "root", "steps", "epochs", "device", "micro_tokens", "every", "val",
     "gradient_checkpointing", "deterministic", "plan", "gpus", "memory", "image", "keep",
     "keep_weights")
+# Values that another flag carries.
+FLAG_OF = {"lora_alpha": "lora", "keep_weights": "keep", "lambdas": "weighting"}
 # Flags of earlier versions, which run.json may still hold, and the only value that still works.
 REMOVED_FLAGS = {"kl": "k3", "dual_clip": None, "importance_cap": None}
 
@@ -61,6 +63,32 @@ not_negative = number(float, lambda v: 0 <= v <= 1e6, "a number from 0 to 1e6")
 moderate = number(float, lambda v: abs(v) <= 1e6, "a number between -1e6 and 1e6")
 
 
+class Values(argparse.Action):
+    """A flag with several values, stored under names of their own; the last ones may be left out.
+
+    parts: (name, kind, count of values) in their order.
+    """
+
+    def __init__(self, option_strings: list[str], dest: str, parts: Any, **more: Any) -> None:
+        super().__init__(option_strings, dest, **more)
+        self.parts = parts
+
+    def __call__(self, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
+        setattr(namespace, self.dest, True)
+        for name, kind, count in self.parts:
+            part, values = values[:count], values[count:]
+            if len(part) not in (0, count):
+                raise argparse.ArgumentError(self, f"{' '.join(part)}: {count} values belong here")
+            try:
+                converted = [kind(text) for text in part]
+            except argparse.ArgumentTypeError as error:
+                raise argparse.ArgumentError(self, str(error)) from None
+            if converted:
+                setattr(namespace, name, converted if count > 1 else converted[0])
+        if values:
+            raise argparse.ArgumentError(self, f"{' '.join(values)}: too many values")
+
+
 def add_device_flag(add: Callable[..., Any]) -> None:
     add("--device", choices=("cuda", "cpu"),
         help="where to compute; default: cuda if torch can use it")
@@ -93,10 +121,10 @@ def add_common_flags(
         help="steps between checkpoints, validations and pictures")
     add("--val", type=natural, default=64, help="records of the val split to validate on; 0: none")
     add = parser.add_argument_group("disk").add_argument
-    add("--keep", type=positive, default=2,
-        help="newest checkpoints that keep the training state, which --resume needs")
-    add("--keep-weights", type=positive, metavar="N",
-        help="newest checkpoints to keep, in addition to the best by validation; default: all")
+    add("--keep", nargs="+", action=Values, default=2, metavar=("STATES", "WEIGHTS"),
+        parts=(("keep", positive, 1), ("keep_weights", positive, 1)),
+        help="newest checkpoints that keep the training state, which --resume needs, and newest "
+        "checkpoints to keep in addition to the best by validation; default: 2, and all")
     add = parser.add_argument_group("memory").add_argument
     add("--micro-tokens", type=positive, default=8192,
         help="packed tokens in one forward and backward pass (a patch of a trained vision tower "
@@ -108,22 +136,21 @@ def add_common_flags(
     add("--max-pixels", type=positive,
         help="largest area of the resized image; default: the checkpoint's own")
     add = parser.add_argument_group("adapters").add_argument
-    add("--lora", type=positive, metavar="RANK",
-        help="train adapters of this rank in the language model's linear layers and freeze the "
-        "weights; use an --lr ten times as large; default: none")
-    add("--lora-alpha", type=above_zero, metavar="ALPHA",
-        help="adapters are scaled by ALPHA / RANK; default: 2 RANK, or that of the adapter in "
-        "--init")
+    add("--lora", nargs="+", action=Values, metavar=("RANK", "ALPHA"),
+        parts=(("lora", positive, 1), ("lora_alpha", above_zero, 1)),
+        help="train adapters of this rank in the language model's linear layers, scaled by ALPHA "
+        "/ RANK, and freeze the weights; use an --lr ten times as large; default ALPHA: 2 RANK, or "
+        "that of the adapter in --init")
     add("--lora-vision", action="store_true",
         help="adapters in the vision tower's linear layers too")
     add = parser.add_argument_group("plan").add_argument
-    add("--plan", action="store_true",
-        help="print the memory that the run needs on each GPU, on any machine, and exit; "
-        "exit status 2 if it does not fit")
-    add("--gpus", type=positive, default=1, help="for --plan: number of GPUs, one process each")
-    add("--memory", type=above_zero, default=80.0, help="for --plan: GiB of one GPU, as in 24")
-    add("--image", type=positive, nargs=2, metavar=("WIDTH", "HEIGHT"),
-        help="for --plan: size of the images, so that no data is needed")
+    add("--plan", nargs="*", action=Values, default=False,
+        metavar=("GPUS", "GIB"),
+        parts=(("gpus", positive, 1), ("memory", above_zero, 1), ("image", positive, 2)),
+        help="print the memory that the run needs on each of GPUS of GIB, as in --plan 8 80, on "
+        "any machine, and exit; status 2 if it does not fit. With the images' WIDTH HEIGHT as "
+        "well no data is needed; default: 1 80")
+    parser.set_defaults(keep_weights=None, lora_alpha=None, gpus=1, memory=80.0, image=None)
 
 
 def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
@@ -143,7 +170,7 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
         parser.set_defaults(**{k: v for k, v in old_flags.items() if k in known})
         args = parser.parse_args()
         for name in {*known, *old_flags} - {*FREE_ON_RESUME}:
-            flag = f"--{name.replace('_', '-')}"
+            flag = f"--{FLAG_OF.get(name, name).replace('_', '-')}"
             if name not in old_flags or name not in known and (
                     old_flags[name] != REMOVED_FLAGS.get(name)):
                 dist.fail(f"--resume, but the run in {args.out} was started by another version of "
@@ -157,9 +184,8 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
                 dist.fail(f"--resume with {flag} {as_typed(new)}, but the run in {args.out} has "
                      f"{as_typed(old)}; leave the flag out, or start another run with another "
                      "--out")
-    for name in ("lora_alpha", "lora_vision"):
-        if getattr(args, name) and not args.lora:
-            dist.fail(f"--{name.replace('_', '-')} without --lora; give the adapters' rank too")
+    if args.lora_vision and not args.lora:
+        dist.fail("--lora-vision without --lora; give the adapters' rank too")
     if args.lora_vision and args.freeze_vision:
         dist.fail("--lora-vision trains what --freeze-vision freezes; leave one of them out")
     # A plan is for GPUs, whatever machine prints it.

@@ -5,7 +5,7 @@ estimated: the largest passes of a step run on the meta device, on which tensors
 no data, and a tensor's bytes count from its creation until it is freed. So a plan needs no GPU,
 and it stays right when the model's code changes.
 
-    python rft.py --plan --gpus 8 --memory 80 --init Qwen2.5-VL-7B-Instruct/ --image 800 800
+    python rft.py --plan 8 80 800 800 --init Qwen2.5-VL-7B-Instruct/
 
 On a GPU the same passes also run for real before step 1 (`try_out`): a run that does not fit
 fails in its first minute, not at its first long answer hours later.
@@ -266,14 +266,14 @@ def plan(
 def show(
         args: argparse.Namespace, step: Step, records: Sequence[Record] = (),
         val: Sequence[Record] = ()) -> None:
-    """--plan: prints the table for --gpus of --memory; exit status 2 if the run does not fit.
+    """--plan: prints the table for its GPUS of GIB; exit status 2 if the run does not fit.
 
-    Without records the prompts are those of an --image.
+    Without records the prompts are those of a size of image.
     """
     share = args.gpus * step.updates
     if step.prompts % share:
         minibatches = " and the minibatches" if step.updates > 1 else ""
-        fail(f"{step.prompts} records per step do not divide among --gpus {args.gpus}"
+        fail(f"{step.prompts} records per step do not divide among {args.gpus} GPUs"
              f"{minibatches}; take a multiple of {share}")
     processor = Processor.from_pretrained(folder(args.init), max_pixels=args.max_pixels)
     check_gpu(args, processor, records, val, step)
