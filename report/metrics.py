@@ -1,11 +1,9 @@
 """Scores, their intervals and breakdowns: pure functions of boxes, image sizes and records.
 
 Boxes are xyxy floats in pixels of the original image (no +1 pixel), clamped to the image before
-they are compared. A row of NaN means that there is no box: a miss. Rates are fractions.
-
-N records, k samples each. Sizes are (W, H).
+they are compared. A row of NaN means that there is no box: a miss. N records, k samples each.
+Sizes are (W, H).
 """
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,15 +17,14 @@ import reward
 from readers.base import Record
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
-VRSBENCH_THRESHOLDS = (0.5, 0.7)
 INTERVAL = (2.5, 97.5)            # percentiles that enclose 95%
-SMALL_AREA = 32 ** 2              # square pixels; COCO's limits of small, medium and large
-MEDIUM_AREA = 96 ** 2
-ROWS = ("top", "middle", "bottom")
-COLUMNS = ("left", "centre", "right")
+DRAWS = 2000                      # of the bootstrap
+SMALL_AREA, MEDIUM_AREA = 32 ** 2, 96 ** 2       # square pixels; COCO's limits
+Scores = dict[str, float | int | None]
+# Name of a rate -> values (N,) and weights (N,), None for weights of 1.
+Rates = Mapping[Any, tuple[Tensor, Tensor | None]]
+Properties = dict[str, list[str | None]]         # property -> N values, None if unknown
 
-
-# ---------------------------------------------------------------- scores
 
 class Overlaps(NamedTuple):
     valid: Tensor             # (N,) bool: the predicted box has an area in the image
@@ -39,8 +36,7 @@ class Overlaps(NamedTuple):
 
 def overlaps(pred: Tensor, gt: Tensor, size: Tensor) -> Overlaps:
     """pred, gt (N, 4), size (N, 2) -> Overlaps of the clamped boxes, double."""
-    size = size.double()
-    corner = size.repeat(1, 2)                                        # (N, 4)
+    corner = size.double().repeat(1, 2)                               # (N, 4)
     pred = pred.double().clamp(min=0).minimum(corner)
     gt = gt.double().clamp(min=0).minimum(corner)
     valid = reward.has_area(pred)
@@ -48,32 +44,35 @@ def overlaps(pred: Tensor, gt: Tensor, size: Tensor) -> Overlaps:
     # union is the target's area.
     pred = torch.where(valid[:, None], pred, gt[:, :2].repeat(1, 2))
     intersection, union = reward.intersection_union(pred, gt)
-    distance = reward.center_distance(pred, gt, size)
+    distance = reward.center_distance(pred, gt, size.double())
     return Overlaps(valid, reward.agreement(pred, gt), intersection, union, distance)
 
 
-def hits(iou: Tensor, threshold: float, inclusive: bool) -> Tensor:
-    """IoU (...) -> bool (...): > threshold, or >= if inclusive. Data sets differ in this."""
-    return iou >= threshold if inclusive else iou > threshold
+def record_scores(iou: Tensor, inclusive: bool) -> dict[str, Tensor]:
+    """IoU (...) -> (...) double each: mIoU and Pr@t are the means of these.
+
+    inclusive: Pr@t counts IoU >= t, not IoU > t. Data sets differ in this.
+    """
+    values = {"mIoU": iou}
+    for t in THRESHOLDS:
+        values[f"Pr@{t}"] = (iou >= t if inclusive else iou > t).double()
+    return values
 
 
-def metrics(
-        pred: Tensor, gt: Tensor, size: Tensor, inclusive: bool = False,
-) -> dict[str, float | int | None]:
+def metrics(pred: Tensor, gt: Tensor, size: Tensor, inclusive: bool = False) -> Scores:
     """pred, gt (N, 4), size (N, 2) -> the scores of an eval.json row (docs/logs.md).
 
     mIoU, cIoU and Pr@t follow the evaluation that comes with DIOR-RSVG, without its letterbox;
     center_error is ours.
     """
     overlap = overlaps(pred, gt, size)
-    n = len(gt)
-    row: dict[str, float | int | None] = {"mIoU": overlap.iou.sum().item() / max(n, 1)}
-    for t in THRESHOLDS:
-        row[f"Pr@{t}"] = hits(overlap.iou, t, inclusive).sum().item() / max(n, 1)
+    row: Scores = {}
+    for name, values in record_scores(overlap.iou, inclusive).items():
+        row[name] = values.sum().item() / max(len(gt), 1)
     row["cIoU"] = overlap.intersection.sum().item() / max(overlap.union.sum().item(), 1e-12)
     distance = overlap.distance[overlap.valid]
     row["center_error"] = distance.mean().item() if len(distance) else None
-    row["n"] = n
+    row["n"] = len(gt)
     return row
 
 
@@ -89,12 +88,9 @@ def box_tensor(boxes: Sequence[Sequence[float] | None]) -> Tensor:
     return torch.tensor([box or [math.nan] * 4 for box in boxes], dtype=torch.float64)
 
 
-def centre_box(records: Sequence[Record]) -> dict[str, float | int | None]:
-    """Scores of a guess that ignores image and text: the floor under every score (ours).
-
-    It is a box in the middle of each image, of the median width and height of these records'
-    boxes relative to their images.
-    """
+def centre_box(records: Sequence[Record]) -> Scores:
+    """Scores of a guess that ignores image and text, the floor under every score (ours): a box in
+    the middle of each image, of the records' median width and height relative to their images."""
     gt, size = targets(records)
     half = ((gt[:, 2:] - gt[:, :2]) / size).median(0).values / 2      # (2,)
     guess = torch.cat((size * (0.5 - half), size * (0.5 + half)), 1)  # (N, 4)
@@ -103,9 +99,7 @@ def centre_box(records: Sequence[Record]) -> dict[str, float | int | None]:
 
 # ---------------------------------------------------------------- VRSBench's own metric
 
-def vrsbench_iou(
-        pred: Tensor, gt: Tensor, size: Tensor, grid: Tensor | None = None,
-) -> Tensor:
+def vrsbench_iou(pred: Tensor, gt: Tensor, size: Tensor, grid: Tensor | None = None) -> Tensor:
     """IoU as VRSBench's evaluation computes it: pred, gt (N, 4), size (N, 2) -> (N,).
 
     Boxes are cut down to whole hundredths of the image's sides, and both ends count (+1). So a
@@ -121,51 +115,44 @@ def vrsbench_iou(
     pred, gt = cells
     if grid is not None:
         gt = torch.where(grid.isnan(), gt, grid.double())
-    top_left = torch.maximum(pred[:, :2], gt[:, :2])
-    bottom_right = torch.minimum(pred[:, 2:], gt[:, 2:])
-    intersection = (bottom_right - top_left + 1).clamp(min=0).prod(1)
-    pred_area = (pred[:, 2:] - pred[:, :2] + 1).prod(1)
-    gt_area = (gt[:, 2:] - gt[:, :2] + 1).prod(1)
-    return (intersection / (pred_area + gt_area - intersection)).nan_to_num(0.0)
+    both_ends = torch.tensor([0, 0, 1, 1])
+    intersection, union = reward.intersection_union(pred + both_ends, gt + both_ends)
+    return (intersection / union).nan_to_num(0.0)
 
 
 def vrsbench(
         pred: Tensor, gt: Tensor, size: Tensor, unique: Sequence[bool | None],
-        grid: Tensor | None = None,
-) -> dict[str, dict[str, float | int]]:
+        grid: Tensor | None = None) -> dict[str, Scores]:
     """VRSBench's own metric: the share of records with `vrsbench_iou` >= 0.5 and >= 0.7.
 
-    unique: N of whether the target is the only object of its category in its image, None if
-    unknown. -> part -> {"n", "Acc@0.5", "Acc@0.7"} for the parts "all", "unique" and
-    "non_unique" that have records.
+    unique: for each record, whether the target is the only object of its category in its image.
+    -> {"n", "Acc@0.5", "Acc@0.7"} for the parts "all", "unique" and "non_unique" with records.
     """
     iou = vrsbench_iou(pred, gt, size, grid)
-    parts = {
-        "all": torch.ones(len(gt), dtype=torch.bool),
-        "unique": torch.tensor([value is True for value in unique]),
-        "non_unique": torch.tensor([value is False for value in unique])}
+    parts = {"all": (True, False, None), "unique": (True,), "non_unique": (False,)}
     scores = {}
-    for part, mask in parts.items():
-        if mask.any():
-            scores[part] = {"n": int(mask.sum())}
-            for t in VRSBENCH_THRESHOLDS:
-                scores[part][f"Acc@{t}"] = (iou[mask] >= t).double().mean().item()
+    for part, values in parts.items():
+        rows = [i for i, value in enumerate(unique) if value in values]
+        if rows:
+            scores[part] = {"n": len(rows)}
+            for t in (0.5, 0.7):
+                scores[part][f"Acc@{t}"] = (iou[rows] >= t).double().mean().item()
     return scores
 
 
 # ---------------------------------------------------------------- breakdowns
 
 def properties(
-        records: Sequence[Record], train: Sequence[Record] | None, split: Sequence[Record],
-) -> dict[str, list[str | None]]:
-    """What scores are broken down by: property -> N values, None if unknown.
+        records: Sequence[Record], train: Sequence[Record] | None,
+        split: Sequence[Record]) -> Properties:
+    """What scores are broken down by.
 
-    train: the records trained on, None if the data set has none; split: all records of the
-    split. Both are used to count distractors: other known objects of the category in the image.
+    train: the records trained on, None if the data set has none; split: all its records. Both
+    count distractors: other known objects of the category in the image.
     """
     # Only annotated objects are known; synthetic scenes list all objects.
     boxes = defaultdict(set)                     # (image, category) -> boxes
-    for record in itertools.chain(train or (), split):
+    for record in [*(train or ()), *split]:
         boxes[record.image, record.category].add(record.box)
         for drawn in record.objects:
             boxes[record.image, drawn.category].add(tuple(map(float, drawn.box)))
@@ -179,120 +166,97 @@ def properties(
         size = "small" if area < SMALL_AREA else "medium" if area < MEDIUM_AREA else "large"
         # The centre is half of x1 + x2, and a part is a third of the side: together 1.5. A
         # centre on the last edge belongs to the last part.
-        column = COLUMNS[min(2, int(1.5 * (x1 + x2) / width))]
-        row = ROWS[min(2, int(1.5 * (y1 + y2) / height))]
+        column = ("left", "centre", "right")[min(2, int(1.5 * (x1 + x2) / width))]
+        row = ("top", "middle", "bottom")[min(2, int(1.5 * (y1 + y2) / height))]
         distractors = len(boxes[record.image, record.category] - {record.box})
         image = category = None
         if train is not None:
             image = "also in train" if record.image in train_images else "disjoint"
-        if train is not None and record.category:
             category = "seen" if record.category in train_categories else "unseen"
-        values["size"].append(size)
-        values["category"].append(record.category or None)
-        values["region"].append(f"{row} {column}")
-        values["kind"].append(record.kind or None)
-        values["distractors"].append(str(distractors) if distractors < 3 else "3 or more")
-        values["train image"].append(image)
-        values["train category"].append(category)
+        of_record = {
+            "size": size, "category": record.category, "region": f"{row} {column}",
+            "kind": record.kind,
+            "distractors": str(distractors) if distractors < 3 else "3 or more",
+            "train image": image, "train category": record.category and category}
+        for name, value in of_record.items():
+            values[name].append(value or None)
     return values
 
 
-def breakdowns(
-        values: Mapping[str, Sequence[str | None]], iou: Tensor, inclusive: bool,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """`properties` and IoU (N,) -> property -> value -> {"n", "mIoU", "Pr@0.5"}.
-
-    Properties that no record has are left out.
-    """
-    right = hits(iou, 0.5, inclusive).double()
+def breakdowns(values: Properties, iou: Tensor, inclusive: bool) -> dict[str, dict[str, Scores]]:
+    """IoU (N,) -> property -> value -> {"n", "mIoU", "Pr@0.5"}, without unknown properties."""
+    right = record_scores(iou, inclusive)["Pr@0.5"]
     tables = defaultdict(dict)
     for name, of_records in values.items():
-        for value in sorted({value for value in of_records if value is not None}):
+        for value in sorted(set(of_records) - {None}):
             rows = [i for i, other in enumerate(of_records) if other == value]
-            tables[name][value] = {
-                "n": len(rows), "mIoU": iou[rows].mean().item(),
-                "Pr@0.5": right[rows].mean().item()}
+            tables[name][value] = {"n": len(rows), "mIoU": iou[rows].mean().item(),
+                                   "Pr@0.5": right[rows].mean().item()}
     return dict(tables)
 
 
-def sampled(
-        boxes: Tensor, target: Tensor, size: Tensor, inclusive: bool,
-) -> dict[str, int | float | None | dict[str, float]]:
+def sampled(boxes: Tensor, target: Tensor, size: Tensor, inclusive: bool) -> dict[str, Any]:
     """Scores of k samples of each record: boxes (N, k, 4), NaN for no box; target (N, 4).
 
     "pass": the chance that the best of j samples has IoU > 0.5, for 1, the powers of two and k.
     With c right samples of k it is 1 - C(k - c, j) / C(k, j), unbiased (Chen et al., arXiv
-    2107.03374). "dispersion": mean `reward.dispersion` of records with two boxes or more, None
-    if there are none.
+    2107.03374). "dispersion": mean `reward.dispersion` of records with two boxes or more.
     """
     n, k, _ = boxes.shape
-    right = []
-    for j in range(k):
-        right.append(hits(overlaps(boxes[:, j], target, size).iou, 0.5, inclusive))
-    counts = torch.stack(right, 1).sum(1).tolist()                    # N
+    iou = torch.stack([overlaps(boxes[:, j], target, size).iou for j in range(k)])
+    right = record_scores(iou, inclusive)["Pr@0.5"]                   # (k, N)
+    counts = right.sum(0).int().tolist()                              # N
     chances = {}
     for j in sorted({1, k, *(2 ** i for i in range(1, k.bit_length()))}):
-        passed = sum(1 - math.comb(k - c, j) / math.comb(k, j) for c in counts)
-        chances[str(j)] = passed / n
+        chances[str(j)] = sum(1 - math.comb(k - c, j) / math.comb(k, j) for c in counts) / n
     valid = ~boxes[..., 0].isnan()                                    # (N, k)
     scatter = reward.dispersion(boxes, valid, size)[valid.sum(1) >= 2]
-    return {
-        "samples": k, "pass": chances,
-        "dispersion": scatter.mean().item() if len(scatter) else None}
+    return {"samples": k, "pass": chances,
+            "dispersion": scatter.mean().item() if len(scatter) else None}
 
 
 # ---------------------------------------------------------------- intervals
 
-def bootstrap(
-        records: Sequence[Record], rates: Mapping[Any, tuple[Tensor, Tensor | None]],
-        draws: int = 2000, seed: int = 0,
-) -> dict[Any, np.ndarray]:
+def bootstrap(records: Sequence[Record], rates: Rates) -> dict[Any, np.ndarray]:
     """Resamples images, not records: records of one image are hard for the same reasons.
 
-    rates: name -> values (N,) and weights (N,), None for weights of 1. A rate is the sum of
-    values over the sum of weights. -> name -> (draws,) rates.
+    A rate is the sum of its values over the sum of its weights. -> its name -> (DRAWS,).
     """
     numbers: dict[Any, int] = {}
     image = np.array([numbers.setdefault(record.image, len(numbers)) for record in records])
     n = len(numbers)
-    # How often each image is drawn, (draws, n).
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    # How often each image is drawn, (DRAWS, n).
+    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=DRAWS)
     drawn = {}
     for name, (values, weights) in rates.items():
         weights = np.ones(len(records)) if weights is None else weights
-        numerator = counts @ np.bincount(image, values, n)            # (draws,)
+        numerator = counts @ np.bincount(image, values, n)            # (DRAWS,)
         denominator = counts @ np.bincount(image, weights, n)
         drawn[name] = numerator / np.maximum(denominator, 1e-12)
     return drawn
 
 
-def intervals(
-        records: Sequence[Record], rates: Mapping[Any, tuple[Tensor, Tensor | None]],
-) -> dict[Any, list[float]]:
+def intervals(records: Sequence[Record], rates: Rates) -> dict[Any, list[float]]:
     """95% percentile `bootstrap` over images: name of a rate -> [low, high]."""
     drawn = bootstrap(records, rates)
     return {name: np.percentile(values, INTERVAL).tolist() for name, values in drawn.items()}
 
 
 def paired(
-        records: Sequence[Record], a: Tensor, b: Tensor, inclusive: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """Is B better than A? a, b (N,): their IoU on the same records.
+        records: Sequence[Record], a: Tensor, b: Tensor,
+        inclusive: bool = False) -> dict[str, dict[str, Any]]:
+    """Is B better than A? a, b (N,): their IoU on the same records, which are drawn together.
 
-    -> score -> {"difference": B - A, "ci": its 95% interval [low, high], "p": two-sided}. Every
-    draw takes the same images for both.
+    -> score -> {"difference": B - A, "ci": its 95% interval [low, high], "p": two-sided}.
     """
-    differences = {"mIoU": (b - a, None)}
-    for t in THRESHOLDS:
-        right_a = hits(a, t, inclusive).double()
-        differences[f"Pr@{t}"] = (hits(b, t, inclusive).double() - right_a, None)
+    of_a, of_b = record_scores(a, inclusive), record_scores(b, inclusive)
+    differences = {name: (of_b[name] - of_a[name], None) for name in of_a}
     tests = {}
     for name, drawn in bootstrap(records, differences).items():
         # Twice the share of draws that are 0 or of the rarer sign. One more draw, at 0, is
         # counted, so p is never 0.
         rarer = 1 + min((drawn <= 0).sum(), (drawn >= 0).sum())
-        tests[name] = {
-            "difference": differences[name][0].mean().item(),
-            "ci": np.percentile(drawn, INTERVAL).tolist(),
-            "p": min(1.0, 2 * (rarer / (len(drawn) + 1)))}
+        tests[name] = {"difference": differences[name][0].mean().item(),
+                       "ci": np.percentile(drawn, INTERVAL).tolist(),
+                       "p": min(1.0, 2 * (rarer / (len(drawn) + 1)))}
     return tests

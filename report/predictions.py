@@ -1,7 +1,6 @@
 """Predictions: reading a file of them, and the boxes that they contain.
 
-A prediction is a line of a JSONL file, here a dict. It has a text, a box, or both (then the
-box is what the text says):
+A prediction is a line of a JSONL file, as a dict. Its text counts if it has a frame, else its box:
 
     id         of the record
     text       the answer
@@ -23,7 +22,7 @@ from torch import Tensor
 from qwen import answer
 from qwen.answer import Box, Frame, locate
 from qwen.processor import Processor, frame_by_coords
-from readers.base import DataError, Record, in_words
+from readers.base import DataError, Record, in_words, read_text
 from readers.collect import refuse_other_unit
 from report.metrics import box_tensor, overlaps, targets
 
@@ -32,25 +31,18 @@ Prediction = dict[str, Any]
 Predictions = Sequence[Prediction | None]        # of N records; None if a record has none
 
 
-# ---------------------------------------------------------------- files
-
 def read_predictions(
         path: str | Path, records: Sequence[Record], coords: str | None = None,
-        processor: Processor | None = None,
-) -> dict[str, Prediction]:
+        processor: Processor | None = None) -> dict[str, Prediction]:
     """A predictions file -> record id -> prediction; each text has its frame.
 
     coords: --coords; processor: for "resized". DataError if the file does not fit these
     records, or if its boxes cannot be pixels and --coords is missing.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: unreadable predictions ({error})") from None
     by_id = {record.id: record for record in records}
     predictions: dict[str, Prediction] = {}
     boxes = []                                   # plain ones, with their images' sizes
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -65,11 +57,10 @@ def read_predictions(
                                  f"--root and --split{advice if refusals else ''}")
             if key in predictions:
                 raise ValueError(f"the id {key!r} comes a second time; give each record one line")
-            prediction = parse_prediction(value, by_id[key], coords, processor)
+            predictions[key] = parse_prediction(value, by_id[key], coords, processor)
         except (ValueError, OverflowError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: {error}") from None
-        predictions[key] = prediction
-        box = prediction.get("box")
+        box = predictions[key].get("box")
         if box and not coords and all(map(math.isfinite, box)):
             boxes.append((box, by_id[key].size))
     refuse_other_unit(boxes, f"{path}: its boxes")
@@ -77,8 +68,8 @@ def read_predictions(
 
 
 def parse_prediction(
-        value: dict[str, Any], record: Record, coords: str | None, processor: Processor | None,
-) -> Prediction:
+        value: dict[str, Any], record: Record, coords: str | None,
+        processor: Processor | None) -> Prediction:
     """A line's JSON object -> the record's prediction; ValueError says what is wrong with it."""
     text, frame = value.get("text"), value.get("frame")
     if coords and not (isinstance(text, str) and frame):
@@ -86,11 +77,11 @@ def parse_prediction(
     if isinstance(text, str) and frame:
         try:
             Frame(**frame)
-            known = frame["convention"] in ("absolute", "1000")
-            whole = all(type(v) is int and v > 0 for v in (*frame["original"], *frame["resized"]))
+            sides = (*frame["original"], *frame["resized"])
+            whole = len(sides) == 4 and all(type(v) is int and v > 0 for v in sides)
         except TypeError:
-            known = whole = False
-        if not known or not whole or len(frame["resized"]) != 2:
+            whole = False
+        if not whole or frame["convention"] not in ("absolute", "1000"):
             raise ValueError('"frame" is not {"original": [W, H], "resized": [W, H], '
                              '"convention": "absolute" or "1000"}')
         if tuple(frame["original"]) != tuple(record.size):
@@ -103,14 +94,13 @@ def parse_prediction(
                 raise ValueError('"samples" is not a list of texts')
             prediction["samples"] = samples
         return prediction
-    if "box" not in value and isinstance(text, str):
-        raise ValueError(
-            'a text without a "frame" needs --coords original, resized, 1000 or fraction')
     if "box" not in value:
-        raise ValueError('neither a "text" nor a "box"')
+        raise ValueError(
+            'a text without a "frame" needs --coords original, resized, 1000 or fraction'
+            if isinstance(text, str) else 'neither a "text" nor a "box"')
     box = value["box"]
     if box is not None:
-        # type: a boolean is no number.
+        # A boolean is an int by isinstance, but no number here.
         numbers = isinstance(box, list) and all(type(x) in (int, float) for x in box)
         if not numbers or len(box) != 4:
             raise ValueError('"box" is neither four numbers nor null')
@@ -124,12 +114,10 @@ def parse_prediction(
 # ---------------------------------------------------------------- boxes
 
 def read_prediction(
-        prediction: Prediction | None, record: Record,
-) -> tuple[Box | None, Box | None, str | None]:
-    """-> strict box, lenient box, and why there is no strict one (None if there is).
+        prediction: Prediction | None, record: Record) -> tuple[Box | None, Box | None, str | None]:
+    """-> strict box, lenient box, and why there is no strict one: None or one of eval.OUTCOMES.
 
-    Boxes are in original pixels, clamped to the image. All scores but "lenient" use the strict
-    one. The reason is one of eval.OUTCOMES.
+    Boxes are in original pixels, clamped to the image.
     """
     if prediction is None:
         return None, None, "no prediction"
@@ -150,10 +138,7 @@ def read_prediction(
 
 
 def vrsbench_box(prediction: Prediction | None, record: Record) -> Box | None:
-    """The box that VRSBench's own metric uses: it may be a line or a point in the image.
-
-    Elsewhere these are no boxes, but VRSBench's grid gives them an area.
-    """
+    """The box for VRSBench's own metric, which gives a line or a point in the image an area."""
     box, _, failure = read_prediction(prediction, record)
     if failure != "no area":
         return box

@@ -710,7 +710,7 @@ def test_records_that_were_trained_on_are_told_and_the_rest_scored_apart(
     printed = capfd.readouterr().out
     assert "sft: 12 of 24 scored records were in its training data, by image and box" in printed
     assert f"sft: the other 12: mIoU {by_stage['sft']['trained_on']['rest']['mIoU']:.3f}" in printed
-    assert "rft: its training data can't be read (tiny rft); whether" in printed
+    assert "rft: its training data can't be read (tiny rft)" in printed
 
 
 def test_a_checkpoint_of_nobody_known_says_nothing_of_training(
@@ -1009,12 +1009,12 @@ def test_boxes_of_others_may_be_anything() -> None:
     (("ckpt", "--coords", "1000"), "--coords is about a file"),
     (("--predictions", "p.jsonl", "--coords", "resized"), "--coords resized needs a checkpoint"),
     (("--predictions", "p.jsonl", "--blind"), "--blind and --temperature belong to a checkpoint"),
-    (("ckpt", "--temperature", "-1"), "numbers from 0 up"),
-    (("ckpt", "--temperature", "1", "1"), "each once"),
+    (("ckpt", "--temperature", "-1"), "a number from 0 to"),
+    (("ckpt", "--temperature", "1", "1"), "each --temperature once"),
     (("ckpt", "--limit", "0"), "--limit"),
     (("ckpt", "--wrong"), "--wrong"),
     (("ckpt", "--samples", "4"), "needs a checkpoint and a --temperature above 0"),
-    (("--predictions", "p.jsonl", "--compare", "a.jsonl", "b.jsonl"), "name one of them"),
+    (("--predictions", "p.jsonl", "--compare", "a.jsonl", "b.jsonl"), "not allowed with"),
     (("--compare", "a.jsonl"), "--compare"),
     (("ckpt", "--image", "a.png"), "--image and --text go together"),
     (("--image", "a.png", "--text", "a ship", "--predictions", "p.jsonl"),
