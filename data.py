@@ -1,16 +1,15 @@
 """Data sets: `load` gives the records of a split, `open_image` the image of a record.
 
-    python data.py dior           counts next to the published ones, refused and repaired records,
-                                  images that don't decode, a contact sheet
+    python data.py dior           checks a data set: counts, refused and repaired records, images
     python data.py dior rrsisd    what is trained on in one and scored in the other
 
-Boxes are xyxy, float pixels of the original image. The way of a sample: readers/dior.read finds
+Boxes are xyxy, float pixels of the original image. From file to prompt: readers/dior.read finds
 annotations -> readers/collect finds each image and repairs or refuses its box -> `load` ->
 `open_image` -> qwen/processor.
 
 A new data set is one file in readers/ and its line in READERS below. Its function reads the splits
-that the files have. `read_split` takes "sft" and "rft" from train, and holds "val" out of train if
-the files have none. For lines like {"file": "1.jpg", "text": "a ship", "box": [1, 2, 30, 40]}:
+that the files have, and `read_split` makes "sft", "rft" and "val" of them. For lines like
+{"file": "1.jpg", "text": "a ship", "box": [1, 2, 30, 40]}:
 
     def read(root: Path, split: str) -> Records:
         file = first_existing(root, f"{split}.jsonl")          # NoSplit if there is none
@@ -20,8 +19,8 @@ the files have none. For lines like {"file": "1.jpg", "text": "a ship", "box": [
             if row is None:
                 collector.refuse("no JSON object", where)
                 continue
-            collector.add(
-                where, f"{split}-{number}", row.get("file"), row.get("text"), row.get("box"))
+            collector.add(where, f"{split}-{number}", row.get("file"), row.get("text"),
+                          row.get("box"))
         return collector.records
 """
 import argparse
@@ -29,6 +28,7 @@ import functools
 import math
 import runpy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from readers.base import (
     sha256,
 )
 
-# Boxes of one image are taken for the same object's from this IoU on.
+# Two boxes of one image are of the same object if their IoU is at least this.
 SAME_BOX = 0.9
 
 
@@ -93,36 +93,30 @@ PUBLISHED = {
 
 def load(
         name: str, root: str | Path | None = None, split: str = "train",
-        coords: str | None = None, stretch: Stretch | None = None,
-) -> Records:
+        coords: str | None = None, stretch: Stretch | None = None) -> Records:
     """The records of a data set's split. root: its folder, by default data/<name>.
 
     A mixture is "dior+vrsbench:0.5"; then root is the folder that holds dior/ and vrsbench/.
     coords: a key of COORDS, the unit of the boxes if the data set leaves it open. stretch:
     percentiles that become black and white in 16-bit or float images, else these are refused.
-
-    DataError if there is no such data set or split, or its files don't fit. An annotation that
-    doesn't fit is refused and counted in `Records.refused`.
+    DataError if there is no such data set or split, or its files don't fit.
     """
     is_mixture = "+" in name or ":" in name
     if coords and (is_mixture or name in OWN_UNIT):
-        raise DataError(
-            f"--coords {coords} is for a data set that leaves the unit of its boxes open, which "
-            f"{name} does not; leave it out")
+        raise DataError(f"--coords {coords} is for a data set that leaves the unit of its boxes "
+                        f"open, which {name} does not; leave it out")
     if not is_mixture and name not in READERS:
-        raise DataError(
-            f"no data set is called {name!r}; there are {', '.join(READERS)}, and mixtures "
-            "like dior+vrsbench:0.5")
+        raise DataError(f"no data set is called {name!r}; there are {', '.join(READERS)}, and "
+                        "mixtures like dior+vrsbench:0.5")
+    folder = Path(root or ("data" if is_mixture else f"data/{name}"))
     before = collect.reading.set((coords, tuple(stretch) if stretch else None))
     try:
-        folder = Path(root or ("data" if is_mixture else f"data/{name}"))
         records = (mixture if is_mixture else read_split)(name, folder, split)
     finally:
         collect.reading.reset(before)
     # A Collector keeps no such box, but a reader may do without one. Any answer would score 0.
     for r in records:
-        x1, y1, x2, y2 = r.box
-        width, height = r.size
+        (x1, y1, x2, y2), (width, height) = r.box, r.size
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             raise DataError(
                 f"{name} {split}, record {r.id}: its box {r.box} has no area within the image of "
@@ -137,32 +131,26 @@ def read_split(name: str, root: Path, split: str) -> Records:
     one image in 20 of train, chosen by name, and "sft" and "rft" get the others.
     """
     read = READERS[name]
-    has_val = "val" in PUBLISHED.get(name, ())       # known without reading it
+    has_val = "val" in PUBLISHED.get(name, ())       # even if the files here lack it
     try:
         return read(root, split)
     except NoSplit:
         if split not in ("sft", "rft", "val") or split == "val" and has_val:
             raise
     train = read(root, "train")
-    if split != "val" and not has_val:
-        try:
-            read(root, "val")
-            has_val = True
-        except NoSplit:
-            pass
-    if has_val:
-        return train
-    images_of_train = {r.image for r in train}
-    by_name = sorted(images_of_train, key=lambda path: (sha256(path.name), path))
+    if split != "val":
+        with suppress(NoSplit):
+            if not has_val:
+                read(root, "val")
+            return train
+    by_name = sorted({r.image for r in train}, key=lambda path: (sha256(path.name), path))
     if len(by_name) < 2:
         refused = f" (refused: {in_words(train.refusals)})" if train.refused else ""
-        raise NoSplit(
-            f"{split} needs two usable images in train, since one is held out for validation, and "
-            f"{root} has {len(by_name)}{refused}; add images, or records of a split val")
+        raise NoSplit(f"{split} needs two usable images in train, one to hold out for validation, "
+                      f"and {root} has {len(by_name)}{refused}; add images, or a split val")
     held_out = set(by_name[:max(len(by_name) // 20, 1)])
-    note = (
-        f"validation is {len(held_out):,} of train's {len(by_name):,} images, which sft and rft "
-        "leave out")
+    note = (f"validation is {len(held_out):,} of train's {len(by_name):,} images, which sft and "
+            "rft leave out")
     if split == "val":
         return Records([r for r in train if r.image in held_out], {}, {}, note)
     rest = [r for r in train if r.image not in held_out]
@@ -172,26 +160,23 @@ def read_split(name: str, root: Path, split: str) -> Records:
 def mixture(names: str, root: Path, split: str) -> Records:
     """Records of several data sets, "dior+vrsbench:0.5", shuffled in a fixed order.
 
-    A weight below 1 is the share of a part's records that is taken. One above 1 repeats them:
-    2.5 is all twice and half of them again. Weights are for training: other splits hold each
-    record once. An id begins with its data set's name and ends with its repetition. What is
-    taken, and the order, depend on ids alone, so a larger share holds the smaller one.
+    A weight of 0.5 takes half of a part's records; 2.5 takes all twice and half of them again.
+    Splits that are not for training hold each record once. Ids get their data set's name and the
+    repetition. Choice and order depend on ids alone, so a larger share holds the smaller one.
     """
     mixed = Records([], {})
-    notes = []
-    seen = set()
+    notes: dict[str, str] = {}
     for part in names.split("+"):
         name, colon, weight_text = part.partition(":")
         try:
             weight = float(weight_text) if colon else 1.0
         except ValueError:
             weight = 0
-        if name not in READERS or name in seen or not 0 < weight < 1000:
+        if name not in READERS or name in notes or not 0 < weight < 1000:
             raise DataError(
-                f"{part!r} can't be a part of the mixture {names!r}; each part is a data set's "
-                "name, no name comes twice, and :WEIGHT may follow, above 0 and below 1000; "
-                f"there are {', '.join(READERS)}")
-        seen.add(name)
+                f"{part!r} can't be a part of the mixture {names!r}; give each data set's name "
+                "once, then :WEIGHT if not 1, above 0 and below 1000; there are "
+                f"{', '.join(READERS)}")
         weight = weight if is_training(split) else 1.0
         records = read_split(name, root / name, split)
         ordered = sorted(records, key=lambda r: sha256(f"{name}/{r.id}"))
@@ -202,10 +187,9 @@ def mixture(names: str, root: Path, split: str) -> Records:
         for mine, its in ((mixed.refused, records.refused), (mixed.repaired, records.repaired)):
             for reason, places in its.items():
                 mine.setdefault(reason, []).extend(f"{name}: {place}" for place in places)
-        if records.note:
-            notes.append(f"{name}: {records.note}")
+        notes[name] = records.note
     mixed.sort(key=lambda r: sha256(r.id))
-    mixed.note = "; ".join(notes)
+    mixed.note = "; ".join(f"{name}: {note}" for name, note in notes.items() if note)
     return mixed
 
 
@@ -219,21 +203,17 @@ def refusal_summary(records: Records, name: str, root: str | Path | None, split:
     refused = sum(records.refusals.values())
     if not refused:
         return ""
-    command = f"python data.py {name}{f' --root {root}' if root else ''} --split {split}"
-    has_deep = images.DEEP in records.refused
-    deep = "; --stretch 2 98 reads 16-bit and float images" if has_deep else ""
-    return (
-        f"{refused:,} of {refused + len(records):,} records are refused "
-        f"({in_words(records.refusals)}){deep}; {command} says where")
+    deep = images.DEEP in records.refused
+    return (f"{refused:,} of {refused + len(records):,} records are refused "
+            f"({in_words(records.refusals)})"
+            f"{'; --stretch 2 98 reads 16-bit and float images' if deep else ''}; "
+            f"python data.py {name}{f' --root {root}' if root else ''} --split {split} says where")
 
-
-# ---------------------------------------------------------------- images
 
 def open_image(record: Record) -> Image.Image:
     """The record's image, PIL RGB; UnreadableImage if it can't be decoded to its end.
 
-    Pixels are as the file stores them, since boxes are: an EXIF orientation turns nothing.
-    (`eval.py --image` turns a picture upright, as viewers do, and answers in its pixels then.)
+    Pixels are as stored, since boxes are: EXIF turns nothing, unlike in `eval.py --image`.
     """
     if not isinstance(record.image, Path):
         return record.image.draw()
@@ -243,9 +223,8 @@ def open_image(record: Record) -> Image.Image:
             raise images.ImageError(f"{image.size} pixels, but {record.size} were found before")
         return image
     except (OSError, images.ImageError) as error:
-        raise UnreadableImage(
-            f"{record.image}: unreadable image of record {record.id} ({error}); repair or remove "
-            "it") from None
+        raise UnreadableImage(f"{record.image}: unreadable image of record {record.id} ({error}); "
+                              "repair or remove it") from None
 
 
 def open_or_blank(record: Record) -> Image.Image:
@@ -256,47 +235,38 @@ def open_or_blank(record: Record) -> Image.Image:
         return Image.new("RGB", record.size, "gray")
 
 
-def image_name(record: Record) -> Any:
-    """A file's name without suffix, the same in all data sets; a drawn scene is its own name."""
-    return record.image.stem if isinstance(record.image, Path) else record.image
-
-
 def find_shared(
         records: Sequence[Record], training: Iterable[Record],
-        image_key: Callable[[Record], Any] = image_name,
-) -> list[str | None]:
+        pixels: dict[Any, Any] | None = None) -> list[str | None]:
     """What of each record is in the training data: "record", "image" or None.
 
     "record": its image, and a box with an IoU of SAME_BOX or more, whatever the expression.
-    Records have the same image if image_key gives the same. Boxes are compared as fractions of
-    the image's sides, so a resized copy is the same image.
+    Images are the same if their names without suffix are, or their pixels (image -> hash), if
+    given. Boxes are fractions of the image's sides, so a copy may be resized.
     """
+    def key_and_box(r: Record) -> tuple[Any, list[float]]:
+        if pixels is not None:
+            key = pixels.get(r.image, r.image)
+        else:
+            key = r.image.stem if isinstance(r.image, Path) else r.image
+        return key, [v / side for v, side in zip(r.box, (*r.size, *r.size))]
+
     by_image: dict[Any, list[list[float]]] = {}
-    for r in training:
-        box = [v / side for v, side in zip(r.box, (*r.size, *r.size))]
-        by_image.setdefault(image_key(r), []).append(box)
+    for key, box in map(key_and_box, training):
+        by_image.setdefault(key, []).append(box)
     shared: list[str | None] = []
-    for r in records:
-        trained = by_image.get(image_key(r))
-        if not trained:
-            shared.append(None)
-            continue
-        box = [v / side for v, side in zip(r.box, (*r.size, *r.size))]
-        iou = reward.iou(
-            torch.tensor(box, dtype=torch.float64), torch.tensor(trained, dtype=torch.float64))
-        shared.append("record" if iou.max() >= SAME_BOX else "image")
+    for key, box in map(key_and_box, records):
+        trained = torch.tensor(by_image.get(key, []), dtype=torch.float64).view(-1, 4)
+        iou = reward.iou(torch.tensor(box, dtype=torch.float64), trained)          # (N,)
+        in_image = "image" if len(trained) else None
+        shared.append("record" if (iou >= SAME_BOX).any() else in_image)
     return shared
 
-
-# ---------------------------------------------------------------- flags
 
 class StretchFlag(argparse.Action):
     """LOW HIGH -> two percentiles."""
 
-    def __call__(
-            self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
-            values: Sequence[float], option: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         low, high = values
         if not 0 <= low < high <= 100:
             raise argparse.ArgumentError(
@@ -307,13 +277,12 @@ class StretchFlag(argparse.Action):
 def add_reading_flags(add: Callable[..., argparse.Action], coords: str = "--coords") -> None:
     """Adds --coords and --stretch by a parser's add_argument. coords: another name for it."""
     add(coords, choices=list(COORDS),
-        help="unit of the data set's boxes, if it leaves it open: fractions or thousandths of the "
-        "image's sides, or pixels; by default pixels, and an error if that can't be")
+        help="unit of the boxes, if the data set leaves it open: fractions or thousandths of the "
+        "image's sides, or pixels (the default)")
     add("--stretch", type=float, nargs=2, action=StretchFlag, metavar=("LOW", "HIGH"),
-        help="percentiles, of each image and band, that become black and white in 16-bit or float "
-        "images, as in 2 98; without it these are refused")
+        help="percentiles of each band that become black and white in 16-bit or float images, as "
+        "in 2 98; else these are refused")
 
 
 if __name__ == "__main__":
-    # A tool of its own, built on this module.
-    runpy.run_path(str(Path(__file__).parent / "tools" / "check_data.py"), run_name="__main__")
+    runpy.run_module("tools.check_data", run_name="__main__")

@@ -1,4 +1,9 @@
-"""What every reader shares: records, errors, and text, JSON and JSONL files."""
+"""What every reader needs: records, errors, and text, JSON and JSONL files.
+
+A reader is a function (root, split) -> Records, named in data.READERS; rsvg_hr.py is the shortest.
+It finds its file with `first_existing`, hands each annotation as it is to a Collector, and returns
+`collector.records`. It raises NoSplit for a split that the files don't have.
+"""
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,16 +14,12 @@ from typing import Any
 from qwen.answer import Box
 
 SPLITS = ("train", "val", "test")
-# A limit of the model families: the longer side of an image over its shorter one.
-ASPECT = 200
-# A run ends if the images of more than this share of its records can't be decoded.
-MOST_UNREADABLE = 0.01
+ASPECT = 200                      # longest side / shortest that the model families take
+MOST_UNREADABLE = 0.01            # a run ends if more of its records have undecodable images
 # --coords: units per image side; None: a unit is a pixel.
 COORDS = {"fraction": 1, "1000": 1000, "original": None}
-# (low, high): the percentiles of each band that become black and white.
-Stretch = tuple[float, float]
-# An object of a JSONL file that goes on for more lines is broken.
-LONGEST_OBJECT = 100
+LONGEST_OBJECT = 100              # lines; a longer object of a JSONL file is broken
+Stretch = tuple[float, float]     # percentiles of each band that become black and white
 
 
 class DataError(Exception):
@@ -39,8 +40,6 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """One expression and its box."""
-
     id: str                       # unique in its data set
     image: Any                    # path, or for `synth` a toy.scenes.Scene, which draws itself
     text: str                     # the expression, as its author wrote it
@@ -49,8 +48,7 @@ class Record:
     size: tuple[int, int]         # (width, height) of the original image
     kind: str = ""                # of expression, if known; for `refgeo` the source data set
     unique: bool | None = None    # VRSBench: is the object the only one of its category?
-    # VRSBench: its own box, whole hundredths of the image's sides, for its official metric.
-    grid: tuple[int, ...] | None = None
+    grid: tuple[int, ...] | None = None            # VRSBench: the box in whole hundredths
     stretch: Stretch | None = None                 # for images of more than 8 bits a sample
 
     @property
@@ -60,7 +58,7 @@ class Record:
 
 
 class Records(list[Record]):
-    """The usable records of a split, and what is known of the others.
+    """The usable records of a split.
 
     refused: reason -> places, one for each unusable record. repaired: the same for usable
     records in which the file is wrong and only one reading is possible. note: other remarks.
@@ -68,8 +66,7 @@ class Records(list[Record]):
 
     def __init__(
             self, records: Iterable[Record], refused: dict[str, list[str]],
-            repaired: dict[str, list[str]] | None = None, note: str = "",
-    ) -> None:
+            repaired: dict[str, list[str]] | None = None, note: str = "") -> None:
         super().__init__(records)
         self.refused = refused
         self.repaired = repaired or {}
@@ -104,16 +101,14 @@ def first_existing(root: Path, *names: str) -> Path:
             return root / name
     archives = ", ".join(sorted(p.name for p in root.glob("*.zip")))
     hint = f" ({archives} is there: unzip it)" if archives else ""
-    raise NoSplit(
-        f"no {' or '.join(names)} in {root}{hint}; --root must name the folder of the data set "
-        "as it was downloaded")
+    raise NoSplit(f"no {' or '.join(names)} in {root}{hint}; --root must name the folder of the "
+                  "data set as it was downloaded")
 
 
-def read_text(file: str | Path, content: bytes | None = None) -> str:
-    """A UTF-8 file's text with "\\n" at line ends. content: its bytes, if read already."""
+def read_text(file: str | Path) -> str:
+    """A UTF-8 file's text with "\\n" at line ends."""
     try:
-        content = Path(file).read_bytes() if content is None else content
-        text = content.decode("utf-8-sig")
+        text = Path(file).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: unreadable ({error})") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -121,28 +116,22 @@ def read_text(file: str | Path, content: bytes | None = None) -> str:
 
 def read_json(file: Path) -> Any:
     """A JSON file's value; None if there is no such file."""
-    if not file.exists():
-        return None
     try:
-        return json.loads(read_text(file))
+        return json.loads(read_text(file)) if file.exists() else None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: unreadable ({error})") from None
 
 
-def read_json_lines(
-        file: str | Path, content: bytes | None = None,
-) -> Iterator[tuple[int, dict[str, Any] | None]]:
+def read_json_lines(file: str | Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """Yields (line number, object) of a JSONL file; None for what is no JSON object.
 
     An object may go on over several lines, as some of refGeo's do, until a line begins another.
     """
-    text = read_text(file, content)
+    text = read_text(file)
     if text.lstrip().startswith("["):
-        raise DataError(
-            f"{file}: a JSON array, but one JSON object a line is needed; jq -c '.[]' makes "
-            "lines of it")
-    unfinished = ""               # the text so far of an object that began in line `start`
-    start = 0
+        raise DataError(f"{file}: a JSON array, but one JSON object a line is needed; jq -c '.[]' "
+                        "makes lines of it")
+    unfinished, start = "", 0     # the text so far of an object, and the line it began in
     # str.splitlines() would also cut at U+2028, which JSON allows within a string.
     for number, line in enumerate(text.split("\n"), 1):
         if unfinished and line.startswith("{"):
@@ -150,15 +139,15 @@ def read_json_lines(
             unfinished = ""
         start = start if unfinished else number
         unfinished = f"{unfinished}\n{line}" if unfinished else line.strip()
+        if not unfinished:
+            continue
         try:
-            # strict=False: a string may hold a line break.
-            value = json.loads(unfinished, strict=False) if unfinished else None
+            value = json.loads(unfinished, strict=False)     # a string may hold a line break
         except (ValueError, RecursionError):
             value = None
-        value = value if isinstance(value, dict) else None
-        goes_on = unfinished.startswith("{") and number - start < LONGEST_OBJECT
-        if unfinished and (value is not None or not goes_on):
-            yield start, value
+        is_object = isinstance(value, dict)
+        if is_object or not unfinished.startswith("{") or number - start >= LONGEST_OBJECT:
+            yield start, value if is_object else None
             unfinished = ""
     if unfinished:
         yield start, None

@@ -12,14 +12,11 @@ import numpy as np
 from qwen.answer import Box
 from readers import images
 from readers.base import ASPECT, COORDS, DataError, Record, Records, Refused
-from readers.images import ImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
-# Names that begin so are not the data set's: zips leave `__MACOSX` and `._x`, notebooks
-# `.ipynb_checkpoints`, editors `.x.swp`.
+# Beginnings of names that zips (`__MACOSX`, `._x`), notebooks and editors leave in a folder.
 HIDDEN = (".", "__MACOSX")
-# Pixels. A thinner box has no area in the float32 of the rewards, on the largest images: any
-# answer to it would score 0.
+# Pixels. A thinner box has no area in the float32 of the rewards: any answer would score 0.
 THINNEST = 1 / 16
 Size = tuple[int, int]
 # The (coords, stretch) that `load` got. Collectors look it up; readers need not pass it on.
@@ -31,7 +28,6 @@ class Collector:
 
     Images are found by base name in all of `folder`. If several have the name, the end of the
     annotation's path decides, then a folder called `preferred_folder`.
-
     exact: annotations give paths from `folder`, so no image is searched.
     refuse_swapped: x1 > x2 may mean x, y, width, height and is refused; else it is repaired.
     kept: records of earlier Collectors, to which this one adds its own.
@@ -39,12 +35,9 @@ class Collector:
 
     def __init__(
             self, folder: Path, preferred_folder: str = "", exact: bool = False,
-            refuse_swapped: bool = False, kept: Records | None = None,
-    ) -> None:
-        self.folder = folder
-        self.preferred_folder = preferred_folder
-        self.exact = exact
-        self.refuse_swapped = refuse_swapped
+            refuse_swapped: bool = False, kept: Records | None = None) -> None:
+        self.folder, self.preferred_folder = folder, preferred_folder
+        self.exact, self.refuse_swapped = exact, refuse_swapped
         self.kept = Records([], {}) if kept is None else kept
         self.coords, self.stretch = reading.get()
         self.ids: set[str] = set()
@@ -55,12 +48,12 @@ class Collector:
         walked = set()
         # Links are followed, since hub caches consist of them; a circle of links ends.
         for directory, subfolders, files in [] if exact else os.walk(folder, followlinks=True):
-            subfolders[:] = [name for name in subfolders if not name.startswith(HIDDEN)]
             real = os.path.realpath(directory)
             if real in walked:
                 subfolders.clear()
-                files = []
+                continue
             walked.add(real)
+            subfolders[:] = [name for name in subfolders if not name.startswith(HIDDEN)]
             for name in files:
                 stem, suffix = os.path.splitext(name)
                 if suffix.lower() in IMAGE_SUFFIXES and not name.startswith(HIDDEN):
@@ -70,8 +63,7 @@ class Collector:
             self, where: str, identity: str, image: Any, text: Any, box: Any, category: Any = "",
             *, units: int | None = None, size: Size | None = None, repairs: Sequence[str] = (),
             file: Path | None = None, kind: str = "", unique: bool | None = None,
-            grid: tuple[int, ...] | None = None,
-    ) -> None:
+            grid: tuple[int, ...] | None = None) -> None:
         """One annotation, unvalidated -> a record, or a refusal.
 
         where: its place, for the user. image: a name or path. box: four numbers, or a text or
@@ -125,8 +117,7 @@ class Collector:
         base = os.path.basename(relative)
         stem, suffix = os.path.splitext(base)
         if suffix.lower() not in IMAGE_SUFFIXES:
-            # "P0.v2" keeps its dot.
-            stem, suffix = base, ""
+            stem, suffix = base, ""                  # "P0.v2" keeps its dot
         paths = [self.folder / relative] if self.exact else self.paths.get(stem, [])
         # Each rule applies only if it leaves an image.
         paths = [p for p in paths if p.name == base] or paths
@@ -135,14 +126,13 @@ class Collector:
         paths = [p for p in paths if preferred in p.relative_to(self.folder).parts] or paths
         if len(paths) != 1:
             raise Refused("several images of that name" if paths else "missing image")
-        path = paths[0]
+        [path] = paths
         if path not in self.sizes:
             try:
                 header = images.read_header(path)
-            except FileNotFoundError:
-                raise Refused("missing image") from None
-            except (OSError, ImageError):
-                raise Refused("unreadable image") from None
+            except (OSError, images.ImageError) as error:
+                missing = isinstance(error, FileNotFoundError)
+                raise Refused("missing image" if missing else "unreadable image") from None
             if header.deep and self.stretch is None:
                 raise Refused(images.DEEP)
             if max(header.size) > ASPECT * min(header.size):
@@ -165,12 +155,11 @@ def refuse_other_unit(
 
     boxes: four numbers each, and the size of the image, if known. subject: begins the message.
     """
-    if not boxes:
-        return
-    values = np.array([box for box, _ in boxes])                               # (N, 4)
-    sides = np.array([size or (np.inf, np.inf) for _, size in boxes])          # (N, 2)
+    values = np.array([box for box, _ in boxes]).reshape(-1, 4)
+    sides = np.array([size or (np.inf, np.inf) for _, size in boxes]).reshape(-1, 2)
+    low, high = values[:, :2], values[:, 2:]
     # A box without area tells nothing: it may be zeros in place of no box.
-    solid = (values[:, :2] != values[:, 2:]).all(1).any()
+    solid = (low != high).all(1).any()
     rounding = 1e-3
     if not solid or values.min() < -rounding or values.max() > 1000 + rounding:
         return
@@ -180,10 +169,10 @@ def refuse_other_unit(
         unit, sign = "fraction", "all lie in [0, 1]"
     else:
         n = max(np.isfinite(sides).all(1).sum(), 1)
-        outside = (np.minimum(values[:, :2], values[:, 2:]) >= sides).any(1).sum()
-        far = (np.maximum(values[:, :2], values[:, 2:]) > 1.5 * sides).any(1).sum()
+        outside = (np.minimum(low, high) >= sides).any(1).sum() / n
+        far = (np.maximum(low, high) > 1.5 * sides).any(1).sum() / n
         # Fewer boxes outside, or past an edge by half the side, are single mistakes of the file.
-        if outside / n < 0.01 and (n == 1 or far / n < 0.5):
+        if outside < 0.01 and (n == 1 or far < 0.5):
             return
         unit, sign = "1000", "all lie in 0..1000, and some outside their images"
     raise DataError(
@@ -192,10 +181,7 @@ def refuse_other_unit(
 
 
 def repair_box(values: Any, size: Size, units: int | None = None) -> tuple[Box, list[str]]:
-    """Four numbers -> a box within an image of this size, and the repairs.
-
-    units: per image side; None means pixels.
-    """
+    """Four numbers -> a box within an image of this size, and the repairs. units: as in `add`."""
     box = numbers(values, bracketed=True)
     if len(box) != 4:
         raise Refused("no box")
@@ -206,14 +192,11 @@ def repair_box(values: Any, size: Size, units: int | None = None) -> tuple[Box, 
     clamped = tuple(min(max(v, 0.0), float(size[i % 2])) for i, v in enumerate(ordered))
     if min(clamped[2] - clamped[0], clamped[3] - clamped[1]) < THINNEST:
         raise Refused("empty box" if clamped == ordered else "box outside the image")
-    repairs = []
-    if isinstance(values, list) and any("," in str(value) for value in values):
-        repairs.append("decimal comma")
-    if ordered != tuple(box):
-        repairs.append("swapped corners")
-    if clamped != ordered:
-        repairs.append("box past the edge")
-    return clamped, repairs
+    found = {
+        "decimal comma": isinstance(values, list) and any("," in str(v) for v in values),
+        "swapped corners": ordered != tuple(box),
+        "box past the edge": clamped != ordered}
+    return clamped, [repair for repair, is_so in found.items() if is_so]
 
 
 def numbers(value: Any, bracketed: bool = False) -> list[float]:
@@ -240,7 +223,7 @@ def numbers(value: Any, bracketed: bool = False) -> list[float]:
 def visible_files(folder: Path, pattern: str) -> list[Path]:
     """The files below a folder that match a pattern, sorted by path, without hidden ones."""
     files = []
-    for path in folder.glob(pattern):
+    for path in sorted(folder.glob(pattern), key=lambda p: p.as_posix()):
         if not any(part.startswith(HIDDEN) for part in path.relative_to(folder).parts):
             files.append(path)
-    return sorted(files, key=lambda p: p.as_posix())
+    return files

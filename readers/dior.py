@@ -17,12 +17,10 @@ LARGER_ENCODINGS = {"gb2312": "gb18030", "gbk": "gb18030"}
 
 def read(
         root: Path, split: str, name: str = "dior", image_folder: str = "JPEGImages",
-        withdrawn: dict[str, int] = WITHDRAWN,
-) -> Records:
+        withdrawn: dict[str, int] = WITHDRAWN) -> Records:
     """Annotations/*.xml, images, and split files of indices, in root or root/split.
 
-    An index counts <object> elements from 0 over all XML files sorted by path. Every object
-    counts, also a refused one, or all later indices would shift.
+    An index counts <object> elements, refused ones too, from 0 over all XML files sorted by path.
     """
     if split not in SPLITS:
         raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(SPLITS)}")
@@ -30,7 +28,7 @@ def read(
     folder = first_existing(root, "Annotations")
     collector = Collector(root, image_folder)
     wanted = set(splits[split])
-    count = 0
+    count = 0                     # of objects so far
     image_of = {}                 # annotation file -> name of its image
     for file in visible_files(folder, "**/*.xml"):
         tree = read_xml(file)
@@ -83,37 +81,30 @@ def read_indices(root: Path, withdrawn: dict[str, int] = WITHDRAWN) -> dict[str,
             raise DataError(f"{file}: not one index a line ({error})") from None
         if len(splits[name]) == withdrawn.get(name):
             raise DataError(
-                f"{file} has {len(splits[name])} lines: these split files were withdrawn by their "
-                "authors in 2023 and leak test into train if mixed with the current ones; "
-                "download the current train.txt, val.txt, test.txt")
+                f"{file} has {len(splits[name])} lines: these split files were withdrawn in 2023; "
+                "mixed with the current ones, test leaks into train; download the current "
+                "train.txt, val.txt, test.txt")
     counts = Counter(itertools.chain.from_iterable(splits.values()))
-    if min(counts, default=0) < 0:
-        raise DataError(f"{root}: the split files hold an index below 0; download them again")
-    repeated = [index for index, n in counts.items() if n > 1]
-    if repeated:
+    wrong = [index for index, n in counts.items() if n > 1 or index < 0]
+    if wrong:
         raise DataError(
-            f"{root}: the split files overlap or repeat an index ({repeated[:3]}), so test would "
-            "leak into train; download them again")
+            f"{root}: the split files overlap, or repeat an index or hold one below 0 "
+            f"({wrong[:3]}), so test could leak into train; download them again")
     return splits
 
 
 def read_xml(file: Path) -> ElementTree.Element:
-    """The root element of an annotation.
-
-    The parser knows encodings of one byte a character, UTF-8 and UTF-16. Others are decoded here.
-    """
+    """The root element of an annotation, in any encoding."""
     try:
         content = file.read_bytes()
-        declared = XML_ENCODING.match(content)
         try:
             return ElementTree.fromstring(content)
         except (LookupError, ValueError):
-            if not declared:
-                raise
-            name = declared[1].decode("ascii", "replace").lower()
-            # The parser ignores the declaration of a decoded text.
+            # The parser knows UTF-8, UTF-16 and encodings of one byte a character. Others are
+            # decoded here; it ignores the declaration of a decoded text.
+            declared = XML_ENCODING.match(content)
+            name = declared[1].decode("ascii", "replace").lower() if declared else "utf-8"
             return ElementTree.fromstring(content.decode(LARGER_ENCODINGS.get(name, name)))
     except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:
-        raise DataError(
-            f"{file}: unreadable annotation ({' '.join(str(error).split())}); without its objects "
-            "every later index would be wrong") from None
+        raise DataError(f"{file}: unreadable annotation ({' '.join(str(error).split())}); without "
+                        "its objects every later index would be wrong") from None

@@ -24,24 +24,22 @@ def read(root: Path, split: str) -> Records:
         kind = re.search(r"(?<![a-z])(train|val)", name, re.IGNORECASE)
         part = re.search(r"(FAST|SOTA|SIOR)[-_]?T(?![a-z])", name, re.IGNORECASE)
         if kind and part:
-            kind_name = "train" if kind[1].lower() == "train" else "test"
-            if split in (kind_name, f"{part[1].lower()}_t_{kind_name}"):
+            of_split = "train" if kind[1].lower() == "train" else "test"
+            if split in (of_split, f"{part[1].lower()}_t_{of_split}"):
                 files.append((file, part[1]))
     if not files:
         raise NoSplit(
             f"no *.parquet of a split {split!r} under {root}; geopix has train and test in files "
-            "called like train.FAST_T.parquet and valid.FAST_T.parquet, those of one part, like "
-            "fast_t_test, and val held out of train")
+            "like train.FAST_T.parquet and valid.FAST_T.parquet, and those of one part, like "
+            "fast_t_test; val is held out of train")
     try:
-        # Optional: only this data set needs it.
-        import pyarrow.parquet
+        import pyarrow.parquet  # optional: only this data set needs it
     except ImportError:
-        raise DataError(
-            f"{files[0][0]}: pyarrow, which reads Parquet files, is not installed; "
-            "pip install pyarrow") from None
+        raise DataError(f"{files[0][0]}: pyarrow, which reads Parquet files, is not installed; "
+                        "pip install pyarrow") from None
     collector = Collector(root, refuse_swapped=True)
     for file, part in files:
-        found = []                # (place, id, image, instance, box)
+        found = []                                   # arguments of collector.add
         try:
             table = pyarrow.parquet.ParquetFile(file)
             absent = sorted(set(COLUMNS) - set(table.schema_arrow.names))
@@ -53,21 +51,20 @@ def read(root: Path, split: str) -> Records:
                 image_id = f"{file.stem}-{number}" if row["image_id"] is None else row["image_id"]
                 for k, instance in enumerate(row["instances"] or []):
                     instance = instance or {}
-                    size = (instance.pop("mask", None) or {}).get("size")      # height, width
-                    instance["size"] = tuple(reversed(size)) if size else None
-                    found.append((
-                        f"{file}, row {number}, instance {k}",
-                        f"{part.lower()}_t-{image_id}-{k}", row["image_path"], instance,
-                        numbers(instance.get("bbox"))))
+                    size = (instance.get("mask") or {}).get("size")            # height, width
+                    found.append({
+                        "where": f"{file}, row {number}, instance {k}",
+                        "identity": f"{part.lower()}_t-{image_id}-{k}",
+                        "image": row["image_path"], "text": instance.get("description"),
+                        "box": numbers(instance.get("bbox")), "category": instance.get("category"),
+                        "size": tuple(reversed(size)) if size else None})
         except (OSError, ValueError, TypeError, AttributeError, pyarrow.ArrowException) as error:
             raise DataError(
                 f"{file}: unreadable ({' '.join(str(error).split())}); download it again") from None
-        boxes = [box for *_, box in found if len(box) == 4]
+        boxes = [row["box"] for row in found if len(row["box"]) == 4]
         is_xyxy = sum(b[2] > b[0] and b[3] > b[1] for b in boxes) >= ORDERED * len(boxes)
-        for where, identity, image, instance, box in found:
-            if len(box) == 4 and not is_xyxy:
-                box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
-            collector.add(
-                where, identity, image, instance.get("description"), box,
-                instance.get("category"), size=instance["size"], kind=f"{part.upper()}-T")
+        for box in () if is_xyxy else boxes:
+            box[2:] = box[0] + box[2], box[1] + box[3]
+        for row in found:
+            collector.add(**row, kind=f"{part.upper()}-T")
     return collector.records

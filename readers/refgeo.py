@@ -24,9 +24,8 @@ def read(root: Path, split: str) -> Records:
         absent += [] if found else [f"{name}.jsonl"]
     if not files:
         folder = first_existing(root, "metainfo", "metainfo_v2")
-        raise NoSplit(
-            f"no {folder / names[0]}.jsonl or the like; refgeo has train, val, test, and those of "
-            "one data set, like rsvg_test")
+        raise NoSplit(f"no {folder / names[0]}.jsonl or the like; refgeo has train, val, test, and "
+                      "those of one data set, like rsvg_test")
     parts = [file.stem.removesuffix("_v2").rsplit("_", 1)[0] for file in files]
     # Image folders are called as the data sets are, in another case or with hyphens, or begin so.
     folders = {}
@@ -34,16 +33,16 @@ def read(root: Path, split: str) -> Records:
     plain = {path: re.sub("[-_ ]", "", path.name.lower()) for path in candidates if path.is_dir()}
     for part in (*PARTS, *parts):
         name = part.replace("_", "")
-        equal = [path for path in plain if plain[path] == name]
-        longer = [path for path in plain if plain[path].startswith(name)]
-        if equal or longer:
-            folders[part] = (equal or longer)[0]
+        matches = [path for path in plain if plain[path].startswith(name)]
+        matches.sort(key=lambda path: plain[path] != name)             # an equal name first
+        if matches:
+            folders[part] = matches[0]
     records = Records([], {})
     for file, part in zip(files, parts):
         # If no data set has a folder of its own, look everywhere. If some do, an image of that
         # name in the folder of another data set would be another image.
-        collector = Collector(
-            folders.get(part) or (root / "images" / part if folders else root), kept=records)
+        missing = root / "images" / part if folders else root
+        collector = Collector(folders.get(part, missing), kept=records)
         for number, row in read_json_lines(file):
             where = f"{file}, line {number}"
             if row is None:

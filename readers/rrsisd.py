@@ -44,11 +44,9 @@ def read(root: Path, split: str) -> Records:
             continue
         identity = str(row.get("ann_id"))
         uses[identity] += 1
-        if uses[identity] > 1:
-            identity = f"{identity}-{uses[identity]}"
         collector.add(
-            where, identity, row.get("file_name"), row.get("sent"), row.get("bbox"),
-            row.get("category_name"))
+            where, f"{identity}-{uses[identity]}" if uses[identity] > 1 else identity,
+            row.get("file_name"), row.get("sent"), row.get("bbox"), row.get("category_name"))
     return collector.records
 
 
@@ -61,22 +59,22 @@ def official_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
         # On a damaged file the library raises nearly anything, with messages of several lines.
         raise DataError(f"{file}: unreadable pickle ({' '.join(str(error).split())})") from None
     instances = read_json(file.with_name("instances.json"))
-    if not isinstance(refs, list) or not isinstance(instances, dict):
-        raise DataError(
-            f"{file}: not a list of refs, or no instances.json next to it with the boxes; "
-            "download both again")
-    tables = {}
-    for key in ("images", "annotations", "categories"):
-        rows = instances.get(key)
-        rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-        tables[key] = {str(row.get("id")): row for row in rows}
+    try:
+        images = {str(row["id"]): row for row in instances["images"]}
+        annotations = {str(row["id"]): row for row in instances["annotations"]}
+        categories = {str(row["id"]): row for row in instances["categories"]}
+    except (LookupError, TypeError):
+        instances = None
+    if not instances or not isinstance(refs, list):
+        raise DataError(f"{file}: not a list of refs, or no instances.json next to it with the "
+                        "boxes; download both again")
     for number, ref in enumerate(refs):
         if not isinstance(ref, dict):
             yield number, None
             continue
-        image = tables["images"].get(str(ref.get("image_id")), {})
-        annotation = tables["annotations"].get(str(ref.get("ann_id")), {})
-        category = tables["categories"].get(str(ref.get("category_id")), {})
+        image = images.get(str(ref.get("image_id")), {})
+        annotation = annotations.get(str(ref.get("ann_id")), {})
+        category = categories.get(str(ref.get("category_id")), {})
         sentences = ref.get("sentences")
         for sentence in sentences if isinstance(sentences, list) and sentences else [None]:
             sentence = sentence if isinstance(sentence, dict) else {}

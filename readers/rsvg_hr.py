@@ -9,10 +9,9 @@ NUMBER = re.compile(r"\s*-?\d+(\.\d+)?\s*")
 
 
 def read(root: Path, split: str) -> Records:
-    """Lines image,x1,y1,x2,y2,text. The text is all after the fifth comma."""
+    """Lines image,x1,y1,x2,y2,text. The text may hold commas."""
     if split not in ("train", "test"):
-        raise NoSplit(
-            f"rsvg-hr has no split {split!r}; it has train, test, and val held out of train")
+        raise NoSplit(f"rsvg-hr has no split {split!r}; it has train, test, val held out of train")
     name = f"rsvg_hr_{split}.txt"
     file = first_existing(root, name, f"Annotations/{name}")
     collector = Collector(root, "images")
@@ -21,7 +20,7 @@ def read(root: Path, split: str) -> Records:
             continue
         where = f"{file}, line {number}"
         image, *fields = line.split(",")
-        commas = decimal_commas(fields)
+        commas = decimal_commas(fields)                      # at most one is unambiguous
         if len(commas) > 1:
             collector.refuse("five numbers, and more than one may hold a decimal comma", where)
             continue
@@ -36,8 +35,6 @@ def read(root: Path, split: str) -> Records:
 def decimal_commas(fields: list[str]) -> list[int]:
     """Indices i for which fields i and i + 1 may be one number: "216,00" became two fields.
 
-    fields: four numbers, or five if one has a decimal comma, then the text.
-
     >>> decimal_commas(["170.0", "774.0", "216", "00", "803.21", "find a pool"])
     [2]
     >>> decimal_commas(["1", "2", "3.5", "4.5", "5.5", "six"])       # 1,2 is the only pair
@@ -47,9 +44,7 @@ def decimal_commas(fields: list[str]) -> list[int]:
     """
     if len(fields) <= 5 or not all(NUMBER.fullmatch(field) for field in fields[:5]):
         return []
-    candidates = []
-    for i in range(4):
-        if fields[i].strip("- ").isdigit() and fields[i + 1].strip().isdigit():
-            candidates.append(i)
+    candidates = [i for i in range(4) if fields[i].strip("- ").isdigit()]
+    candidates = [i for i in candidates if fields[i + 1].strip().isdigit()]
     # The fifth number may as well begin the text, as in "12,storey building".
     return [] if candidates == [3] else candidates

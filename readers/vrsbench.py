@@ -16,23 +16,21 @@ def read(root: Path, split: str) -> Records:
     ground_truth, in whole hundredths, which the official metric compares.
     """
     if split not in ("train", "test"):
-        raise NoSplit(
-            f"vrsbench has no split {split!r}; it has train, test, and val held out of train")
-    name = "VRSBench_train.json" if split == "train" else "VRSBench_EVAL_referring.json"
+        raise NoSplit(f"vrsbench has no split {split!r}; it has train, test, val held out of train")
+    is_train = split == "train"
+    name = "VRSBench_train.json" if is_train else "VRSBench_EVAL_referring.json"
     file = first_existing(root, name)
-    collector = Collector(root, "Images_train" if split == "train" else "Images_val")
+    collector = Collector(root, "Images_train" if is_train else "Images_val")
     rows = read_json(file)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{file}: not a JSON array of objects; download it again")
     for number, row in enumerate(rows):
         where = f"{file}, record {number}"
-        if split == "train":
-            turns = []
-            conversation = row.get("conversations")
-            for turn in conversation if isinstance(conversation, list) else ():
-                is_turn = isinstance(turn, dict) and "value" in turn
-                turns.append(str(turn["value"]) if is_turn else "")
-            pairs = itertools.zip_longest(turns[::2], turns[1::2], fillvalue="")
+        if is_train:
+            turns = row.get("conversations")
+            turns = turns if isinstance(turns, list) else []
+            said = [str(turn.get("value", "")) if isinstance(turn, dict) else "" for turn in turns]
+            pairs = itertools.zip_longest(said[::2], said[1::2], fillvalue="")
             for i, (question, answer) in enumerate(pairs):
                 # [caption] and [vqa] are other tasks.
                 if "[refer]" in question:

@@ -28,6 +28,7 @@ from qwen.processor import Processor
 from readers import base, collect, dior, rsvg_hr
 from readers.base import DataError, Record, Records
 from tools import check_data
+from train.dist import fail
 
 SHARED = Path(__file__).parents[2] / "shared"
 SAMPLES = SHARED / "samples"
@@ -1551,7 +1552,10 @@ def check(
     """check("dior", "--root", folder) -> what data.py prints."""
     def check(*flags: object) -> str:
         monkeypatch.setattr("sys.argv", ["data.py", *map(str, flags)])
-        check_data.main()
+        try:
+            check_data.main()
+        except DataError as error:
+            fail(error)                              # as `launch` does
         return capsys.readouterr().out
     return check
 
@@ -1603,7 +1607,7 @@ def test_what_is_shared_by_hand() -> None:
         "record", "record", "image", "record", None, "image"]
     assert data.find_shared(records, []) == [None] * 6
     assert data.find_shared([], training) == []
-    shared = data.find_shared(records, training, lambda r: r.image)
+    shared = data.find_shared(records, training, {})             # a path without pixels is its own
     assert shared == [None] * 6
 
 

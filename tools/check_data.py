@@ -1,5 +1,4 @@
 """`python data.py NAME...`: what is in a data set, or what several data sets share."""
-import argparse
 import hashlib
 import itertools
 import sys
@@ -15,44 +14,34 @@ from tqdm import tqdm
 import data
 from readers.base import MOST_UNREADABLE, SPLITS, DataError, NoSplit, Record, Records
 from report.pictures import contact_sheet, draw_boxes
+from train.flags import FlagParser
+from train.run import launch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="data.py", description=(
-        "Checks a data set: counts next to the published ones, refused and repaired records by "
-        "reason, sizes of the boxes, images that splits share, images that can't be decoded, a "
-        "contact sheet. Of several: what is trained on in one and scored in another"))
-    # A wrong flag is one line.
-    parser.error = lambda message: parser.exit(
-        2, f"data.py: {message}; data.py --help explains every flag\n")
+    """Prints what is in the data sets. DataError at the end if an image can't be decoded."""
+    parser = FlagParser(
+        "Checks a data set: counts next to the published ones, refused and repaired records, sizes "
+        "of the boxes, images that splits share or that can't be decoded, a contact sheet. Of "
+        "several: what is trained on in one and scored in another")
     add = parser.add_argument
     add("names", nargs="+", metavar="name",
         help=f"one of {', '.join(data.READERS)}, or a mixture like dior+vrsbench:0.5")
-    add("--root", help="its folder; default data/<name>; for a mixture or several data sets the "
+    add("--root", help="its folder, default data/<name>; of a mixture or several data sets the "
         "folder that holds theirs, default data")
-    add("--split", nargs="+", help="splits to check; default those of train, val, test that "
-        "exist; for several data sets those of rft, val, test: rft is train without what is held "
-        "out as val")
+    add("--split", nargs="+", help="default: those of train, val, test that exist; of several data "
+        "sets those of rft, val, test, where rft is train without what is held out as val")
     data.add_reading_flags(add)
     add("--places", type=int, default=20, help="places listed for each reason; 0: all")
-    add("--show", type=int, default=12,
-        help="records of the first split on the contact sheet; several data sets have none")
+    add("--show", type=int, default=12, help="records of one data set on its contact sheet")
     add("--out", default="data_check.png", help="file of the contact sheet")
     args = parser.parse_args()
     # A name in a data set may hold what no encoding has.
     sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        check_data(args)
-    except DataError as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def check_data(args: argparse.Namespace) -> None:
-    """Prints what is in the data sets. DataError at the end if an image can't be decoded."""
     several = len(args.names) > 1
     if len(set(args.names)) < len(args.names):
         raise DataError(f"{' '.join(args.names)}: a data set comes twice; name each once")
+
     loaded: dict[tuple[str, str], Records] = {}      # by name and split
     for name in args.names:
         is_mixture = "+" in name or ":" in name
@@ -60,45 +49,41 @@ def check_data(args: argparse.Namespace) -> None:
         splits = args.split or (("rft", "val", "test") if several else SPLITS)
         for split in splits:
             try:
-                records = data.load(name, root, split, args.coords, args.stretch)
+                loaded[name, split] = data.load(name, root, split, args.coords, args.stretch)
+                print_split(name, split, loaded[name, split], args.places)
             except NoSplit as error:
                 found = any(key[0] == name for key in loaded)
                 if args.split or split == splits[-1] and not found:
                     raise
                 print(f"{name} {split}: {error}")
-                continue
-            loaded[name, split] = records
-            print_split(name, split, records, args.places)
     if not several:
-        for (_, a), (_, b) in itertools.combinations(loaded, 2):
-            images = [{r.image for r in loaded[args.names[0], split]} for split in (a, b)]
-            print(f"images in both {a} and {b}: {len(images[0] & images[1]):,}")
+        for a, b in itertools.combinations(loaded, 2):
+            both = {r.image for r in loaded[a]} & {r.image for r in loaded[b]}
+            print(f"images in both {a[1]} and {b[1]}: {len(both):,}")
+
     # Drawn scenes need no decoding.
     everything = itertools.chain.from_iterable(loaded.values())
     files = {r.image: r for r in everything if isinstance(r.image, Path)}
-    hashes: dict[Path, str] = {}                     # image -> hash of its pixels
-    broken: dict[Path, str] = {}                     # image -> what is wrong with it
     with ThreadPoolExecutor(8) as pool:
-        jobs = {path: pool.submit(pixel_hash, record) for path, record in files.items()}
-        for path in tqdm(jobs, desc="decoding", unit="img", leave=False, disable=None):
-            try:
-                hashes[path] = jobs[path].result()
-            except DataError as error:
-                broken[path] = str(error)
+        decoded = pool.map(pixel_hash, files.values())
+        bar = tqdm(decoded, "decoding", len(files), leave=False, unit="img", disable=None)
+        hashes = dict(zip(files, bar))
+    broken = {path: str(error) for path, error in hashes.items() if isinstance(error, DataError)}
     if files:
         title = f"images decoded: {len(files):,}, unreadable"
         print_places(title, list(broken.values()), args.places)
     if several:
         print_shared(loaded, hashes)
-    for (_, split), records in loaded.items() if args.show > 0 and not several else ():
-        whole = [r for r in records if r.image not in broken]
-        if whole:
+    elif args.show > 0:
+        for (_, split), records in loaded.items():
+            whole = [r for r in records if r.image not in broken]
             # Spread evenly over the first split that has any.
             shown = whole[::max(1, len(whole) // args.show)][:args.show]
-            pictures = [draw_boxes(data.open_image(r), [(r.box, "red")], r.text) for r in shown]
-            save_sheet(pictures, args.out)
-            print(f"{len(shown)} records of {split} with their boxes: {args.out}")
-            break
+            if shown:
+                boxes = [draw_boxes(data.open_image(r), [(r.box, "red")], r.text) for r in shown]
+                save_sheet(boxes, args.out)
+                print(f"{len(shown)} records of {split} with their boxes: {args.out}")
+                break
     if broken:
         raise DataError(
             f"{len(broken):,} of {len(files):,} images can't be decoded; a run replaces their "
@@ -106,20 +91,23 @@ def check_data(args: argparse.Namespace) -> None:
             "repair or remove those listed above")
 
 
-def pixel_hash(record: Record) -> str:
-    image = data.open_image(record)
+def pixel_hash(record: Record) -> str | DataError:
+    """The hash of an image's size and pixels, or why it can't be decoded."""
+    try:
+        image = data.open_image(record)
+    except DataError as error:
+        return error
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
 def print_split(name: str, split: str, records: Records, places: int) -> None:
     """Prints what is in a split. places: most to list for a reason; 0: all."""
     refused = sum(records.refusals.values())
-    print(
-        f"{name} {split}: {len(records):,} records, {refused:,} refused, "
-        f"{sum(map(len, records.repaired.values())):,} repairs, "
-        f"{len({r.image for r in records}):,} images, {len({r.category for r in records})} "
-        f"categories, hash {records.hash}")
     n = len(records) + refused
+    print(f"{name} {split}: {len(records):,} records, {refused:,} refused, "
+          f"{sum(map(len, records.repaired.values())):,} repairs, "
+          f"{len({r.image for r in records}):,} images, {len({r.category for r in records})} "
+          f"categories, hash {records.hash}")
     published = data.PUBLISHED.get(name, {}).get(split)
     if published:
         comparison = "as published"
@@ -135,53 +123,43 @@ def print_split(name: str, split: str, records: Records, places: int) -> None:
             print_places(f"  {verb}, {reason}", where, places)
     if records:
         boxes = np.array([r.box for r in records])                             # (N, 4)
-        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         percent = areas / np.array([r.size for r in records]).prod(1) * 100
         shares = (5, 25, 50, 75, 95)
         quantiles = zip(shares, np.percentile(percent, shares))
         words = ", ".join(f"{share}% {value:.3g}" for share, value in quantiles)
-        print(
-            f"  box area in % of the image, quantiles: {words}; below 1%: "
-            f"{(percent < 1).mean():.1%} of the boxes")
+        print(f"  box area in % of the image, quantiles: {words}; below 1%: "
+              f"{(percent < 1).mean():.1%} of the boxes")
 
 
 def print_places(title: str, where: Sequence[str], most: int) -> None:
     """Prints a title, the number of places, and the first of them. most: 0 for all."""
-    print(f"{title}: {len(where):,}")
-    for place in where[:most or None]:
-        print(f"    {place}")
+    print(f"{title}: {len(where):,}", *where[:most or None], sep="\n    ")
     if 0 < most < len(where):
         print(f"    and {len(where) - most:,} more; --places 0 lists all")
 
 
-def print_shared(loaded: dict[tuple[str, str], Records], hashes: dict[Any, str]) -> None:
-    """Prints how much of each scored split is in each training split.
-
-    hashes: image -> hash of its pixels. A drawn scene has none and is its own key.
-    """
+def print_shared(loaded: dict[tuple[str, str], Records], hashes: dict[Any, Any]) -> None:
+    """Prints how much of each scored split is in each training split. hashes: of pixels."""
     width = max(len("trained on"), *(len(f"{name} {split}") for name, split in loaded)) + 2
-    print(
-        "What is scored and trained on too. An image by its name, or by all its pixels (a copy "
-        "that was compressed\nagain or resized has others); a record by its image and a box of "
-        f"IoU {data.SAME_BOX} or more:")
-    print(
-        f"{'trained on':{width}}{'scored':{width}}{'images: name':>17}{'pixels':>17}"
-        f"{'records: name':>17}{'pixels':>17}")
+    print("What is scored and trained on too. An image by its name, or by all its pixels (a copy "
+          "that was compressed\nagain or resized has others); a record by its image and a box of "
+          f"IoU {data.SAME_BOX} or more:\n{'trained on':{width}}{'scored':{width}}"
+          f"{'images: name':>17}{'pixels':>17}{'records: name':>17}{'pixels':>17}")
     for trained, scored in itertools.product(loaded, loaded):
         if not data.is_training(trained[1]) or data.is_training(scored[1]):
             continue
         records = loaded[scored]
-        n_images = len({r.image for r in records})
-        of_images = []            # (shared, all) by name, by pixels
-        of_records = []
-        for image_key in (data.image_name, lambda r: hashes.get(r.image, r.image)):
-            shared = data.find_shared(records, loaded[trained], image_key)
-            shared_images = {r.image for r, what in zip(records, shared) if what}
-            of_images.append((len(shared_images), n_images))
-            of_records.append((shared.count("record"), len(records)))
-        cells = [f"{n:,} ({n / max(total, 1):.0%})" for n, total in of_images + of_records]
-        row = "".join(f"{cell:>17}" for cell in cells)
-        print(f"{' '.join(trained):{width}}{' '.join(scored):{width}}{row}")
+        n_images = max(len({r.image for r in records}), 1)
+        of_images, of_records = [], []
+        for pixels in (None, hashes):
+            shared = data.find_shared(records, loaded[trained], pixels)
+            n = len({r.image for r, what in zip(records, shared) if what})
+            of_images.append(f"{n:,} ({n / n_images:.0%})")
+            n = shared.count("record")
+            of_records.append(f"{n:,} ({n / max(len(records), 1):.0%})")
+        cells = "".join(f"{cell:>17}" for cell in of_images + of_records)
+        print(f"{' '.join(trained):{width}}{' '.join(scored):{width}}{cells}")
 
 
 def save_sheet(pictures: Sequence[Image.Image], path: str | Path) -> None:
@@ -190,10 +168,9 @@ def save_sheet(pictures: Sequence[Image.Image], path: str | Path) -> None:
         contact_sheet(pictures).save(path)
     except (OSError, ValueError, KeyError) as error:
         # No such folder or format, or the format is only read.
-        raise DataError(
-            f"the contact sheet can't be written to {path} ({error}); name another file with "
-            "--out") from None
+        raise DataError(f"the contact sheet can't be written to {path} ({error}); name another "
+                        "file with --out") from None
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)
