@@ -285,4 +285,4 @@ def add_reading_flags(add: Callable[..., argparse.Action], coords: str = "--coor
 
 
 if __name__ == "__main__":
-    runpy.run_module("tools.check_data", run_name="__main__")
+    runpy.run_path(str(Path(__file__).parent / "tools" / "check_data.py"), run_name="__main__")

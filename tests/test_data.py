@@ -1529,6 +1529,7 @@ def test_the_check_of_a_data_set_counts_and_draws(
     assert Image.open(tmp_path / "sheet.png").width > 300
     done = run("data.py", "dior", "--root", tmp_path / "nowhere")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("data.py: no train.txt")
 
 
 def test_the_check_decodes_every_image_and_names_what_would_end_a_run(

@@ -372,7 +372,7 @@ def test_a_box_is_repaired_said_and_within_or_refused(
 @hypothesis.given(st.lists(st.tuples(
     st.tuples(*[st.floats(0, 1)] * 4), st.tuples(st.integers(200, 900), st.integers(200, 900))),
     min_size=8, max_size=40))
-def test_a_unit_is_told_from_the_boxes(drawn: list[tuple[tuple[float, ...], Any]]) -> None:
+def test_the_unit_is_recognised_from_the_boxes(drawn: list[tuple[tuple[float, ...], Any]]) -> None:
     """Boxes spread over images of up to 900 pixels a side, in three units."""
     fractions = []
     for (a, b, c, d), size in drawn:

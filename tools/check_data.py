@@ -173,4 +173,5 @@ def save_sheet(pictures: Sequence[Image.Image], path: str | Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "data.py"       # the name in --help and errors; run_path puts this file's there
     launch(main)
