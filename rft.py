@@ -101,10 +101,8 @@ def flags() -> FlagParser:
     add = parser.add_argument_group("rollouts").add_argument
     add("--prompts", type=positive, default=8, help="questions Q per step, over all processes")
     add("--group", type=positive, default=8, help="rollouts G per question")
-    add("--max-new-tokens", type=positive, default=256,
-        help="tokens; a longer rollout is cut and counted as truncated")
-    add("--temperature", type=above_zero, default=1.0,
-        help="of sampling, and so of the scored log-probabilities")
+    add("--max-new-tokens", type=positive, default=256, help="longer rollouts are truncated")
+    add("--temperature", type=above_zero, default=1.0, help="of sampling and of scoring")
     add("--resample", type=natural, default=0, metavar="N",
         help="replace groups of equal rewards by fresh questions, up to N times per step (DAPO)")
     add("--cuda-graphs", action="store_true", help="decode with CUDA graphs")
@@ -118,11 +116,9 @@ def flags() -> FlagParser:
     add("--clip", type=not_negative, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"),
         help="clip the ratio to 1 - LOW .. 1 + HIGH")
     add("--beta", type=not_negative, default=0.04,
-        help="weight of the KL to the starting policy; 0 keeps no reference model")
-    add("--mask-truncated", action="store_true",
-        help="do not learn from rollouts that were cut at --max-new-tokens")
-    add("--no-std", action="store_true",
-        help="do not divide advantages by their group's standard deviation")
+        help="weight of the KL to the starting policy; 0: no reference model")
+    add("--mask-truncated", action="store_true", help="do not learn from truncated rollouts")
+    add("--no-std", action="store_true", help="do not divide advantages by their group's std")
     add = parser.add_argument_group("updates").add_argument
     add("--lr", type=above_zero, default=1e-6,
         help="peak learning rate: 1e-6 for a 3B model, about 1e-4 for the embedded one")
@@ -150,18 +146,16 @@ def check_flags(args: argparse.Namespace) -> None:
     """Refuses flags that do not fit each other."""
     if args.prompts % (dist.world() * args.minibatches):
         dist.fail(f"--prompts {args.prompts} is not a multiple of {dist.world()} processes times "
-             f"--minibatches {args.minibatches}")
+                  f"--minibatches {args.minibatches}")
     if args.group < 2:
         dist.fail("--group 1 leaves nothing to compare a rollout with; use 2 or more")
     if "format" in reward.TERMS:
         dist.fail("reward.TERMS has a term called format, which rft.py computes itself; rename it")
     for name in args.reward:
         if name not in (*reward.TERMS, "format"):
-            dist.fail(f"the run's reward has a term {name!r} that is not in reward.TERMS; "
-                 "add it there again")
+            dist.fail(f"the run rewards {name!r}, which reward.TERMS lacks; add it there again")
         if name in RESERVED or name.endswith("_group_std") or "=" in name:
-            dist.fail(f"a term of the reward cannot be called {name!r}: the logs use that name for "
-                 "something else")
+            dist.fail(f"a term cannot be called {name!r}: the logs use that name; rename it")
     if not any(args.reward.values()):
         dist.fail("no term of --reward has a weight; give one a weight other than 0")
 
@@ -247,8 +241,6 @@ def group_weights(iou: Tensor, args: argparse.Namespace, step: int) -> Tensor:
 
 @dataclass
 class Policy:
-    """The model under training, and what it needs to sample and to learn."""
-
     model: QwenVL
     processor: Processor
     optimizer: torch.optim.Optimizer | None
@@ -526,7 +518,6 @@ def positional_alone(terms: dict[str, Tensor], weights: dict[str, float]) -> Ten
 
 
 def sum_over_processes(own: dict[str, Any]) -> dict[str, float]:
-    """Each figure summed over all processes, in one exchange."""
     values = torch.tensor([float(v) for v in own.values()], dtype=torch.float64)
     return dict(zip(own, dist.all_sum(values).tolist()))
 
@@ -629,12 +620,11 @@ def canary(
     """Prints how the starting policy answers: a reward that cannot rise shows before step 1."""
     seeds = torch.arange(len(records)) + 7_777 * (dist.rank() + 1)
     groups = [grade(group, args) for group in sample(policy, records, prompts, seeds, args)]
-    outcomes: Counter[str] = Counter()
-    for group in groups:
-        outcomes.update(failure(text) or "parsed" for text in group.texts)
+    texts = [text for group in groups for text in group.texts]
+    outcomes = Counter(failure(text) or "parsed" for text in texts)
     own = {name: outcomes[name] for name in ("parsed", *FAILURES)}
-    own["iou"] = sum(group.terms["iou"].sum() for group in groups)
-    own["format"] = sum(format_ok(text) for group in groups for text in group.texts)
+    own |= {"iou": sum(group.terms["iou"].sum() for group in groups),
+            "format": sum(map(format_ok, texts))}
     counts = sum_over_processes(own)
     iou, formatted = counts.pop("iou"), counts.pop("format")
     n = sum(counts.values())

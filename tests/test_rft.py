@@ -517,7 +517,7 @@ def test_a_term_whose_name_the_logs_use_is_refused(
 def test_a_reward_without_sense_is_refused_in_one_line(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     # A term of a resumed run that was not put into TERMS again, and no term at all.
-    for weights, words in (({"width": 1.0}, "has a term 'width'"), ({"format": 0.0}, "no term")):
+    for weights, words in (({"width": 1.0}, "rewards 'width'"), ({"format": 0.0}, "no term")):
         with pytest.raises(SystemExit) as leaving:
             rft.check_flags(step_flags(reward=weights))
         said = capsys.readouterr().err
