@@ -2,13 +2,12 @@
 
 Weights, gradients and moments follow from the number of parameters. Activations are counted, not
 estimated: the largest passes of a step run on the meta device, on which tensors have shapes but
-no data, and a tensor's bytes count from its creation until it is freed. So a plan needs no GPU,
-and it stays right when the model's code changes.
+no data, and a tensor's bytes count from its creation until it is freed. So a plan needs no GPU.
 
     python rft.py --plan 8 80 800 800 --init Qwen2.5-VL-7B-Instruct/
 
-On a GPU the same passes also run for real before step 1 (`try_out`): a run that does not fit
-fails in its first minute, not at its first long answer hours later.
+On a GPU the same passes also run for real before step 1 (`try_out`), so a run that does not fit
+fails in its first minute.
 """
 import argparse
 import weakref
@@ -34,13 +33,11 @@ from train.checkpoints import fill_moments
 from train.dist import fail, gathered, memory_tokens, peak_memory, rank, world
 
 GIB = 2 ** 30
-# CUDA's own share of a GPU and what the allocator cannot hand out: libraries, NCCL buffers,
-# free blocks of the wrong size. An allowance, not a count.
+# An allowance for CUDA's libraries, NCCL's buffers and free blocks of the wrong size.
 RESERVE = 1.5 * GIB
-# Tokens of an expression if no data are read.
-TEXT_TOKENS = 48
-# A validation answers at most so many records at once, with at most so many tokens in their
-# prompts: at 3B's widths these take 4 GiB.
+TEXT_TOKENS = 48                # of an expression, if no data are read
+# The most that a validation answers at once: records, and tokens in their prompts. At 3B's widths
+# these take 4 GiB.
 VALIDATION_RECORDS = 32
 VALIDATION_TOKENS = 2 ** 14
 
@@ -58,12 +55,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass over copies of the longest prompt, with completions of equal length."""
+    """A pass over `prompts` copies of a prompt, each with `group` completions of `tokens`."""
 
     prompt: Prompt
-    prompts: int               # copies of it
-    group: int                 # completions of each
-    tokens: int                # of a completion
+    prompts: int
+    group: int
+    tokens: int
     trains: bool               # score and backward; else prefill and decode one token
 
     def run(self, model: QwenVL, reference: QwenVL | None = None) -> None:
@@ -86,10 +83,8 @@ class Pass:
 
 
 class ByteCounter(TorchDispatchMode):
-    """Counts the bytes of live tensors on the meta device, and their peak.
-
-    Tensors that share memory count once. Those in `known`, such as parameters, do not count.
-    """
+    """Counts the bytes of live tensors on the meta device, without those in `known`, and their
+    peak. Tensors that share memory count once."""
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
         super().__init__()
@@ -114,21 +109,16 @@ class ByteCounter(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
 
-# ---------------------------------------------------------------- the largest passes
-
 def longest_prompt(
         processor: Processor, records: Sequence[Record],
         image: tuple[int, int] | None = None) -> Prompt | None:
     """The prompt with the most patches and the longest text of these records; its pixels are 0.
 
     Without records, one of an image of this (width, height) and TEXT_TOKENS tokens of text, or
-    None without an image.
-    """
-    sizes = {record.size for record in records}
-    if not records and image:
-        sizes = {tuple(image)}
-    if not sizes:
+    None without an image."""
+    if not records and not image:
         return None
+    sizes = {record.size for record in records} or {tuple(image)}
     factor = processor.patch * processor.merge
     limits = (processor.min_pixels, processor.max_pixels)
     resized = [smart_resize(width, height, factor, *limits) for width, height in sizes]
@@ -138,9 +128,9 @@ def longest_prompt(
     ids = processor.turns(PROMPT, rows * columns // processor.merge ** 2, text=text)
     if not records:
         ids += [0] * TEXT_TOKENS
-    shape = (rows * columns, 3, processor.patch, processor.patch)
-    pixels = Pixels(
-        torch.zeros(shape, dtype=torch.uint8), torch.zeros(3, 256), processor.temporal_patch)
+    patches = torch.zeros(
+        (rows * columns, 3, processor.patch, processor.patch), dtype=torch.uint8)
+    pixels = Pixels(patches, torch.zeros(3, 256), processor.temporal_patch)
     return Prompt(torch.tensor(ids), pixels, torch.tensor([[1, rows, columns]]), None)
 
 
@@ -154,22 +144,21 @@ def largest_passes(
         longest: Prompt, longest_val: Prompt | None) -> dict[str, Pass]:
     """The largest passes that a process may run: sampling, updating, validating.
 
-    longest: prompt of the records to train on; longest_val: of those to validate on.
-    """
+    longest: prompt of the records to train on; longest_val: of those to validate on."""
     passes = {}
-    prompts = step.prompts // gpus
+    prompts, tokens = step.prompts // gpus, step.tokens
     if step.samples:
-        passes["sampling"] = Pass(longest, prompts, step.group, step.tokens, False)
+        passes["sampling"] = Pass(longest, prompts, step.group, tokens, False)
     # As many prompts with full completions as --micro-tokens allows.
     prompt_tokens = memory_tokens(model, longest, 0)
-    fit = max(1, args.micro_tokens // (prompt_tokens + step.group * step.tokens))
-    tokens = step.tokens
-    if fit < prompts // step.updates:
+    fit = max(1, args.micro_tokens // (prompt_tokens + step.group * tokens))
+    prompts //= step.updates
+    if fit < prompts:
         # More prompts fit if completions are shorter, until the budget is used up. Longer
         # completions of these prompts take as much.
+        prompts = fit
         tokens = max(tokens, (args.micro_tokens // fit - prompt_tokens) // step.group)
-    passes["updating"] = Pass(
-        longest, min(fit, prompts // step.updates), step.group, tokens, True)
+    passes["updating"] = Pass(longest, prompts, step.group, tokens, True)
     if args.val and longest_val is not None:
         records = min(-(-args.val // gpus), validation_batch(longest_val))
         passes["validating"] = Pass(longest_val, records, 1, args.max_new_tokens, False)
@@ -178,8 +167,7 @@ def largest_passes(
 
 def peak_bytes(model: QwenVL, work: Pass, reference: bool = False) -> int:
     """The most that a pass holds in addition to weights and gradients; model: see meta_model."""
-    # A gradient is dropped when it is complete: it is reduced to its float32 part, which `plan`
-    # counts.
+    # A complete gradient is dropped: it is reduced to its float32 part, which `plan` counts.
     hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
              for p in model.parameters() if p.requires_grad]
     counter = ByteCounter([*model.parameters(), *model.buffers()])
@@ -193,8 +181,6 @@ def peak_bytes(model: QwenVL, work: Pass, reference: bool = False) -> int:
         hook.remove()
     return counter.peak
 
-
-# ---------------------------------------------------------------- the plan
 
 def meta_model(args: argparse.Namespace) -> QwenVL:
     """The model that the flags train, on the meta device in bfloat16."""
@@ -218,10 +204,8 @@ def meta_model(args: argparse.Namespace) -> QwenVL:
 def plan(
         args: argparse.Namespace, step: Step, gpus: int, longest: Prompt,
         longest_val: Prompt | None) -> tuple[float, dict[str, dict[str, float]]]:
-    """What a run needs of each GPU -> the peak, and bytes by phase and purpose.
-
-    The phase "all the time" adds to each of the others.
-    """
+    """What a run needs of each GPU -> the peak, and bytes by phase and purpose. The phase "all the
+    time" adds to each of the others."""
     model = meta_model(args)
     passes = largest_passes(model, args, step, gpus, longest, longest_val)
     adapters = bool(lora.adapted(model))
@@ -234,8 +218,7 @@ def plan(
         "trained weights, float32": 4 * trained / gpus,
         # Under adapters the base is stored in the compute dtype.
         "frozen weights": (2 if adapters else 4) * (total - trained) / gpus,
-        "moments, float32": 8 * trained / gpus,
-    }
+        "moments, float32": 8 * trained / gpus}
     if reference and not adapters:
         always["reference, bfloat16, on each GPU"] = 2 * total
     elif reference:
@@ -249,27 +232,21 @@ def plan(
     gathers += (2 + 4) * max(*trained_layers, trained - sum(trained_layers))
     for name, work in passes.items():
         held = peak_bytes(model, work, reference)
-        phases[f"while {name}, in addition"] = {
-            "gradients, float32": 4 * trained / gpus,
-            "layers gathered in bfloat16": gathers,
-            "activations and logits": held,
-        } if work.trains else {
-            "weights for sampling, bfloat16, on each GPU": 2 * total,
-            "KV cache, prompts, logits": held,
-        }
+        rows = {"weights for sampling, bfloat16, on each GPU": 2 * total,
+                "KV cache, prompts, logits": held}
+        if work.trains:
+            rows = {"gradients, float32": 4 * trained / gpus,
+                    "layers gathered in bfloat16": gathers, "activations and logits": held}
+        phases[f"while {name}, in addition"] = rows
     peaks = [sum(rows.values()) for rows in phases.values()]
     return peaks[0] + max(peaks[1:]), phases
 
 
-# ---------------------------------------------------------------- before a run
-
 def show(
         args: argparse.Namespace, step: Step, records: Sequence[Record] = (),
         val: Sequence[Record] = ()) -> None:
-    """--plan: prints the table for its GPUS of GIB; exit status 2 if the run does not fit.
-
-    Without records the prompts are those of a size of image.
-    """
+    """--plan: prints the table for its GPUS of GIB; exit status 2 if the run does not fit. Without
+    records the prompts are those of a size of image."""
     share = args.gpus * step.updates
     if step.prompts % share:
         minibatches = " and the minibatches" if step.updates > 1 else ""
@@ -282,11 +259,8 @@ def show(
 def check_gpu(
         args: argparse.Namespace, processor: Processor, records: Sequence[Record],
         val: Sequence[Record], step: Step, device: torch.device | None = None) -> None:
-    """Prints what a run needs of each GPU, and refuses it if a GPU has less.
-
-    The refusal is one line that names the first flags that help. device: None for a plan;
-    nothing is checked on a CPU.
-    """
+    """Prints what a run needs of each GPU; if a GPU has less, one line that names the first flags
+    that help, and exit status 2. device: None for a plan; on a CPU nothing is checked."""
     gpus, available = args.gpus, args.memory * GIB
     if device is not None and device.type == "cpu":
         return
@@ -295,15 +269,14 @@ def check_gpu(
     image = None if records else args.image
     longest = [longest_prompt(processor, part, image) for part in (records, val)]
     peak, phases = plan(args, step, gpus, *longest)
+    lines = [f"memory of each of {gpus} GPU{'s' if gpus > 1 else ''}, GiB"]
+    for phase, rows in phases.items():
+        lines.append(f"  {phase}")
+        lines += [f"    {name:46} {size / GIB:8.2f}" for name, size in rows.items() if size]
+    lines.append(f"  {'needed at most':48} {peak / GIB:8.2f}")
+    lines.append(f"  {'a GPU has':48} {available / GIB:8.2f}")
     if rank() == 0:
-        print(f"memory of each of {gpus} GPU{'s' if gpus > 1 else ''}, GiB")
-        for phase, rows in phases.items():
-            print(f"  {phase}")
-            for name, size in rows.items():
-                if size:
-                    print(f"    {name:46} {size / GIB:8.2f}")
-        print(f"  {'needed at most':48} {peak / GIB:8.2f}")
-        print(f"  {'a GPU has':48} {available / GIB:8.2f}", flush=True)
+        print("\n".join(lines), flush=True)
     if peak <= available:
         return
     needs = f"the run needs {peak / GIB:.1f} GiB of a GPU that has {available / GIB:.1f}"
