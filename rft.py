@@ -672,7 +672,8 @@ def main() -> None:
     check_flags(args)
     if args.plan:
         data = ((), ()) if args.image else load_records(args, "rft")
-        memory.show(args, step_size(args), *data)
+        processor = Processor.from_pretrained(folder(args.init), max_pixels=args.max_pixels)
+        memory.check_gpu(args, processor, *data, step_size(args))
         return
     init = folder(args.init)
     records, val = load_records(args, "rft")

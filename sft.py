@@ -125,7 +125,7 @@ def main() -> None:
     if args.plan:
         processor = Processor.from_pretrained(folder(args.init), max_pixels=args.max_pixels)
         records, val = ((), ()) if args.image else load_records(args, args.split)
-        memory.show(args, longest_step(args, processor, records), records, val)
+        memory.check_gpu(args, processor, records, val, longest_step(args, processor, records))
         return
     init = folder(args.init)
     records, val = load_records(args, args.split)

@@ -242,26 +242,18 @@ def plan(
     return peaks[0] + max(peaks[1:]), phases
 
 
-def show(
-        args: argparse.Namespace, step: Step, records: Sequence[Record] = (),
-        val: Sequence[Record] = ()) -> None:
-    """--plan: prints the table for its GPUS of GIB; exit status 2 if the run does not fit. Without
-    records the prompts are those of a size of image."""
-    share = args.gpus * step.updates
-    if step.prompts % share:
-        minibatches = " and the minibatches" if step.updates > 1 else ""
-        fail(f"{step.prompts} records per step do not divide among {args.gpus} GPUs"
-             f"{minibatches}; take a multiple of {share}")
-    processor = Processor.from_pretrained(folder(args.init), max_pixels=args.max_pixels)
-    check_gpu(args, processor, records, val, step)
-
-
 def check_gpu(
         args: argparse.Namespace, processor: Processor, records: Sequence[Record],
         val: Sequence[Record], step: Step, device: torch.device | None = None) -> None:
     """Prints what a run needs of each GPU; if a GPU has less, one line that names the first flags
-    that help, and exit status 2. device: None for a plan; on a CPU nothing is checked."""
+    that help, and exit status 2. On a CPU nothing is checked.
+
+    device: None for --plan, which names the GPUs; without records it names the image's size."""
     gpus, available = args.gpus, args.memory * GIB
+    if device is None and step.prompts % (gpus * step.updates):
+        minibatches = " and the minibatches" if step.updates > 1 else ""
+        fail(f"{step.prompts} records per step do not divide among {gpus} GPUs"
+             f"{minibatches}; take a multiple of {gpus * step.updates}")
     if device is not None and device.type == "cpu":
         return
     if device is not None:
