@@ -1,11 +1,9 @@
 """Reads an image file as 8-bit RGB pixels, in the orientation in which the file stores them.
 
-Depth and transparency come from the file, not from PIL's mode: PIL keeps only the high bytes of
-16-bit colour, and takes any fourth band of a TIFF for alpha. An orientation (of EXIF or a TIFF
-tag) is not applied, because boxes refer to the stored pixels.
-
-Samples of more than 8 bits, and floats, need a `Stretch`; the optional package rasterio reads
-them. Transparent pixels are composited on white, as transformers does.
+No orientation (of EXIF or a TIFF tag) is applied, because boxes refer to the stored pixels.
+Transparent pixels are composited on white, as transformers does. Depth and transparency come from
+the file, not from PIL's mode: PIL keeps only the high bytes of 16-bit colour, and takes any fourth
+band of a TIFF for alpha. More than 8 bits a sample, and floats, need a `Stretch` and rasterio.
 """
 import warnings
 from collections.abc import Iterator
@@ -14,15 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from readers.base import DataError, Stretch
 
 # Such warnings do not concern the pixels, or the same problem raises an error here.
 warnings.filterwarnings("ignore", module=r"PIL\.|rasterio")
-# Aerial scenes are large, and the user's own files are no decompression bombs.
-Image.MAX_IMAGE_PIXELS = 1 << 31
+Image.MAX_IMAGE_PIXELS = 1 << 31     # aerial scenes are large, and are no decompression bombs
 # No compression shrinks an image more than this: a file that claims more pixels is damaged.
 LARGEST_RATIO = 5000
 DEEP = "16-bit or float image"
@@ -43,9 +40,8 @@ class Header(NamedTuple):
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[Image.Image | None, dict[int, Any], Header]]:
-    """Yields a file as PIL opens it, its TIFF tags ({} for other formats), and its header.
+    """Yields a file as PIL opens it, not yet decoded, its TIFF tags (or {}), and its header.
 
-    Nothing is decoded yet. PIL's image is None for TIFFs that are deep or unknown to PIL.
     Any error up to the end of the `with` block becomes ImageError, except FileNotFoundError.
     """
     try:
@@ -59,23 +55,18 @@ def opened(path: Path) -> Iterator[tuple[Image.Image | None, dict[int, Any], Hea
             tags = TiffImagePlugin.ImageFileDirectory_v2(start[:16 if b"+" in start[:4] else 8])
             file.seek(tags.next)
             tags.load(file)
-            size = (tags[WIDTH], tags[HEIGHT])
             deep = max(tags.get(BITS, (1,))) > 8 or max(tags.get(FORMAT, (1,))) in (2, 3, 5, 6)
-            image = None
-            if not deep:
-                file.seek(0)
-                with suppress(UnidentifiedImageError):
-                    image = Image.open(file)
-            yield image, dict(tags), Header(size, deep)
+            image = None          # if deep, or unknown to PIL
+            with suppress(UnidentifiedImageError):
+                image = None if deep else Image.open(file)
+            yield image, dict(tags), Header((tags[WIDTH], tags[HEIGHT]), deep)
     except (FileNotFoundError, ImageError, DataError):
         raise
-    except Exception as error:
-        # On a damaged file PIL's plugins raise almost any exception.
+    except Exception as error:    # on a damaged file PIL's plugins raise almost any
         raise ImageError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def read_header(path: Path) -> Header:
-    """FileNotFoundError, or ImageError if the header is damaged."""
     with opened(path) as (_, _, header):
         return header
 
@@ -94,11 +85,7 @@ def is_plain(path: Path) -> bool:
 
 
 def read_rgb(path: Path, stretch: Stretch | None = None) -> Image.Image:
-    """Decodes a whole image as PIL RGB, as stored.
-
-    stretch: percentiles (low, high) of each band that become black and white, if samples have
-    more than 8 bits; None refuses such images. ImageError if the image cannot be read.
-    """
+    """A whole image as PIL RGB, as stored. stretch: for deep images; None refuses them."""
     with opened(path) as (image, tags, header):
         if header.deep and stretch is None:
             raise ImageError(STRETCH_IT)
@@ -108,15 +95,13 @@ def read_rgb(path: Path, stretch: Stretch | None = None) -> Image.Image:
             if alpha is not None:
                 alpha = np.nan_to_num(alpha).clip(0, 1)[..., None]
                 pixels = np.rint(pixels.astype(np.uint8) * alpha + 255 * (1 - alpha))
-            pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
-            return Image.fromarray(pixels.astype(np.uint8))
+            pixels = np.broadcast_to(pixels.astype(np.uint8), (*pixels.shape[:2], 3))
+            return Image.fromarray(pixels.copy())
         if tags:
-            # On loading, PIL applies the orientation of a TIFF, and of no other format: undo it.
-            orientation = image.getexif().get(Base.Orientation, 1)
-            image.load()
+            # On loading, PIL would apply the orientation of a TIFF, and of no other format. The
+            # copy has the size of the stored pixels, which the file's image need not have.
+            image.getexif()[Base.Orientation] = 1
             image = image.copy()
-            image.getexif()[Base.Orientation] = {6: 8, 8: 6}.get(orientation, orientation)
-            image = ImageOps.exif_transpose(image)
             if image.mode == "RGBA" and EXTRA_BANDS not in tags:
                 # A fourth band that the file does not declare as alpha may be near infrared.
                 image = Image.merge("RGB", image.split()[:3])
@@ -124,10 +109,7 @@ def read_rgb(path: Path, stretch: Stretch | None = None) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of 8 bits a sample -> RGB, transparent pixels composited on white.
-
-    ImageError for 16-bit, 32-bit and float values, which PIL would clip to white or black.
-    """
+    """PIL image of 8 bits a sample -> RGB on white; ImageError if PIL would clip its samples."""
     if is_deep(image):
         raise ImageError(STRETCH_IT)
     if image.mode in ("La", "RGBa"):
@@ -139,57 +121,43 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether the file of a PIL image (not a TIFF) has more than 8 bits a sample.
-
-    PIL's mode says so only for gray. For colour the decoder's arguments do, until it has run.
-    """
+    """Whether the file of a PIL image (not a TIFF) has more than 8 bits a sample."""
     if image.format == "JPEG2000" and getattr(image, "fp", None):
-        place = image.fp.tell()
         image.fp.seek(0)
         start = image.fp.read(4096)
-        image.fp.seek(place)
         # The bits of the first component come 40 bytes after the start of the marker SIZ.
         siz = start.find(b"\xff\x51")
         return 0 <= siz < len(start) - 40 and start[siz + 40] & 127 > 7
+    # PIL's mode shows the depth of gray only; the decoder's arguments do of colour, until it runs.
     for tile in getattr(image, "tile", ()):
         args = tile.args if isinstance(tile.args, tuple) and tile.args else (tile.args,)
+        is_deep_ppm = image.format == "PPM" and isinstance(args[-1], int) and args[-1] > 255
         # "RGB;16B" has 16 bits a sample; BMP's "BGR;16" has 16 bits for all three.
-        if str(args[0]).endswith((";16B", ";16L", ";16N")):
-            return True
-        if image.format == "PPM" and isinstance(args[-1], int) and args[-1] > 255:
+        if is_deep_ppm or str(args[0]).endswith((";16B", ";16L", ";16N")):
             return True
     return image.mode[0] in "IF"
 
 
-# ---------------------------------------------------------------- more than 8 bits
-
-def read_samples(
-        path: Path, image: Image.Image | None, tags: dict[int, Any],
-) -> tuple[np.ndarray, np.ndarray | None]:
+def read_samples(path: Path, image: Image.Image | None, tags: dict[int, Any]) -> tuple[Any, Any]:
     """Colour (H, W, 1 or 3) in the file's own type and range, and alpha (H, W) in 0..1 or None."""
-    bands = tags.get(BANDS, 1)
-    photometric = tags.get(PHOTOMETRIC, BLACK_IS_ZERO)
+    bands, photometric = tags.get(BANDS, 1), tags.get(PHOTOMETRIC, BLACK_IS_ZERO)
     # Scientific software writes three bands of colour as gray.
     allowed = (RGB,) if bands > 3 else (BLACK_IS_ZERO, RGB if bands == 3 else WHITE_IS_ZERO)
     if photometric not in allowed:
-        raise ImageError(
-            f"a TIFF of {bands} bands of {max(tags.get(BITS, (1,)))} bits (photometric "
-            f"{photometric}) does not say which are red, green and blue; write three bands of it "
-            "to a file")
+        bits = max(tags.get(BITS, (1,)))
+        raise ImageError(f"a TIFF of {bands} bands of {bits} bits does not say which are red, "
+                         "green and blue; write three bands of it to a file")
     try:
-        # Not in requirements.txt: only images of more than 8 bits need it.
         import rasterio
     except ImportError:
-        raise DataError(
-            f"{path}: images of more than 8 bits a sample are read with rasterio, which is not "
-            "installed; pip install rasterio") from None
+        problem = "more than 8 bits a sample need rasterio, which is not installed"
+        raise DataError(f"{path}: {problem}; pip install rasterio") from None
     try:
         # Do not list the image's folder on each open: it may hold a million files.
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path) as source:
             dtype = np.dtype(source.dtypes[0])
             if dtype.kind == "c":
-                raise ImageError("complex samples (TIFF sample formats 5 and 6) cannot be read; "
-                                 "convert them to 16 bits or float32")
+                raise ImageError("complex samples (TIFF sample formats 5 and 6); write float32")
             size = source.width * source.height * source.count * dtype.itemsize
             if size > LARGEST_RATIO * path.stat().st_size:
                 raise ImageError("damaged: the file is too short for its size in pixels")
@@ -199,14 +167,12 @@ def read_samples(
         reason = " ".join(str(error.__cause__ or error).split())
         raise ImageError(f"damaged, or of a kind that GDAL cannot read ({reason})") from None
     n = 1 if len(kinds) < 3 else 3
-    colour = samples[..., :n]
-    alpha = None
+    colour, alpha = samples[..., :n], None
     if photometric == WHITE_IS_ZERO:
         colour = 255 - colour if dtype == np.uint8 else -colour.astype(np.float64)
     if "alpha" in kinds[n:n + 1]:
         alpha = samples[..., n] / np.float64(1 if dtype.kind == "f" else np.iinfo(dtype).max)
-        if tags.get(EXTRA_BANDS, (0,))[0] == 1:
-            # Colours are premultiplied by alpha.
+        if tags.get(EXTRA_BANDS, (0,))[0] == 1:    # colours are premultiplied
             colour = colour / np.where(alpha > 0, alpha, 1)[..., None]
     elif image and image.info.get("transparency") is not None:
         alpha = (samples != np.array(image.info["transparency"])).any(-1).astype(np.float64)
@@ -214,21 +180,15 @@ def read_samples(
 
 
 def stretched(colour: np.ndarray, alpha: np.ndarray | None, stretch: Stretch) -> np.ndarray:
-    """Samples (H, W, 1 or 3) -> uint8: two percentiles of each band become black and white.
-
-    alpha: (H, W) or None. NaN, infinite and fully transparent samples do not count for the
-    percentiles; NaN and infinite ones become black.
-    """
+    """Samples (H, W, 1 or 3) -> uint8: percentiles of what is visible become black and white."""
     pixels = np.empty(colour.shape, np.uint8)
-    visible = True if alpha is None else alpha > 0
     for band in range(colour.shape[-1]):
         values = colour[..., band].astype(np.float64)
         finite = np.isfinite(values)
-        known = values[finite & visible]
+        known = values[finite if alpha is None else finite & (alpha > 0)]
         low, high = np.percentile(known, stretch) if len(known) else (0.0, 0.0)
         with np.errstate(all="ignore"):
-            scaled = (values > low) * 255.0
-            if high > low:
-                scaled = (values - low) * (255 / (high - low))
+            scaled = (values - low) * (255 / (high - low)) if high > low else (values > low) * 255
+        # NaN and infinite samples become black.
         pixels[..., band] = np.rint(np.where(finite, scaled, 0.0).clip(0, 255))
     return pixels

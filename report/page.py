@@ -1,8 +1,6 @@
 """report.html: one self-contained page of an evaluation, readable on a phone.
 
-The page has no script and makes no request. All text from a data set, a model or the name of a
-checkpoint is escaped by `safe`. Pictures are JPEGs inside the page, at most PICTURES of
-PICTURE_BYTES each, so the page stays under 5 MB.
+It has no script, makes no request and stays under 5 MB. `safe` escapes all foreign text.
 """
 import base64
 import html
@@ -10,6 +8,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ from data import open_or_blank
 from readers.base import Record, in_words
 from report.pictures import curve, draw_boxes, draw_rollouts, spread
 
-PICTURES = 200
-PICTURE_BYTES = 12_000
+PICTURES = 200                    # of a page, at most
+PICTURE_BYTES = 12_000            # of a picture, at most
 PICTURE_SIDE = 320                # pixels, longer side of a picture
 # JPEG qualities to try until a picture fits; at the last one it also shrinks with each try.
 QUALITIES = (75, 60, 40, 25, 12, 12, 12, 12)
@@ -50,12 +49,10 @@ Line = Mapping[str, Any]          # of metrics.jsonl or rollouts.jsonl
 
 
 class Case(NamedTuple):
-    """A record and the answer to it."""
-
     record: Record
-    box: Sequence[float] | None   # original pixels
+    box: Sequence[float] | None   # of the answer, in original pixels
     iou: float
-    text: str
+    text: str                     # of the answer
 
 
 def write_page(
@@ -84,15 +81,31 @@ def write_page(
     sections = [("Scores", score_section(rows, summary or {}))]
     names = dict.fromkeys([row["stage"] for row in rows] + [name for name, _ in stages])
     for name in reversed(names):
-        body = "".join(case_section(row, some, cases_each)
-                       for row, some in zip(rows, cases) if row["stage"] == name)
+        section = ""
+        for row, some in zip(rows, cases):
+            if row["stage"] == name:
+                section += case_section(row, some, cases_each)
         for stage, folder in stages:
             if stage == name:
-                body += training_section(name, folder, groups[name])
-        sections.append((safe(name), body))
-    sections.append(("Breakdowns", breakdown_section(rows)))
-    contents = ""
-    body = ""
+                section += training_section(name, folder, groups[name])
+        sections.append((safe(name), section))
+
+    # A table for each property: mIoU and Pr@0.5 of every row, for each value.
+    section = ""
+    for name, values in rows[0]["breakdowns"].items():
+        most = sorted(values, key=lambda value: -values[value]["n"])[:VALUES]
+        lines = []
+        for value in values:
+            if value in most:
+                scores = [row["breakdowns"][name][value] for row in rows]
+                cells = [f"{score['mIoU']:.3f} / {score['Pr@0.5']:.3f}" for score in scores]
+                lines.append([safe(value[:60]), values[value]["n"], *cells])
+        section += html_table(
+            ["mIoU / Pr@0.5", "n", *map(label, rows)], lines, f"By {safe(name)}")
+        if len(values) > VALUES:
+            section += f"<p>and {len(values) - VALUES} more in eval.json</p>"
+    sections.append(("Breakdowns", section))
+    contents = body = ""
     for i, (title, section) in enumerate(section for section in sections if section[1]):
         contents += f'<a href="#s{i}">{title}</a>'
         body += f'<h2 id="s{i}">{title}</h2>{section}'
@@ -119,12 +132,10 @@ def write_page(
 
 
 def safe(value: object) -> str:
-    """Text that is safe in HTML, between tags and in quotes, of 2 * LETTERS at most.
-
-    A lone surrogate, which UTF-8 cannot encode, becomes "?".
-    """
+    """Text that is safe in HTML, between tags and in quotes, of 2 * LETTERS at most."""
     # A letter takes up to six in HTML, so a sixth of LETTERS always fits.
     for letters in (LETTERS, LETTERS // 6):
+        # UTF-8 cannot encode a lone surrogate.
         escaped = html.escape(str(value)[:letters]).encode("utf-8", "replace")
         if len(escaped) < 2 * LETTERS:
             break
@@ -149,14 +160,11 @@ def html_table(head: Sequence[str], lines: Sequence[Sequence[object]], title: st
     return f"{heading}<div class=wide><table><tr>{header}</tr>{body}</table></div>"
 
 
-# ---------------------------------------------------------------- scores
-
 def score_section(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     """Scores with intervals, pass@k and failures; VRSBench's metric; baseline; comparison."""
     names = list(rows[0]["ci"])
     sample_counts = sorted({k for row in rows for k in row.get("pass", ())}, key=int)
-    scores = []
-    vrsbench = []
+    scores, vrsbench, differences = [], [], []
     for row in rows:
         cells = [label(row)]
         for name in names:
@@ -166,71 +174,47 @@ def score_section(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
             cells.append(f"{row['pass'][k]:.3f}" if k in row.get("pass", ()) else "-")
         scores.append([*cells, f"{sum(row['failures'].values()) / row['n']:.3f}"])
         for part, score in row.get("vrsbench", {}).items():
-            vrsbench.append([label(row), safe(part), score["n"], f"{score['Acc@0.5']:.3f}",
-                             f"{score['Acc@0.7']:.3f}"])
-    section = "<p>In brackets: 95% intervals, resampled over images.</p>"
-    section += html_table(
-        ["stage", *names, *(f"pass@{k}" for k in sample_counts), "failed"], scores)
-    section += html_table(
-        ["stage", "part", "n", "Acc@0.5", "Acc@0.7"], vrsbench, "VRSBench's own metric")
-    if summary:
-        guess = summary["centre_box"]
-        section += ("<p>A box of the median size in the middle of each image: "
-                    f"mIoU {guess['mIoU']:.3f}, Pr@0.5 {guess['Pr@0.5']:.3f}.</p>")
-    differences = []
+            accuracies = [f"{score[name]:.3f}" for name in ("Acc@0.5", "Acc@0.7")]
+            vrsbench.append([label(row), safe(part), score["n"], *accuracies])
     for name, test in summary.get("comparison", {}).items():
         # The comparison also holds the paths of both files.
         if isinstance(test, dict):
             low, high = test["ci"]
             cell = f"{test['difference']:+.3f} <small>[{low:+.3f}, {high:+.3f}]</small>"
             differences.append([safe(name), cell, f"{test['p']:.3f}"])
-    return section + html_table(
-        ["", "difference", "p"], differences, "Second minus first, the same images")
+    baseline = ""
+    if summary:
+        guess = summary["centre_box"]
+        baseline = ("<p>A box of the median size in the middle of each image: "
+                    f"mIoU {guess['mIoU']:.3f}, Pr@0.5 {guess['Pr@0.5']:.3f}.</p>")
+    passes = [f"pass@{k}" for k in sample_counts]
+    return "".join((
+        "<p>In brackets: 95% intervals, resampled over images.</p>",
+        html_table(["stage", *names, *passes, "failed"], scores),
+        html_table(["stage", "part", "n", "Acc@0.5", "Acc@0.7"], vrsbench, "VRSBench's own metric"),
+        baseline,
+        html_table(["", "difference", "p"], differences, "Second minus first, the same images")))
 
-
-def breakdown_section(rows: Sequence[Row]) -> str:
-    """A table for each property: mIoU and Pr@0.5 of every row, for each value."""
-    section = ""
-    for name, first in rows[0]["breakdowns"].items():
-        most = set(sorted(first, key=lambda value: -first[value]["n"])[:VALUES])
-        lines = []
-        for value in first:
-            if value in most:
-                scores = [row["breakdowns"][name][value] for row in rows]
-                cells = [f"{score['mIoU']:.3f} / {score['Pr@0.5']:.3f}" for score in scores]
-                lines.append([safe(value[:60]), first[value]["n"], *cells])
-        section += html_table(
-            ["mIoU / Pr@0.5", "n", *map(label, rows)], lines, f"By {safe(name)}")
-        if len(first) > VALUES:
-            section += f"<p>and {len(first) - VALUES} more in eval.json</p>"
-    return section
-
-
-# ---------------------------------------------------------------- training and cases
 
 def log_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a JSONL file, none if the file is missing.
-
-    Incomplete lines are skipped, because a run may still be writing.
-    """
+    """The JSON objects of a JSONL file; none if the file is missing."""
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                try:
+                # A run that is still writing leaves an incomplete line.
+                with suppress(ValueError):
                     value = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(value, dict):
-                    yield value
+                    if isinstance(value, dict):
+                        yield value
 
 
 def training_section(name: str, folder: Path, groups: Sequence[tuple[Line, Record]]) -> str:
-    """A run's curves and some of its groups of rollouts, "" without logs."""
+    """A run's curves and some of its groups of rollouts; "" without logs."""
     lines = list(log_lines(folder / "metrics.jsonl"))
     # Every term of the reward, whatever its name, has a key NAME_group_std next to its own.
     deviations = dict.fromkeys(k for line in lines for k in line if k.endswith("_group_std"))
     rewards = [key.removesuffix("_group_std") for key in deviations]
-    curves = ""
+    curves = figures = section = ""
     for keys in (rewards, deviations, *CURVES):
         series = []
         for key in keys:
@@ -239,14 +223,12 @@ def training_section(name: str, folder: Path, groups: Sequence[tuple[Line, Recor
                       if all(type(v) in (int, float) and math.isfinite(v) for v in pair)]
             series.append((safe(key), points))
         curves += curve(series)
-    section = ""
-    if curves:
-        section = f"<h3>Training: {safe(name)}</h3><div class=row>{curves}</div>"
-    figures = ""
     for line, record in groups:
         caption = f"<b>step {safe(line['step'])}</b> {safe(record.text)}<br>rewards "
         caption += ", ".join(f"{reward:.2f}" for reward in line["reward"])
         figures += html_figure(record, line["boxes"], line["reward"], caption, line["texts"][0])
+    if curves:
+        section = f"<h3>Training: {safe(name)}</h3><div class=row>{curves}</div>"
     if figures:
         section += (f"<h3>Groups of rollouts: {safe(name)}</h3><p>Green: the target; the redder a "
                     f"box, the lower its reward.</p><div class=row>{figures}</div>")
@@ -254,10 +236,7 @@ def training_section(name: str, folder: Path, groups: Sequence[tuple[Line, Recor
 
 
 def case_section(row: Row, cases: Sequence[Case], each: int) -> str:
-    """At most `each` of a row's best, worst and median cases by IoU; "" for 0.
-
-    No case is shown twice. If no answer has a box, a few cases are enough.
-    """
+    """At most `each` of a row's best, worst and median cases by IoU, none twice; "" for 0."""
     if not each:
         return ""
     ranked = sorted(cases, key=lambda case: -case.iou)
@@ -281,10 +260,8 @@ def case_section(row: Row, cases: Sequence[Case], each: int) -> str:
     return section
 
 
-def html_figure(
-        record: Record, boxes: Sequence[Any], rewards: Sequence[float] | None, caption: str,
-        answer: str,
-) -> str:
+def html_figure(record: Record, boxes: Sequence[Any], rewards: Sequence[float] | None,
+                caption: str, answer: str) -> str:
     """A record's image with its target and the answered boxes, and an answer. caption is HTML."""
     image = open_or_blank(record)
     width = max(16, round(PICTURE_SIDE * min(1, image.width / image.height)))

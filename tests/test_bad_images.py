@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
 from conftest import Run
 from data import load
-from readers.base import Record
+from readers.base import Record, Records
 from train import run as training
 
 RECORDS = 120
@@ -64,15 +65,16 @@ def ids_in_order(records: Sequence[Record], step: int, steps: int = 1) -> list[s
 # ---------------------------------------------------------------- the rule
 
 def shares(
-        monkeypatch: pytest.MonkeyPatch, records: Sequence[Record], step: int, world: int,
+        monkeypatch: pytest.MonkeyPatch, out: Path, records: Records, step: int, world: int,
 ) -> tuple[list[str], list[str]]:
     """Ids by place of a step as `world` processes have them, and those that were replaced."""
     monkeypatch.setenv("WORLD_SIZE", str(world))
     ids = [""] * BATCH
     unreadable = []
+    run = training.Run(SimpleNamespace(out=out, resume=True, seed=0), "rft", records)
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        share = training.make_batch(records, step, BATCH, 0, lambda r: data.open_image(r).size)
+        share = run.batch(lambda r: data.open_image(r).size, BATCH, step)
         assert share.inputs == [(40, 30)] * len(share.records)
         ids[rank::world] = [record.id for record in share.records]
         unreadable += [met["id"] for met in share.unreadable]
@@ -81,6 +83,7 @@ def shares(
 
 def test_a_bad_record_is_replaced_by_the_one_a_batch_later_whoever_opens_it(
         folder: Path, damaged: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
 ) -> None:
     order = ids_in_order(load("jsonl", folder, "rft"), 0, 4)
     # The third of the first batch, and what would take its place.
@@ -88,28 +91,29 @@ def test_a_bad_record_is_replaced_by_the_one_a_batch_later_whoever_opens_it(
     monkeypatch.setattr(training, "MOST_UNREADABLE", 0.1)
     records = load("jsonl", root, "rft")
     for world in (1, 2, 4):
-        first, unreadable = shares(monkeypatch, records, 0, world)
+        first, unreadable = shares(monkeypatch, tmp_path, records, 0, world)
         assert first == [order[0], order[1], order[2 + 2 * BATCH], order[3]]
         assert unreadable == sorted([order[2], order[2 + BATCH]])
-        second, unreadable = shares(monkeypatch, records, 1, world)
+        second, unreadable = shares(monkeypatch, tmp_path, records, 1, world)
         assert second == [order[4], order[5], order[10], order[7]]
         assert unreadable == [order[2 + BATCH]]
         # Replacements do not change later steps.
-        assert shares(monkeypatch, records, 2, world) == (order[8:12], [])
+        assert shares(monkeypatch, tmp_path, records, 2, world) == (order[8:12], [])
 
 
 def test_an_order_of_bad_records_alone_has_an_end(
-        damaged: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+        damaged: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:
     records = load("jsonl", damaged(*(f"train{i}" for i in range(RECORDS))), "rft")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    share = training.make_batch(records, 0, BATCH, 0, data.open_image)
+    args = SimpleNamespace(out=tmp_path, resume=True, seed=0)
+    share = training.Run(args, "rft", records).batch(data.open_image, BATCH, 0)
     # One in 120 may be met.
     assert not share.records and len(share.unreadable) == 2
 
 
 def test_replacements_are_counted_named_once_and_kept(
-        tmp_path: Path, capfd: pytest.CaptureFixture[str],
+        tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def bad(i: int, image: str = "a.png") -> dict[str, Any]:
         return {"place": 3 + i, "id": f"r{i}", "image": image, "problem": f"{image}: bad {i}"}
@@ -119,8 +123,9 @@ def test_replacements_are_counted_named_once_and_kept(
         run.count_unreadable(line, met)
         return line
 
-    args = SimpleNamespace(out=tmp_path, resume=True)
-    run = training.Run(args, "sft", [None] * 300)
+    args = SimpleNamespace(out=tmp_path, resume=True, data="jsonl", root=None, device="cpu")
+    records = Records([Record("r", tmp_path, "x", (0, 0, 1, 1), "", (9, 9))] * 300, {})
+    run = training.Run(args, "sft", records)
     assert counted(run, 1) == {"step": 1}
     assert counted(run, 2, bad(0)) == {"step": 2, "unreadable": 1}
     assert counted(run, 3, bad(0), bad(1)) == {"step": 3, "unreadable": 2}
@@ -131,9 +136,10 @@ def test_replacements_are_counted_named_once_and_kept(
     assert [(line["step"], line["id"], line["image"]) for line in lines] == [
         (2, "r0", "a.png"), (3, "r1", "a.png")]
     # A run that is resumed after step 2 has met only the first.
-    training.cut_log(tmp_path / "unreadable.jsonl", 2)
-    resumed = training.Run(args, "sft", [None] * 300)
-    resumed.read_logs()
+    monkeypatch.setattr(training.checkpoints, "restore", lambda *_: 2)
+    resumed = training.Run(args, "sft", records)
+    resumed.begin(torch.nn.Linear(1, 1), None, None)
+    capfd.readouterr()
     assert counted(resumed, 3, bad(0), bad(1)) == {"step": 3, "unreadable": 2}
     assert not capfd.readouterr().out
     assert counted(resumed, 4, bad(2)) == {"step": 4, "unreadable": 3}

@@ -1,7 +1,4 @@
-"""What both stages share: the order of the data, the log, and how a run starts and stops.
-
-The training loop is in each stage's main(); `Run` gives it the steps.
-"""
+"""What both stages share: the order of the data, the log, and how a run starts and stops."""
 import argparse
 import errno
 import faulthandler
@@ -44,33 +41,24 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Record]]:
-    """The records to train on, and the first --val records of the val split.
-
-    Fails if there is no record to train on or, with --resume, if the records are not the run's.
-    """
+    """The records to train on (a resumed run must have the same) and those to validate on."""
     # Programs may call this without the flags about reading.
-    given = {flag: vars(args).get(flag) for flag in ("coords", "stretch")}
-    how = {flag: value for flag, value in given.items() if value}
-    loaded: dict[str, Records] = {}
-    refusals: dict[str, str] = {}
-    for name in (split, "val") if args.val else (split,):
-        loaded[name] = load(args.data, args.root, name, **how)
-        refusals[name] = refusal_summary(loaded[name], args.data, args.root, name)
+    reading = {flag: vars(args).get(flag) for flag in ("coords", "stretch")}
+    splits = (split, "val") if args.val else (split,)
+    loaded = {name: load(args.data, args.root, name, **reading) for name in splits}
+    refusals = {name: refusal_summary(loaded[name], args.data, args.root, name) for name in splits}
     records = loaded[split]
     if not records:
         why = refusals[split] or "none was refused; is its share too small?"
         raise DataError(f"no record of {args.data} {split} to train on; {why}")
-    if args.resume:
-        old_hash = checkpoints.read_run(Path(args.out))["data_hash"]
-        if old_hash != records.hash:
-            dist.fail(
-                f"--resume, but the records of {args.data} {split} are not those of the run in "
-                f"{args.out} ({records.hash}, not {old_hash}); "
-                "name their --root, or start another run with another --out")
+    old_hash = checkpoints.read_run(Path(args.out))["data_hash"] if args.resume else records.hash
+    if old_hash != records.hash:
+        dist.fail(f"--resume, but the records of {args.data} {split} are not those of the run in "
+                  f"{args.out} ({records.hash}, not {old_hash}); name their --root, or start "
+                  "another run with another --out")
     if dist.rank() == 0:
-        for name, split_records in loaded.items():
-            refused = f"; {refusals[name]}" if refusals[name] else ""
-            print(f"{len(split_records):,} records of {name}{refused}")
+        for name, refused in refusals.items():
+            print(f"{len(loaded[name]):,} records of {name}" + (f"; {refused}" if refused else ""))
     return records, loaded.get("val", [])[:args.val]
 
 
@@ -79,11 +67,17 @@ def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Re
 def launch(main: Callable[[], None], catch_signals: bool = False) -> NoReturn:
     """Runs a script's main function and exits: 0, 2 after a user's mistake, 1 after other errors.
 
-    Only one process prints what went wrong. catch_signals: STOP_SIGNALS set STOP_REQUESTED and do
-    not end the process, so that `Run.steps` can stop after the current step.
+    Only one process prints what went wrong. catch_signals: STOP_SIGNALS only set STOP_REQUESTED,
+    so that `Run.steps` can stop after the current step.
     """
     if catch_signals:
-        watch_signals()
+        # A thread reads them, because the main thread may be inside a library call for a while.
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=read_signals, args=(read_end,), daemon=True).start()
     status = 0
     try:
         try:
@@ -127,31 +121,19 @@ def launch(main: Callable[[], None], catch_signals: bool = False) -> NoReturn:
     sys.exit(status)
 
 
-def watch_signals() -> None:
-    """From here on STOP_SIGNALS set STOP_REQUESTED only; a second SIGINT ends the process at once.
-
-    A thread reads the signals, because the main thread may be inside a library call for a while.
-    """
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda number, frame: None)
-
-    def read_signals() -> None:
-        interrupts = 0
-        while True:
-            for number in os.read(read_end, 64):
-                if number in STOP_SIGNALS:
-                    STOP_REQUESTED.set()
-                interrupts += number == signal.SIGINT
-                if interrupts == 2:
-                    # The progress bar has left the cursor in its line.
-                    print("\nstopped at once; checkpoints are intact, continue with --resume",
-                          file=sys.stderr, flush=True)
-                    os._exit(128 + signal.SIGINT)
-
-    threading.Thread(target=read_signals, daemon=True).start()
+def read_signals(read_end: int) -> None:
+    """Sets STOP_REQUESTED at a stop signal, and ends the process at a second SIGINT."""
+    interrupts = 0
+    while True:
+        for number in os.read(read_end, 64):
+            if number in STOP_SIGNALS:
+                STOP_REQUESTED.set()
+            interrupts += number == signal.SIGINT
+            if interrupts == 2:
+                # The progress bar has left the cursor in its line.
+                print("\nstopped at once; checkpoints are intact, continue with --resume",
+                      file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGINT)
 
 
 # ---------------------------------------------------------------- the order of the data
@@ -166,8 +148,8 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 def record_at(records: Sequence[Record], place: int, seed: int) -> Record:
     """The record at a place of the order, counted from 0 over all epochs.
 
-    The order is a pure function of the seed. A resume has no sampler state to restore, and every
-    process knows the whole batch: step s with batches of b has the places s * b to s * b + b - 1.
+    The order is a pure function of the seed: a resume has no sampler state to restore, and every
+    process knows the whole batch. Step s with batches of b has the places s * b to s * b + b - 1.
     """
     epoch, position = divmod(place, len(records))
     return records[epoch_order(len(records), seed, epoch)[position]]
@@ -182,53 +164,21 @@ class Batch:
     unreadable: list[dict[str, Any]]   # records that were replaced: place, id, image, problem
 
 
-def make_batch(
-        records: Sequence[Record], step: int, size: int, seed: int,
-        make: Callable[[Record], Any]) -> Batch:
-    """Every dist.world()th record of a step, each with what `make` makes of it and its image.
-
-    A record with an image that cannot be decoded is replaced by the one `size` places later, and
-    so on. So a replacement depends on the order and the files alone, not on the process that opens
-    them; and two places of a batch get different records if the batch lies in one epoch. The
-    search ends once more than MOST_UNREADABLE of the records failed: `Run` then stops.
-    """
-    batch = Batch([], [], [])
-    for first_place in range(step * size + dist.rank(), (step + 1) * size, dist.world()):
-        for place in itertools.count(first_place, size):
-            if len({bad["id"] for bad in batch.unreadable}) > MOST_UNREADABLE * len(records):
-                return batch
-            record = record_at(records, place, seed)
-            try:
-                batch.inputs.append(make(record))
-            except UnreadableImage as error:
-                batch.unreadable.append({"place": place, "id": record.id,
-                                         "image": str(record.image), "problem": str(error)})
-                continue
-            batch.records.append(record)
-            break
-    return batch
-
-
 # ---------------------------------------------------------------- a run
 
 class Run:
     """A run of a stage: its folder, log, checkpoints and steps. sft.main() shows its use."""
 
-    def __init__(
-            self, args: argparse.Namespace, stage: str, records: Records,
-            logs: Sequence[str] = ("metrics.jsonl",)) -> None:
-        self.args = args
-        self.stage = stage
-        self.records = records
-        self.logs = logs
+    def __init__(self, args: argparse.Namespace, stage: str, records: Records,
+                 logs: Sequence[str] = ("metrics.jsonl",)) -> None:
+        self.args, self.stage, self.records, self.logs = args, stage, records, logs
         self.out = Path(args.out)
         self.lines: list[dict[str, Any]] = []     # of metrics.jsonl
-        self.unreadable: set[str] = set()         # ids of records that were replaced
-        self.unreadable_images: set[str] = set()
+        self.unreadable: dict[str, str] = {}      # id -> image of records that were replaced
         checkpoints.check_output(self.out, args.resume)
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, processor: Any) -> None:
-        """Restores the newest checkpoint if the run is resumed, and prints what is trained."""
+        """Restores the newest checkpoint and the logs up to it, and prints what is trained."""
         self.model, self.optimizer, self.processor = model, optimizer, processor
         self.first = checkpoints.restore(self.out, model, optimizer) if self.args.resume else 0
         self.saved = self.first
@@ -237,41 +187,48 @@ class Run:
             for name in (*self.logs, UNREADABLE_LOG):
                 cut_log(self.out / name, self.first)
         dist.barrier()
-        self.read_logs()
+        self.lines = read_log(self.out / "metrics.jsonl")
+        self.unreadable = {bad["id"]: bad["image"] for bad in read_log(self.out / UNREADABLE_LOG)}
         packages = ("torch", "numpy", "pillow", "safetensors", "tokenizers")
         # run.json has all that is needed to repeat the run and to evaluate it.
         self.description = {
             "stage": self.stage,
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "commit": commit(),
-            "data": self.args.data,
-            "root": self.args.root,
-            "records": len(self.records),
-            "data_hash": self.records.hash,
-            "prompt_hash": prompt_hash(),
+            "data": self.args.data, "root": self.args.root, "records": len(self.records),
+            "data_hash": self.records.hash, "prompt_hash": prompt_hash(),
             "versions": {name: importlib.metadata.version(name) for name in packages},
-            "processes": dist.world(),
-            "device": self.args.device,
+            "processes": dist.world(), "device": self.args.device,
             "flags": {k: v for k, v in vars(self.args).items() if k != "resume"},
         }
 
-    def read_logs(self) -> None:
-        """Takes over the log lines and unreadable records of the run so far."""
-        self.lines = read_log(self.out / "metrics.jsonl")
-        for line in read_log(self.out / UNREADABLE_LOG):
-            self.unreadable.add(line["id"])
-            self.unreadable_images.add(line["image"])
-
     def batch(self, make: Callable[[Record], Any], size: int, step: int) -> Batch:
-        """This process's records of a step, with what `make` makes of each."""
-        return make_batch(self.records, step, size, self.args.seed, make)
+        """Every dist.world()th record of a step, each with what `make` makes of it and its image.
 
-    def steps(
-            self, make: Callable[[Record], Any], size: int) -> Iterator[tuple[int, Batch]]:
-        """Yields the remaining steps with their batches, until a signal or a file `stop`.
-
-        Images are read ahead in threads.
+        A record with an image that cannot be decoded is replaced by the one `size` places later,
+        and so on. So a replacement does not depend on the process that opens it, and the records
+        of a batch within an epoch differ. The search ends once more than MOST_UNREADABLE of the
+        records failed: `log` then stops the run.
         """
+        batch = Batch([], [], [])
+        for first_place in range(step * size + dist.rank(), (step + 1) * size, dist.world()):
+            for place in itertools.count(first_place, size):
+                failed = {bad["id"] for bad in batch.unreadable}
+                if len(failed) > MOST_UNREADABLE * len(self.records):
+                    return batch
+                record = record_at(self.records, place, self.args.seed)
+                try:
+                    batch.inputs.append(make(record))
+                except UnreadableImage as error:
+                    batch.unreadable.append({"place": place, "id": record.id,
+                                             "image": str(record.image), "problem": str(error)})
+                    continue
+                batch.records.append(record)
+                break
+        return batch
+
+    def steps(self, make: Callable[[Record], Any], size: int) -> Iterator[tuple[int, Batch]]:
+        """Yields the remaining steps with their batches, until a signal or a file `stop`."""
         steps = range(self.first, self.args.steps)
         batches = ahead(functools.partial(self.batch, make, size), steps)
         with tqdm(initial=self.first, total=self.args.steps, desc=self.stage,
@@ -287,21 +244,19 @@ class Run:
         """Whether a validation and a checkpoint follow this step."""
         return (step + 1) % self.args.every == 0 or step + 1 == self.args.steps
 
-    def log(
-            self, line: dict[str, Any], batch: Batch, warnings: Sequence[str] = (),
+    def log(self, line: dict[str, Any], batch: Batch, warnings: Sequence[str] = (),
             show: Sequence[str] = ()) -> None:
         """Logs a step, saves a checkpoint if one is due, and stops a run that cannot continue.
 
         warnings: sentences about the step. show: keys of the line for the progress bar.
         """
-        args = self.args
         self.lines.append(line)
         self.count_unreadable(line, batch.unreadable)
         warnings = list(warnings)
         if not line["finite"]:
             names = ", ".join(dist.gather_lists([record.id for record in batch.records]))
-            warnings.append(f"the gradient is not finite and the step was skipped; "
-                            f"its records: {names}")
+            warnings.append(
+                f"the gradient is not finite and the step was skipped; its records: {names}")
         if warnings:
             line["warning"] = "; ".join(warnings)
             before = self.lines[-2].get("warning") if len(self.lines) > 1 else None
@@ -316,38 +271,33 @@ class Run:
         self.bar.update()
         skipped = trailing(self.lines, lambda line: not line["finite"])
         # A few such steps in a row do not recover, and a run must not end on a skipped step.
-        if skipped >= STOP_AFTER_SKIPPED or skipped and line["step"] == args.steps:
-            dist.fail(
-                f"no gradient is finite from step {line['step'] + 1 - skipped} on; lower --lr; "
-                f"{self.out} has the checkpoints before that, and its metrics.jsonl names the "
-                "records")
+        if skipped >= STOP_AFTER_SKIPPED or skipped and line["step"] == self.args.steps:
+            dist.fail(f"no gradient is finite from step {line['step'] + 1 - skipped} on; lower "
+                      f"--lr; {self.out} has the checkpoints before that, and its metrics.jsonl "
+                      "names the records")
 
     def count_unreadable(self, line: dict[str, Any], met: Sequence[dict[str, Any]]) -> None:
-        """Counts records that were replaced, over all processes and resumes, and names each image.
+        """Counts and logs the records that were replaced, and stops the run if they are too many.
 
-        Ends the run on all processes if more than MOST_UNREADABLE of its records are unreadable.
+        Counts over all processes and resumes, and prints each image once.
         """
         if dist.all_sum(torch.tensor(len(met))).item():
             for bad in sorted(dist.gather_lists(met), key=lambda bad: bad["place"]):
                 if bad["id"] in self.unreadable:
                     continue
-                is_new = bad["image"] not in self.unreadable_images
-                self.unreadable.add(bad["id"])
-                self.unreadable_images.add(bad["image"])
+                if dist.rank() == 0 and bad["image"] not in self.unreadable.values():
+                    tqdm.write(f"{bad['problem']}; another record takes its place")
+                self.unreadable[bad["id"]] = bad["image"]
                 kept = {key: bad[key] for key in ("id", "image", "problem")}
                 append_line(self.out / UNREADABLE_LOG, {"step": line["step"], **kept})
-                if dist.rank() == 0 and is_new:
-                    tqdm.write(f"{bad['problem']}; another record takes its place")
             if len(self.unreadable) > MOST_UNREADABLE * len(self.records):
-                dist.fail(
-                    f"{len(self.unreadable):,} of {len(self.records):,} records met so far have "
-                    f"an image that cannot be decoded, more than {MOST_UNREADABLE:.0%}; "
-                    f"{self.out / UNREADABLE_LOG} names them; python data.py finds all")
+                dist.fail(f"{len(self.unreadable):,} of {len(self.records):,} records met so far "
+                          f"have an image that cannot be decoded, more than {MOST_UNREADABLE:.0%}; "
+                          f"{self.out / UNREADABLE_LOG} names them; python data.py finds all")
         if self.unreadable:
             line["unreadable"] = len(self.unreadable)
 
     def save(self, line: dict[str, Any]) -> None:
-        """Saves a checkpoint of the step that this line logs."""
         if checkpoints.save(self.out, line, self.model, self.optimizer, self.processor,
                             self.description, self.args):
             self.saved = line["step"]
@@ -364,7 +314,7 @@ class Run:
             self.save(self.lines[-1])
         if self.saved < done:
             dist.fail(f"step {done} could not be saved; free some space in {self.out}, then "
-                 + (resume if self.saved else "start again"))
+                      + (resume if self.saved else "start again"))
         if dist.rank():
             return
         # Remove the stop file, or the next run would stop at once.
@@ -392,38 +342,33 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file; none if there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+    return [json.loads(line) for line in lines]
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Removes lines of steps after `step`, and an incomplete last line, from a JSONL file.
-
-    A run that was killed may have logged steps after its last checkpoint; they are repeated.
-    """
+    """Removes lines of steps after `step`, which are repeated, and an incomplete last line."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    earlier = []
+    earlier = ""
     for n, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] <= step:
-                earlier.append(line)
+                earlier += line + "\n"
         except (ValueError, KeyError, TypeError):
             if n < len(lines):
-                raise DataError(
-                    f"{path}, line {n}: not a step's line; remove it to continue") from None
+                problem = f"{path}, line {n}: not a step's line; remove it to continue"
+                raise DataError(problem) from None
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in earlier), encoding="utf-8")
+    temporary.write_text(earlier, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def commit() -> str | None:
     """Hash of the commit that this code is at; None outside of a repository."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent,
-        check=False)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False,
+                         cwd=Path(__file__).parent)
     return git.stdout.strip() or None
 
 
@@ -431,11 +376,10 @@ def print_parameters(model: nn.Module) -> None:
     """Prints how many parameters each part has, and how many of them are trained."""
     parts = {"visual.": "vision tower", "model.embed_tokens": "embeddings",
              "model.layers": "language layers", "": "head and norm"}
-    total: Counter[str] = Counter()
-    trained: Counter[str] = Counter()
+    total, trained = Counter(), Counter()
     for name, p in model.named_parameters():
         part = next(words for start, words in parts.items() if name.startswith(start))
         total[part] += p.numel()
-        trained[part] += p.numel() if p.requires_grad else 0
-    for part in total:
-        print(f"  {part:16} {total[part]:14,} parameters, {trained[part]:14,} trained")
+        trained[part] += p.numel() * p.requires_grad
+    for part, n in total.items():
+        print(f"  {part:16} {n:14,} parameters, {trained[part]:14,} trained")
