@@ -17,7 +17,7 @@ from PIL.ExifTags import Base
 
 from readers.base import DataError, Stretch
 
-# Such warnings do not concern the pixels, or the same problem raises an error here.
+# These do not concern the pixels, or the same problem raises an error here.
 warnings.filterwarnings("ignore", module=r"PIL\.|rasterio")
 Image.MAX_IMAGE_PIXELS = 1 << 31     # aerial scenes are large, and are no decompression bombs
 # No compression shrinks an image more than this: a file that claims more pixels is damaged.
@@ -30,7 +30,7 @@ WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
 
 
 class ImageError(ValueError):
-    """An image that cannot be read. The message is a short reason."""
+    """The message is a short reason why an image cannot be read."""
 
 
 class Header(NamedTuple):

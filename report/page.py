@@ -32,20 +32,18 @@ CURVES = (
     ("length",), ("kl",), ("loss",), ("val_mIoU", "val_Pr@0.5"))
 STYLE = """
 body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 12px;max-width:1000px;color:#222}
-h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}
-h4{font-size:.9em;margin:.8em 0 .4em}
+h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}h4{font-size:.9em;
+margin:.8em 0 .4em}.row{display:flex;flex-wrap:wrap;gap:12px}
 h1,h2,h3,p,nav{overflow-wrap:anywhere}nav a{display:inline-block;padding:6px 12px 6px 0}
 .wide{overflow-x:auto;max-width:100%}table{border-collapse:collapse;font-size:.85em}
 td,th{white-space:nowrap;padding:3px 8px;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:#fff;
 max-width:9em;white-space:normal;overflow-wrap:anywhere}small{color:#666}
-.row{display:flex;flex-wrap:wrap;gap:12px}
 figure{margin:0;width:min(320px,100%);overflow-wrap:anywhere}img,svg{max-width:100%;height:auto}
 figcaption{font-size:.85em}pre{white-space:pre-wrap;font-size:.75em;background:#f4f4f4;padding:6px;
 margin:4px 0;max-height:14em;overflow:auto}
 """
-Row = Mapping[str, Any]           # of eval.json
-Line = Mapping[str, Any]          # of metrics.jsonl or rollouts.jsonl
+Row = Mapping[str, Any]           # of eval.json, metrics.jsonl or rollouts.jsonl
 
 
 class Case(NamedTuple):
@@ -55,41 +53,32 @@ class Case(NamedTuple):
     text: str                     # of the answer
 
 
-def write_page(
-        path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
-        stages: Sequence[tuple[str, Path]], records: Sequence[Record] = (),
-        summary: Mapping[str, Any] | None = None,
-) -> None:
+def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
+               stages: Sequence[tuple[str, Path]], records: Sequence[Record] = (),
+               summary: Mapping[str, Any] | None = None) -> None:
     """Writes the page of an evaluation: its scores, then the stages, the last one first.
 
     rows: of eval.json; cases: those of each row; stages: (name, folder with metrics.jsonl);
     records: for the images of rollouts; summary: the rest of eval.json (centre_box, comparison).
     """
     by_id = {record.id: record for record in records}
-    groups: dict[str, list[tuple[Line, Record]]] = {}
+    groups: dict[str, Sequence[tuple[Row, Record]]] = {}
     for name, folder in stages:
-        known = []
-        for line in log_lines(folder / "rollouts.jsonl"):
-            record = by_id.get(line.get("id"))
-            # Another data set may have the same id, with another expression.
-            if record and record.text == line.get("expression"):
-                known.append((line, record))
-        groups[name] = list(spread(known, GROUPS))
+        pairs = [(line, by_id.get(line.get("id"))) for line in log_lines(folder / "rollouts.jsonl")]
+        # Another data set may have the same id, with another expression.
+        known = [(line, r) for line, r in pairs if r and r.text == line.get("expression")]
+        groups[name] = spread(known, GROUPS)
     # The cases of the rows share the pictures that the groups of rollouts leave.
     left = PICTURES - sum(map(len, groups.values()))
     cases_each = max(0, min(CASES, left // (3 * max(1, len(rows)))))
     sections = [("Scores", score_section(rows, summary or {}))]
-    names = dict.fromkeys([row["stage"] for row in rows] + [name for name, _ in stages])
-    for name in reversed(names):
-        section = ""
-        for row, some in zip(rows, cases):
-            if row["stage"] == name:
-                section += case_section(row, some, cases_each)
-        for stage, folder in stages:
-            if stage == name:
-                section += training_section(name, folder, groups[name])
-        sections.append((safe(name), section))
-
+    by_stage: dict[str, str] = {}
+    for row, some in zip(rows, cases):
+        name = row["stage"]
+        by_stage[name] = by_stage.get(name, "") + case_section(row, some, cases_each)
+    for name, folder in stages:
+        by_stage[name] = by_stage.get(name, "") + training_section(name, folder, groups[name])
+    sections += [(safe(name), section) for name, section in reversed(by_stage.items())]
     # A table for each property: mIoU and Pr@0.5 of every row, for each value.
     section = ""
     for name, values in rows[0]["breakdowns"].items():
@@ -100,8 +89,8 @@ def write_page(
                 scores = [row["breakdowns"][name][value] for row in rows]
                 cells = [f"{score['mIoU']:.3f} / {score['Pr@0.5']:.3f}" for score in scores]
                 lines.append([safe(value[:60]), values[value]["n"], *cells])
-        section += html_table(
-            ["mIoU / Pr@0.5", "n", *map(label, rows)], lines, f"By {safe(name)}")
+        head = ["mIoU / Pr@0.5", "n", *map(label, rows)]
+        section += html_table(head, lines, f"By {safe(name)}")
         if len(values) > VALUES:
             section += f"<p>and {len(values) - VALUES} more in eval.json</p>"
     sections.append(("Breakdowns", section))
@@ -114,11 +103,10 @@ def write_page(
     # The headline has the last stage's first row, which is the greedy one if there is one.
     row = next(row for row in rows if row["stage"] == rows[-1]["stage"])
     low, high = row["ci"]["mIoU"]
-    refused = first.get("refused", {})
     note = ""
-    if refused:
-        note = (f"; {sum(refused.values()):,} more are refused ({safe(in_words(refused))}) "
-                "and not scored")
+    if refused := first.get("refused"):
+        note = f"; {sum(refused.values()):,} more are refused ({safe(in_words(refused))})"
+        note += " and not scored"
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     path.write_text(
         "<!DOCTYPE html><html lang=en><head><meta charset=utf-8>"
@@ -152,16 +140,14 @@ def html_table(head: Sequence[str], lines: Sequence[Sequence[object]], title: st
     """Titles and cells are HTML; "" if there are no lines."""
     if not lines:
         return ""
-    header = "".join(f"<th>{cell}</th>" for cell in head)
-    body = ""
+    body = "".join(f"<th>{cell}</th>" for cell in head)
     for line in lines:
-        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>"
+        body += "</tr><tr>" + "".join(f"<td>{cell}</td>" for cell in line)
     heading = f"<h3>{title}</h3>" if title else ""
-    return f"{heading}<div class=wide><table><tr>{header}</tr>{body}</table></div>"
+    return f"{heading}<div class=wide><table><tr>{body}</tr></table></div>"
 
 
 def score_section(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
-    """Scores with intervals, pass@k and failures; VRSBench's metric; baseline; comparison."""
     names = list(rows[0]["ci"])
     sample_counts = sorted({k for row in rows for k in row.get("pass", ())}, key=int)
     scores, vrsbench, differences = [], [], []
@@ -174,26 +160,24 @@ def score_section(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
             cells.append(f"{row['pass'][k]:.3f}" if k in row.get("pass", ()) else "-")
         scores.append([*cells, f"{sum(row['failures'].values()) / row['n']:.3f}"])
         for part, score in row.get("vrsbench", {}).items():
-            accuracies = [f"{score[name]:.3f}" for name in ("Acc@0.5", "Acc@0.7")]
-            vrsbench.append([label(row), safe(part), score["n"], *accuracies])
+            vrsbench.append([label(row), safe(part), score["n"], f"{score['Acc@0.5']:.3f}",
+                             f"{score['Acc@0.7']:.3f}"])
     for name, test in summary.get("comparison", {}).items():
         # The comparison also holds the paths of both files.
         if isinstance(test, dict):
             low, high = test["ci"]
             cell = f"{test['difference']:+.3f} <small>[{low:+.3f}, {high:+.3f}]</small>"
             differences.append([safe(name), cell, f"{test['p']:.3f}"])
-    baseline = ""
+    head = ["stage", *names, *(f"pass@{k}" for k in sample_counts), "failed"]
+    section = "<p>In brackets: 95% intervals, resampled over images.</p>" + html_table(head, scores)
+    head = ["stage", "part", "n", "Acc@0.5", "Acc@0.7"]
+    section += html_table(head, vrsbench, "VRSBench's own metric")
     if summary:
         guess = summary["centre_box"]
-        baseline = ("<p>A box of the median size in the middle of each image: "
+        section += ("<p>A box of the median size in the middle of each image: "
                     f"mIoU {guess['mIoU']:.3f}, Pr@0.5 {guess['Pr@0.5']:.3f}.</p>")
-    passes = [f"pass@{k}" for k in sample_counts]
-    return "".join((
-        "<p>In brackets: 95% intervals, resampled over images.</p>",
-        html_table(["stage", *names, *passes, "failed"], scores),
-        html_table(["stage", "part", "n", "Acc@0.5", "Acc@0.7"], vrsbench, "VRSBench's own metric"),
-        baseline,
-        html_table(["", "difference", "p"], differences, "Second minus first, the same images")))
+    head = ["", "difference", "p"]
+    return section + html_table(head, differences, "Second minus first, the same images")
 
 
 def log_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -201,14 +185,15 @@ def log_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
+                value = None
                 # A run that is still writing leaves an incomplete line.
                 with suppress(ValueError):
                     value = json.loads(line)
-                    if isinstance(value, dict):
-                        yield value
+                if isinstance(value, dict):
+                    yield value
 
 
-def training_section(name: str, folder: Path, groups: Sequence[tuple[Line, Record]]) -> str:
+def training_section(name: str, folder: Path, groups: Sequence[tuple[Row, Record]]) -> str:
     """A run's curves and some of its groups of rollouts; "" without logs."""
     lines = list(log_lines(folder / "metrics.jsonl"))
     # Every term of the reward, whatever its name, has a key NAME_group_std next to its own.
@@ -241,10 +226,10 @@ def case_section(row: Row, cases: Sequence[Case], each: int) -> str:
         return ""
     ranked = sorted(cases, key=lambda case: -case.iou)
     middle = max(0, (len(ranked) - each) // 2)
-    choices = {"Best": ranked[:each], "Worst": ranked[::-1][:each],
-               "Median": ranked[middle:middle + each]}
-    if not any(case.box for case in cases):
-        choices = {"No answer has a box": cases[:min(each, BOXLESS)]}
+    choices = {"No answer has a box": cases[:min(each, BOXLESS)]}
+    if any(case.box for case in cases):
+        choices = {"Best": ranked[:each], "Worst": ranked[::-1][:each],
+                   "Median": ranked[middle:middle + each]}
     section = f"<h3>Cases: {label(row)}</h3><p>Green: the target; red: the answer.</p>"
     shown: set[int] = set()
     for title, chosen in choices.items():
@@ -254,7 +239,7 @@ def case_section(row: Row, cases: Sequence[Case], each: int) -> str:
                 verdict = f"IoU {case.iou:.2f}" if case.box else "no box"
                 caption = f"<b>{verdict}</b> {safe(case.record.text)}"
                 figures += html_figure(case.record, [case.box], None, caption, case.text)
-                shown.add(id(case))
+        shown.update(map(id, chosen))
         if figures:
             section += f"<h4>{title}</h4><div class=row>{figures}</div>"
     return section
@@ -278,6 +263,7 @@ def html_figure(record: Record, boxes: Sequence[Any], rewards: Sequence[float] |
         if quality == QUALITIES[-1]:
             picture = picture.resize([max(1, round(v * 0.7)) for v in picture.size])
     jpeg = base64.b64encode(file.getvalue()).decode()
-    quoted = f"<pre>{safe(answer)}</pre>" if answer else ""
+    if answer:
+        caption += f"<pre>{safe(answer)}</pre>"
     return (f'<figure><img alt="" src="data:image/jpeg;base64,{jpeg}">'
-            f"<figcaption>{caption}{quoted}</figcaption></figure>")
+            f"<figcaption>{caption}</figcaption></figure>")

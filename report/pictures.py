@@ -17,14 +17,9 @@ CURVE_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b
 CURVE_POINTS = 300                # at most; a narrow drawing shows no more
 
 
-def draw_boxes(
-        image: Image.Image, boxes: Sequence[tuple[Box, Colour]], caption: str = "",
-        width: int = 336,
-) -> Image.Image:
-    """A copy of the image, `width` pixels wide, with boxes on it and the caption below.
-
-    boxes: (box in pixels of `image`, colour). Later boxes are drawn over earlier ones.
-    """
+def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, Colour]], caption: str = "",
+               width: int = 336) -> Image.Image:
+    """A copy of the image, `width` pixels wide, with boxes on it and the caption below."""
     scale = width / image.width
     # Enlarged pixels stay square, so that the picture shows no more than the image has.
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
@@ -63,9 +58,8 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 4) -> Image.Imag
     return sheet
 
 
-def overlay(
-        image: Image.Image, boxes: Sequence[tuple[Box, str, Colour]], path: Path | None = None,
-) -> Image.Image:
+def overlay(image: Image.Image, boxes: Sequence[tuple[Box, str, Colour]],
+            path: Path | None = None) -> Image.Image:
     """A copy of the image in full size with (box, label, colour), saved if `path` is given."""
     image = image.convert("RGB")
     pen = ImageDraw.Draw(image)

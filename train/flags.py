@@ -26,9 +26,8 @@ class FlagHelp(argparse.ArgumentDefaultsHelpFormatter):
     """--help with defaults, except for flags that are off or describe their default."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False) or isinstance(action.default, dict):
-            return action.help
-        return super()._get_help_string(action)
+        described = action.default in (None, False) or isinstance(action.default, dict)
+        return action.help if described else super()._get_help_string(action)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -102,8 +101,7 @@ def add_common_flags(
     add("--data", default="synth", help="data set: a name that data.py knows")
     add("--root", help="its folder; default data/<name>")
     add_reading_flags(add)
-    add("--init", default=init,
-        help="checkpoint to start from: a folder in hub layout, or a stage's folder")
+    add("--init", default=init, help="folder to start from: in hub layout, or of a stage")
     add("--out", default=f"ckpt/{stage}", help="folder for checkpoints, log and pictures")
     either = run.add_mutually_exclusive_group()
     either.add_argument("--steps", type=positive, help=f"optimizer steps; default {length}")
@@ -114,8 +112,7 @@ def add_common_flags(
         help="continue from the newest checkpoint in --out, with the flags in its run.json")
     add_device_flag(add)
     add("--deterministic", action="store_true",
-        help="on CUDA: slower kernels with a fixed order of sums, so that a resumed run equals an "
-        "uninterrupted one to the bit; the CPU always does this")
+        help="slower CUDA kernels: a resumed run equals an unbroken one to the bit, as on the CPU")
     add = parser.add_argument_group("watching").add_argument
     add("--every", type=positive, default=every,
         help="steps between checkpoints, validations and pictures")
@@ -127,37 +124,33 @@ def add_common_flags(
         "checkpoints to keep in addition to the best by validation; default: 2, and all")
     add = parser.add_argument_group("memory").add_argument
     add("--micro-tokens", type=positive, default=8192,
-        help="packed tokens in one forward and backward pass (a patch of a trained vision tower "
-        f"counts {dist.PATCH_TOKENS}): more is faster and needs more memory")
+        help="packed tokens in one pass (a patch of a trained vision tower counts "
+        f"{dist.PATCH_TOKENS}): more is faster and needs more memory")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-        help="recompute activations within a layer: a third more compute, far less memory; "
-        "default: on CUDA only")
+        help="a third more compute, far less memory; default: on CUDA only")
     add("--freeze-vision", action="store_true", help="train the language model only")
     add("--max-pixels", type=positive,
         help="largest area of the resized image; default: the checkpoint's own")
     add = parser.add_argument_group("adapters").add_argument
     add("--lora", nargs="+", action=Values, metavar=("RANK", "ALPHA"),
         parts=(("lora", positive, 1), ("lora_alpha", above_zero, 1)),
-        help="train adapters of this rank in the language model's linear layers, scaled by ALPHA "
-        "/ RANK, and freeze the weights; use an --lr ten times as large; default ALPHA: 2 RANK, or "
-        "that of the adapter in --init")
-    add("--lora-vision", action="store_true",
-        help="adapters in the vision tower's linear layers too")
+        help="train adapters of this rank in the language model's linear layers, not the weights, "
+        "scaled by ALPHA / RANK; use an --lr ten times as large; default ALPHA: 2 RANK, or that "
+        "of the adapter in --init")
+    add("--lora-vision", action="store_true", help="adapters in the vision tower too")
     add = parser.add_argument_group("plan").add_argument
-    add("--plan", nargs="*", action=Values, default=False,
-        metavar=("GPUS", "GIB"),
+    add("--plan", nargs="*", action=Values, default=False, metavar=("GPUS", "GIB"),
         parts=(("gpus", positive, 1), ("memory", above_zero, 1), ("image", positive, 2)),
-        help="print the memory that the run needs on each of GPUS of GIB, as in --plan 8 80, on "
-        "any machine, and exit; status 2 if it does not fit. With the images' WIDTH HEIGHT as "
-        "well no data is needed; default: 1 80")
+        help="print the memory that the run needs on each of GPUS of GIB, on any machine; exit "
+        "status 2 if it does not fit. With the images' WIDTH HEIGHT as well no data is needed; "
+        "default: 1 80")
     parser.set_defaults(keep_weights=None, lora_alpha=None, gpus=1, memory=80.0, image=None)
 
 
 def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
-    """The command line, with defaults that depend on the device.
+    """The command line, with defaults that depend on the device and, with --resume, on run.json.
 
-    With --resume, flags that are not given have the values in the run's run.json, and a flag that
-    would change the run is refused.
+    --resume refuses a flag that would change the run.
     """
     args = parser.parse_args()
     if args.resume:
@@ -165,7 +158,7 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
         run = read_run(Path(args.out))
         if run["stage"] != stage:
             dist.fail(f"--resume, but {args.out} holds a run of {run['stage']}.py; "
-                 f"name the --out of a run of {stage}.py")
+                      f"name the --out of a run of {stage}.py")
         old_flags = {k: v for k, v in run["flags"].items() if k not in ("out", "resume", "workers")}
         parser.set_defaults(**{k: v for k, v in old_flags.items() if k in known})
         args = parser.parse_args()
@@ -174,16 +167,15 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
             if name not in old_flags or name not in known and (
                     old_flags[name] != REMOVED_FLAGS.get(name)):
                 dist.fail(f"--resume, but the run in {args.out} was started by another version of "
-                     f"{stage}.py: {flag} is only known to one of them; start another run with "
-                     f"--init {args.out} and another --out")
+                          f"{stage}.py: {flag} is only known to one of them; start another run "
+                          f"with --init {args.out} and another --out")
             new, old = getattr(args, name, None), old_flags[name]
             same_path = isinstance(new, str) and isinstance(old, str) and (
                 os.path.realpath(new) == os.path.realpath(old))
             # run.json has lists where the command line has tuples.
             if name in known and json.dumps(new) != json.dumps(old) and not same_path:
                 dist.fail(f"--resume with {flag} {as_typed(new)}, but the run in {args.out} has "
-                     f"{as_typed(old)}; leave the flag out, or start another run with another "
-                     "--out")
+                          f"{as_typed(old)}; leave the flag out, or name another --out")
     if args.lora_vision and not args.lora:
         dist.fail("--lora-vision without --lora; give the adapters' rank too")
     if args.lora_vision and args.freeze_vision:
@@ -206,12 +198,8 @@ def as_typed(value: Any) -> str:
     return str(value)
 
 
-def set_steps(
-        args: argparse.Namespace, records: int, per_step: int, **default: float) -> None:
-    """Sets args.steps from --epochs, or from the stage's default (steps=... or epochs=...).
-
-    args.epochs becomes None: run.json records the steps.
-    """
+def set_steps(args: argparse.Namespace, records: int, per_step: int, **default: float) -> None:
+    """Sets args.steps, from --epochs or from the stage's default (steps=... or epochs=...)."""
     if args.steps is None and args.epochs is None:
         vars(args).update(default)
     if args.epochs is not None:
