@@ -5,10 +5,13 @@ into advantages, weight the group's loss by how far its answers miss or scatter,
 clipped policy-gradient step. Training needs boxes only, no reasoning.
 
 RSGround-R1 (arXiv 2601.21634): the reward is R = IoU + 0.1 positional + format (section 3.3), and
-a group's whole loss is multiplied by its weight (section 3.4), both second-hand. Other settings
-are VLM-R1's. docs/method.md has the formulas of all objectives and the source of each setting.
+a group's whole loss is multiplied by its weight (section 3.4). We know both only second-hand.
+Other settings are VLM-R1's; docs/method.md has all formulas and the source of each setting.
 
-    python rft.py                                        embedded data, on a laptop
+Q questions per step over all processes, G rollouts each. Inside a step, Q in a shape is this
+process's share of them.
+
+    python rft.py --lr 1e-4                              embedded scenes, on a laptop
     torchrun rft.py --data dior --epochs 0.4             one GPU: ckpt/sft -> ckpt/rft
     torchrun --nproc_per_node 8 rft.py --data dior       eight GPUs, same result up to rounding
 """
@@ -68,7 +71,7 @@ RESERVED = set("""
 
 
 class NamedWeights(argparse.Action):
-    """--reward NAME=WEIGHT ... -> dict, in one order, so that sums are equal to the bit."""
+    """--reward NAME=WEIGHT ... -> dict in a fixed order, so the user's does not change the sum."""
 
     def __call__(self, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
         names = (*reward.TERMS, "format")
@@ -104,17 +107,17 @@ def flags() -> FlagParser:
     add("--max-new-tokens", type=positive, default=256, help="longer rollouts are truncated")
     add("--temperature", type=above_zero, default=1.0, help="of sampling and of scoring")
     add("--resample", type=natural, default=0, metavar="N",
-        help="replace groups of equal rewards by fresh questions, up to N times per step (DAPO)")
+        help="replace groups whose rewards are all equal by fresh questions, up to N times (DAPO)")
     add("--cuda-graphs", action="store_true", help="decode with CUDA graphs")
     add = parser.add_argument_group("objective").add_argument
     add("--loss", choices=("dapo", "grpo", "dr-grpo"), default="dapo",
         help="mean over the step's tokens (dapo); over each completion, then over completions "
-        "(grpo); sum over completions x --max-new-tokens (dr-grpo)")
+        "(grpo); sum divided by completions times --max-new-tokens (dr-grpo)")
     add("--ratio", choices=("token", "sequence"), default="token",
-        help="to the old policy: of each token, or the geometric mean over its completion (GSPO; "
-        "use --clip 3e-4 4e-4)")
+        help="probability ratio to the old policy: one per token, or one per completion, its "
+        "geometric mean (GSPO: with --loss grpo --clip 3e-4 4e-4)")
     add("--clip", type=not_negative, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"),
-        help="clip the ratio to 1 - LOW .. 1 + HIGH")
+        help="clip the ratio to 1 - LOW .. 1 + HIGH; only acts with several optimizer steps")
     add("--beta", type=not_negative, default=0.04,
         help="weight of the KL to the starting policy; 0: no reference model")
     add("--mask-truncated", action="store_true", help="do not learn from truncated rollouts")
@@ -124,20 +127,20 @@ def flags() -> FlagParser:
         help="peak learning rate: 1e-6 for a 3B model, about 1e-4 for the embedded one")
     add("--updates", type=positive, default=1, help="passes over a step's rollouts")
     add("--minibatches", type=positive, default=1, metavar="M",
-        help="optimizer steps per pass, each on Q / M of the questions")
+        help="optimizer steps per pass; each uses Q / M questions")
     add = parser.add_argument_group("reward").add_argument
     add("--reward", nargs="+", action=NamedWeights, default=dict(reward.DEFAULT_REWARD),
         metavar="NAME=WEIGHT",
         help=f"terms and their weights: {', '.join(reward.TERMS)}, format; a term of weight 0 is "
         f"only logged; default: {as_typed(reward.DEFAULT_REWARD)}")
     add("--alpha", type=above_zero, default=2.5,
-        help="width of the positional term's kernel, in halves of the true box's sides")
+        help="std of the positional term's kernel, in half-sides of the true box")
     add("--weighting", nargs="+", action=Values, default="consistency",
         metavar=("NAME", "MEAN VARIANCE"),
         parts=(("weighting", weighting, 1), ("lambdas", moderate, 2)),
-        help="of a group's loss: exp(MEAN (1 - mean IoU) + VARIANCE variance) of its IoU, clipped "
-        "to 0.5 .. 3 (consistency), by one of the two (mean, variance), off, or the consistency "
-        "weights dealt at random (shuffled: control); default: consistency 1.2 1")
+        help="weight of a group's loss. consistency: exp(MEAN (1 - mean IoU) + VARIANCE (variance "
+        "of IoU)), clipped to 0.5 .. 3; mean, variance: only that part; off: 1; shuffled: the "
+        "consistency weights dealt at random, a control; default: consistency 1.2 1")
     parser.set_defaults(lambdas=(1.2, 1.0))
     return parser
 
@@ -186,10 +189,11 @@ def policy_loss(
     """One micro-batch's share of an optimizer step's loss, and sums over its tokens for the log.
 
     Tensors are packed (tokens,), except lengths (completions,); logp_ref is None if beta is 0.
-    n_tokens and completions count the whole optimizer step, over micro-batches and processes, so
-    shares and gradients simply add up. A token's gain is PPO's clipped surrogate (arXiv
-    1707.06347) minus beta times the KL to the reference (k3). Its loss is minus that times its
-    weight: its group's, or 0 if masked. We assume that the weight also multiplies the KL.
+    n_tokens (without masked ones) and completions count the whole optimizer step, over all
+    micro-batches and processes, so shares and gradients simply add up. A token's gain is PPO's
+    clipped surrogate (arXiv 1707.06347) minus beta times the KL to the reference (k3). Its loss is
+    -weight * gain; the weight is its group's, or 0 if it is masked. We assume that the weight also
+    multiplies the KL.
     """
     log_ratio = logp - logp_old
     if ratio == "sequence":
@@ -335,8 +339,8 @@ def fresh_records(
         records: Sequence[Record], args: argparse.Namespace, step: int, turn: int) -> list[Record]:
     """This process's records for a turn (1, 2, ...) of resampling, one for each of its places.
 
-    All records but those of the step come in an order of the step's own, Q per turn, and again if
-    there are too few. They depend on seed, step, turn and place, not on processes or resumes.
+    Each step shuffles the records that are not in it, and each turn takes the next Q; after the
+    last record it starts again. This depends on seed, step, turn and place alone.
     """
     Q = args.prompts
     taken = {record_at(records, place, args.seed).id for place in range(step * Q, (step + 1) * Q)}
@@ -401,7 +405,10 @@ def train_step(
         policy: Policy, records: Sequence[Record], prompts: Sequence[Prompt],
         args: argparse.Namespace, step: int,
         fresh: Callable[[int], list[Record]] | None = None) -> tuple[dict[str, Any], list[Group]]:
-    """This process's part of one step -> its log line and its groups. fresh: see resample()."""
+    """One step -> its log line, over all processes, and this process's groups.
+
+    fresh: see resample(); needed with --resample.
+    """
     started = time.perf_counter()
     # 1. Sample G answers to each question.
     groups = sample(policy, records, prompts, step_seeds(args, step), args)
@@ -417,12 +424,13 @@ def train_step(
     advantage = advantages(rewards, not args.no_std)                                   # (Q, G)
     weight = group_weights(torch.stack([g.terms["iou"] for g in groups]), args, step)  # (Q,)
 
-    # 3. Cut the step into optimizer steps (usually one), and those into micro-batches. A loss is
-    #    divided by the count of its whole optimizer step, so how the step is cut, and the number
-    #    of processes, change rounding only.
+    # 3. Cut the step into optimizer steps (usually one), and those into micro-batches. Each loss is
+    #    divided by the totals of its whole optimizer step, so the number of micro-batches and of
+    #    processes affects only rounding.
     minibatches = cut(policy.model, groups, advantage, weight, args)
 
-    # 4. Accumulate gradients, then step.
+    # 4. Accumulate gradients, then step: update() sums them over processes and clips their norm.
+    #    Old and reference log-probabilities are set once and stay for all passes.
     lr = dist.lr_at(step, args.steps, args.lr)
     sums: Counter[str] = Counter()
     for minibatch in minibatches * args.updates:
@@ -458,10 +466,8 @@ def train_step(
 def cut(
         model: QwenVL, groups: list[Group], advantage: Tensor, weight: Tensor,
         args: argparse.Namespace) -> list[list[MicroBatch]]:
-    """A step's groups -> optimizer steps of equally many neighbours -> micro-batches.
-
-    advantage (Q, G), weight (Q,).
-    """
+    """Cuts a step's groups into optimizer steps of equal size, in order, and those into
+    micro-batches. advantage (Q, G), weight (Q,)."""
     weight = weight[:, None].expand_as(advantage)                                      # (Q, G)
     if args.mask_truncated:
         weight = weight.masked_fill(torch.stack([g.truncated for g in groups]), 0.0)
@@ -495,8 +501,8 @@ def set_old_policy(
     """Fixes, at the first scoring, what the ratio and the KL compare with.
 
     A single optimizer step is on policy: the old log-probabilities are the scored ones (tokens,),
-    and their difference to the sampled ones is rounding, which is logged. With several optimizer
-    steps the old policy is the sampler, so that the clip bounds the whole way from it.
+    so the ratio is 1; their difference to the sampled ones is rounding, which is logged. With
+    several optimizer steps the old policy is the sampler, so the clip limits the distance to it.
     """
     sampled = torch.cat([logp for group in batch.groups for logp in group.sampled_logp])
     batch.sampled_scored = (scored - sampled).abs().max().item()
@@ -617,7 +623,7 @@ def log_rollouts(path: Path, step: int, groups: list[Group]) -> None:
 def canary(
         policy: Policy, records: Sequence[Record], prompts: Sequence[Prompt],
         args: argparse.Namespace) -> None:
-    """Prints how the starting policy answers: a reward that cannot rise shows before step 1."""
+    """Prints how the starting policy answers, so a reward without signal shows before step 1."""
     seeds = torch.arange(len(records)) + 7_777 * (dist.rank() + 1)
     groups = [grade(group, args) for group in sample(policy, records, prompts, seeds, args)]
     texts = [text for group in groups for text in group.texts]
@@ -659,7 +665,7 @@ def open_policy(
         reference = model
     elif args.beta:
         reference, _ = open_model(init)
-        # Like the model under training: merged in the stored dtype, rounded afterwards.
+        # lora.fit() does this to the trained model: merge in the stored dtype first, then cast.
         lora.merge(reference)
         reference = reference.to(device, dist.compute_dtype(device)).requires_grad_(False)
     lora.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
