@@ -533,7 +533,7 @@ def test_a_resume_goes_on_with_no_other_stage_data_or_folder(
     file = latest / "run.json"
     record = base.Record("1", "", "x", (0, 0, 1, 1), "", (9, 9))
     other_records = base.Records([record], {})
-    monkeypatch.setattr(runtime, "load", lambda name, root, split: other_records)
+    monkeypatch.setattr(runtime, "load", lambda *_, **__: other_records)
     words = mistake(capsys, runtime.load_records, resume(), "sft")
     assert "the records of dior sft are not those of the run" in words
     # With a manifest a changed run.json would be passed over for the one before.
