@@ -1,15 +1,15 @@
 """The terms of the reward, and the consistency weight of a group. Pure functions of tensors.
 
-Boxes are xyxy in continuous pixels (no +1); with a size they are pixels of the original image.
-Q questions, G rollouts each. A row of NaN is an invalid box and scores 0 in every term: an answer
-that does not parse, or a box without area once it is clamped to the image.
+Boxes are xyxy in continuous pixels (no +1), of the original image if a size is given. Q questions,
+G rollouts each. A row of NaN scores 0 in every term: the answer did not parse, or its box had no
+area after it was clamped to the image.
 
 To add a term, write a function here and name it in TERMS. `rft.py --reward NAME=WEIGHT` then
 accepts it, and metrics.jsonl, the report's curves and the study's tables show it.
 
-Source: RSGround-R1 (arXiv 2601.21634), sections 3.3 and 3.4. Each docstring gives the evidence:
-"partial" was read from the paper's own page, in part; "second-hand" was reported by readers who
-agree; "ours" is our own choice.
+Source: RSGround-R1 (arXiv 2601.21634), sections 3.3 and 3.4. Each docstring states the evidence:
+"partial" if we could read part of it on the paper's page, "second-hand" if readers of the paper
+agree on it, "ours" if we chose it.
 """
 import math
 
@@ -24,13 +24,13 @@ def has_area(boxes: Tensor) -> Tensor:
 
 
 def where_boxes(value: Tensor, pred: Tensor, gt: Tensor) -> Tensor:
-    """A reward computed in double, as float32 or the boxes' own wider type; 0 without two boxes."""
+    """`value` in the boxes' dtype, at least float32; 0 unless both boxes have area."""
     value = value.to(torch.promote_types(torch.result_type(pred, gt), torch.float32))
     return torch.where(has_area(pred) & has_area(gt), value, torch.zeros_like(value))
 
 
 def intersection_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a, b (..., 4), broadcast -> areas of intersection and union (...); NaN for NaN rows."""
+    """a, b (..., 4), broadcast -> areas (...) of intersection and union; NaN for NaN rows."""
     top_left = torch.maximum(a[..., :2], b[..., :2])
     bottom_right = torch.minimum(a[..., 2:], b[..., 2:])
     intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
@@ -45,15 +45,13 @@ def hull_sides(a: Tensor, b: Tensor) -> Tensor:
 
 
 def centers(boxes: Tensor) -> Tensor:
-    """(..., 4) -> centres (..., 2)."""
     return (boxes[..., :2] + boxes[..., 2:]) / 2
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """a, b (..., 4), broadcast -> intersection over union (...) in [0, 1]; 0 without any area.
+    """a, b (..., 4), broadcast -> intersection over union (...) in [0, 1]; 0 if neither has area.
 
-    VLM-R1's IoU reward, which the paper uses (second-hand).
-    """
+    VLM-R1's IoU reward, which the paper uses (second-hand)."""
     intersection, union = intersection_union(a, b)
     return torch.where(union > 0, intersection / union, torch.zeros_like(union))
 
@@ -61,9 +59,8 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 def giou(pred: Tensor, gt: Tensor) -> Tensor:
     """pred, gt (..., 4), broadcast -> (1 + GIoU) / 2 (...) in [0, 1].
 
-    GIoU is IoU minus the share of the hull that neither box covers (arXiv 1902.09630). A rival of
-    the positional term in the paper's ablation (second-hand); the mapping to [0, 1] is ours.
-    """
+    GIoU is IoU minus the share of the hull that neither box covers (arXiv 1902.09630). The paper
+    compares the positional term with it (second-hand); the mapping to [0, 1] is ours."""
     a, b = pred.double(), gt.double()
     _, union = intersection_union(a, b)
     hull = hull_sides(a, b).prod(-1)
@@ -75,8 +72,7 @@ def diou(pred: Tensor, gt: Tensor) -> Tensor:
     """pred, gt (..., 4), broadcast -> (1 + DIoU) / 2 (...) in [0, 1].
 
     DIoU is IoU minus the squared distance of the centres over the squared diagonal of the hull
-    (arXiv 1911.08287). A rival in the paper's ablation (second-hand); the mapping is ours.
-    """
+    (arXiv 1911.08287). Compared in the paper (second-hand); the mapping is ours."""
     a, b = pred.double(), gt.double()
     distance = (centers(a) - centers(b)).square().sum(-1)
     diagonal = hull_sides(a, b).square().sum(-1)
@@ -87,77 +83,67 @@ def diou(pred: Tensor, gt: Tensor) -> Tensor:
 def center_distance(pred: Tensor, gt: Tensor, size: Tensor) -> Tensor:
     """Distance of the centres, x in image widths and y in image heights, over sqrt(2).
 
-    pred, gt (..., 4), size (..., 2) as (W, H), broadcast -> (...) in [0, 1] within the image; NaN
-    for NaN rows.
-    """
+    pred, gt (..., 4), size (..., 2) as (W, H), broadcast -> (...) in [0, 1] for boxes within the
+    image; NaN for NaN rows."""
     return (centers(pred) / size - centers(gt) / size).norm(dim=-1) / math.sqrt(2)
 
 
 def center(pred: Tensor, gt: Tensor, size: Tensor) -> Tensor:
-    """1 - center_distance: (..., 4), (..., 4), (..., 2) -> (...) in [0, 1].
-
-    A rival in the paper's ablation (second-hand); its scale is ours.
-    """
+    """1 - center_distance, in [0, 1]. Compared in the paper (second-hand); its scale is ours."""
     distance = center_distance(pred.double(), gt.double(), size.double())
     return where_boxes((1 - distance).clamp(min=0), pred, gt)
 
 
 def positional(pred: Tensor, gt: Tensor, alpha: float = 2.5) -> Tensor:
-    """The mean of the true box's Gaussian kernel within the predicted box.
+    """The mean over the predicted box of a Gaussian kernel around the true centre.
 
-    pred, gt (..., 4), broadcast -> (...) in [0, 1]. The kernel is 1 at the true centre (cx, cy),
-    and its scale is the true box, W by H:
+    pred, gt (..., 4), broadcast -> (...) in [0, 1]. For a true box of W by H, centred at (cx, cy):
 
         K(x, y) = exp(-(x - cx)^2 / (2 sx^2) - (y - cy)^2 / (2 sy^2))
         sx = alpha W / 2,  sy = alpha H / 2
 
-    It stays positive however far the boxes are apart (until a float's range ends), while IoU drops
-    to 0. A perfect box has 0.9486 at alpha 2.5, a smaller box at the centre a little more.
+    It stays positive for boxes far apart (until it underflows), where IoU is 0. A perfect box
+    scores 0.9486 at alpha 2.5, a smaller box at the centre slightly more.
 
-    Section 3.3: kernel (its equation 2), alpha 2.5 and the mean are partial; the closed form in
-    place of a pixel grid is ours.
-    """
+    Section 3.3: kernel (equation 2), alpha 2.5 and the mean are partial; the closed form in place
+    of a pixel grid is ours."""
     across = axis_mean(pred[..., 0::2].double(), gt[..., 0::2].double(), alpha)
     along = axis_mean(pred[..., 1::2].double(), gt[..., 1::2].double(), alpha)
     return where_boxes(across * along, pred, gt)
 
 
 def axis_mean(pred: Tensor, gt: Tensor, alpha: float) -> Tensor:
-    """Mean of one axis's kernel over an interval: pred, gt (..., 2) double -> (...).
+    """Mean of the kernel over an interval of one axis: pred, gt (..., 2) double -> (...).
 
     With u = (x - centre) / (s sqrt(2)) the kernel is exp(-u^2), and its mean over [u0, u1] is
-    sqrt(pi) / 2 (erf(u1) - erf(u0)) / (u1 - u0).
-    """
+    sqrt(pi) / 2 (erf(u1) - erf(u0)) / (u1 - u0)."""
     scale = alpha * (gt[..., 1] - gt[..., 0]) / 2 * math.sqrt(2)
     u = (pred - gt.mean(-1, keepdim=True)) / scale[..., None]
-    # The kernel is even. An interval left of the centre is mirrored to the right, where erfc keeps
-    # the digits that erf, near 1, has lost.
+    # The kernel is even, so intervals left of the centre are mirrored to the right: there erfc is
+    # accurate, while erf is close to 1.
     mirrored = u.sum(-1) < 0
     u0 = torch.where(mirrored, -u[..., 1], u[..., 0])
     u1 = torch.where(mirrored, -u[..., 0], u[..., 1])
     integral = torch.special.erfc(u0) - torch.special.erfc(u1)
     mean = math.sqrt(math.pi) / 2 * integral / (u1 - u0)
-    # In a very short interval the difference has too few digits; the kernel is constant there.
+    # Over a very short interval the difference cancels, but the kernel is constant.
     middle = torch.exp(-((u0 + u1) / 2).square())
     return torch.where(u1 - u0 < 1e-4, middle, mean)
 
 
 def positional_term(pred: Tensor, gt: Tensor, size: Tensor, alpha: float = 2.5) -> Tensor:
-    """`positional` with the arguments of a term; `rft.py --alpha` sets its scale."""
+    """`positional` with a term's arguments; `rft.py --alpha` sets alpha."""
     return positional(pred, gt, alpha)
 
 
 def agreement(pred: Tensor, gt: Tensor) -> Tensor:
-    """How right an answer is: (..., 4), (..., 4) -> (...) in [0, 1].
-
-    The term "iou", the weights of groups and all scores of an evaluation use it. A fork with
-    another kind of answer puts its own measure here.
-    """
+    """Correctness of answers (..., 4) in [0, 1], for the term "iou", the weights of groups and the
+    evaluation. A fork with another kind of answer puts its own measure here."""
     return iou(pred, gt)
 
 
-# Terms of the reward by name, in [0, 1], best at the target (test_reward.py checks all of them):
-# pred (Q, G, 4) NaN where invalid, target (Q, 1, 4), size (Q, 1, 2) -> (Q, G).
+# pred (Q, G, 4), target (Q, 1, 4), size (Q, 1, 2) -> (Q, G) in [0, 1], highest at the target
+# (test_reward.py checks all terms).
 TERMS = {
     "iou": lambda pred, target, size: agreement(pred, target),
     "positional": positional_term,
@@ -165,7 +151,7 @@ TERMS = {
     "diou": lambda pred, target, size: diou(pred, target),
     "center": center,
 }
-# The paper's reward (second-hand), and the default of rft.py.
+# The paper's reward (second-hand).
 DEFAULT_REWARD = {"iou": 1.0, "positional": 0.1, "format": 1.0}
 
 
@@ -174,16 +160,15 @@ DEFAULT_REWARD = {"iou": 1.0, "positional": 0.1, "format": 1.0}
 def consistency_weight(
         iou: Tensor, mean: float = 1.2, variance: float = 1.0, low: float = 0.5,
         high: float = 3.0) -> Tensor:
-    """Weight of each group in the loss, from the IoU of its rollouts: (Q, G) -> (Q,).
+    """Weight of each group in the loss, from the IoU of its rollouts: (Q, G) -> (Q,), no gradient.
 
         w = exp(mean (1 - m) + variance v), clipped to [low, high]
 
     m is the group's mean IoU, v its population variance: groups that miss or scatter weigh more.
-    It carries no gradient. With m in [0, 1] and the paper's lambdas the lower bound never acts.
+    With the paper's values w is at least 1, so `low` has no effect.
 
-    Section 3.4: formula, lambdas 1.2 and 1 and bounds are second-hand (one reader garbles the
-    first term); population variance and the missing gradient are ours.
-    """
+    Section 3.4: formula, 1.2, 1 and the bounds are second-hand (one reader garbles the first
+    term); population variance and the missing gradient are ours."""
     iou = iou.detach()
     exponent = mean * (1 - iou.mean(1)) + variance * iou.var(1, unbiased=False)
     return exponent.exp().clamp(low, high)
@@ -193,8 +178,7 @@ def dispersion(boxes: Tensor, valid: Tensor, size: Tensor) -> Tensor:
     """Scatter of the centres of a group's valid boxes, for the log: sqrt(Var x + Var y). Ours.
 
     boxes (Q, G, 4), valid (Q, G) bool, size (Q, 2) as (W, H) -> (Q,) in [0, sqrt(1/2)], in image
-    sides; population variance, 0 with fewer than two valid boxes.
-    """
+    sides; population variance, 0 with fewer than two valid boxes."""
     position = centers(boxes) / size[:, None]                             # (Q, G, 2)
     position = position.masked_fill(~valid[..., None], 0.0)
     n = valid.sum(1).clamp(min=1)[:, None]                                # (Q, 1)

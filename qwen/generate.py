@@ -1,13 +1,11 @@
 """Sampling: each prompt and its image prefilled once, then G rollouts decoded token by token.
 
-A rollout depends on its prompt, its seed and its number in the group only, not on its batch:
-token k of rollout g draws one number from a counter-based generator at (seed, g, k) and inverts
-the distribution function there. (Rounding differs with the batch; a draw very close to a
-boundary may fall on the other side.) `QwenVL.distribution` applies the temperature and removes
-ids that cannot be sampled, here and in scoring.
+A rollout does not depend on its batch: token k of rollout g is drawn by inverting the
+distribution function at a counter-based random number of (seed, g, k). (Rounding differs with the
+batch, and can change a draw that is very close to a boundary.)
 
-Shapes: Q prompts, G rollouts of a prompt, R = Q * G rollouts, V vocabulary. Finished rollouts
-leave the batch: Q', G' and R' are what remains.
+Shapes: Q prompts, G rollouts of a prompt, R = Q * G rollouts, V vocabulary; Q', G' and R' after
+finished rollouts have left the batch.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +19,8 @@ from qwen.processor import Prompt
 
 # Tokens between checks for finished rollouts; at each check the host waits for the device.
 CHECK_EVERY = 8
-# The batch shrinks if at most this share of it would remain. A smaller batch costs a copy
-# of the cache. With CUDA graphs it also costs a capture, so it must save more.
+# The batch shrinks if at most this share of it would remain. Shrinking copies the cache; with
+# CUDA graphs it also needs a new capture, so it must save more.
 SHRINK_TO = 0.75
 SHRINK_TO_WITH_GRAPHS = 0.5
 
@@ -35,24 +33,23 @@ def generate(
     """Q prompts, G rollouts of each (group), temperature (0 is greedy), seeds (Q,) long
     -> tokens (Q, G, L) long, logprobs (Q, G, L) float32, lengths (Q, G) long.
 
-    L is the longest rollout; shorter ones are padded with 0. A rollout ends with a stop
-    token, which is part of it, or at max_new_tokens. Log-probabilities are those at the
-    sampling temperature (at 1 if greedy).
+    L is the longest rollout; shorter ones are padded with 0. A rollout includes its stop token.
+    Log-probabilities are those at the sampling temperature (at 1 if greedy).
     """
     logits, cache, positions = model.prefill(prompts, group, max_new_tokens)
     device = model.device
-    # An empty tensor without a dtype would be float, and there may be no stop ids.
+    # The dtype is given because there may be no stop ids, and an empty tensor is float.
     stop_ids = torch.tensor(model.stop_ids, dtype=torch.long)
     seeds, stop_ids = to_device((seeds, stop_ids), device)
 
-    # The rollouts in the batch, one a row: their numbers among all R, and by whether they
-    # are done. The prompt's logits are the first token's, for all of its rollouts.
+    # One row a rollout: `slots` are its numbers among all R. A prompt's logits predict the first
+    # token of all of its rollouts.
     logits = logits.repeat_interleave(group, 0)                            # (R, V)
     positions = positions.repeat_interleave(group)         # of each rollout's first new token
     R = len(positions)
     slots = torch.arange(R, device=device)
     done = torch.zeros(R, dtype=torch.bool, device=device)
-    # All random numbers at once: token by token they would cost thirty kernels each.
+    # All random numbers at once, because one token's would launch thirty kernels.
     steps = torch.arange(max_new_tokens, device=device)
     uniforms = uniform(
         seeds.repeat_interleave(group)[:, None], (slots % group)[:, None], steps)
@@ -65,14 +62,12 @@ def generate(
     for k in range(max_new_tokens):
         logp = model.distribution(logits, temperature or 1.0)              # (R', V)
         tokens = draw(logp, uniforms[:, k]) if temperature else logp.argmax(-1)
-        # A finished rollout may stay in the batch as a filler; its samples count as
-        # nothing.
+        # A finished rollout may stay in the batch; its samples are ignored.
         live = ~done
         all_tokens[slots, k] = tokens * live
         all_logprobs[slots, k] = logp.gather(-1, tokens[:, None])[:, 0] * live
         lengths[slots] += live
         done = done | torch.isin(tokens, stop_ids)
-        # Nothing follows the last token, so it is not fed.
         if k + 1 == max_new_tokens:
             break
         if (k + 1) % CHECK_EVERY == 0:
@@ -93,19 +88,18 @@ def generate(
 
 
 def unfinished(done: Tensor, share: float) -> Tensor | None:
-    """done (Q', G') bool -> rows (Q'', G'') of the batch to continue with: None if more
-    than this share of them would remain, an empty tensor if all are done.
+    """done (Q', G') bool -> rows (Q'', G'') of the batch to keep; empty if all are done, None if
+    more than this share of them would remain.
 
-    Finished questions are dropped. The others keep as many rows as the one with most
-    unfinished rollouts needs, because the batch must be a rectangle; finished rollouts fill
-    it up.
+    The batch stays a rectangle: finished questions are dropped, and the others keep as many
+    rows as the one with most unfinished rollouts needs.
     """
     live = (~done).sum(1)                                                  # (Q',)
-    # The host waits for the device here, for both numbers at once.
+    # Both numbers in one copy, since the host waits for it.
     question_count, width = torch.stack(((live > 0).sum(), live.max())).tolist()
     if question_count * width > share * done.numel():
         return None
-    # False sorts before True, and stable keeps questions and rollouts in order.
+    # False sorts before True.
     questions = (live == 0).long().argsort(stable=True)[:question_count]
     unfinished_first = done[questions].long().argsort(dim=1, stable=True)[:, :width]
     return questions[:, None] * done.shape[1] + unfinished_first
@@ -115,22 +109,20 @@ def unfinished(done: Tensor, share: float) -> Tensor | None:
 class Graph:
     """QwenVL.decode as a CUDA graph: one launch a token instead of a thousand.
 
-    A graph reads and writes fixed memory of fixed shapes: weights, cache, input tokens. The
-    cache's shapes hold for all steps of a batch, so there is one capture for each batch
-    size. Only the latest graph is kept, because a batch never grows again, and the next
-    call has another cache and may have its weights at other addresses.
+    A graph works on fixed memory of fixed shapes: weights, cache, input tokens. The cache's shapes
+    stay the same for all steps, so each batch size needs one capture. Only the latest graph is
+    kept: batches never grow, and the next call has another cache.
     """
 
     model: QwenVL
     tokens: Tensor | None = None  # the captured step's input
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """As QwenVL.decode."""
         if self.tokens is None or len(tokens) != len(self.tokens):
             self.tokens = tokens.clone()
             self.positions = positions.clone()
-            # A first run, on a stream of its own, lets libraries allocate what they need. The
-            # cache's counts go back, because this step is not taken.
+            # A warm-up run on a separate stream lets libraries allocate memory. It is not a step,
+            # so the cache's counts are set back.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -138,7 +130,7 @@ class Graph:
             torch.cuda.current_stream().wait_stream(side)
             cache.filled -= 1
             cache.place -= 1
-            # Recording runs nothing on the device, but the host counts.
+            # Recording runs nothing on the device, but changes the host's count.
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.logits = self.model.decode(self.tokens, self.positions, cache)
@@ -146,7 +138,7 @@ class Graph:
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
         self.graph.replay()
-        # The replay counts on the device only.
+        # A replay changes only the device's count.
         cache.filled += 1
         return self.logits
 
@@ -156,18 +148,18 @@ class Graph:
 def draw(logp: Tensor, u: Tensor) -> Tensor:
     """Inverse of the distribution function: logp (R, V), u (R,) in [0, 1) -> ids (R,).
 
-    An id without probability has no width, so it is never drawn.
+    An id of probability 0 is never drawn.
     """
     cdf = logp.exp().cumsum(-1, dtype=torch.double)
-    # Rounding makes the sum differ from 1; scaling u keeps every draw within it.
+    # u is scaled because rounding makes the sum differ from 1.
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
 
 
 def uniform(seeds: Tensor, places: Tensor, k: Tensor | int) -> Tensor:
-    """One number in [0, 1) for each (seed, place in the group, token k), double; broadcasts.
+    """One double in [0, 1) for each (seed, place in the group, token k); broadcasts.
 
-    SplitMix64's finaliser (Steele, Lea, Flood 2014) over a counter. The factors are odd
-    64-bit constants, written as int64; products are modulo 2^64. The masks make shifts logical.
+    SplitMix64's finaliser (Steele, Lea, Flood 2014) over a counter, with its 64-bit constants
+    written as int64; products are modulo 2^64, and the masks make shifts logical.
     """
     x = seeds * -7046029254386353131
     for part in (places, torch.zeros_like(places) + k):

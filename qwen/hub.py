@@ -1,8 +1,7 @@
 """A checkpoint's folder: config.json, names of tensors, safetensors in and out, token ids.
 
-A folder is a model's (config.json, *.safetensors, tokenizer files) or an adapter's
-(adapter_config.json, which names its base). Whatever is missing or does not fit is a
-CheckpointError.
+A folder holds a model (config.json, *.safetensors, tokenizer files) or an adapter
+(adapter_config.json, which names its base). CheckpointError if files are missing or do not fit.
 """
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-# The families by config.json's `model_type`, and relatives that this code does not compute.
+# By `model_type` in config.json: the supported families, and relatives that are not supported.
 FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 OTHER_MODELS = {
     "qwen3_vl_moe": "Qwen3-VL-MoE", "qwen3_5": "Qwen3.5", "qwen3_5_moe": "Qwen3.5-MoE",
@@ -29,23 +28,20 @@ ADAPTER_CONFIG = "adapter_config.json"                # PEFT's, in place of conf
 WEIGHT_INDEX = "model.safetensors.index.json"         # lists the files of sharded weights
 MANIFEST = "manifest.json"                            # lists a step's files and their hashes
 # Dtypes of weights, as safetensors names them.
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
-    torch.float16: "F16"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PIECE = 2 ** 20                   # elements of a tensor that are copied to the host at a time
-# Exceptions from files with other content than expected.
-MALFORMED = (
-    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+# Exceptions from files with unexpected content.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class CheckpointError(Exception):
-    """Weights that are missing or do not fit; one line: what is wrong, where, what to do."""
+    """Files that are missing or do not fit. One line: what is wrong, where, what to do."""
 
 
 # ---------------------------------------------------------------- config.json
 
-# The values that this code computes, for fields of config.json that may ask for something
-# else. Other values are refused by name; null and absent are fine; () refuses every value.
+# Supported values of fields in config.json. Any other value is refused, by the field's name;
+# null or no value is always accepted, and () accepts nothing else.
 COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "": {"quantization_config": (), "compression_config": ()},
     "text_config": {
@@ -68,7 +64,7 @@ COMPUTED_BY_FAMILY = {
 
 @dataclass(frozen=True)
 class VisionConfig:
-    family: str                   # a value of FAMILIES
+    family: str
     depth: int
     hidden: int
     heads: int
@@ -78,9 +74,9 @@ class VisionConfig:
     patch: int                    # side in pixels
     temporal_patch: int           # frames
     merge: int                    # merge x merge patches become one token
-    window: int                   # side in pixels; patches see their window, except ...
-    full_blocks: tuple[int, ...]  # ... in these blocks, where they see their whole frame
-    table_side: int               # Qwen3-VL: of the square table of learned positions, or 0
+    window: int                   # side in pixels; a patch attends to its window, except ...
+    full_blocks: tuple[int, ...]  # ... in these blocks, where it attends to its whole frame
+    table_side: int               # Qwen3-VL: side of the square table of learned positions, or 0
     deepstack: tuple[int, ...]    # Qwen3-VL: blocks that also feed the language model's layers
 
 
@@ -109,8 +105,8 @@ class Config:
 
     @classmethod
     def from_json(cls, path: str | Path) -> Config:
-        """From config.json, as the hub has it (flat, `rope_scaling`) or as transformers writes it
-        (`text_config`, `rope_parameters`); CheckpointError if it is another model's."""
+        """Reads both forms: the hub's (flat, `rope_scaling`) and the one that transformers 5 writes
+        (`text_config`, `rope_parameters`). CheckpointError for another model."""
         raw = read_json_object(Path(path))
         model_type = raw.get("model_type")
         if model_type not in list(FAMILIES):
@@ -123,15 +119,12 @@ class Config:
         try:
             refuse_other_values(path, family, raw)
             vision = raw["vision_config"]
-            depth = vision["depth"]
             # Qwen2-VL's hidden_size is the language model's width.
             width = vision["embed_dim"] if qwen2 else vision["hidden_size"]
             mlp_width = int(width * vision.get("mlp_ratio", 4)) if qwen2 else None
+            depth = vision["depth"]
             vision_config = VisionConfig(
-                family=family,
-                depth=depth,
-                hidden=width,
-                heads=vision["num_heads"],
+                family=family, depth=depth, hidden=width, heads=vision["num_heads"],
                 intermediate=mlp_width or vision["intermediate_size"],
                 out=vision["hidden_size"] if qwen2 else vision["out_hidden_size"],
                 channels=vision.get("in_channels", vision.get("in_chans", 3)),
@@ -144,55 +137,43 @@ class Config:
                 deepstack=tuple(vision["deepstack_visual_indexes"] if qwen3 else ()))
 
             text = raw.get("text_config") or raw
-            # transformers prefers the older name, too.
+            # As in transformers, the older name takes precedence.
             rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
             hidden, heads = text["hidden_size"], text["num_attention_heads"]
             head_dim = text.get("head_dim") or (128 if qwen3 else hidden // heads)
             sections = tuple(rope["mrope_section"])
             if sum(sections) * 2 != head_dim:
                 raise ValueError(f"mrope_section {sections} is not half of head_dim {head_dim}")
-            theta = rope.get("rope_theta") or text.get("rope_theta")
+            theta = rope.get("rope_theta") or text.get("rope_theta") or (5e5 if qwen3 else 1e6)
             eos = text.get("eos_token_id", raw.get("eos_token_id", ()))
-            kinds = ("image", "video", "vision", "vision_start", "vision_end")
-            marker_ids = [raw.get(f"{kind}_token_id") for kind in kinds]
+            markers = ("image", "video", "vision", "vision_start", "vision_end")
+            marker_ids = [raw.get(f"{marker}_token_id") for marker in markers]
             return cls(
-                family=family,
-                vocab=text["vocab_size"],
-                hidden=hidden,
-                layers=text["num_hidden_layers"],
-                heads=heads,
-                kv_heads=text["num_key_value_heads"],
-                head_dim=head_dim,
-                intermediate=text["intermediate_size"],
+                family=family, vocab=text["vocab_size"], hidden=hidden,
+                layers=text["num_hidden_layers"], intermediate=text["intermediate_size"],
+                heads=heads, kv_heads=text["num_key_value_heads"], head_dim=head_dim,
                 eps=text.get("rms_norm_eps", 1e-6 if qwen3 else 1e-5),
-                rope_theta=theta or (5e5 if qwen3 else 1e6),
-                mrope_section=sections,
+                rope_theta=theta, mrope_section=sections,
                 attention_bias=text.get("attention_bias", False) if qwen3 else True,
                 tied=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-                image_id=raw["image_token_id"],
-                video_id=raw.get("video_token_id"),
+                image_id=raw["image_token_id"], video_id=raw.get("video_token_id"),
                 marker_ids=tuple(i for i in marker_ids if i is not None),
                 stop_ids=(eos,) if isinstance(eos, int) else tuple(eos or ()),
-                vision=vision_config,
-                raw=raw)
-        except KeyError as error:
-            raise CheckpointError(f"{path}: {error} is missing; is this the config.json of a "
-                                  f"{family} checkpoint?") from None
+                vision=vision_config, raw=raw)
         except MALFORMED as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise CheckpointError(f"{path}: not the config.json of a {family} checkpoint "
-                                  f"({error}); copy it again from where it came from") from None
+                                  f"({reason}); copy it again from where it came from") from None
 
 
 def refuse_other_values(path: str | Path, family: str, raw: dict[str, Any]) -> None:
-    """CheckpointError for a field of config.json with a value that is not among COMPUTED."""
-    text = raw.get("text_config") or raw
-    vision = raw["vision_config"]
+    """CheckpointError if a field of config.json has a value that is not supported."""
+    text, vision = raw.get("text_config") or raw, raw["vision_config"]
     parts = [
         ("", raw), ("text_config", text), ("rope_parameters", text.get("rope_scaling")),
         ("rope_parameters", text.get("rope_parameters")), ("vision_config", vision),
         ("vision_config.rope_parameters", vision.get("rope_parameters"))]
-    kinds = text.get("layer_types") or ()
-    found = [("layer_types", kind, ("full_attention",)) for kind in kinds]
+    found = [("layer_types", x, ("full_attention",)) for x in text.get("layer_types") or ()]
     for part, content in parts:
         for name, values in COMPUTED[part].items():
             values = COMPUTED_BY_FAMILY.get((family, part, name), values)
@@ -207,31 +188,29 @@ def refuse_other_values(path: str | Path, family: str, raw: dict[str, Any]) -> N
 # ---------------------------------------------------------------- folders
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder holds a model's config.json, or an adapter's configuration."""
     return (path / "config.json").exists() or (path / ADAPTER_CONFIG).exists()
 
 
 def by_number(path: str | Path) -> list[str | int]:
-    """Sort key for names with numbers in them: checkpoint-500 before checkpoint-1500."""
+    """Sort key that puts checkpoint-500 before checkpoint-1500."""
     parts = re.split("([0-9]+)", Path(path).name)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def newest_step(path: str | Path) -> Path:
-    """A stage's folder -> its newest step; any other path -> itself.
-
-    Other programs write checkpoint-500, checkpoint-1500 and no link to the latest."""
+    """A folder with several steps -> its newest; any other path -> itself."""
     path = Path(path)
     if is_checkpoint(path):
         return path
     if (path / "latest").exists():
         return path / "latest"
+    # Other programs write checkpoint-500, checkpoint-1500 and no link to the latest.
     steps = [p for p in path.glob("checkpoint-*") if re.fullmatch("[0-9]+", p.name[11:])]
     return max(filter(is_checkpoint, steps), key=by_number, default=path)
 
 
 def folder(path: str | Path) -> Path:
-    """The same, but a CheckpointError if there is no checkpoint."""
+    """As newest_step; CheckpointError if there is no checkpoint."""
     newest = newest_step(path)
     if not is_checkpoint(newest):
         raise CheckpointError(f"no checkpoint at {path}: no config.json there, in a folder "
@@ -247,34 +226,34 @@ def base_folder(path: Path) -> Path:
     if any((path / name).exists() for name in ("model.safetensors", WEIGHT_INDEX)):
         raise CheckpointError(
             f"{path}: {ADAPTER_CONFIG} is next to whole weights, and only one can be loaded; "
-            "merge the adapter into them, or move it to a folder of its own")
+            "merge the adapter into them, or move it to another folder")
     name = str(read_json_object(file).get("base_model_name_or_path") or "")
     base = newest_step(name)
     if not name or not (base / "config.json").exists():
-        raise CheckpointError(f"{file}: the base checkpoint {name!r} is not there; name its "
-                              "folder as base_model_name_or_path in that file")
+        raise CheckpointError(f"{file}: the base checkpoint {name!r} is not there; set "
+                              "base_model_name_or_path in that file to its folder")
     return base
 
 
 # ---------------------------------------------------------------- names of tensors
 
 def nested_name(name: str) -> str:
-    """Our name of a parameter or module -> transformers', which Qwen3-VL's files have too."""
+    """Our name of a parameter or module -> transformers 5's, also used in Qwen3-VL's files."""
     if name.startswith("visual."):
         return f"model.{name}"
     return re.sub(r"^model\.", "model.language_model.", name)
 
 
-# Added to names by DDP, torch.compile, FSDP, gradient checkpointing, Lightning, PEFT.
+# Prefixes that DDP, torch.compile, FSDP, gradient checkpointing, Lightning and PEFT add.
 WRAPPERS = re.compile(
     r"^base_model\.model\.|(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module"
     r"|_checkpoint_wrapped_module|_forward_module)\.")
-# An object that holds the whole model as its field "model".
+# Prefix of a model that was saved as the field "model" of another object.
 HOLDERS = re.compile(r"^(?:model\.)+(?=(?:model|language_model|visual|lm_head)\.)")
 
 
 def own_name(stored_name: str) -> str:
-    """A tensor's name in a checkpoint of any layout -> ours, the hub's for Qwen2.5-VL.
+    """A tensor's name in a checkpoint of any layout -> ours (the hub's for Qwen2.5-VL).
 
     >>> own_name("model.language_model.norm.weight")        # as transformers 5 writes it
     'model.norm.weight'
@@ -290,36 +269,38 @@ def own_name(stored_name: str) -> str:
 
 # ---------------------------------------------------------------- tensors in and out
 
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy it again "
+                              "from where it came from") from None
+
+
 def read_weights(
         path: Path, shapes: Mapping[str, Sequence[int]], tied: bool,
         dtype: torch.dtype | None, device: torch.device | str,
 ) -> tuple[dict[str, Tensor], torch.dtype]:
-    """Tensors of exactly these names and shapes from a model's folder, and the dtype that its
-    embedding is stored in. dtype None leaves each tensor in its own.
+    """Tensors of exactly these names and shapes, and the stored dtype of the embedding.
 
-    A tied checkpoint may hold the head as well, if it equals the embedding."""
+    dtype None: no conversion. A tied checkpoint may also hold the head, equal to the embedding."""
     index = path / WEIGHT_INDEX
     files = {"model.safetensors"}
     if not (path / "model.safetensors").exists() and index.exists():
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index}: it has no weight_map; download it again")
+            raise CheckpointError(f"{index}: it has no weight_map; copy it again")
         files = set(map(str, weight_map.values()))
-    # Files in this folder only: an index may name any path.
+    # An index could name any path; only files of this folder are read.
     for file in sorted(files - set(os.listdir(path))):
-        raise CheckpointError(f"no weights at {path / file}; a checkpoint is "
-                              "model.safetensors, or an index and the shards it names")
+        raise CheckpointError(f"no weights at {path / file}; a checkpoint is model.safetensors, or "
+                              "an index and the shards it names")
     tensors: dict[str, Tensor] = {}
     stored_names: dict[str, str] = {}
     stored_dtype = torch.bfloat16
     for file in sorted(files):
-        try:
-            # Memory-mapped until they are converted or copied to a GPU.
-            stored = load_file(path / file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path / file}: not a whole safetensors file ({error}); "
-                                  "download it again") from None
-        for stored_name, tensor in stored.items():
+        # Memory-mapped until they are converted or copied to a GPU.
+        for stored_name, tensor in read_tensors(path / file).items():
             name = own_name(stored_name)
             if name in tensors:
                 raise CheckpointError(f"{path}: {stored_names[name]} and {stored_name} are one "
@@ -327,7 +308,7 @@ def read_weights(
             if name in shapes and tensor.dtype not in DTYPES:
                 raise CheckpointError(
                     f"{path / file}: {stored_name} is stored as {tensor.dtype}; this code reads "
-                    "no quantized weights, take the checkpoint they were made from")
+                    "no quantized weights, use the checkpoint they were made from")
             if name in shapes and tensor.shape != shapes[name]:
                 raise CheckpointError(
                     f"{path / file}: {stored_name} is {tuple(tensor.shape)}, but config.json "
@@ -340,17 +321,17 @@ def read_weights(
         head = tensors.pop("lm_head.weight")
         if not torch.equal(head, tensors.get("model.embed_tokens.weight", head[:0])):
             raise CheckpointError(
-                f"{path}: lm_head.weight differs from embed_tokens, but config.json says they are "
-                "tied; set tie_word_embeddings to false in it")
+                f"{path}: lm_head.weight differs from embed_tokens, but config.json says that they "
+                "are tied; set tie_word_embeddings to false in it")
     missing = sorted(shapes.keys() - tensors.keys())
     surplus = sorted(stored_names[name] for name in tensors.keys() - shapes.keys())
     for name in missing:
-        # A block's tensor is recognised by what follows the first word of its name.
+        # To detect an unknown prefix: the name of a block's tensor without its first word.
         tail = name.split(".", 1)[1] if name.count(".") > 2 else name
         for other in surplus:
             if other.endswith(f".{tail}"):
-                raise CheckpointError(f"{path}: the tensors are named like {other}, but {name} is "
-                                      "expected; rename them")
+                raise CheckpointError(
+                    f"{path}: tensors are named like {other}, but {name} is expected; rename them")
     for what, names in (("missing", missing), ("not expected", surplus)):
         if names:
             first = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
@@ -361,32 +342,26 @@ def read_weights(
 
 def write_tensors(
         file: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype,
-        tensors: Iterator[Tensor], metadata: Mapping[str, str],
-) -> None:
-    """Writes a safetensors file, byte for byte that of safetensors' own save_file.
+        tensors: Iterator[Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes the same bytes as safetensors' save_file, but copies only PIECE elements to the host.
 
-    tensors: one for each name, sorted by name, on any device and in any type. Each is asked
-    for when it is written, and only a piece of it is copied to the host."""
-    names = sorted(shapes)
+    tensors: sorted by name, on any device, of any dtype; each is requested when it is written."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name in names:
+    for name, shape in sorted(shapes.items()):
         begin = end
-        end += math.prod(shapes[name]) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shapes[name]),
-                        "data_offsets": [begin, end]}
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
+        for name, shape in sorted(shapes.items()):
             tensor = next(tensors)
-            shape = tuple(tensor.shape)
-            if shape != tuple(shapes[name]):
-                raise ValueError(f"{name} is {shape}, not {tuple(shapes[name])}")
+            if tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}")
             for piece in tensor.detach().reshape(-1).split(PIECE):
-                on_host = piece.to(dtype).cpu().contiguous()
-                stream.write(on_host.view(torch.uint8).numpy())
+                stream.write(piece.to(dtype).cpu().contiguous().view(torch.uint8).numpy())
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -394,8 +369,7 @@ def write_tensors(
 # ---------------------------------------------------------------- token ids and JSON
 
 def read_token_ids(path: Path) -> dict[str, int]:
-    """Token text -> id, from tokenizer.json, or from vocab.json and the tokens added to it;
-    {} if a folder has neither."""
+    """Token text -> id, from tokenizer.json, else vocab.json with added tokens; {} without both."""
     file = path / "tokenizer.json"
     if not file.exists():
         file = path / "vocab.json"
@@ -404,42 +378,37 @@ def read_token_ids(path: Path) -> dict[str, int]:
     content = read_json_object(file)
     try:
         if file.name == "vocab.json":
-            added = {token["content"]: i for i, token in read_added_tokens(path).items()}
-            ids = content | added
+            ids = content | {token["content"]: i for i, token in read_added_tokens(path).items()}
         else:
             added = {x["content"]: x["id"] for x in content.get("added_tokens", ())}
             ids = content["model"]["vocab"] | added
         if not all(isinstance(i, int) for i in ids.values()):
             raise ValueError("an id is not a whole number")
     except MALFORMED as error:
-        raise CheckpointError(f"{file}: not a tokenizer's ({error}); copy it again from where "
-                              "it came from") from None
+        raise CheckpointError(
+            f"{file}: not a tokenizer's ({error}); copy it again from where it came from") from None
     return ids
 
 
 def read_added_tokens(path: Path) -> dict[int, dict[str, Any]]:
-    """Id -> token, its text under "content", of the tokens added to vocab.json.
+    """Tokens added to vocab.json: id -> token, with its text under "content".
 
-    tokenizer_config.json lists them as "added_tokens_decoder"; older checkpoints have texts
-    and ids in added_tokens.json. If both list a token, they must agree."""
+    From tokenizer_config.json and, in older checkpoints, added_tokens.json; both must agree."""
     added: dict[int, dict[str, Any]] = {}
     if (path / "tokenizer_config.json").exists():
-        config = read_json_object(path / "tokenizer_config.json")
-        for i, token in config.get("added_tokens_decoder", {}).items():
-            added[int(i)] = dict(token)
+        decoder = read_json_object(path / "tokenizer_config.json").get("added_tokens_decoder", {})
+        added = {int(i): dict(token) for i, token in decoder.items()}
     known = {token["content"]: i for i, token in added.items()}
     if (path / "added_tokens.json").exists():
         for text, i in read_json_object(path / "added_tokens.json").items():
             same = added.setdefault(i, {"content": text})["content"] == text
             if not isinstance(i, int) or not same or known.get(text, i) != i:
-                raise CheckpointError(
-                    f"{path}: {text} is {i!r} in added_tokens.json, but not in "
-                    "tokenizer_config.json; take both from one checkpoint")
+                raise CheckpointError(f"{path}: {text} is {i!r} in added_tokens.json, but not in "
+                                      "tokenizer_config.json; take both from one checkpoint")
     return added
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

@@ -1,14 +1,14 @@
 """LoRA: adapters on frozen linear layers; made, read and written in PEFT's layout, merged.
 
-An adapted layer computes W x + b + alpha / rank * B (A x). W and b are frozen, A and B are
-trained: at rank 64, 3% of the parameters of a 3B model. B starts at 0, so the model starts
+An adapted layer computes W x + b + alpha / rank * B (A x). W and b are frozen; A and B are
+trained: at rank 64, 3% of the parameters of a 3B model. B is 0 at first, so the model starts
 as its base.
 
-A run that starts from an adapter continues to train it, so a checkpoint holds one adapter over
-the base that it names, and PEFT loads it. The reference policy is the same model with its
-adapters as they were at the start (`reference`): off, or a small second copy.
+A run that starts from an adapter continues to train it. So a checkpoint holds a single adapter,
+with the path of its base, and PEFT can load it. For the reference policy the adapters are
+switched off, or replaced by a copy from the start of the run (`reference`).
 
-Source: LoRA (arXiv 2106.09685); names, files and the start of A are PEFT's. No dropout.
+Source: LoRA (arXiv 2106.09685). Names, files and initialisation are PEFT's. No dropout.
 
     python sft.py --lora 64 ...                      trains, saves and resumes only adapters
     python -m tools.merge_lora ckpt/sft merged/      full weights, which transformers loads
@@ -24,51 +24,48 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qwen.hub import ADAPTER_CONFIG, CheckpointError, nested_name, own_name, read_json_object
+from qwen.hub import (
+    ADAPTER_CONFIG,
+    CheckpointError,
+    nested_name,
+    own_name,
+    read_json_object,
+    read_tensors,
+)
 
 WEIGHTS = "adapter_model.safetensors"
-# The linear layers in these parts may have adapters: not the head.
+# Linear layers under these names can have adapters; the head cannot.
 PARTS = ("model.layers.", "visual.")
-# A tensor's name in the file, around the path of its layer.
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-# Fields of adapter_config.json that do not change what a trained adapter computes. If any
-# other is set, the adapter is of a kind that is not implemented.
+# Supported fields of adapter_config.json. If another one is set, the adapter is not plain LoRA.
 PLAIN_FIELDS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
     "revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
     "eva_config", "megatron_core", "qalora_group_size", "runtime_config"}
-# These fields must have one of these values. (Other starts change the base as well.)
+# Supported values of some of them. (Other initialisations also change the base.)
 PLAIN_VALUES = {
     "peft_type": ("LORA",), "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal")}
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter; weight and bias are the base's and keep their names.
+    """A linear layer with an adapter: lora_A (rank, in), lora_B (out, rank).
 
-    lora_A (rank, in), lora_B (out, rank). start_A, start_B: copies from the start of a run,
-    None if B was 0."""
+    start_A, start_B: copies from the start of the run, None if B was 0."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> None:
-        super().__init__(
-            base.in_features, base.out_features, base.bias is not None, device="meta")
-        self.weight = base.weight
-        self.bias = base.bias
-        self.lora_A = nn.Parameter(A)
-        self.lora_B = nn.Parameter(B)
-        self.rank = len(A)
-        self.alpha = alpha
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+        self.rank, self.alpha = len(A), alpha
         self.at_start = False
         self.register_buffer("start_A", None, persistent=False)
         self.register_buffer("start_B", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in) -> (N, out)"""
         y = super().forward(x)
         A = self.start_A if self.at_start else self.lora_A
         B = self.start_B if self.at_start else self.lora_B
@@ -79,12 +76,12 @@ class LoRALinear(nn.Linear):
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers with adapters, by name; {} if there are none."""
+    """The layers with adapters, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that a checkpoint holds: the adapters', or all if there are none."""
+    """The adapters' parameters; all parameters if there are no adapters."""
     only_adapters = bool(adapted(model))
     for name, p in model.named_parameters():
         if not only_adapters or name.endswith((".lora_A", ".lora_B")):
@@ -94,10 +91,10 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 # ---------------------------------------------------------------- before a run
 
 def fit(model: nn.Module, args: argparse.Namespace) -> None:
-    """Gives a loaded model the adapters that --lora asks for; without it, merges what is there.
+    """With --lora, adds adapters to a loaded model or keeps those it has; without, merges them.
 
-    An adapter that the run starts from is trained as it is, and `args` then say its alpha and
-    layers. CheckpointError if the flags ask for another one."""
+    Sets args.lora_alpha and args.lora_vision to the adapter's. CheckpointError if the flags
+    contradict the adapter that the run starts from."""
     layers = adapted(model)
     if not args.lora:
         merge(model)
@@ -116,22 +113,21 @@ def fit(model: nn.Module, args: argparse.Namespace) -> None:
         for flag, there in refusals.items():
             if there:
                 raise CheckpointError(
-                    f"{flag}, but the adapter in {args.init} has {there} and is trained as it "
-                    "is; change the flag, or merge it first: python -m tools.merge_lora "
-                    f"{args.init} OUT")
+                    f"{flag}, but the adapter in {args.init} has {there} and is trained as it is; "
+                    f"change the flag, or merge: python -m tools.merge_lora {args.init} OUT")
         args.lora_alpha = float(layer.alpha)
         args.lora_vision = vision
 
 
 def add(model: nn.Module, rank: int, alpha: float, vision: bool, seed: int) -> None:
-    """Adds adapters to the language model's linear layers and, with `vision`, to the vision
-    tower's. A is random by the seed, the same on all processes; B is 0."""
+    """Adds adapters to the linear layers of the language model, with `vision` also of the vision
+    tower. A depends only on the seed, so it is the same on all processes; B is 0."""
     random = torch.Generator().manual_seed(seed)
     parts = PARTS if vision else PARTS[:1]
     for name, linear in list(model.named_modules()):
         if not isinstance(linear, nn.Linear) or not name.startswith(parts):
             continue
-        # PEFT's start: uniform within 1 / sqrt(in).
+        # As PEFT does: uniform within 1 / sqrt(in).
         bound = linear.in_features ** -0.5
         A = (torch.rand(rank, linear.in_features, generator=random) * 2 - 1) * bound
         B = torch.zeros(linear.out_features, rank)
@@ -139,9 +135,8 @@ def add(model: nn.Module, rank: int, alpha: float, vision: bool, seed: int) -> N
         model.set_submodule(name, LoRALinear(linear, A.to(device), B.to(device), alpha))
 
 
-def choose_trained(
-        model: nn.Module, freeze_vision: bool, gradient_checkpointing: bool) -> None:
-    """Marks the parameters to train, and whether layers recompute their activations."""
+def choose_trained(model: nn.Module, freeze_vision: bool, gradient_checkpointing: bool) -> None:
+    """Sets requires_grad of all parameters, and gradient checkpointing of both towers."""
     if adapted(model):
         model.requires_grad_(False)
         for _, p in saved_parameters(model):
@@ -153,7 +148,7 @@ def choose_trained(
 
 
 def keep_start(model: nn.Module) -> None:
-    """Keeps copies of the adapters for `reference`; none of an adapter that is 0."""
+    """Copies the adapters for `reference`; an adapter that is 0 needs no copy."""
     for layer in adapted(model).values():
         if layer.lora_B.any():
             layer.start_A = layer.lora_A.detach().clone()
@@ -162,11 +157,11 @@ def keep_start(model: nn.Module) -> None:
 
 @contextmanager
 def reference(model: nn.Module) -> Iterator[None]:
-    """Inside, adapters are as they were at `keep_start`; a model without any is unchanged.
+    """Context in which the adapters are those of `keep_start`.
 
-    With gradients on, the vision tower runs in one pass, as for the policy: so both give the
-    same bits, and all processes of a sharded model make equally many passes. Nothing that is
-    trained takes part, so nothing is kept for a backward pass."""
+    Gradients stay on, so the vision tower runs in one pass, as for the policy: both give the same
+    bits, and all processes of a sharded model run the same number of passes. Only frozen tensors
+    are used, so nothing is stored for a backward pass."""
     layers = adapted(model).values()
     for layer in layers:
         layer.at_start = True
@@ -180,9 +175,9 @@ def reference(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Adds the adapters to their layers' weights, which become float32, and removes them.
+    """Replaces adapted layers by plain ones with the adapter added to the weight.
 
-    In bfloat16 the sum would round small adapters away."""
+    In float32: bfloat16 would round small adapters away."""
     for name, layer in adapted(model).items():
         plain = nn.Linear(
             layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -195,24 +190,20 @@ def merge(model: nn.Module) -> None:
 # ---------------------------------------------------------------- PEFT's files
 
 def adapter_config(model: nn.Module) -> dict[str, Any]:
-    """The adapter_config.json of a model with adapters."""
     layers = adapted(model)
     layer = next(iter(layers.values()))
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model.base.resolve()),
-        "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model.base.resolve()), "inference_mode": True,
         "r": layer.rank,
         "lora_alpha": int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        # Full names: "gate_proj" alone would match the vision tower's as well.
+        "lora_dropout": 0.0, "bias": "none",
+        # Full names: "gate_proj" alone would also match the vision tower's.
         "target_modules": [nested_name(name) for name in layers]}
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """adapter_config.json of a folder; CheckpointError unless it is plain LoRA's."""
+    """A folder's adapter_config.json; CheckpointError unless it is plain LoRA's."""
     file = path / ADAPTER_CONFIG
     config = read_json_object(file)
     for name, value in config.items():
@@ -220,9 +211,8 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         if value and not plain:
             raise CheckpointError(
                 f"{file}: {name} is {value!r}, a kind of adapter that is not implemented; "
-                "merge it with PEFT, and start from that")
-    r = config.get("r")
-    alpha = config.get("lora_alpha")
+                "merge it with PEFT, and start from the result")
+    r, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
         raise CheckpointError(f"{file}: r is {r!r} and lora_alpha {alpha!r}; is this the "
                               "adapter_config.json of a LoRA adapter?")
@@ -235,28 +225,23 @@ def load_adapter(
     """Adds the adapter in a folder to its loaded base, in this dtype (None: as stored)."""
     config = read_adapter_config(path)
     file = path / WEIGHTS
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy it "
-                              "again from where it came from") from None
     modules = dict(model.named_modules())
     pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in read_tensors(file).items():
         match = KEY.fullmatch(key)
         name = own_name(match[1]) if match else ""
         if not isinstance(modules.get(name), nn.Linear) or not name.startswith(PARTS):
             raise CheckpointError(
                 f"{file}: {key} is not an adapter of a linear layer of the language model or "
-                "the vision tower; merge it with PEFT, and start from that")
+                "the vision tower; merge it with PEFT, and start from the result")
         pairs.setdefault(name, {})[match[2]] = tensor.to(device, dtype)
     if not pairs:
         raise CheckpointError(f"{file}: it holds no adapter; copy it again")
     rank, alpha = config["r"], config["lora_alpha"]
     for name, pair in pairs.items():
         linear = modules[name]
-        expected = {"A": (rank, linear.in_features), "B": (linear.out_features, rank)}
-        for part, shape in expected.items():
+        shapes = {"A": (rank, linear.in_features), "B": (linear.out_features, rank)}
+        for part, shape in shapes.items():
             there = tuple(pair[part].shape) if part in pair else "missing"
             if there != shape:
                 raise CheckpointError(
