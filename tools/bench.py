@@ -1,9 +1,7 @@
 """Speed of each part, compared with what a user would run instead, with the same weights.
 
-Both sides run in one process, and their repeats alternate. A row has the median of each side,
-the ratio of the medians, and its range. A ratio above 1 means that ours is faster (or smaller).
-The update is also compared with our own model fed the prompt once per rollout, as TRL's trainer
-does. bench.json is written after each row; a part that runs out of memory prints one line.
+Both sides run in one process, and their repeats alternate. A row has each side's median, their
+ratio, and its range; above 1 ours is faster (or smaller). bench.json is written after each row.
 
     python -m tools.bench                                      the mid shape on a CPU; minutes
     python -m tools.bench --device cuda --shape 3b             one GPU
@@ -66,8 +64,7 @@ SHAPES = {
     "3b": make_config(
         (2048, 11008, 16, 36, 151_936), (1280, 3420, 16, 32), [7, 15, 23, 31])}
 
-# Loads a checkpoint in a process of its own: prints seconds, and MiB at the peak. It reads all
-# pages of the weights, which may be a memory map.
+# Prints seconds and peak MiB of loading; it reads all pages of weights that may be a memory map.
 LOADER = """
 import sys, time, torch
 side, folder, dtype = sys.argv[1:]
@@ -85,7 +82,6 @@ print(time.perf_counter() - started, mib("VmHWM") - before)
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> Path:
-    """Random weights of this config.json, in hub layout -> the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     with torch.device("meta"):
@@ -116,7 +112,7 @@ def random_prompt(model: QwenVL, side: int, text: int = TEXT) -> Prompt:
 
 
 def clock(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that work() takes, on CUDA until the device is done."""
+    """Seconds that work() takes, until the device is done."""
     synchronize = torch.get_device_module(device).synchronize
     synchronize()
     started = time.perf_counter()
@@ -138,8 +134,7 @@ class Bench:
     theirs: nn.Module | None = None
 
     def open_models(self, folder: Path, side: int, questions: int, tokens: int) -> None:
-        """Loads both models, makes prompts with GROUP completions each, and eight unequal records
-        for SFT."""
+        """Loads both models, and makes prompts for RFT and eight unequal records for SFT."""
         from transformers import AutoModelForImageTextToText
         ours = QwenVL.from_pretrained(folder, self.dtype, self.device).requires_grad_(True)
         ours.stop_ids = ()                       # all rollouts are as long as asked for
@@ -162,17 +157,14 @@ class Bench:
         self.ours, self.theirs = ours, theirs
 
     def train_mode(self, on: bool) -> None:
-        """Before passes with gradient: both models checkpoint, if `checkpointing` says so."""
         on = on and self.checkpointing
         self.ours.visual.checkpointing = self.ours.model.checkpointing = on
-        # transformers' model checkpoints only in training mode, and samples without a cache in
-        # it. It has no dropout.
+        # transformers' model checkpoints only in training mode. It has no dropout.
         self.theirs.train(on)
 
     def padded(
             self, prompts: Sequence[Prompt],
             completions: Sequence[Tensor] = ()) -> dict[str, Tensor]:
-        """The inputs of transformers' model: prompts, with a completion each for training."""
         rows = [p.input_ids for p in prompts]
         if len(completions):
             rows = [torch.cat(pair) for pair in zip(rows, completions)]
@@ -201,8 +193,7 @@ class Bench:
     def update(self, side: str, q: int = 0) -> Tensor:
         """Forward and backward pass of a group -> its log-probabilities (GROUP * tokens,).
 
-        side: "ours" computes the prompt once, "repeated" is our model with the prompt once per
-        rollout, "theirs" the same by transformers' model."""
+        "ours" computes the prompt once; "repeated" (our model) and "theirs" once per rollout."""
         self.train_mode(True)
         prompts = [self.prompts[q]] * GROUP
         completions = self.completions[q]                                  # (GROUP, tokens)
@@ -233,10 +224,7 @@ class Bench:
     def add(
             self, name: str, peer: str, pairs: Sequence[tuple[float, float]], unit: str = "s",
             amount: float = 0.0) -> tuple[float, float]:
-        """Adds a row, prints it and writes the file -> the medians of our and their pairs.
-
-        pairs: seconds (or MiB) of ours and theirs, of each repeat. amount: what a call does, if
-        the unit is a rate."""
+        """Adds a row of (ours, theirs) per repeat -> their medians. amount: per call, for rates."""
         ours, theirs = (statistics.median(side) for side in zip(*pairs))
         figures = (ours, theirs)
         if amount:
@@ -253,7 +241,6 @@ class Bench:
         return ours, theirs
 
     def write(self) -> None:
-        """Writes bench.json whole or not at all."""
         self.report["peak_memory_GiB"] = peak_memory(self.device)
         temporary = self.file.with_suffix(".tmp")
         write_json(temporary, self.report)
@@ -262,7 +249,6 @@ class Bench:
 
 @torch.no_grad()
 def measure_inference(b: Bench, part: str, folder: Path) -> None:
-    """Adds the rows of a part without gradients; folder: of the checkpoint."""
     if part == "load":
         runs = []                                # seconds and MiB: ours, theirs, ours, ...
         for _ in tqdm(range(b.repeats), desc="load", leave=False):
@@ -332,7 +318,6 @@ def measure_inference(b: Bench, part: str, folder: Path) -> None:
 
 
 def measure_training(b: Bench, part: str) -> None:
-    """Adds the rows of a part with gradients."""
     ours, theirs = b.ours, b.theirs
     if part == "update":
         for peer, side in (("ours, prompt repeated for each rollout", "repeated"),

@@ -83,8 +83,7 @@ class Pass:
 
 
 class ByteCounter(TorchDispatchMode):
-    """Counts the bytes of live tensors on the meta device, without those in `known`, and their
-    peak. Tensors that share memory count once."""
+    """Peak bytes of live tensors on the meta device, without those in `known`."""
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
         super().__init__()
@@ -112,10 +111,8 @@ class ByteCounter(TorchDispatchMode):
 def longest_prompt(
         processor: Processor, records: Sequence[Record],
         image: tuple[int, int] | None = None) -> Prompt | None:
-    """The prompt with the most patches and the longest text of these records; its pixels are 0.
-
-    Without records, one of an image of this (width, height) and TEXT_TOKENS tokens of text, or
-    None without an image."""
+    """The prompt with the most patches and the longest text of these records, or of an image of
+    this (width, height) and TEXT_TOKENS tokens; None without either."""
     if not records and not image:
         return None
     sizes = {record.size for record in records} or {tuple(image)}
@@ -135,16 +132,13 @@ def longest_prompt(
 
 
 def validation_batch(longest: Prompt) -> int:
-    """How many records a validation answers at once, given their longest prompt."""
     return min(VALIDATION_RECORDS, max(1, VALIDATION_TOKENS // len(longest.input_ids)))
 
 
 def largest_passes(
         model: QwenVL, args: argparse.Namespace, step: Step, gpus: int,
         longest: Prompt, longest_val: Prompt | None) -> dict[str, Pass]:
-    """The largest passes that a process may run: sampling, updating, validating.
-
-    longest: prompt of the records to train on; longest_val: of those to validate on."""
+    """The largest passes that a process may run: sampling, updating, validating."""
     passes = {}
     prompts, tokens = step.prompts // gpus, step.tokens
     if step.samples:
