@@ -1,13 +1,12 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: vision tower, language model, scores, checkpoints.
 
-The three families share one language model and one vision tower. Search for "Qwen2-VL",
-"Qwen2.5-VL" and "Qwen3-VL" to find every difference.
+The three families share this code. Search for "Qwen2-VL", "Qwen2.5-VL" and "Qwen3-VL" to find
+every difference.
 
-Tokens are packed everywhere, (N, D): the sequences of a batch follow each other in one
-tensor, without padding. A `Plan` says which tokens see which (qwen/attention.py has a
-drawing); layers know nothing about batches. Prompts are prefilled, and completions extend
-them, with gradient (`score`) or without (`prefill`, `decode`, see qwen/generate.py). Both
-are the same two steps, so sampled and scored log-probabilities agree.
+Tokens are packed everywhere, (N, D): the sequences of a batch follow each other in one tensor,
+without padding. A `Plan` defines which tokens attend to which (see the drawing in
+qwen/attention.py), so layers need not know about batches. Training computes prompts and
+completions in one pack (`score`), sampling token by token (`prefill`, then `decode`).
 
 Shapes: N packed tokens, D width, H heads, KV key-value heads, hd head width, Q prompts,
 G rollouts of a prompt, R = Q * G rollouts, V vocabulary.
@@ -46,24 +45,22 @@ from qwen.hub import (
 from qwen.processor import Prompt
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-# Markers that only prompts hold.
+# Markers that occur only in prompts.
 VISION_MARKERS = (
-    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-    "<|video_pad|>")
-# Logit of an id that must not be sampled. It is finite, so that 0 * log 0 stays 0.
-NEVER = -1e30
-# Logits alive at once in `score`: 0.1 GB in float32, on CUDA 1 GB, since the head's gradient is
-# a bfloat16 sum over the chunks, rounded at each.
+    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+NEVER = -1e30                     # logit of a banned id; finite, so that 0 * log 0 stays 0
+# Logits alive at once in `score`: 0.1 GB in float32. 1 GB on CUDA, for fewer roundings: the
+# head's gradient is a sum over the chunks in bfloat16.
 LOGITS_PER_CHUNK = 2 ** 25
 CUDA_LOGITS_PER_CHUNK = 2 ** 28
-# Patches in one pass of the vision tower without gradient. More only take more memory, but on
-# CUDA, where fewer kernels are launched, they are faster (1.3 GB at the widths of 3B).
+# Patches in one pass of the vision tower without gradient. Larger passes are faster only on CUDA
+# (fewer kernel launches; 1.3 GB for a 3B model).
 PATCHES_AT_ONCE = 2048
 CUDA_PATCHES_AT_ONCE = 2 ** 15
 Grid = tuple[int, int, int]               # an image's frames, rows and columns, in patches
 Rotation = tuple[Tensor, Tensor]          # cos, signed sin of rotary angles, (N, 1, hd) each
 # Added to Qwen3-VL's image tokens after the first layers (arXiv 2406.04334): the tokens' rows in
-# the pack, and features (image tokens, D) for the first layer, for the second ...
+# the pack, and features (image tokens, D) for each of these layers.
 Deepstack = tuple[Tensor, list[Tensor]]
 ALL_ROWS = slice(None)
 
@@ -82,15 +79,14 @@ class MLP(nn.Module):
 
 
 def rotation_by(angles: Tensor) -> Rotation:
-    """(N, hd / 2) rotary angles -> what `rotate` takes.
-
-    Dimensions i and i + hd / 2, (a, b), turn to (a cos - b sin, b cos + a sin)."""
+    """(N, hd / 2) rotary angles; dimensions i and i + hd / 2, (a, b), become
+    (a cos - b sin, b cos + a sin)."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (N, heads, hd) turned by a `Rotation`, in float32."""
+    """x (N, heads, hd), rotated in float32."""
     y = x.float()
     partner = y.roll(y.shape[-1] // 2, -1)
     return (y * cos).addcmul_(partner, sin).to(x.dtype)
@@ -131,7 +127,6 @@ class VisionBlock(nn.Module):
         if c.family == "Qwen2.5-VL":
             self.mlp = MLP(c.hidden, c.intermediate, bias=True)
         else:
-            # No gate, other names.
             name, activation = "linear_fc", nn.GELU(approximate="tanh")
             if c.family == "Qwen2-VL":
                 name, activation = "fc", QuickGELU()
@@ -146,7 +141,7 @@ class VisionBlock(nn.Module):
 
 
 def merger(c: VisionConfig, deepstack: bool = False) -> nn.Sequential:
-    """(tokens, merge * merge, hidden) patches -> (tokens, out), by the checkpoint's names.
+    """(tokens, merge * merge, hidden) patches -> (tokens, out).
 
     Qwen3-VL's deepstack mergers normalise a token's joined patches, others each patch."""
     wide = c.hidden * c.merge ** 2
@@ -164,23 +159,20 @@ def merger(c: VisionConfig, deepstack: bool = False) -> nn.Sequential:
 
 
 def frame_layout(height: int, width: int, c: VisionConfig) -> tuple[Tensor, Tensor, list[int]]:
-    """A frame of height x width patches -> row and column of each (patches, 2), in the order of
-    pixel_values; its tokens window by window (tokens,); the tokens of each window.
+    """A frame of height x width patches -> row and column of each patch (patches, 2); the tokens
+    ordered by window (tokens,); the number of tokens in each window.
 
-    pixel_values has a token's patches next to each other, and the tokens row by row. Windows
-    consist of whole tokens; those at the right and lower edge may be cut."""
+    Patches are in the order of pixel_values: tokens row by row, and the patches of a token next to
+    each other. Windows consist of whole tokens; at the right and lower edge they may be smaller."""
     m = c.merge
-    # To the order of pixel_values: a token's row and column, then row and column within it.
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     grid = torch.stack((row, column), -1).view(height // m, m, width // m, m, 2)
     patch_positions = grid.transpose(1, 2).reshape(-1, 2)
-    # The number of each token's window, row by row. Without windows the frame is one.
+    # Windows are numbered row by row. Without windows, the frame is a single one.
     side = c.window // c.patch // m if c.window else max(height, width)    # in tokens
     windows_per_row = -(-(width // m) // side)
-    row, column = torch.meshgrid(
-        torch.arange(height // m), torch.arange(width // m), indexing="ij")
+    row, column = torch.meshgrid(torch.arange(height // m), torch.arange(width // m), indexing="ij")
     window = (row // side * windows_per_row + column // side).flatten()    # (tokens,)
-    # A stable sort makes each window's tokens neighbours and keeps them row by row.
     return patch_positions, window.argsort(stable=True), window.bincount().tolist()
 
 
@@ -202,15 +194,11 @@ class VisionTower(nn.Module):
     def learned_positions(self, frames: Sequence[Tensor]) -> Tensor:
         """Qwen3-VL: row and column of each frame's patches, (patches, 2) -> (patches, hidden).
 
-        The table of side x side positions is stretched over a frame, corner on corner, and a
-        patch takes the four around it, bilinearly."""
+        The table of side x side positions is stretched over the frame, corner to corner, and
+        interpolated bilinearly."""
         side = self.config.table_side
-        places = []
-        for frame in frames:
-            last = frame.amax(0).clamp(min=1)                              # row, column
-            places.append(frame * (side - 1) / last)
-        # One copy to the device: (patches, 2).
-        place = torch.cat(places).to(self.pos_embed.weight.device)
+        places = [frame * (side - 1) / frame.amax(0).clamp(min=1) for frame in frames]
+        place = torch.cat(places).to(self.pos_embed.weight.device)         # (patches, 2)
         before = place.long()
         after = (before + 1).clamp(max=side - 1)
         row, column = torch.stack((before, after), -1).unbind(1)           # (patches, 2)
@@ -222,14 +210,14 @@ class VisionTower(nn.Module):
         return (around * weight[:, :, None]).sum(1)
 
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """pixel_values (patches, channels * temporal * patch * patch) of all images -> (tokens of
-        the language model, out), with Qwen3-VL's deepstack next to it, `out` each."""
+        """pixel_values (patches, channels * temporal * patch * patch) of all images -> (image
+        tokens, out); Qwen3-VL: with deepstack features appended, `out` for each level."""
         c = self.config
         device = pixel_values.device
         joined = c.merge ** 2                                              # patches a token
 
-        # One order for all tokens: frame by frame, window by window. So every window, and
-        # every frame, is one sequence of the pack. Frames of a video do not see each other.
+        # Tokens are ordered by frame, then by window, so each window and each frame is a sequence
+        # of the pack. Frames of a video do not attend to each other.
         frames, orders, window_patches, frame_patches = [], [], [], []
         start = 0
         for count, height, width in grids:
@@ -246,7 +234,7 @@ class VisionTower(nn.Module):
         within_window = Plan(window_patches, False, device=device, starts=window_starts)
         within_frame = Plan(frame_patches, False, device=device, starts=frame_starts)
 
-        # Half of the frequencies turn by a patch's row, the other half by its column.
+        # Half of the frequencies encode a patch's row, the other half its column.
         positions = positions.unflatten(0, (-1, joined))[order].flatten(0, 1)
         quarter = c.hidden // c.heads // 4
         inverse_frequency = 10000.0 ** -(torch.arange(quarter, device=device) / quarter)
@@ -271,8 +259,7 @@ class VisionTower(nn.Module):
         tokens = self.merger(x.unflatten(0, (-1, joined)))
         if deepstack:
             tokens = torch.cat((tokens, *deepstack), 1)
-        # Sorting a permutation gives its inverse.
-        return tokens[order.argsort()]
+        return tokens[order.argsort()]                     # argsort inverts a permutation
 
 
 # ---------------------------------------------------------------- language model
@@ -287,7 +274,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, c.attention_bias)
         self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, c.attention_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, c.attention_bias and qwen3)
-        # Qwen3-VL normalises the query and the key of each head.
+        # Qwen3-VL normalises each head's queries and keys.
         self.q_norm = nn.RMSNorm(c.head_dim, c.eps) if qwen3 else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.eps) if qwen3 else nn.Identity()
 
@@ -295,7 +282,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))     # (N, H, hd)
         k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))     # (N, KV, hd)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        # Turned together: half as many kernels are launched.
+        # Rotated together to launch half as many kernels.
         qk = rotate(torch.cat((q, k), 1), *rotation)
         q, k = qk.split((q.shape[1], k.shape[1]), 1)
         return self.o_proj(attention(q, k, v, plan, self.index).flatten(1))
@@ -312,8 +299,7 @@ class Layer(nn.Module):
     def forward(
             self, x: Tensor, rotation: Rotation, plan: Plan | Cache,
             output_rows: Rows = ALL_ROWS) -> Tensor:
-        """(N, D) -> (output rows, D): attention needs keys and values of all rows, the MLP
-        computes only the rows that are returned."""
+        """(N, D) -> (output rows, D). Attention needs all rows, the MLP only these."""
         x = (x + self.self_attn(self.input_layernorm(x), rotation, plan))[output_rows]
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -323,7 +309,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = c
         self.checkpointing = False
-        # (A random start on the meta device imports 70 MB of torch.)
+        # (Random initialisation on the meta device would import 70 MB of torch.)
         zeros = torch.zeros(c.vocab, c.hidden)
         self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.layers))
@@ -332,26 +318,24 @@ class LanguageModel(nn.Module):
     def forward(
             self, x: Tensor, positions: Tensor, plan: Plan | Cache,
             output_rows: Rows = ALL_ROWS, deepstack: Deepstack | None = None) -> Tensor:
-        """x (N, D) embeddings, positions (3, N) of time, height, width -> hidden states of the
-        output rows."""
+        """x (N, D) embeddings, positions (3, N) of time, height, width -> (output rows, D)."""
         c = self.config
         half = c.head_dim // 2
-        # M-RoPE: each frequency turns by one of the three axes. No index tensor selects them:
-        # the host would wait for the device to copy it, and a CUDA graph cannot capture that.
+        # M-RoPE: each frequency rotates by one of the three axes. They are not selected by an
+        # index tensor, because a CUDA graph cannot capture its copy to the device.
         if c.family == "Qwen3-VL":
-            # The axes take turns, until height and width have filled their sections.
-            turns = [i % 3 if i < 3 * c.mrope_section[i % 3] else 0 for i in range(half)]
-            axes = positions.unbind()
-            rows = torch.stack([axes[turn] for turn in turns])             # (hd / 2, N)
+            # Interleaved until the sections of height and width are full, then time.
+            axes = [i % 3 if i < 3 * c.mrope_section[i % 3] else 0 for i in range(half)]
+            by_axis = positions.unbind()
+            rows = torch.stack([by_axis[axis] for axis in axes])           # (hd / 2, N)
         else:
-            # Each axis fills its section of the frequencies.
-            rows = torch.cat(
-                [axis.expand(n, -1) for axis, n in zip(positions, c.mrope_section)])
+            # One section after the other.
+            rows = torch.cat([axis.expand(n, -1) for axis, n in zip(positions, c.mrope_section)])
         inverse_frequency = c.rope_theta ** -(torch.arange(half, device=rows.device) / half)
         rotation = rotation_by(rows.T * inverse_frequency)
 
         image_rows, features = deepstack or (None, [])
-        # The last layer computes the output rows only, unless deepstack adds to its output.
+        # The last layer computes only the output rows, unless deepstack adds to all of them.
         skipping = len(self.layers) > len(features)
         for i, layer in enumerate(self.layers):
             rows = output_rows if skipping and layer is self.layers[-1] else ALL_ROWS
@@ -371,10 +355,10 @@ def mrope_positions(
         refused_id: int | None = None) -> list[Tensor]:
     """M-RoPE positions: ids (T,) of each sequence -> (3, T) time, height, width of each.
 
-    grids: the images of all sequences; ValueError if they do not fit the image tokens.
-    refused_id: id of video tokens; then a video is a ValueError. Text counts up, the same on all
-    axes. An image's tokens lie on a grid that begins where the text stopped, and the text goes
-    on after the grid's longer side. Two tokens of text, an image of 2 x 3 tokens, one of text:
+    grids: the images of all sequences; ValueError if they do not match the image tokens.
+    refused_id: id of video tokens; if given, a video raises a ValueError. Text positions count up,
+    the same on all axes. An image's tokens form a grid that starts at the next position, and text
+    continues after its longer side. Two tokens of text, an image of 2 x 3 tokens, one of text:
 
     >>> ids = torch.tensor([5, 5, 9, 9, 9, 9, 9, 9, 5])
     >>> mrope_positions([ids], [(1, 4, 6)], image_id=9, merge=2)[0]
@@ -389,13 +373,12 @@ def mrope_positions(
         if refused_id is not None and video:
             raise ValueError("a video; this code reads only images with Qwen3-VL")
         parts = []
-        place = 0                 # of a token in the sequence
-        start = 0                 # position of a text token there, or of an image's corner
+        place = 0                 # index of a token in the sequence
+        start = 0                 # its position, if it is text; else that of the image's corner
         while place < len(ids):
             if ids[place] == image_id:
                 frames, height, width = next(images, (0, 0, 0))
-                height //= merge
-                width //= merge
+                height, width = height // merge, width // merge
                 count = frames * height * width
                 if count == 0 or ids[place:place + count] != [image_id] * count:
                     raise ValueError(
@@ -421,12 +404,10 @@ def completion_layout(
         prompt_lengths: Sequence[int], first_positions: Sequence[int],
         completion_lengths: Sequence[Sequence[int]],
 ) -> tuple[list[int], list[tuple[int, int]], Tensor, Tensor]:
-    """Completions of Q prompts in a pack: after all prompts, by question, by rollout.
+    """Layout of completions in a pack: they follow all prompts, ordered by question and rollout.
 
-    Of a completion of L tokens, its end-of-turn included, tokens 0 to L - 2 are fed, L - 1 rows,
-    and all L are predicted: token 0 by the prompt's last row, token k by the row of token k - 1.
-    Fed token k has position first + k. (A prompt's first_position is smaller than its length,
-    since image tokens share positions.)
+    Token 0 is predicted by the prompt's last row, token k by the row of token k - 1. So the last
+    of L tokens is not fed: a completion has L - 1 rows. Fed token k has position first + k.
 
     Prompts p and q of 4 and 3 tokens; completions a and b of p and c of q, of 2, 3 and 1 tokens:
 
@@ -465,11 +446,8 @@ def completion_layout(
 # ---------------------------------------------------------------- the whole model
 
 class QwenVL(nn.Module):
-    """One of FAMILIES for grounding.
-
-    stop_ids: ids that end a completion.
-    banned:   (V,) bool, ids that cannot be sampled: image, video and vision markers, ids
-              without a text. Their probability is 0 in sampling and in scoring."""
+    """stop_ids: ids that end a completion. banned (V,) bool: ids of probability 0, in sampling and
+    in scoring: image, video and vision markers, ids without text."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -486,13 +464,13 @@ class QwenVL(nn.Module):
         self.set_vocabulary({})
 
     def set_vocabulary(self, token_ids: dict[str, int]) -> None:
-        """token_ids: the tokenizer's, text -> id; {} if only config.json is known."""
-        # The embedding has more rows than the tokenizer has tokens: these ids have no text.
+        """token_ids: text -> id; {} without a tokenizer."""
+        # The embedding has more rows than the tokenizer has tokens, so some ids have no text.
         vocab = range(self.config.vocab)
         with_text = set(token_ids.values()) or set(vocab)
         markers = {*self.config.marker_ids, *map(token_ids.get, VISION_MARKERS)}
         banned = torch.tensor([i not in with_text or i in markers for i in vocab])
-        # A buffer moves to the device with the weights; no file holds this one.
+        # A buffer moves to the device with the weights; this one is not saved.
         self.register_buffer("banned", banned.to(self.device), persistent=False)
         stop_ids = tuple(token_ids[text] for text in STOP_TOKENS if text in token_ids)
         self.stop_ids = stop_ids or self.config.stop_ids
@@ -504,20 +482,18 @@ class QwenVL(nn.Module):
     def embed(
             self, input_ids: Tensor, pixel_values: Tensor | None,
             grids: Sequence[Grid]) -> tuple[Tensor, Deepstack | None]:
-        """(N,) packed ids with the images' patches -> (N, D), Qwen3-VL's deepstack.
-
-        The vision tower's rows replace the embeddings of image tokens."""
+        """(N,) packed ids and the images' patches -> embeddings (N, D), Qwen3-VL's deepstack."""
         x = self.model.embed_tokens(input_ids)
         if pixel_values is None or not len(pixel_values):
             return x, None
         ends = list(itertools.accumulate((t * h * w for t, h, w in grids), initial=0))
-        if ends[-1] != len(pixel_values):
-            raise ValueError(
-                f"pixel_values has {len(pixel_values)} patches, image_grid_thw {ends[-1]}")
-        # One pass if it is kept for the gradient, else small ones of whole images.
+        n = len(pixel_values)
+        if ends[-1] != n:
+            raise ValueError(f"pixel_values has {n} patches, image_grid_thw {ends[-1]}")
+        # One pass if gradients are needed, else small passes of whole images.
         limit = PATCHES_AT_ONCE if self.device.type == "cpu" else CUDA_PATCHES_AT_ONCE
         if torch.is_grad_enabled():
-            limit = len(pixel_values)
+            limit = n
         passes = []
         begin = 0                                # first image of the next pass
         for end in range(1, len(ends)):          # one past its last
@@ -530,28 +506,24 @@ class QwenVL(nn.Module):
         x = x.masked_scatter(is_image[:, None], images)
         if not features:
             return x, None
-        # The size is given, so the host does not wait for a count.
+        # With the size given, the host does not wait for a count.
         return x, (torch.nonzero_static(is_image, size=len(images))[:, 0], features)
 
     def forward(
             self, input_ids: Tensor, attention_mask: Tensor | None = None,
-            pixel_values: Tensor | None = None,
-            image_grid_thw: Tensor | None = None) -> Tensor:
-        """transformers' interface: (B, T) ids and mask (padding on either side) -> (B, T, V)
-        logits in the compute dtype, 0 at padding. Our scripts call score, prefill and decode.
+            pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None) -> Tensor:
+        """As in transformers: (B, T) ids and mask (padding on either side), pixel_values (patches,
+        D) and image_grid_thw (images, 3) of all sequences -> (B, T, V) logits, 0 at padding.
 
-        pixel_values (patches, D) and image_grid_thw (images, 3): of all sequences in order."""
+        Our scripts call score, prefill and decode instead."""
         c = self.config
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mask = mask.bool()
+        mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         grids = [] if image_grid_thw is None else list(map(tuple, image_grid_thw.tolist()))
         sequences = [ids[keep] for ids, keep in zip(input_ids, mask)]
-        positions = mrope_positions(
-            sequences, grids, c.image_id, c.vision.merge, self.refused_id)
+        positions = mrope_positions(sequences, grids, c.image_id, c.vision.merge, self.refused_id)
         plan = Plan(mask.sum(1).tolist(), device=self.device)
         x, deepstack = self.embed(input_ids[mask], pixel_values, grids)
-        positions = torch.cat(positions, 1).to(x.device)
-        hidden = self.model(x, positions, plan, deepstack=deepstack)
+        hidden = self.model(x, torch.cat(positions, 1).to(x.device), plan, deepstack=deepstack)
         logits = hidden.new_zeros(*input_ids.shape, c.vocab)
         logits[mask] = self.lm_head(hidden)
         return logits
@@ -561,24 +533,20 @@ class QwenVL(nn.Module):
     def pack(
             self, prompts: Sequence[Prompt],
     ) -> tuple[Tensor, Tensor, list[int], list[int], Deepstack | None]:
-        """Q prompts in one pack -> embeddings (N, D), positions (3, N), the length of each
-        prompt, the position that follows each prompt, Qwen3-VL's deepstack."""
+        """Q prompts -> embeddings (N, D), positions (3, N), the length of each prompt, the position
+        after each prompt, Qwen3-VL's deepstack."""
         c = self.config
-        grid_rows = torch.cat([prompt.image_grid_thw for prompt in prompts])
-        grids = [tuple(grid) for grid in grid_rows.tolist()]
+        grids = torch.cat([prompt.image_grid_thw for prompt in prompts]).tolist()
         ids = [prompt.input_ids for prompt in prompts]
         parts = mrope_positions(ids, grids, c.image_id, c.vision.merge, self.refused_id)
-        # Positions are made on the host, so reading them does not wait for the device.
         first_positions = [int(part.max()) + 1 for part in parts]
         lengths = [len(part) for part in ids]
         ids, positions = to_device((torch.cat(ids), torch.cat(parts, 1)), self.device)
         if hasattr(prompts[0], "pixels"):
-            # A Processor's prompts hold bytes, joined on the host (a copy waits for the
-            # device) and normalised on the device.
+            # A Processor's prompts hold bytes: copied to the device once, and normalised there.
             values = torch.cat([prompt.pixels.values for prompt in prompts])
             dtype = self.visual.patch_embed.proj.weight.dtype
-            pixels = replace(prompts[0].pixels, values=values)
-            pixels = pixels.normalised(self.device, dtype)
+            pixels = replace(prompts[0].pixels, values=values).normalised(self.device, dtype)
         else:
             pixels = torch.cat([prompt.pixel_values for prompt in prompts]).to(self.device)
         x, deepstack = self.embed(ids, pixels, grids)
@@ -587,26 +555,23 @@ class QwenVL(nn.Module):
     def prefill(
             self, prompts: Sequence[Prompt], group: int,
             max_new_tokens: int) -> tuple[Tensor, Cache, Tensor]:
-        """Q prompts -> logits (Q, V) of the first new token, a Cache for G rollouts of each,
+        """Q prompts -> logits (Q, V) of the first new token, a Cache for G rollouts of each prompt,
         the position (Q,) of that token."""
         x, positions, lengths, first_positions, deepstack = self.pack(prompts)
         starts, first_positions = to_device(
             (cumulative(lengths), torch.tensor(first_positions)), self.device)
         plan = Plan(lengths, kv_cache=[], device=self.device, starts=starts)
-        last_rows = starts[1:] - 1
-        hidden = self.model(x, positions, plan, last_rows, deepstack)
+        hidden = self.model(x, positions, plan, starts[1:] - 1, deepstack)     # last rows
         return self.lm_head(hidden), Cache(plan, group, max_new_tokens), first_positions
 
     def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
-        """One more token of every rollout: tokens (R,), position (R,) -> logits (R, V) of
-        the token after it."""
-        # All layers put the token at the same place of the cache.
+        """A token of every rollout, its position: (R,), (R,) -> logits (R, V) of the next one."""
         cache.admit()
         x = self.model.embed_tokens(tokens)
         return self.lm_head(self.model(x, position.expand(3, -1), cache))
 
     def distribution(self, logits: Tensor, temperature: float) -> Tensor:
-        """(..., V) logits -> float32 log-probabilities, over the ids that can be sampled."""
+        """(..., V) logits -> float32 log-probabilities of the ids that can be sampled."""
         scaled = logits.float() / temperature
         return scaled.masked_fill(self.banned, NEVER).log_softmax(-1)
 
@@ -614,10 +579,9 @@ class QwenVL(nn.Module):
             self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]],
             temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Q prompts, each with G completions (L,), end-of-turn included -> logp (tokens,) and
-        entropy (tokens,), float32, packed by question, rollout, token.
+        entropy (tokens,), float32, packed by question, rollout, token. Entropy has no gradient.
 
-        Every prompt and image is computed once for its whole group. The log-probabilities
-        carry a gradient, the entropy none."""
+        Each prompt and image is computed once for its whole group."""
         x, positions, prompt_lengths, first_positions, deepstack = self.pack(prompts)
         lengths = [[len(completion) for completion in group] for group in completions]
         fed_lengths, prefix, fed_positions, rows = completion_layout(
@@ -626,12 +590,9 @@ class QwenVL(nn.Module):
         targets = torch.cat(flat)                                          # (tokens,)
         fed = torch.cat([completion[:-1] for completion in flat])
         x = torch.cat((x, self.model.embed_tokens(fed).to(x.dtype)))
-        fed_positions = fed_positions.to(self.device).expand(3, -1)
-        positions = torch.cat((positions, fed_positions), 1)
+        positions = torch.cat((positions, fed_positions.to(self.device).expand(3, -1)), 1)
         plan = Plan(prompt_lengths + fed_lengths, prefix=prefix, device=self.device)
-        # A prompt's last row predicts the first token of its whole group.
-        rows = rows.to(self.device)
-        hidden = self.model(x, positions, plan, rows, deepstack)           # (tokens, D)
+        hidden = self.model(x, positions, plan, rows.to(self.device), deepstack)   # (tokens, D)
 
         def score_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             logp = self.distribution(self.lm_head(hidden), temperature)
@@ -639,18 +600,17 @@ class QwenVL(nn.Module):
                 entropy = -(logp.exp() * logp).sum(-1)
             return logp.gather(-1, targets[:, None])[:, 0], entropy
 
-        # Logits (tokens, V) would be the largest tensor of all. They exist for one chunk at
-        # a time, also in the backward pass, which computes the chunk again.
+        # Logits (tokens, V) would be the largest tensor of all, so they are computed in chunks,
+        # and again in the backward pass.
         limit = LOGITS_PER_CHUNK if hidden.device.type == "cpu" else CUDA_LOGITS_PER_CHUNK
         size = max(1, limit // self.config.vocab)
-        logps, entropies = [], []
+        scores = []
         for chunk in zip(hidden.split(size), targets.split(size)):
             if torch.is_grad_enabled():
-                logp, entropy = checkpoint(score_chunk, *chunk, use_reentrant=False)
+                scores.append(checkpoint(score_chunk, *chunk, use_reentrant=False))
             else:
-                logp, entropy = score_chunk(*chunk)
-            logps.append(logp)
-            entropies.append(entropy)
+                scores.append(score_chunk(*chunk))
+        logps, entropies = zip(*scores)
         return torch.cat(logps), torch.cat(entropies)
 
     # ---------------------------------------------------------------- checkpoints
@@ -659,15 +619,14 @@ class QwenVL(nn.Module):
     def from_pretrained(
             cls, path: str | Path, dtype: torch.dtype | None = torch.bfloat16,
             device: torch.device | str = "cpu") -> QwenVL:
-        """From a checkpoint's folder in hub layout, a stage's (its newest step), or an adapter's,
-        on top of the base that it names; dtype None keeps the stored one.
+        """Reads a checkpoint's folder, a stage's (its newest step), or an adapter's with its base.
 
-        Strict: a CheckpointError names what is missing, unexpected or of another shape."""
+        dtype None: as stored. CheckpointError for missing, unexpected or misshaped tensors."""
         path = folder(path)
         base = base_folder(path)
         config = Config.from_json(base / "config.json")
         try:
-            # On the meta device no memory is spent on weights that the checkpoint replaces.
+            # The meta device allocates no memory; the checkpoint provides the weights.
             with torch.device("meta"):
                 model = cls(config)
         except Exception as error:               # torch raises several types about sizes
@@ -680,7 +639,7 @@ class QwenVL(nn.Module):
             shapes.pop("lm_head.weight")
         tensors, model.stored_dtype = read_weights(base, shapes, config.tied, dtype, device)
         model.load_state_dict(tensors, strict=False, assign=True)
-        # Assigning has replaced the embedding, but not the head that is tied to it.
+        # load_state_dict has replaced the embedding, so the head is tied to it again.
         if config.tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         model.set_vocabulary(read_token_ids(path) or read_token_ids(base))
@@ -692,11 +651,11 @@ class QwenVL(nn.Module):
     def save_pretrained(
             self, path: str | Path, whole: Iterator[Tensor] | None = None,
             shard_bytes: int = 5 * 10 ** 9) -> None:
-        """Writes config.json and safetensors in hub layout, in the checkpoint's own dtype; if
-        the model has adapters only these, in PEFT's layout.
+        """Writes config.json and safetensors as on the hub, in `stored_dtype`; or, if the model has
+        adapters, only these in PEFT's layout.
 
-        whole: the tensors in the order of stored_files(), if the model's are sharded over
-        processes. Each is asked for when it is written."""
+        whole: full tensors in the order of stored_files(), if the model's are sharded over
+        processes; each is requested when it is written."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         files = self.stored_files(shard_bytes)
@@ -706,8 +665,7 @@ class QwenVL(nn.Module):
             write_json(path / ADAPTER_CONFIG, lora.adapter_config(self))
         else:
             write_json(path / "config.json", self.config.raw)
-        weight_map: dict[str, str] = {}
-        total = 0
+        weight_map, total = {}, 0
         for file, tensors in files.items():
             shapes = {name: tensor.shape for name, tensor in tensors.items()}
             write_tensors(path / file, shapes, self.stored_dtype, whole, {"format": "pt"})
@@ -718,8 +676,8 @@ class QwenVL(nn.Module):
             write_json(path / WEIGHT_INDEX, index)
 
     def stored_files(self, shard_bytes: int = 5 * 10 ** 9) -> dict[str, dict[str, Tensor]]:
-        """What save_pretrained writes: file -> name, sorted -> this model's tensor. A file has
-        at most `shard_bytes`, unless a single tensor has more."""
+        """What save_pretrained writes: file -> tensor name (sorted) -> tensor of this model. A file
+        has at most `shard_bytes`, unless a single tensor is larger."""
         if lora.adapted(self):
             names = {f"base_model.model.{nested_name(n)}.weight": p
                      for n, p in lora.saved_parameters(self)}
@@ -736,8 +694,8 @@ class QwenVL(nn.Module):
             stored_name = nested_name(name) if self.config.family == "Qwen3-VL" else name
             shards[-1][stored_name] = tensor
             size += n
-        names = ["model.safetensors"]
-        if len(shards) > 1:
-            n = len(shards)
-            names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+        n = len(shards)
+        names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+        if n == 1:
+            names = ["model.safetensors"]
         return {name: dict(sorted(shard.items())) for name, shard in zip(names, shards)}

@@ -279,7 +279,6 @@ class Cache:
         scores = scores.masked_fill_(self.unseen[..., :P + T], -torch.inf)
         weights = scores.softmax(-1)
 
-        # The weighted values of both parts, added.
         prompt_out = weights[..., :P] @ self.prompt_v[layer]
         own_out = weights[..., P:].unflatten(2, (G, -1)) @ completion_v
         out = prompt_out.view_as(own_out) + own_out           # (Q, KV, G, shared, hd)
