@@ -206,8 +206,7 @@ class VisionTower(nn.Module):
         row_share, column_share = torch.stack((1 - share, share), -1).unbind(1)
         index = (row[:, :, None] * side + column[:, None]).flatten(1)      # (patches, 4)
         weight = (row_share[:, :, None] * column_share[:, None]).flatten(1)
-        around = self.pos_embed(index)                             # (patches, 4, hidden)
-        return (around * weight[:, :, None]).sum(1)
+        return (self.pos_embed(index) * weight[:, :, None]).sum(1)
 
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """pixel_values (patches, channels * temporal * patch * patch) of all images -> (image
@@ -369,8 +368,7 @@ def mrope_positions(
     images = iter(grids)
     positions = []
     for ids in map(Tensor.tolist, sequences):
-        video = refused_id in ids or any(frames > 1 for frames, _, _ in grids)
-        if refused_id is not None and video:
+        if refused_id is not None and (refused_id in ids or any(t > 1 for t, _, _ in grids)):
             raise ValueError("a video; this code reads only images with Qwen3-VL")
         parts = []
         place = 0                 # index of a token in the sequence
@@ -446,8 +444,8 @@ def completion_layout(
 # ---------------------------------------------------------------- the whole model
 
 class QwenVL(nn.Module):
-    """stop_ids: ids that end a completion. banned (V,) bool: ids of probability 0, in sampling and
-    in scoring: image, video and vision markers, ids without text."""
+    """stop_ids: ids that end a completion. banned (V,) bool: ids that get probability 0 in sampling
+    and scoring (image, video and vision markers, ids without text)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -514,7 +512,6 @@ class QwenVL(nn.Module):
             pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None) -> Tensor:
         """As in transformers: (B, T) ids and mask (padding on either side), pixel_values (patches,
         D) and image_grid_thw (images, 3) of all sequences -> (B, T, V) logits, 0 at padding.
-
         Our scripts call score, prefill and decode instead."""
         c = self.config
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()

@@ -92,8 +92,7 @@ class Plan:
               sequences are prompts and the others their completions, in the same order, which
               also attend to their whole prompt.
     kv_cache: a list to which every layer appends its keys and values, each (N, KV, hd).
-    starts:   cumulative(lengths), if it is already on the device.
-    """
+    starts:   cumulative(lengths), if it is already on the device."""
 
     def __init__(
             self, lengths: Iterable[int], causal: bool = True,
@@ -127,9 +126,8 @@ class Plan:
         key = 0
         for prompt, completions in self.prefix:
             if completions:
-                query_rows = slice(query, query + completions)
-                key_rows = slice(key, key + prompt)
-                pieces.append(Piece(query_rows, key_rows, 1, False, written_before=True))
+                rows, keys = slice(query, query + completions), slice(key, key + prompt)
+                pieces.append(Piece(rows, keys, 1, False, written_before=True))
             query += completions
             key += prompt
         return pieces
@@ -176,8 +174,7 @@ def attention(
         q: Tensor, k: Tensor, v: Tensor, plan: "Plan | Cache", layer: int = 0) -> Tensor:
     """q (N, H, hd), k and v (N, KV, hd) -> (N, H, hd).
 
-    With a Plan, packed sequences; with a Cache, one more token of every rollout, in `layer`.
-    """
+    With a Plan, packed sequences; with a Cache, one more token of every rollout, in `layer`."""
     if isinstance(plan, Cache):
         return plan.attend(layer, q, k, v)
     if plan.kv_cache is not None:
@@ -206,8 +203,7 @@ class Cache:
     def __init__(self, plan: Plan, group: int, max_tokens: int) -> None:
         """plan: that of the prompts' pass, with starts and a filled kv_cache."""
         kv_cache = plan.kv_cache
-        Q = len(plan.lengths)
-        P = max(plan.lengths)
+        Q, P = len(plan.lengths), max(plan.lengths)
         _, KV, hd = kv_cache[0][0].shape
         device = kv_cache[0][0].device
 
@@ -276,8 +272,7 @@ class Cache:
 
         # One softmax over both: (Q, KV, G * shared, P + T), in float32 inside the kernel.
         scores = torch.cat((prompt_scores, own_scores), -1)
-        scores = scores.masked_fill_(self.unseen[..., :P + T], -torch.inf)
-        weights = scores.softmax(-1)
+        weights = scores.masked_fill_(self.unseen[..., :P + T], -torch.inf).softmax(-1)
 
         prompt_out = weights[..., :P] @ self.prompt_v[layer]
         own_out = weights[..., P:].unflatten(2, (G, -1)) @ completion_v
@@ -291,8 +286,7 @@ class PlannedAttention(torch.autograd.Function):
     """Exact attention by pieces, merged if a token is in two: its own sequence and its prompt.
 
     In the backward pass each piece's kernel gets the merged output and log-sum-exp. So
-    exp(score - lse) is the weight in the softmax over all keys, and the pieces' gradients add up.
-    """
+    exp(score - lse) is the weight in the softmax over all keys, and gradients of pieces add up."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
@@ -339,8 +333,7 @@ def merge_attended(
     """Merges attention over more keys into these rows of out (N, H, hd), lse (H, N), in place.
 
     more_out (rows, H, hd), more_lse (H, rows): the same queries over the other keys. Each output
-    weighs exp(lse - total), its share of the sum of exponentials.
-    """
+    weighs exp(lse - total), its share of the sum of exponentials."""
     row_lse = lse[:, rows]
     total = torch.logaddexp(row_lse, more_lse)                             # (H, rows)
     share = (row_lse - total).exp().transpose(0, 1)[..., None]             # (rows, H, 1)

@@ -34,8 +34,7 @@ def generate(
     -> tokens (Q, G, L) long, logprobs (Q, G, L) float32, lengths (Q, G) long.
 
     L is the longest rollout; shorter ones are padded with 0. A rollout includes its stop token.
-    Log-probabilities are those at the sampling temperature (at 1 if greedy).
-    """
+    Log-probabilities are those at the sampling temperature (at 1 if greedy)."""
     logits, cache, positions = model.prefill(prompts, group, max_new_tokens)
     device = model.device
     # The dtype is given because there may be no stop ids, and an empty tensor is float.
@@ -92,8 +91,7 @@ def unfinished(done: Tensor, share: float) -> Tensor | None:
     more than this share of them would remain.
 
     The batch stays a rectangle: finished questions are dropped, and the others keep as many
-    rows as the one with most unfinished rollouts needs.
-    """
+    rows as the one with most unfinished rollouts needs."""
     live = (~done).sum(1)                                                  # (Q',)
     # Both numbers in one copy, since the host waits for it.
     question_count, width = torch.stack(((live > 0).sum(), live.max())).tolist()
@@ -111,8 +109,7 @@ class Graph:
 
     A graph works on fixed memory of fixed shapes: weights, cache, input tokens. The cache's shapes
     stay the same for all steps, so each batch size needs one capture. Only the latest graph is
-    kept: batches never grow, and the next call has another cache.
-    """
+    kept: batches never grow, and the next call has another cache."""
 
     model: QwenVL
     tokens: Tensor | None = None  # the captured step's input
@@ -148,8 +145,7 @@ class Graph:
 def draw(logp: Tensor, u: Tensor) -> Tensor:
     """Inverse of the distribution function: logp (R, V), u (R,) in [0, 1) -> ids (R,).
 
-    An id of probability 0 is never drawn.
-    """
+    An id of probability 0 is never drawn."""
     cdf = logp.exp().cumsum(-1, dtype=torch.double)
     # u is scaled because rounding makes the sum differ from 1.
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
@@ -159,8 +155,7 @@ def uniform(seeds: Tensor, places: Tensor, k: Tensor | int) -> Tensor:
     """One double in [0, 1) for each (seed, place in the group, token k); broadcasts.
 
     SplitMix64's finaliser (Steele, Lea, Flood 2014) over a counter, with its 64-bit constants
-    written as int64; products are modulo 2^64, and the masks make shifts logical.
-    """
+    written as int64; products are modulo 2^64, and the masks make shifts logical."""
     x = seeds * -7046029254386353131
     for part in (places, torch.zeros_like(places) + k):
         x = x + (part + 1) * -4658895280553007687

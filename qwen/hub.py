@@ -294,7 +294,7 @@ def read_weights(
     # An index could name any path; only files of this folder are read.
     for file in sorted(files - set(os.listdir(path))):
         raise CheckpointError(f"no weights at {path / file}; a checkpoint is model.safetensors, or "
-                              "an index and the shards it names")
+                              "an index and the files that it lists")
     tensors: dict[str, Tensor] = {}
     stored_names: dict[str, str] = {}
     stored_dtype = torch.bfloat16

@@ -130,9 +130,8 @@ def add(model: nn.Module, rank: int, alpha: float, vision: bool, seed: int) -> N
         # As PEFT does: uniform within 1 / sqrt(in).
         bound = linear.in_features ** -0.5
         A = (torch.rand(rank, linear.in_features, generator=random) * 2 - 1) * bound
-        B = torch.zeros(linear.out_features, rank)
-        device = linear.weight.device
-        model.set_submodule(name, LoRALinear(linear, A.to(device), B.to(device), alpha))
+        B = torch.zeros(linear.out_features, rank, device=linear.weight.device)
+        model.set_submodule(name, LoRALinear(linear, A.to(B.device), B, alpha))
 
 
 def choose_trained(model: nn.Module, freeze_vision: bool, gradient_checkpointing: bool) -> None:
