@@ -1,28 +1,27 @@
 """Stage 0: reasoning for CoT-SFT, written from the annotations or by a teacher.
 
-A text first repeats the expression. If the expression refers to another object (the anchor), the
-text says where that is. Then it lists the candidates in the order that the expression asks about
-("the topmost": from top to bottom), each with its place, what tells candidates apart (size, side
-or distance of the anchor), and whether it fits. The box comes last, because a model writes from
-left to right and reasons must come before what follows from them.
+A text repeats the expression and, if that refers to another object (the anchor), says where it is.
+Then it lists the candidates in the order that the expression asks about ("the topmost": from top to
+bottom): where each is, what tells it apart (size, side or distance of the anchor), and whether it
+fits. The box comes last, because a model writes from left to right.
 
-Each fact has one wording: in RFT, every token that could just as well be another one adds noise
-to the gradient. Real data sets annotate only some objects, so a text mentions only objects with an
-expression of their own in the same split, and never claims that there are no others. The idea is
-"synthetic spatial reasoning" in the abstract of RSGround-R1 (arXiv 2601.21634); the form is ours.
+Each fact has one wording, since in RFT every token with equally good alternatives adds noise to the
+gradient. Data sets annotate only some objects, so a text mentions only objects with an expression
+in the same split and never claims that there are no others. RSGround-R1 (arXiv 2601.21634) names
+"synthetic spatial reasoning" in its abstract; the form is ours.
 
     python cot.py dior                  prints a few texts and draws their boxes, in image pixels
-    python cot.py dior --init CKPT      the same in the coordinates that sft.py --init CKPT uses
-    python cot.py dior --teacher URL    a teacher explains the boxes: see tools/teacher.py
+    python cot.py dior --init CKPT      does so in the coordinates that sft.py --init CKPT uses
+    python cot.py dior --teacher URL    has a teacher explain the boxes: see tools/teacher.py
 
-sft.py --cot FILE reads a JSONL (`load_reasoning`), and adds the answer from the annotation:
+sft.py --cot FILE reads reasoning from a JSONL and adds the answer from the annotation:
 
     {"id": "123", "think": "...", "frame": {"original": [W, H], "resized": [W, H],
                                             "convention": "absolute" or "1000"}}
-    {"id": "124", "refused": "..."}     none; the text is written from the annotations
+    {"id": "124", "refused": "..."}     reasoning comes from the annotations instead
 
-"frame" is optional. With it, points (x, y) and boxes [x1, y1, x2, y2] in "think" are converted
-from that frame to the student's. Without it, "think" is used as it is.
+Points (x, y) and boxes [x1, y1, x2, y2] in "think" are converted from "frame" to the student's
+frame; without "frame", "think" is used as it is.
 """
 import math
 import re
@@ -49,8 +48,8 @@ from train.run import launch
 
 REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"),
            ("lower left", "bottom", "lower right"))
-ROUNDING = 0.02               # of places and distances, as a share of the frame's longer side
-MAX_OTHER_CANDIDATES = 5      # the nearest ones
+ROUNDING = 0.02               # of places and distances, as a fraction of the longer side
+MAX_OTHER_CANDIDATES = 5
 SIZE_WORDS = re.compile(
     r"\b(?:large|larger|largest|big|bigger|biggest|huge"
     r"|small|smaller|smallest|tiny|tinier|tiniest|little)\b")
@@ -60,7 +59,7 @@ SIDE_WORDS = re.compile(
 RELATION_WORDS = re.compile(
     r"\b(?:left of|right of|above|below|over|under|beside|near|nearest|closest|next|of"
     r"|higher|further)\b")
-# Words that ask for an order, how the text announces it, what it sorts by, descending or not.
+# Words that ask for an order, how the text announces it, what it sorts by, whether descending.
 ORDERS = (
     ("leftmost|farthest to the left", "from left to right: ", "x", False),
     ("rightmost|farthest to the right", "from right to left: ", "x", True),
@@ -75,8 +74,6 @@ ORDERS = (
 
 @dataclass(frozen=True)
 class Neighbor:
-    """An annotated object of the image."""
-
     category: str
     box: Box                   # original pixels
     color: str = ""            # "" if unknown
@@ -91,27 +88,26 @@ def box_area(box: Box) -> float:
 
 
 def round_coarsely(value: float, frame: Frame) -> int:
-    """A coordinate or distance in the model's frame -> the nearest multiple of 5, 10, 15, ..."""
+    """Rounds a coordinate or distance in the model's frame to a multiple of 5, 10, 15, ..."""
     step = 5 * max(1, round(ROUNDING * max(frame.extent) / 5))
     return step * round(value / step)
 
 
 def point_text(box: Box, frame: Frame) -> str:
-    """The rounded center of a box in original pixels, in the model's frame: "(45, 60)"."""
+    """Original pixels -> the rounded center in the model's frame: "(45, 60)"."""
     x, y = frame.to_model(box_center(box))
     return f"({round_coarsely(x, frame)}, {round_coarsely(y, frame)})"
 
 
 def noun_phrase(neighbor: Neighbor) -> str:
-    """"an orange car"; the color only if it is known."""
+    """"an orange car"."""
     words = f"{neighbor.color} {neighbor.category.lower() or 'object'}".strip()
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def find_anchor(
-        record: Record, others: Sequence[Neighbor], candidates: Sequence[Neighbor],
-) -> Neighbor | None:
-    """The object, none of the candidates, that the expression refers to; None without one."""
+def find_anchor(record: Record, others: Sequence[Neighbor],
+                candidates: Sequence[Neighbor]) -> Neighbor | None:
+    """The object other than the candidates that the expression refers to."""
     text = record.text.lower()
     mentioned = []
     for o in others:
@@ -120,9 +116,8 @@ def find_anchor(
         words = f"{o.color} {noun}" if o.category == record.category else noun
         if o in candidates or not noun or words not in text:
             continue
-        # Prefer the color that the expression names, then the size: "the largest red tank".
-        named = rf" (?:[a-z]+ )?{re.escape(noun)}"
-        size_rank = 0.0
+        # Prefer the named color, then the named size: "the largest red tank".
+        named, size_rank = rf" (?:[a-z]+ )?{re.escape(noun)}", 0.0
         if re.search(rf"\b(?:largest|biggest){named}", text):
             size_rank = -box_area(o.box)
         elif re.search(rf"\b(?:smallest|tiniest){named}", text):
@@ -132,13 +127,12 @@ def find_anchor(
 
 
 def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str = "") -> str:
-    """One record's completion, in the coordinates of `frame`. others: the other objects of the
-    image. color: the target's, if known."""
+    """One record's completion. others: the image's other objects. color: the target's, if known."""
     text = record.text.lower()
     # A size word after the relation describes the anchor: "the car below the largest plane".
     head = RELATION_WORDS.split(text)[0]
 
-    # 1. Candidates have the target's category, and its color if the expression names that.
+    # 1. Candidates have the target's category, and its color if the expression names it.
     target = Neighbor(record.category, record.box, color)
     center = box_center(record.box)
     alike = [o for o in others if o.category == record.category]
@@ -147,7 +141,7 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
     anchor = find_anchor(record, others, alike)
     nearest = sorted(alike, key=lambda o: math.dist(box_center(o.box), center))
 
-    # 2. Sort them as the expression asks; otherwise from left to right, without saying so.
+    # 2. Sort them as the expression asks, or from left to right without saying so.
     for order in ORDERS:
         words, introduction, measure, descending = order
         possible = measure != "distance" or anchor is not None
@@ -164,7 +158,7 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
         candidates.append((values[measure], o))
     candidates.sort(key=lambda entry: entry[0], reverse=descending)
 
-    # 3. The expression, the anchor, then a sentence for each candidate.
+    # 3. Write the expression, the anchor, then a sentence for each candidate.
     sentences = [f"{record.text}."]
     if anchor is not None:
         sentences.append(f"{noun_phrase(anchor)} near {point_text(anchor.box, frame)}.")
@@ -176,7 +170,7 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
         if SIZE_WORDS.search(head):
             line += f", of size {round(math.sqrt(box_area(frame.to_model(o.box))))}"
         if anchor is not None:
-            # The side, the distance, or both if the expression asks for both or neither.
+            # Give the side or the distance; both if the expression asks for both or neither.
             asks_side, asks_distance = SIDE_WORDS.search(text), DISTANCE_WORDS.search(text)
             origin = box_center(anchor.box)
             if abs(x - origin[0]) >= abs(y - origin[1]):
@@ -185,24 +179,22 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
                 side = "above" if y < origin[1] else "below"
             distance = round_coarsely(
                 math.dist(frame.to_model((x, y)), frame.to_model(origin)), frame)
-            if not distance:
-                # A field and its stadium share a center: neither lies to the left of the other.
+            if not distance:          # such as a field in its stadium
                 line += ", about where it is"
             else:
                 line += f", {side} it" if asks_side or not asks_distance else ""
                 line += f", {distance} away" if asks_distance or not asks_side else ""
         sentences.append(line + (": it fits." if o is target else "."))
-    # A tag within an expression must not look like one of the answer format.
+    # A tag in an expression must not look like one of the answer format.
     think = " ".join(sentences).replace("<", "(").replace(">", ")")
     return write(think, format_box(record.box, frame))
 
 
 def other_objects(record: Record, same_image: Sequence[Record]) -> list[Neighbor]:
-    """The other objects of a record's image. same_image: the split's records of it, so that
-    reasoning for a training record never mentions a test record's object."""
+    """same_image: only the split's records, so that training never mentions a test object."""
     if record.objects:
         return [Neighbor(o.category, o.box, o.color) for o in record.objects if o.box != record.box]
-    # An object can be annotated several times, under several expressions.
+    # Several expressions can annotate one object.
     boxes = torch.tensor([record.box, *(r.box for r in same_image)], dtype=torch.float64)
     same = reward.iou(boxes[:, None], boxes) >= data.SAME_BOX        # (boxes, boxes)
     distinct = [0]                # the record itself
@@ -212,12 +204,11 @@ def other_objects(record: Record, same_image: Sequence[Record]) -> list[Neighbor
     return [Neighbor(same_image[i - 1].category, same_image[i - 1].box) for i in distinct[1:]]
 
 
-def writer(
-        records: Sequence[Record], file: str | Path | None = None, answer_only: bool = False,
-) -> Callable[[Record, Frame], str]:
-    """-> function (record, frame) -> text of the completion.
+def writer(records: Sequence[Record], file: str | Path | None = None,
+           answer_only: bool = False) -> Callable[[Record, Frame], str]:
+    """-> function (record, frame) -> completion.
 
-    file: JSONL of reasoning; what it lacks or refuses is written from the annotations."""
+    file: JSONL of reasoning. Records that it lacks or refuses get theirs from the annotations."""
     reasoning = load_reasoning(file, records) if file and not answer_only else {}
     by_image = defaultdict(list)
     for record in records:
@@ -235,28 +226,23 @@ def writer(
         think, teacher_frame = given
         if teacher_frame is None or teacher_frame.extent == frame.extent:
             return write(think, box_text)
-        # Convert points and boxes to the student's frame, in whole numbers.
-        converted = ""
-        end = 0
-        for match in COORDINATES.finditer(think):
+
+        def convert(match: re.Match) -> str:
+            """A point or box, in whole numbers of the student's frame."""
             numbers = [float(number) for number in re.findall(PLAIN_NUMBER, match[0])]
             numbers = frame.to_model(teacher_frame.to_image(numbers))
-            blanks = re.sub(PLAIN_NUMBER, "{}", match[0])              # "(12, 30)" -> "({}, {})"
-            converted += think[end:match.start()] + blanks.format(*map(round, numbers))
-            end = match.end()
-        return write(converted + think[end:], box_text)
+            return re.sub(PLAIN_NUMBER, "{}", match[0]).format(*map(round, numbers))
+
+        return write(COORDINATES.sub(convert, think), box_text)
 
     return write_completion
 
 
 def load_reasoning(
-        path: str | Path, records: Sequence[Record],
-) -> dict[str, tuple[str, Frame | None] | None]:
-    """A JSONL of reasoning -> id -> (think, frame), None if the line says "refused".
-
-    A file with frames is a teacher's, which may lack records."""
-    reasoning = {}
-    unfinished = False
+        path: str | Path, records: Sequence[Record]) -> dict[str, tuple[str, Frame | None] | None]:
+    """{id: (think, frame), or None if refused}. Only a file with frames may lack records, because a
+    teacher may still be writing it."""
+    reasoning, may_lack = {}, False
     for number, line in read_json_lines(path):
         place = f"{path}, line {number}"
         try:
@@ -265,21 +251,20 @@ def load_reasoning(
                 reasoning[identity] = None
                 continue
             think, frame = line["think"], line.get("frame")
-            think.encode()        # fails for a lone surrogate, which has no bytes to train on
+            think.encode()                                    # fails for a lone surrogate
             if frame is not None:
                 sizes = tuple(frame["original"]), tuple(frame["resized"])
                 frame = Frame(*sizes, frame["convention"])
-                frame.to_model(frame.to_image((1, 1)))
-                unfinished = True
+                frame.to_model(frame.to_image((1, 1)))        # fails if a side is 0
+                may_lack = True
         except MALFORMED:
-            raise DataError(f'{place}: not a JSON object with "id", a text "think" and, perhaps, '
-                            'the "frame" of a teacher') from None
+            raise DataError(f'{place}: not a JSON object with "id", a text "think" and, '
+                            'optionally, a "frame"') from None
         if any(tag in think for tag in TAGS):
-            raise DataError(
-                f'{place}: "think" is the reasoning alone, without <think> or <answer> tags')
+            raise DataError(f'{place}: remove the <think> and <answer> tags from "think"')
         reasoning[identity] = think, frame
     missing = [record.id for record in records if record.id not in reasoning]
-    if missing and not unfinished:
+    if missing and not may_lack:
         raise DataError(f"{path}: no reasoning for {len(missing)} of {len(records)} records, "
                         f"the first is {missing[0]!r}")
     for record in records:
@@ -292,16 +277,15 @@ def load_reasoning(
 
 
 def flags() -> FlagParser:
-    parser = FlagParser(
-        "Shows the reasoning that sft.py trains on, with its pictures, or has a teacher write it")
+    parser = FlagParser("Shows the reasoning that sft.py trains on, or has a teacher write it")
     add = parser.add_argument
     add("name", help="data set")
     add("--root", help="its folder; default data/<name>")
     add("--split", default="sft", help="split")
     data.add_reading_flags(add, "--data-coords")
     add("--init", metavar="CKPT",
-        help="checkpoint that sets the coordinates, as sft.py --init does (default: image pixels); "
-        "with --coords resized: one that resizes images as the teacher does")
+        help="checkpoint that sets the coordinates, as in sft.py (default: image pixels); with "
+        "--coords resized, one that resizes images as the teacher does")
     add("--show", type=positive, default=8, help="records")
     add("--seed", type=int, default=0, help="of the teacher's sampling")
     add("--out", help="picture (cot_check.png) or teacher's JSONL (cot_<name>_<split>.jsonl)")
@@ -309,7 +293,7 @@ def flags() -> FlagParser:
     add("--teacher", metavar="CKPT or URL", help="has this checkpoint explain the known boxes, "
         "or the server at this address of OpenAI's protocol: http://host:port/v1")
     add("--limit", type=positive, help="records in this call; default: all that are left")
-    add("--want", type=positive, help="stop once this many are kept, earlier calls included")
+    add("--want", type=positive, help="stop when this many are kept, earlier calls included")
     add("--max-new-tokens", type=positive, default=400, help="longest explanation, tokens")
     add("--temperature", type=not_negative, default=0.7, help="of sampling; 0 is greedy")
     add = parser.add_argument_group("teacher, a checkpoint").add_argument
@@ -321,7 +305,7 @@ def flags() -> FlagParser:
         help="its coordinates: pixels of the image, of the resized image (needs --init), or "
         "thousandths of the sides")
     add("--parallel", type=positive, default=8, help="requests at once")
-    add("--tries", type=positive, default=8, help="requests for a whole answer in this call")
+    add("--tries", type=positive, default=8, help="requests for a record's answer in this call")
     add("--timeout", type=above_zero, default=120.0, help="seconds for an answer")
     add("--key-env", metavar="NAME", default="OPENAI_API_KEY",
         help="environment variable with the server's key, if it needs one")
@@ -330,8 +314,7 @@ def flags() -> FlagParser:
 
 def main() -> None:
     args = flags().parse_args()
-    # An expression may hold characters that the terminal's encoding lacks.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")        # for characters that it cannot show
     check_teacher_flags(args)
     records = data.load(args.name, args.root, args.split, args.data_coords, args.stretch)
     if not records:
@@ -346,15 +329,14 @@ def main() -> None:
     check_writable(out.parent)
     write_completion = writer(records)
     pictures = []
-    stride = max(1, len(records) // args.show)         # evenly over the split
-    for record in records[::stride][:args.show]:
+    for record in records[::max(1, len(records) // args.show)][:args.show]:    # evenly spread
         image = data.open_image(record)
         frame = Frame(image.size, image.size, "absolute")
         if processor is not None:
             frame = processor(image, record.text).frame
         text = write_completion(record, frame)
         if not format_ok(text):
-            sys.exit(f"cot.py: record {record.id} makes a text that breaks the format: {text}")
+            sys.exit(f"cot.py: the text of record {record.id} breaks the answer format: {text}")
         print(f"{record.id}: {record.text}\n  {text}")
         pictures.append(draw_boxes(image, [(record.box, "red")], text))
     save_sheet(pictures, out)

@@ -1,9 +1,7 @@
-"""The answer format: what the model is asked, how a box is written and read, and its frame.
+"""The answer format: the prompt, how a box is written and read, and the frame of its coordinates.
 
-Nothing else in the project knows this format. To answer with something else, such as a point,
-edit this file, then the reward and the metrics, which take its boxes.
-
-Boxes are (x1, y1, x2, y2), floats.
+No other file depends on the format. To answer with something else, such as a point, edit this
+file, then the reward and the metrics, which take its boxes: (x1, y1, x2, y2), floats.
 """
 import json
 import math
@@ -16,8 +14,7 @@ Box = tuple[float, float, float, float]
 THINK = ("<think>", "</think>")
 ANSWER = ("<answer>", "</answer>")
 TAGS = (*THINK, *ANSWER)
-# A template for str.format, hence the doubled braces.
-EXAMPLE = '<answer>{{"bbox_2d": [x1, y1, x2, y2]}}</answer>'
+EXAMPLE = '<answer>{{"bbox_2d": [x1, y1, x2, y2]}}</answer>'         # for str.format
 PROMPT = (
     "Locate the object that is described: {text}\n"
     "First reason about positions in the image in <think> </think> tags, then answer with one box "
@@ -26,11 +23,8 @@ PROMPT = (
 
 @dataclass(frozen=True)
 class Frame:
-    """How a model's coordinates relate to an image.
-
-    Qwen2.5-VL answers in pixels of the resized image ("absolute"), Qwen2-VL and Qwen3-VL in
-    thousandths of its sides ("1000").
-    """
+    """A model's coordinates: Qwen2.5-VL answers in pixels of the resized image ("absolute"),
+    Qwen2-VL and Qwen3-VL in thousandths of its sides ("1000")."""
 
     original: tuple[int, int]     # (width, height)
     resized: tuple[int, int]
@@ -38,35 +32,34 @@ class Frame:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """The image's (width, height) in the model's coordinates."""
+        """(width, height) in the model's coordinates."""
         return self.resized if self.convention == "absolute" else (1000, 1000)
 
     def to_model(self, box: Sequence[float]) -> Box:
-        """Original pixels -> the model's coordinates, float."""
+        """Original pixels -> the model's coordinates."""
         return tuple(v * self.extent[i % 2] / self.original[i % 2] for i, v in enumerate(box))
 
     def to_image(self, box: Sequence[float]) -> Box:
-        """The model's coordinates -> original pixels, float."""
+        """The model's coordinates -> original pixels."""
         return tuple(v * self.original[i % 2] / self.extent[i % 2] for i, v in enumerate(box))
 
 
 def clamp_box(box: Sequence[float], size: tuple[float, float]) -> Box | None:
-    """A box cut to an image of size (W, H), or None if no area is left."""
-    # Python floats, because 1e300 would be infinite in float32.
+    """Clips a box to an image of size (W, H); None if no area is left."""
     x1, y1, x2, y2 = (float(min(max(v, 0), size[i % 2])) for i, v in enumerate(box))
     return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
 
 
 def locate(box: Sequence[float] | None, frame: Frame) -> Box | None:
-    """A box in the model's frame, or None -> original pixels, clamped; None if outside."""
+    """A box in the model's frame -> original pixels, clipped to the image; None if outside."""
     return box and clamp_box(frame.to_image(box), frame.original)
 
 
 def format_box(box: Sequence[float], frame: Frame) -> str:
-    """A box in original pixels as the model is trained to write it: "[x1, y1, x2, y2]".
+    """A box in original pixels -> whole numbers in the model's frame: "[x1, y1, x2, y2]".
 
-    The numbers are whole. The written box overlaps the given one, even if that is thinner than a
-    unit. Below, 2.55 and 2.58 both round to 3, and an interval from 3 to 4 would miss them:
+    The result overlaps even a box thinner than a unit. Below, 2.55 and 2.58 both round to 3, and an
+    interval from 3 to 4 would miss them:
 
     >>> format_box((2.6, 2.55, 7.2, 2.58), Frame((800, 800), (800, 800), "absolute"))
     '[3, 2, 7, 3]'
@@ -76,7 +69,7 @@ def format_box(box: Sequence[float], frame: Frame) -> str:
     for low, high, most in zip((x1, y1), (x2, y2), frame.extent):
         start, end = round(low), round(high)
         if start == end:
-            # The unit that holds the centre of a thin box holds most of the box.
+            # Take the unit with the centre, which contains most of a thin box.
             start = math.floor((low + high) / 2)
         start = min(max(start, 0), most - 1)
         intervals.append((start, min(max(end, start + 1), most)))
@@ -85,42 +78,39 @@ def format_box(box: Sequence[float], frame: Frame) -> str:
 
 
 def write(think: str | None, box_text: str) -> str:
-    """A completion from its reasoning (None for none) and a box written by `format_box`."""
+    """-> completion. box_text: from `format_box`."""
     reasoning = "" if think is None else f"<think>{think}</think>"
     return f'{reasoning}<answer>{{"bbox_2d": {box_text}}}</answer>'
 
 
 FAILURES = (
     "no answer", "several answers", "not JSON", "no bbox_2d", "not four numbers", "no area")
-WHOLE = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
+WHOLE = re.compile(r"\s*<think>(.*)</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 
 
 def parse_box(text: str) -> Box | None:
-    """The box of a completion, in the model's frame, or None.
-
-    Strict: exactly one <answer>, which holds one JSON object with exactly one "bbox_2d" of
-    four finite JSON numbers, x2 > x1 and y2 > y1. Other keys and text outside the answer
-    are ignored. Never raises and takes linear time, since a policy may write any text.
-    """
+    """The box of a completion, in the model's frame; None unless its one <answer> is a JSON object
+    with one "bbox_2d" of four finite numbers, x2 > x1 and y2 > y1. Ignores other keys and other
+    text. Never raises and takes linear time, because a policy may write anything."""
     box, why = read_answer(text)
     return None if why else box
 
 
 def failure(text: str) -> str | None:
-    """None if `parse_box` finds a box, otherwise the reason: one of FAILURES."""
+    """Why `parse_box` finds no box: one of FAILURES, or None if it finds one."""
     return read_answer(text)[1]
 
 
 def format_ok(text: str) -> bool:
-    """True for one think block, then one answer with a box, and only white space around."""
-    # Counting first keeps the pattern linear: each tag can match in one place only.
+    """True for one think block, then one answer with a box, and only white space around them."""
+    # Counting first keeps the match linear: each tag fits in one place only.
     once = all(text.count(tag) == 1 for tag in TAGS)
     return once and WHOLE.fullmatch(text) is not None and parse_box(text) is not None
 
 
 def read_answer(text: str) -> tuple[Box | None, str | None]:
-    """-> (box, None), or (None, one of FAILURES); for "no area" the box is returned as
-    well, since VRSBench's own metric gives lines and points an area."""
+    """-> (box, None) or (None, one of FAILURES). "no area" comes with the box, because VRSBench's
+    own metric gives lines and points an area."""
     opening, closing = ANSWER
     if text.count(opening) > 1 or text.count(closing) > 1:
         return None, "several answers"
@@ -128,8 +118,8 @@ def read_answer(text: str) -> tuple[Box | None, str | None]:
     if start < 0 or end < start:
         return None, "no answer"
     try:
-        # Objects become tuples of pairs, which show a repeated key. NaN and Infinity are
-        # not JSON, but Python accepts them: int("NaN") raises ValueError.
+        # Pairs, unlike a dict, show a repeated key. NaN and Infinity are not JSON, but Python
+        # accepts them; int("NaN") raises ValueError.
         content = json.loads(
             text[start + len(opening):end],
             object_pairs_hook=tuple, parse_int=float, parse_constant=int)
@@ -143,31 +133,28 @@ def read_answer(text: str) -> tuple[Box | None, str | None]:
 
 
 def checked(value: Any) -> tuple[Box | None, str | None]:
-    """A parsed JSON value with float numbers -> a box or a failure, as `read_answer`."""
+    """A JSON value with float numbers -> as `read_answer`."""
     four = isinstance(value, list) and len(value) == 4
-    # Booleans are not floats; 1e999 and an integer of 5,000 digits are infinite.
+    # 1e999 and an integer of 5,000 digits are infinite.
     if not four or not all(isinstance(x, float) and math.isfinite(x) for x in value):
         return None, "not four numbers"
     x1, y1, x2, y2 = value
     return (x1, y1, x2, y2), None if x2 > x1 and y2 > y1 else "no area"
 
 
-# ---------------------------------------------------------------- text to box, leniently
-
-# Bounded lengths keep the search linear on hostile text.
+# At most 15 digits, to keep the search linear.
 NUMBER = r"\s*(-?[0-9]{1,15}(?:\.[0-9]{1,15})?(?:[eE][+-]?[0-9]{1,3})?)\s*"
 POINT = rf"\({NUMBER},{NUMBER}\)"
-# A list of four numbers, or two corners. A third corner makes it a polygon.
+# A list of four numbers, or two corners. With a third corner it is a polygon.
 FOUR_NUMBERS = re.compile(
     rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]|{POINT}\s*,\s*{POINT}(?P<polygon>\s*,\s*\()?")
 
 
 def parse_box_lenient(text: str) -> Box | None:
-    """The box of `parse_box`, else the first four numbers after the last <answer> (without one,
-    after the last </think>; without that, anywhere).
+    """The box of `parse_box`, or the first four numbers after the last <answer>, or </think>.
 
-    For reports on models that were not trained on our format; the reward never uses it. It reads
-    Qwen2.5-VL's [{"bbox_2d": [...]}] and Qwen2-VL's <|box_start|>(x1,y1),(x2,y2)<|box_end|>.
+    Only for reports on models not trained on our format. It reads Qwen2.5-VL's
+    [{"bbox_2d": [...]}] and Qwen2-VL's <|box_start|>(x1,y1),(x2,y2)<|box_end|>.
     """
     box = parse_box(text)
     if box is not None:

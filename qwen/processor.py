@@ -1,7 +1,4 @@
-"""From image and expression to the model's input: resizing, patches, chat prompt, tokens.
-
-The model answers in its own coordinates; `answer.locate` converts a box with the prompt's Frame.
-"""
+"""From image and expression to the model's input: resizing, patches, chat prompt, tokens."""
 import hashlib
 import json
 import math
@@ -23,24 +20,24 @@ from readers.base import ASPECT, DataError, read_json
 from readers.images import rgb
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-# model_type, convention of coordinates (as in Frame), system turn (None: the template has none).
+# model_type, convention of coordinates (as in Frame), system turn (None without one).
 CHAT_FORMATS = {
     "Qwen2VLProcessor": ("qwen2_vl", "1000", "You are a helpful assistant."),
     "Qwen2_5_VLProcessor": ("qwen2_5_vl", "absolute", "You are a helpful assistant."),
     "Qwen3VLProcessor": ("qwen3_vl", "1000", None)}
-# The image processor's settings: newer checkpoints have them in the first file, under
-# "image_processor". With both files, transformers reads the first.
+# Newer checkpoints have the image settings in the first file, under "image_processor". If there
+# are both, transformers reads the first.
 IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = (
     *IMAGE_FILES, "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
     "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
     "generation_config.json")
-# Settings with the only value that this code supports; 3 is bicubic.
+# The only values that this code supports; 3 is bicubic.
 IMAGE_SETTINGS = {
     "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
     "do_center_crop": False, "resample": 3, "rescale_factor": 1 / 255}
 COPY_AGAIN = "copy the file again from the hub page"
-# Qwen's pre-tokenizer: where a text is cut before merges apply.
+# Qwen's pre-tokenizer cuts a text into these pieces before merges apply.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -48,13 +45,12 @@ WORDS = (
 
 def smart_resize(
         width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(width, height) of the resized image by the families' rule: multiples of `factor`, an area
-    between min_pixels and max_pixels, nearly the same aspect ratio. DataError if it is too long."""
+    """-> (width, height): multiples of `factor`, nearly the same aspect ratio, an area between the
+    limits. DataError if the image is too long."""
     if max(width, height) > ASPECT * min(width, height):
         raise DataError(f"an image of {width} x {height} is over {ASPECT} times as long as wide; "
                         "cut it")
-    w = round(width / factor) * factor
-    h = round(height / factor) * factor
+    w, h = round(width / factor) * factor, round(height / factor) * factor
     if w * h > max_pixels:
         shrink = math.sqrt(width * height / max_pixels)
         w = max(factor, math.floor(width / shrink / factor) * factor)
@@ -67,8 +63,8 @@ def smart_resize(
 
 
 def cut_patches(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
-    """Pixels (H, W, C) -> patches (N, C, patch, patch) in the vision tower's order: it joins
-    merge x merge neighbours to one token. An image of 2 x 4 patches, of one pixel each:
+    """Pixels (H, W, C) -> patches (N, C, patch, patch), block by block, because the vision tower
+    merges merge x merge neighbours into one token. An image of 2 x 4 patches of one pixel:
 
     >>> pixels = np.array([[0, 1, 2, 3],
     ...                    [4, 5, 6, 7]])[..., None]
@@ -84,18 +80,18 @@ def cut_patches(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pixels:
-    """An image's patches as bytes: the model's floats take eight times as much to send."""
+    """An image's patches as bytes: the model's floats would take eight times as long to send."""
 
     values: Tensor                # (patches, channels, patch, patch) uint8
-    table: Tensor                 # (channels, 256) float32: what each byte is normalised to
-    frames: int                   # of the temporal patch; a still image fills all of them
+    table: Tensor                 # (channels, 256) float32: normalised value of each byte
+    frames: int                   # of the temporal patch; a still image is repeated in all
 
     def normalised(
             self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-        """(patches, D) as the model takes them; D = channels * frames * patch^2."""
+        """-> (patches, channels * frames * patch^2)"""
         values = self.values.to(device, non_blocking=True)
         table = self.table.to(device, dtype)
-        # One lookup for all channels: the values of channel c start at c * 256.
+        # One lookup for all channels: channel c starts at c * 256.
         first = torch.arange(len(table), dtype=torch.int32, device=device) * 256
         places = values.int().add_(first[:, None, None]).flatten()
         one_frame = table.flatten().index_select(0, places).view(len(values), len(table), 1, -1)
@@ -115,20 +111,20 @@ class Prompt:
 
 
 def prompt_hash() -> str:
-    """12 hex characters of the prompt's text and chat formats, for run.json."""
+    """12 hex digits for run.json."""
     return hashlib.sha256(repr((PROMPT, CHAT_FORMATS)).encode()).hexdigest()[:12]
 
 
 @dataclass(eq=False)
 class Processor:
-    """Image and expression -> Prompt, completion -> ids, ids -> text. Threads may share one."""
+    """Image and expression -> Prompt, completion <-> ids. Threads may share one."""
 
     tokenizer: Tokenizer
-    ordinary: Tokenizer           # without added tokens: it reads "<|im_end|>" as letters
+    ordinary: Tokenizer           # without added tokens: reads "<|im_end|>" as letters
     source: Path                  # folder of the tokenizer's files
     ids: dict[str, int | None]    # of SPECIAL and <|endoftext|>
     end_id: int                   # end of the assistant's turn
-    tags: dict[str, int]          # TAGS that are tokens: Qwen3-VL has <think> and </think>
+    tags: dict[str, int]          # TAGS that are tokens, such as Qwen3-VL's <think>
     image_file: Path              # file of the image settings
     family: str                   # config.json's model_type
     convention: str               # of coordinates, as in Frame
@@ -142,23 +138,21 @@ class Processor:
     std: np.ndarray
 
     @classmethod
-    def from_pretrained(
-            cls, path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None,
-    ) -> "Processor":
-        """From a checkpoint's folder, or a stage's (its newest step). Given pixel limits replace
-        the file's. DataError if files are missing or wrong."""
+    def from_pretrained(cls, path: str | Path, min_pixels: int | None = None,
+                        max_pixels: int | None = None) -> "Processor":
+        """path: a checkpoint, or a stage's folder (its newest step). Given limits replace the
+        file's. DataError if files are missing or wrong."""
         folder = newest_step(path)
-        # An adapter from elsewhere comes without these files; its base has them.
         if not any((folder / name).exists() for name in IMAGE_FILES):
-            folder = base_folder(folder)
+            folder = base_folder(folder)         # of an adapter made elsewhere
         settings = read_settings(folder, min_pixels, max_pixels)
         tokenizer = read_tokenizer(folder)
         ids = {t: tokenizer.token_to_id(t) for t in (*SPECIAL, "<|endoftext|>")}
         for token in SPECIAL:
             if ids[token] is None:
                 raise DataError(f"{folder}: the tokenizer has no {token}; use a Qwen-VL model's")
-        added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
-        tags = {tag: added[tag] for tag in TAGS if tag in added}
+        added = tokenizer.get_added_tokens_decoder().items()
+        tags = {token.content: i for i, token in added if token.content in TAGS}
         plain = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
         ordinary = Tokenizer.from_str(json.dumps(plain))
         return cls(tokenizer, ordinary, folder, ids, ids["<|im_end|>"], tags, **settings)
@@ -166,7 +160,7 @@ class Processor:
     def check_fits(self, config: Any) -> None:
         """CheckpointError unless this belongs to a model of this model.Config."""
         image, vision = self.image_file, config.vision
-        # Another family has another convention for coordinates; no later check would notice.
+        # With another family's convention for coordinates, training would run, and learn nonsense.
         for file, name, ours, theirs in (
                 (image, "the family", FAMILIES[self.family], config.family),
                 (image, "patch_size", self.patch, vision.patch),
@@ -184,24 +178,21 @@ class Processor:
     def __call__(self, image: Image.Image, text: str) -> Prompt:
         pixels, grid, resized = self.patches(image)
         ids = self.turns(PROMPT, int(grid.prod()) // self.merge ** 2, text=text)
-        frame = Frame(image.size, resized, self.convention)
-        return Prompt(torch.tensor(ids), pixels, grid, frame)
+        return Prompt(torch.tensor(ids), pixels, grid, Frame(image.size, resized, self.convention))
 
     def patches(self, image: Image.Image) -> tuple[Pixels, Tensor, tuple[int, int]]:
-        """An image -> its patches, image_grid_thw (1, 3), resized (width, height)."""
-        factor = self.patch * self.merge
-        width, height = smart_resize(*image.size, factor, self.min_pixels, self.max_pixels)
+        """-> patches, image_grid_thw (1, 3), resized (width, height)"""
+        width, height = frame_by_coords(image.size, "resized", self).resized
         resized = rgb(image).resize((width, height), Image.Resampling.BICUBIC)
         values = torch.from_numpy(cut_patches(np.asarray(resized), self.patch, self.merge))
-        # A channel has 256 values at most: normalise these, then look up.
         shades = np.arange(256, dtype=np.float32)[:, None]
         table = torch.from_numpy(((shades / 255 - self.mean) / self.std).T.copy())
         grid = torch.tensor([[1, height // self.patch, width // self.patch]])
         return Pixels(values, table, self.temporal_patch), grid, (width, height)
 
     def turns(self, user: str, image_tokens: int, **blanks: str) -> list[int]:
-        """The family's chat prompt as ids: system turn, user turn with the image, start of the
-        answer. With blanks, `user` is a template of ours, which they fill in."""
+        """The family's chat prompt as ids, up to the start of the answer. With blanks, `user` is a
+        template that they fill in."""
         start, end, vision_start, vision_end, image = (self.ids[t] for t in SPECIAL)
         ids = []
         if self.system is not None:
@@ -211,53 +202,52 @@ class Processor:
         return [*ids, start, *self.words("assistant\n")]
 
     def words(self, text: str, /, tags: bool = False, **blanks: str) -> list[int]:
-        """Text -> ids. Special tokens are read as letters, so an expression may contain anything;
-        with `tags`, self.tags are tokens. With blanks, `text` is a template that they fill in.
-        A lone surrogate, which cannot be encoded, becomes "?"."""
+        """Text -> ids. Special tokens are read as letters, because an expression may contain
+        anything; only with `tags`, self.tags are tokens. Blanks fill in `text`, a template."""
         known = self.tags if tags else {}
         ids = []
         for part in re.split(f"({'|'.join(known)})", text) if known else [text]:
             if part in known:
                 ids.append(known[part])
-                continue
-            part = part.format(**blanks) if blanks else part
-            part = part.encode("utf-8", "replace").decode()
-            ids += self.ordinary.encode(part, add_special_tokens=False).ids
+            else:
+                part = part.format(**blanks) if blanks else part
+                part = part.encode("utf-8", "replace").decode()        # lone surrogates -> "?"
+                ids += self.ordinary.encode(part, add_special_tokens=False).ids
         return ids
 
     def encode(self, completion: str) -> Tensor:
-        """A completion's text -> (L,) long, with the end of the turn."""
+        """Completion -> (L,) long, with the end of the turn."""
         return torch.tensor([*self.words(completion, tags=True), self.end_id])
 
     def decode(self, ids: Tensor | list[int]) -> str:
-        """Ids of a completion -> its text, without the stop token at its end."""
+        """Ids -> completion, without the stop token at its end."""
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if ids and ids[-1] in (self.end_id, self.ids["<|endoftext|>"]):
             ids.pop()
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Copies the files of tokenizer and processor, with the pixel limits in use."""
+        """Copies the tokenizer's and processor's files, with the pixel limits in use."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
             if (self.source / name).exists():
                 shutil.copyfile(self.source / name, path / name)
-        # Other programs may read the other file, or the limits' other names.
-        edges = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        # Other programs may read the other file, or the limits under their other names.
         for name in IMAGE_FILES:
             content = read_object(self.source / name)
             image = content.get("image_processor") if name == IMAGE_FILES[0] else content
             if image:
                 image |= {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
                 if image.get("size"):
-                    image["size"] = edges
+                    image["size"] = {
+                        "shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
                 (path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def frame_by_coords(size: tuple[int, int], coords: str, processor: Processor | None) -> Frame:
-    """The frame of an image of this size, for the --coords original (pixels of the image),
-    resized (pixels after the processor's resizing), 1000 or fraction (of the sides)."""
+    """size: (width, height). coords: original (pixels), resized (pixels after the processor's
+    resizing), 1000 or fraction (of the sides)."""
     resized = (1, 1) if coords == "fraction" else size
     if coords == "resized":
         factor = processor.patch * processor.merge
@@ -266,7 +256,7 @@ def frame_by_coords(size: tuple[int, int], coords: str, processor: Processor | N
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON file's object; {} without the file."""
+    """{} without the file."""
     content = read_json(file)
     if content is not None and not isinstance(content, dict):
         raise DataError(f"{file}: not a JSON object; {COPY_AGAIN}")
@@ -274,8 +264,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_settings(folder: Path, min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
-    """The settings in a folder's files, as fields of Processor; DataError for a missing or wrong
-    one, and for one that makes other pixels than `Processor.patches`."""
+    """-> fields of Processor. DataError for missing, wrong and unsupported settings."""
     file = folder / IMAGE_FILES[0]
     nested = read_object(file)
     image = nested.get("image_processor")
@@ -291,8 +280,7 @@ def read_settings(folder: Path, min_pixels: int | None, max_pixels: int | None) 
             equal = isinstance(value, (int, float)) and abs(value - ours) < 1e-6
             if value is not None and not equal:
                 raise ValueError(f"{name} is {value!r}, but this code supports only {ours}")
-        # transformers' precedence: min_pixels and max_pixels win over "size". Its edges are
-        # areas as well; some files have min_pixels and max_pixels in it.
+        # As in transformers, min_pixels and max_pixels win over "size". Its "edges" are areas too.
         size = image.get("size") or {}
         if not isinstance(size, dict):
             raise ValueError(f"size is {size!r}, not shortest_edge and longest_edge")
@@ -304,7 +292,7 @@ def read_settings(folder: Path, min_pixels: int | None, max_pixels: int | None) 
             known = [value for value in values if value is not None]
             if size and not known:
                 raise ValueError(f"size has no {edge}")
-            whole[name] = [*known, default][0]
+            whole[name] = known[0] if known else default
         for name, value in whole.items():
             if type(value) is not int or not 0 < value < 2 ** 31:
                 raise ValueError(f"{name} is {value!r}, not a whole number above 0")
@@ -336,13 +324,12 @@ def read_settings(folder: Path, min_pixels: int | None, max_pixels: int | None) 
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """From tokenizer.json, or from vocab.json and merges.txt with the added tokens of
-    tokenizer_config.json or added_tokens.json. DataError if a checkpoint's folder has neither."""
+    """From tokenizer.json, or from vocab.json, merges.txt and a file of added tokens."""
     try:
         if (folder / "tokenizer.json").exists():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         else:
-            files = [folder / "vocab.json", folder / "merges.txt"]
+            files = folder / "vocab.json", folder / "merges.txt"
             if not all(file.exists() for file in files):
                 raise DataError(f"no tokenizer at {folder}: neither tokenizer.json nor vocab.json "
                                 "with merges.txt; copy them from the hub page")
@@ -357,8 +344,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
                 if tokenizer.token_to_id(token["content"]) != i:
                     raise DataError(f"{folder}: {token['content']} should have id {i}, but "
                                     f"vocab.json leaves another one for it; {COPY_AGAIN}")
-        # tokenizer.json may hold how an earlier program cut, padded or (BPE dropout)
-        # randomised its texts, and the library would continue.
+        # tokenizer.json may say that texts are cut, padded or (BPE dropout) randomised.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.model.dropout = None
@@ -366,5 +352,5 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     except (DataError, CheckpointError):
         raise
     except Exception as error:                   # the library raises nothing narrower
-        reason = " ".join(str(error).split())    # some of its messages have several lines
+        reason = " ".join(str(error).split())    # on one line
         raise DataError(f"{folder}: the tokenizer is unreadable ({reason}); {COPY_AGAIN}") from None
