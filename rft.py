@@ -514,15 +514,6 @@ def set_old_policy(
 
 # ---------------------------------------------------------------- the log
 
-def positional_alone(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """(Q,) bool: groups in which only the positional term of the reward varies."""
-    alone = varies(terms["positional"]) & (weights["positional"] != 0)
-    for name, weight in weights.items():
-        if weight and name != "positional":
-            alone = alone & ~varies(terms[name])
-    return alone
-
-
 def sum_over_processes(own: dict[str, Any]) -> dict[str, float]:
     values = torch.tensor([float(v) for v in own.values()], dtype=torch.float64)
     return dict(zip(own, dist.all_sum(values).tolist()))
@@ -559,7 +550,11 @@ def summary(
         "groups_with_boxes": several_boxes.sum(),
     }
     if "positional" in args.reward:
-        alone = positional_alone(logged, args.reward)
+        # Groups in which only the positional term of the reward varies.
+        alone = torch.tensor(args.reward["positional"] != 0) & varies(logged["positional"])
+        for name, factor in args.reward.items():
+            if factor and name != "positional":
+                alone = alone & ~varies(logged[name])
         own["positional_alone_advantage"] = advantage[alone].abs().sum() / n
     line = sum_over_processes(own)
     line["dispersion"] /= max(1.0, line.pop("groups_with_boxes"))

@@ -530,21 +530,29 @@ def test_a_reward_without_sense_is_refused_in_one_line(
     assert "the reward term nan is not finite" in capsys.readouterr().err
 
 
-def test_groups_that_the_positional_term_alone_tells_apart() -> None:
+def test_groups_in_which_only_the_positional_term_varies() -> None:
     flat = torch.tensor([0.0, 0.0])
     steep = torch.tensor([0.2, 0.7])
-    terms = {
-        "iou": torch.stack((flat, steep, flat, flat)),
-        "positional": torch.stack((steep, steep, flat, steep)),
-        "format": torch.stack((flat, flat, steep, steep)),
-    }
-    weights = {"iou": 1.0, "positional": 0.1, "format": 1.0}
-    assert rft.positional_alone(terms, weights).tolist() == [True, False, False, False]
-    # A term of weight 0 tells nothing apart.
-    without_format = weights | {"format": 0.0}
-    assert rft.positional_alone(terms, without_format).tolist() == [True, False, False, True]
-    without_positional = weights | {"positional": 0.0}
-    assert not rft.positional_alone(terms, without_positional).any()
+    terms = {"iou": (flat, steep, flat, flat), "positional": (steep, steep, flat, steep),
+             "format": (flat, flat, steep, steep)}
+    groups = []
+    for q in range(4):
+        group = Group(RECORD, None, [], [], ["a", "b"], torch.zeros(2), torch.zeros(2, 4))
+        group.terms = {name: values[q] for name, values in terms.items()}
+        group.reward = sum(group.terms.values())
+        groups.append(group)
+
+    def alone(**reward: float) -> list[float]:
+        """Of each group, the share of the step's |A| if only this group had some."""
+        args = step_flags(group=2, reward={"iou": 1.0, "positional": 0.1, "format": 1.0} | reward)
+        lines = [rft.summary(groups, a[:, None].expand(4, 2), torch.ones(4), args)
+                 for a in torch.eye(4)]
+        return [line["positional_alone_advantage"] for line in lines]
+    assert alone() == [1, 0, 0, 0]
+    # A term of weight 0 does not separate answers.
+    assert alone(format=0.0) == [1, 0, 0, 1]
+    assert alone(positional=0.0) == [0, 0, 0, 0]
+
 
 
 def test_rewards_or_an_entropy_that_collapse_are_warned_about() -> None:
