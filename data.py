@@ -3,31 +3,24 @@
     python data.py dior           checks a data set: counts, refused and repaired records, images
     python data.py dior rrsisd    what is trained on in one and scored in the other
 
-Boxes are xyxy, float pixels of the original image. From file to prompt: readers/dior.read finds
-annotations -> readers/collect finds each image and repairs or refuses its box -> `load` ->
-`open_image` -> qwen/processor.
-
-A new data set is one file in readers/ and its line in READERS below. Its function reads the splits
-that the files have, and `read_split` makes "sft", "rft" and "val" of them. For lines like
-{"file": "1.jpg", "text": "a ship", "box": [1, 2, 30, 40]}:
+Boxes are xyxy, float pixels of the original image. A new data set is one file in readers/ and its
+line in READERS below. Its function reads the splits that the files have; `read_split` makes "sft",
+"rft" and "val" of them. For an array of {"file": "1.jpg", "text": "a ship", "box": [1, 2, 30, 40]}:
 
     def read(root: Path, split: str) -> Records:
-        file = first_existing(root, f"{split}.jsonl")          # NoSplit if there is none
+        file = first_existing(root, f"{split}.json")           # NoSplit if there is none
         collector = Collector(root)
-        for number, row in read_json_lines(file):
-            where = f"{file}, line {number}"
-            if row is None:
-                collector.refuse("no JSON object", where)
-                continue
-            collector.add(where, f"{split}-{number}", row.get("file"), row.get("text"),
-                          row.get("box"))
+        for i, row in enumerate(read_json(file)):
+            collector.add(f"{file}, row {i}", f"{split}-{i}", row["file"], row["text"], row["box"])
         return collector.records
 """
 import argparse
 import functools
 import math
+import re
 import runpy
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -52,10 +45,12 @@ from readers.base import (
 
 # Two boxes of one image are of the same object if their IoU is at least this.
 SAME_BOX = 0.9
+# Splits to train on. refGeo has "rsvg_train" and "rsvg_train_v2".
+TRAINING = re.compile("sft|rft|.*train(_v2)?")
 
 
 def read_synth(root: Path, split: str, name: str = "synth") -> Records:
-    """An embedded world, one of scenes.WORLDS. It is drawn, so root is not used."""
+    """One of scenes.WORLDS. It is drawn, so root is not used."""
     from toy import scenes
 
     splits = scenes.WORLDS[name]
@@ -94,13 +89,9 @@ PUBLISHED = {
 def load(
         name: str, root: str | Path | None = None, split: str = "train",
         coords: str | None = None, stretch: Stretch | None = None) -> Records:
-    """The records of a data set's split. root: its folder, by default data/<name>.
-
-    A mixture is "dior+vrsbench:0.5"; then root is the folder that holds dior/ and vrsbench/.
-    coords: a key of COORDS, the unit of the boxes if the data set leaves it open. stretch:
-    percentiles that become black and white in 16-bit or float images, else these are refused.
-    DataError if there is no such data set or split, or its files don't fit.
-    """
+    """A split of a data set. root: its folder, by default data/<name>; of a mixture like
+    "dior+vrsbench:0.5" the folder that holds dior/ and vrsbench/. coords, stretch: as the flags.
+    DataError if there is no such data set or split, or its files don't fit."""
     is_mixture = "+" in name or ":" in name
     if coords and (is_mixture or name in OWN_UNIT):
         raise DataError(f"--coords {coords} is for a data set that leaves the unit of its boxes "
@@ -125,11 +116,8 @@ def load(
 
 
 def read_split(name: str, root: Path, split: str) -> Records:
-    """Records of a split, by the data set's reader.
-
-    If the files have no "sft" or "rft", these are "train". If they have no "val" either, it is
-    one image in 20 of train, chosen by name, and "sft" and "rft" get the others.
-    """
+    """Without files of their own "sft" and "rft" are "train". If there is no "val" either, it is
+    one image in 20 of train, chosen by name, and "sft" and "rft" get the others."""
     read = READERS[name]
     has_val = "val" in PUBLISHED.get(name, ())       # even if the files here lack it
     try:
@@ -160,9 +148,8 @@ def read_split(name: str, root: Path, split: str) -> Records:
 def mixture(names: str, root: Path, split: str) -> Records:
     """Records of several data sets, "dior+vrsbench:0.5", shuffled in a fixed order.
 
-    A weight of 0.5 takes half of a part's records; 2.5 takes all twice and half of them again.
-    Splits that are not for training hold each record once. Ids get their data set's name and the
-    repetition. Choice and order depend on ids alone, so a larger share holds the smaller one.
+    A weight of 2.5 takes all records twice and half of them again; splits that are not for
+    training hold each once. The choice depends on ids alone: a larger share holds the smaller one.
     """
     mixed = Records([], {})
     notes: dict[str, str] = {}
@@ -177,7 +164,7 @@ def mixture(names: str, root: Path, split: str) -> Records:
                 f"{part!r} can't be a part of the mixture {names!r}; give each data set's name "
                 "once, then :WEIGHT if not 1, above 0 and below 1000; there are "
                 f"{', '.join(READERS)}")
-        weight = weight if is_training(split) else 1.0
+        weight = weight if TRAINING.fullmatch(split) else 1.0
         records = read_split(name, root / name, split)
         ordered = sorted(records, key=lambda r: sha256(f"{name}/{r.id}"))
         for turn in range(math.ceil(weight)):
@@ -193,11 +180,6 @@ def mixture(names: str, root: Path, split: str) -> Records:
     return mixed
 
 
-def is_training(split: str) -> bool:
-    """Is this a split to train on? refGeo has "rsvg_train" and "rsvg_train_v2"."""
-    return split in ("sft", "rft") or split.removesuffix("_v2").endswith("train")
-
-
 def refusal_summary(records: Records, name: str, root: str | Path | None, split: str) -> str:
     """How many of a split's records are refused, why, and how to see where; "" if none is."""
     refused = sum(records.refusals.values())
@@ -210,11 +192,9 @@ def refusal_summary(records: Records, name: str, root: str | Path | None, split:
             f"python data.py {name}{f' --root {root}' if root else ''} --split {split} says where")
 
 
-def open_image(record: Record) -> Image.Image:
-    """The record's image, PIL RGB; UnreadableImage if it can't be decoded to its end.
-
-    Pixels are as stored, since boxes are: EXIF turns nothing, unlike in `eval.py --image`.
-    """
+def open_image(record: Record, or_blank: bool = False) -> Image.Image:
+    """RGB, not turned by EXIF, since boxes are not (`eval.py --image` does turn). If it can't be
+    decoded to its end: UnreadableImage, or gray if or_blank."""
     if not isinstance(record.image, Path):
         return record.image.draw()
     try:
@@ -223,39 +203,32 @@ def open_image(record: Record) -> Image.Image:
             raise images.ImageError(f"{image.size} pixels, but {record.size} were found before")
         return image
     except (OSError, images.ImageError) as error:
+        if or_blank:
+            return Image.new("RGB", record.size, "gray")
         raise UnreadableImage(f"{record.image}: unreadable image of record {record.id} ({error}); "
                               "repair or remove it") from None
 
 
-def open_or_blank(record: Record) -> Image.Image:
-    """The record's image, for a picture; a gray one of its size if it can't be decoded."""
-    try:
-        return open_image(record)
-    except UnreadableImage:
-        return Image.new("RGB", record.size, "gray")
-
-
 def find_shared(
-        records: Sequence[Record], training: Iterable[Record],
+        records: Sequence[Record], training: Sequence[Record],
         pixels: dict[Any, Any] | None = None) -> list[str | None]:
     """What of each record is in the training data: "record", "image" or None.
 
     "record": its image, and a box with an IoU of SAME_BOX or more, whatever the expression.
-    Images are the same if their names without suffix are, or their pixels (image -> hash), if
-    given. Boxes are fractions of the image's sides, so a copy may be resized.
+    Images are the same if their names without suffix are, or their pixels (image -> hash).
     """
-    def key_and_box(r: Record) -> tuple[Any, list[float]]:
+    keyed = []                    # image, and box as fractions of its sides
+    for r in (*training, *records):
         if pixels is not None:
             key = pixels.get(r.image, r.image)
         else:
             key = r.image.stem if isinstance(r.image, Path) else r.image
-        return key, [v / side for v, side in zip(r.box, (*r.size, *r.size))]
-
-    by_image: dict[Any, list[list[float]]] = {}
-    for key, box in map(key_and_box, training):
-        by_image.setdefault(key, []).append(box)
+        keyed.append((key, [v / side for v, side in zip(r.box, (*r.size, *r.size))]))
+    by_image = defaultdict(list)
+    for key, box in keyed[:len(training)]:
+        by_image[key].append(box)
     shared: list[str | None] = []
-    for key, box in map(key_and_box, records):
+    for key, box in keyed[len(training):]:
         trained = torch.tensor(by_image.get(key, []), dtype=torch.float64).view(-1, 4)
         iou = reward.iou(torch.tensor(box, dtype=torch.float64), trained)          # (N,)
         in_image = "image" if len(trained) else None
@@ -264,8 +237,6 @@ def find_shared(
 
 
 class StretchFlag(argparse.Action):
-    """LOW HIGH -> two percentiles."""
-
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         low, high = values
         if not 0 <= low < high <= 100:
@@ -275,7 +246,7 @@ class StretchFlag(argparse.Action):
 
 
 def add_reading_flags(add: Callable[..., argparse.Action], coords: str = "--coords") -> None:
-    """Adds --coords and --stretch by a parser's add_argument. coords: another name for it."""
+    """add: a parser's add_argument. coords: another name for --coords."""
     add(coords, choices=list(COORDS),
         help="unit of the boxes, if the data set leaves it open: fractions or thousandths of the "
         "image's sides, or pixels (the default)")

@@ -1,15 +1,12 @@
 """Evaluation: scores every stage, or anyone's predictions, in one table.
 
-Records -> a prediction for each, from a model (`evaluate`) or a file -> a row of scores
-(`score_predictions`, `details`) -> a table on the terminal, and in one folder eval.json (its keys
-are in docs/logs.md), report.html, predictions and pictures.
+Prints a table, and writes eval.json (keys: docs/logs.md), report.html, predictions and pictures.
 
 Boxes are clamped to the image and compared in pixels of the original image, as floats (no +1
 pixel). A box counts if IoU > t, as in DIOR-RSVG's evaluation (IoU >= t on opt, as in OPT-RSVG's);
 DIOR-RSVG's script also cuts the true boxes to whole pixels at its 640 px letterbox, which is not
-copied here. Every record counts: an answer without a box has IoU 0. Columns "lenient" read the same
-answers with `answer.parse_box_lenient`, for models that were not trained on our format. Intervals
-are 95% bootstraps over images.
+copied here. An answer without a box has IoU 0. Columns "lenient" read the same answers with
+`answer.parse_box_lenient`, for models not trained on our format. Intervals: 95%, over images.
 
     python eval.py ckpt/                           greedy, on the data set of training, split test
     python eval.py ckpt/ --temperature 0 1         greedy and sampled, a row each
@@ -89,7 +86,6 @@ def flags() -> FlagParser:
 
 
 def refuse_mistakes(args: Namespace) -> None:
-    """Ends the script if flags do not go together."""
     files = args.predictions or args.compare
     several = args.samples > 1 or len(args.temperature) > 1 or world() > 1
     if args.coords in COORDS and args.data and not files:
@@ -148,8 +144,8 @@ def find_stages(path: str | Path) -> list[Stage]:
 
 def load_split(
         args: Namespace, stages: Sequence[Stage]) -> tuple[Records, Records | None, Stretch | None]:
-    """-> all usable records of the split, those trained on (None if they are this split, or there
-    are none), and their stretch. Sets --data and --root to the last stage's if not given."""
+    """-> the split, the records trained on (None if they are this split, or there are none), and
+    their stretch. Sets --data and --root to the last stage's if not given."""
     recorded = next((stage.run for stage in reversed(stages) if "data" in stage.run), {})
     args.data = args.data or recorded.get("data", "synth")
     trained_with = {}
@@ -175,8 +171,7 @@ def load_split(
 def training_overlap(
         stage: Stage, records: Sequence[Record], answers: predictions.Predictions,
         inclusive: bool) -> dict[str, Any]:
-    """How many records this run, or a run it started from, was trained on, by image and box
-    ("records") and by image ("images", see `data.find_shared`); scores of the rest."""
+    """How many records this run, or a run it started from, was trained on; scores of the rest."""
     training, unread, seen = [], [], set()
     folder, run_json = stage.folder, stage.run
     while run_json and folder.resolve() not in seen:
@@ -209,11 +204,8 @@ def evaluate(
         model: QwenVL, processor: Processor, records: Sequence[Record], *,
         temperature: float = 0.0, samples: int = 1, max_new_tokens: int = 256, batch: int = 32,
         seed: int = 0, blind: bool = False, label: str = "eval") -> list[predictions.Prediction]:
-    """A model's prediction for each record, in order, the same on every process.
-
-    An answer depends on its record's place and the seed, not on its batch. Boxes are strict,
-    clamped, in original pixels. A sharded model must be gathered (`train.dist.gathered`).
-    """
+    """A prediction for each record, the same on every process; it does not depend on the batch.
+    A sharded model must be gathered (`train.dist.gathered`)."""
     n = len(records)
     shown = list(records)
     for i, record in enumerate(records if blind else ()):
@@ -272,7 +264,7 @@ def sample_texts(
 def validate(
         model: QwenVL, processor: Processor, records: Sequence[Record],
         args: Namespace) -> dict[str, float]:
-    """Greedy scores during training -> keys of the stage's log line; {} without records."""
+    """Greedy scores during training, for the stage's log line; {} without records."""
     if not records:
         return {}
     longest = memory.longest_prompt(processor, records)
@@ -287,7 +279,6 @@ def validate(
 def score_predictions(
         records: Sequence[Record], answers: predictions.Predictions,
         inclusive: bool = False) -> dict[str, Any]:
-    """Scores, strict and lenient, and reasons for no box."""
     strict, lenient, failures = zip(*map(predictions.read_prediction, answers, records))
     target, size = metrics.targets(records)
     return {
@@ -299,8 +290,7 @@ def score_predictions(
 def details(
         records: Sequence[Record], answers: predictions.Predictions, name: str,
         train: Sequence[Record] | None, split: Sequence[Record]) -> dict[str, Any]:
-    """The rest of a row: intervals, breakdowns, VRSBench's own metric, scores of samples.
-    name: of the data set; train, split: as in `metrics.properties`."""
+    """The rest of a row. name: of the data set; train, split: as in `metrics.properties`."""
     inclusive = name in INCLUSIVE
     target, size = metrics.targets(records)
     overlap = metrics.overlaps(predictions.strict_boxes(records, answers), target, size)
@@ -308,12 +298,12 @@ def details(
     rates = {rate: (values, None) for rate, values in scores.items()}
     rates["cIoU"] = (overlap.intersection, overlap.union)
     properties = metrics.properties(records, train, split)
-    row = {"ci": metrics.intervals(records, rates),
+    row = {"ci": {rate: ci for rate, (_, ci) in metrics.bootstrap(records, rates).items()},
            "breakdowns": metrics.breakdowns(properties, overlap.iou, inclusive)}
     if name == "vrsbench":
-        boxes = map(predictions.vrsbench_box, answers, records)
+        boxes = predictions.strict_boxes(records, answers, flat=True)
         row["vrsbench"] = metrics.vrsbench(
-            metrics.box_tensor(boxes), target, size, [record.unique for record in records],
+            boxes, target, size, [record.unique for record in records],
             metrics.box_tensor([record.grid for record in records]))
     if any(p and "samples" in p for p in answers):
         boxes = predictions.sampled_boxes(records, answers)
@@ -323,7 +313,6 @@ def details(
 
 def print_report(
         rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], refused: str) -> None:
-    """The table of scores; why answers have no box; training overlap; the comparison."""
     head = [*rows[0]["ci"], "center", "failed", "lenient: mIoU", "Pr@0.5"]
     width = max(12, *(len(row["stage"]) for row in rows))
     print(f"{'stage':{width}} {'T':>4} {'n':>6}", *(f"{name:>6}" for name in head))
@@ -364,7 +353,7 @@ def print_report(
 
 
 def ask(stage: Stage, device: torch.device, args: Namespace) -> None:
-    """Asks for --text in --image: prints reasoning and box, and draws the box."""
+    """--image and --text: prints the answer, and draws its box."""
     path = Path(args.image)
     try:
         # The question is about what the user sees, and viewers turn a picture upright.
@@ -401,7 +390,7 @@ def ask(stage: Stage, device: torch.device, args: Namespace) -> None:
 def stage_answers(
         args: Namespace, stages: Sequence[Stage], records: Sequence[Record],
         stretch: Stretch | None, device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """Yields each stage, at each temperature, with the records as it sees them, and its answers."""
+    """Yields stage, temperature, the records as the stage sees them, its answers."""
     for stage in stages:
         # A stage sees images as it was trained to.
         own = args.stretch or (stage.run.get("flags") or {}).get("stretch") or stretch
@@ -442,8 +431,10 @@ def main() -> None:
         name = stem if stems.count(stem) == 1 else f"{Path(file).resolve().parent.name}_{stem}"
         answers = [by_id.get(record.id) for record in scored]
         found.append((Stage(name, file, {}), None, scored, answers))
+    target, size = metrics.targets(scored)
     if args.compare:
-        a, b = (predictions.strict_iou(scored, answers) for *_, answers in found)
+        boxes = [predictions.strict_boxes(scored, answers) for *_, answers in found]
+        a, b = (metrics.overlaps(pred, target, size).iou for pred in boxes)
         tests = metrics.paired(scored, a, b, inclusive)
         summary["comparison"] = {"a": files[0], "b": files[1], **tests}
     stem = "_vs_".join(Path(file).stem for file in files)
@@ -470,14 +461,16 @@ def main() -> None:
         (out / "eval.json").write_text(json.dumps({"rows": rows, **summary}, indent=2) + "\n")
         cases.append([])
         drawn = []
-        ious = predictions.strict_iou(scored, answers).tolist()
+        pred = predictions.strict_boxes(scored, answers)
+        ious = metrics.overlaps(pred, target, size).iou.tolist()
         for record, p, iou in zip(scored, answers, ious):
             box, _, _ = predictions.read_prediction(p, record)
             cases[-1].append(page.Case(record, box, iou, (p or {}).get("text", "")))
         for record, box, iou, _ in pictures.spread(cases[-1], 12):
             boxes = [(record.box, "lime"), (box, "red")] if box else [(record.box, "lime")]
             caption = f"{record.text}: {f'IoU {iou:.2f}' if box else 'no box'}"
-            drawn.append(pictures.draw_boxes(data.open_or_blank(record), boxes, caption))
+            image = data.open_image(record, or_blank=True)
+            drawn.append(pictures.draw_boxes(image, boxes, caption))
         pictures.contact_sheet(drawn).save(out / f"overlays_{suffix}.png")
     if rank() > 0:
         return

@@ -1,8 +1,7 @@
 """What every reader needs: records, errors, and text, JSON and JSONL files.
 
 A reader is a function (root, split) -> Records, named in data.READERS; rsvg_hr.py is the shortest.
-It finds its file with `first_existing`, hands each annotation as it is to a Collector, and returns
-`collector.records`. It raises NoSplit for a split that the files don't have.
+It hands each annotation as it is to a Collector, and raises NoSplit for a split that is missing.
 """
 import hashlib
 import json
@@ -23,19 +22,19 @@ Stretch = tuple[float, float]     # percentiles of each band that become black a
 
 
 class DataError(Exception):
-    """Data that is missing or does not fit; one line: what is wrong, where, what to do."""
+    """One line: what is wrong, where, what to do."""
 
 
 class UnreadableImage(DataError):
-    """An image that can't be decoded."""
+    pass
 
 
 class NoSplit(DataError):
-    """No split of that name, or not the file that holds it."""
+    """No such split, or not its file."""
 
 
 class Refused(Exception):
-    """Why one annotation can't be used, in a few words. The Collector counts these."""
+    """Why one annotation can't be used, in a few words for the Collector to count."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +52,13 @@ class Record:
 
     @property
     def objects(self) -> Sequence[Any]:
-        """All objects of a drawn scene; () for a file, since not all of them are annotated."""
+        """Of a drawn scene; () for a file, since not all of them are annotated."""
         return getattr(self.image, "objects", ())
 
 
 class Records(list[Record]):
-    """The usable records of a split.
-
-    refused: reason -> places, one for each unusable record. repaired: the same for usable
-    records in which the file is wrong and only one reading is possible. note: other remarks.
-    """
+    """A split's usable records. refused: reason -> places of unusable ones. repaired: the same
+    for usable ones in which the file is wrong and only one reading is possible."""
 
     def __init__(
             self, records: Iterable[Record], refused: dict[str, list[str]],
@@ -74,7 +70,6 @@ class Records(list[Record]):
 
     @property
     def refusals(self) -> dict[str, int]:
-        """Reason -> number of records refused for it."""
         return {reason: len(places) for reason, places in self.refused.items()}
 
     @property
@@ -90,12 +85,11 @@ def in_words(counts: dict[str, int]) -> str:
 
 
 def sha256(text: str) -> bytes:
-    """The hash of a text. An order by it is random, and the same on every machine."""
+    """To sort by: an order that is random, and the same on every machine."""
     return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
 def first_existing(root: Path, *names: str) -> Path:
-    """The first of these paths in root that exists."""
     for name in names:
         if (root / name).exists():
             return root / name
@@ -106,7 +100,7 @@ def first_existing(root: Path, *names: str) -> Path:
 
 
 def read_text(file: str | Path) -> str:
-    """A UTF-8 file's text with "\\n" at line ends."""
+    """UTF-8, with "\\n" at line ends."""
     try:
         text = Path(file).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -115,7 +109,7 @@ def read_text(file: str | Path) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """A JSON file's value; None if there is no such file."""
+    """None if there is no such file."""
     try:
         return json.loads(read_text(file)) if file.exists() else None
     except (ValueError, RecursionError) as error:
@@ -123,15 +117,13 @@ def read_json(file: Path) -> Any:
 
 
 def read_json_lines(file: str | Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yields (line number, object) of a JSONL file; None for what is no JSON object.
-
-    An object may go on over several lines, as some of refGeo's do, until a line begins another.
-    """
+    """Yields (line number, object); None for what is no JSON object. An object may go on over
+    several lines, as some of refGeo's do, until a line begins another."""
     text = read_text(file)
     if text.lstrip().startswith("["):
         raise DataError(f"{file}: a JSON array, but one JSON object a line is needed; jq -c '.[]' "
                         "makes lines of it")
-    unfinished, start = "", 0     # the text so far of an object, and the line it began in
+    unfinished, start = "", 0     # an object so far, and its first line
     # str.splitlines() would also cut at U+2028, which JSON allows within a string.
     for number, line in enumerate(text.split("\n"), 1):
         if unfinished and line.startswith("{"):

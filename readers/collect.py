@@ -19,16 +19,15 @@ HIDDEN = (".", "__MACOSX")
 # Pixels. A thinner box has no area in the float32 of the rewards: any answer would score 0.
 THINNEST = 1 / 16
 Size = tuple[int, int]
-# The (coords, stretch) that `load` got. Collectors look it up; readers need not pass it on.
+# The (coords, stretch) that `load` got, so that readers need not pass it on.
 reading = contextvars.ContextVar("reading", default=(None, None))
 
 
 class Collector:
     """Turns annotations into `records`. Counts what it repairs and what it refuses.
 
-    Images are found by base name in all of `folder`. If several have the name, the end of the
-    annotation's path decides, then a folder called `preferred_folder`.
-    exact: annotations give paths from `folder`, so no image is searched.
+    Images are found by base name in all of `folder`; of several, the end of the annotation's path
+    decides, then a folder called `preferred_folder`. exact: annotations give paths from `folder`.
     refuse_swapped: x1 > x2 may mean x, y, width, height and is refused; else it is repaired.
     kept: records of earlier Collectors, to which this one adds its own.
     """
@@ -67,9 +66,8 @@ class Collector:
         """One annotation, unvalidated -> a record, or a refusal.
 
         where: its place, for the user. image: a name or path. box: four numbers, or a text or
-        list with one [...] of four. units: of the box, per image side; None: pixels, unless
-        --coords says otherwise. size: the image's, as the file has it. repairs: the reader's own.
-        file: all its boxes have one unit. kind, unique, grid: as in Record.
+        list with one [...] of four. units: of the box, per image side; None: pixels, or --coords.
+        size: the image's, as the file has it. file: all its boxes have one unit.
         """
         units = COORDS[self.coords] if self.coords else units
         image_size = None
@@ -104,7 +102,7 @@ class Collector:
         self.kept.refused.setdefault(reason, []).append(where)
 
     def find(self, name: str) -> tuple[Path, Size, list[str]]:
-        """An image's name in an annotation -> its file, (width, height) as stored, repairs."""
+        """A name in an annotation -> its file, (width, height) as stored, repairs."""
         if not name:
             raise Refused("no image named")
         # Absolute paths and paths through a link to the folder itself are within it.
@@ -143,7 +141,6 @@ class Collector:
 
     @property
     def records(self) -> Records:
-        """All that was kept; DataError if a file's boxes can't be in pixels."""
         for file, boxes in self.boxes.items():
             refuse_other_unit(boxes, f"{file}: its boxes")
         return self.kept
@@ -151,10 +148,7 @@ class Collector:
 
 def refuse_other_unit(
         boxes: Sequence[tuple[Sequence[float], Size | None]], subject: str) -> None:
-    """DataError, which names --coords, if these boxes can't be in pixels.
-
-    boxes: four numbers each, and the size of the image, if known. subject: begins the message.
-    """
+    """DataError, which names --coords, if these (box, size of its image) can't be in pixels."""
     values = np.array([box for box, _ in boxes]).reshape(-1, 4)
     sides = np.array([size or (np.inf, np.inf) for _, size in boxes]).reshape(-1, 2)
     low, high = values[:, :2], values[:, 2:]
@@ -181,7 +175,7 @@ def refuse_other_unit(
 
 
 def repair_box(values: Any, size: Size, units: int | None = None) -> tuple[Box, list[str]]:
-    """Four numbers -> a box within an image of this size, and the repairs. units: as in `add`."""
+    """Four numbers -> a box within the image, and the repairs. units: as in `add`."""
     box = numbers(values, bracketed=True)
     if len(box) != 4:
         raise Refused("no box")
@@ -200,11 +194,8 @@ def repair_box(values: Any, size: Size, units: int | None = None) -> tuple[Box, 
 
 
 def numbers(value: Any, bracketed: bool = False) -> list[float]:
-    """The numbers of a list, which must hold nothing else, or those in a text; all finite.
-
-    "1,5" in a list is 1.5. bracketed: of a text or a nested list only what is in its innermost
-    [...], if there is one alone.
-    """
+    """The finite numbers of a list, which must hold nothing else, or of a text. "1,5" in a list
+    is 1.5. bracketed: of a text or nested list only the innermost [...], if there is just one."""
     if isinstance(value, (list, tuple)) and not any(isinstance(v, list) for v in value):
         try:
             # Through text, since float(10**400) raises and float(True) is 1.
@@ -221,7 +212,7 @@ def numbers(value: Any, bracketed: bool = False) -> list[float]:
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """The files below a folder that match a pattern, sorted by path, without hidden ones."""
+    """Sorted by path."""
     files = []
     for path in sorted(folder.glob(pattern), key=lambda p: p.as_posix()):
         if not any(part.startswith(HIDDEN) for part in path.relative_to(folder).parts):

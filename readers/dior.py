@@ -18,10 +18,8 @@ LARGER_ENCODINGS = {"gb2312": "gb18030", "gbk": "gb18030"}
 def read(
         root: Path, split: str, name: str = "dior", image_folder: str = "JPEGImages",
         withdrawn: dict[str, int] = WITHDRAWN) -> Records:
-    """Annotations/*.xml, images, and split files of indices, in root or root/split.
-
-    An index counts <object> elements, refused ones too, from 0 over all XML files sorted by path.
-    """
+    """Annotations/*.xml, images, and split files of indices, in root or root/split. An index
+    counts <object> elements, refused ones too, from 0 over all XML files sorted by path."""
     if split not in SPLITS:
         raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(SPLITS)}")
     splits = read_indices(root, withdrawn)
@@ -70,7 +68,7 @@ def read(
 
 
 def read_indices(root: Path, withdrawn: dict[str, int] = WITHDRAWN) -> dict[str, list[int]]:
-    """The split files: name -> indices. DataError if they repeat one or were withdrawn."""
+    """Split -> its indices."""
     folder = first_existing(root, "train.txt", "split/train.txt").parent
     splits = {}
     for name in SPLITS:
@@ -94,7 +92,7 @@ def read_indices(root: Path, withdrawn: dict[str, int] = WITHDRAWN) -> dict[str,
 
 
 def read_xml(file: Path) -> ElementTree.Element:
-    """The root element of an annotation, in any encoding."""
+    """In any encoding."""
     try:
         content = file.read_bytes()
         try:

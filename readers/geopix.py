@@ -14,10 +14,7 @@ ORDERED = 0.99
 
 def read(root: Path, split: str) -> Records:
     """A record for each instance of each image, from Parquet files. Needs pyarrow.
-
-    Paths have "train" or "valid" and "FAST_T" or the like in them. `test` is what its authors
-    call valid: there is no other. A split may be of one part, as "fast_t_test".
-    """
+    `test` is what its authors call valid. A split may be of one part, as "fast_t_test"."""
     files = []
     for file in visible_files(root, "**/*.parquet"):
         name = file.relative_to(root).as_posix()

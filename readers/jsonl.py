@@ -31,10 +31,10 @@ POINTS = re.compile(
 
 
 def read(root: Path, split: str) -> Records:
-    """SPLIT.jsonl, or one file of any name with lines of "train" unless they say otherwise.
+    """SPLIT.jsonl, or one file (root itself or in root) of "train" unless its lines say otherwise.
 
     {"image": path from root, "text": ..., "box": [x1, y1, x2, y2] in pixels}, and optional "id",
-    "category", "split". root may be that one file.
+    "category", "split".
     """
     files = [root] if root.is_file() else visible_files(root, "*.jsonl")
     if not files:
@@ -73,10 +73,10 @@ def read(root: Path, split: str) -> Records:
 
 
 def expression_and_box(row: dict[str, Any]) -> tuple[Any, Any, int | None, str]:
-    """A line's expression, box, its units as in Collector.add, and image named in the question.
+    """-> expression, box, units as in Collector.add, image named in the question.
 
-    The line has "text" and "box"; or a request and an answer that holds the box: "problem" and
-    "solution", "question" and "ground_truth", or one turn each of "conversations" or "messages".
+    A line has "text" and "box"; or a request and an answer with the box: "problem", "solution";
+    "question", "ground_truth"; or one turn each of "conversations" or "messages".
     """
     if "text" in row or "box" in row:
         return row.get("text"), row.get("box"), None, ""

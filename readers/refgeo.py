@@ -9,11 +9,8 @@ PARTS = ("dior_rsvg", "rsvg", "geochat", "vrsbench", "avvg")
 
 
 def read(root: Path, split: str) -> Records:
-    """metainfo/*.jsonl: the files of a split of all its data sets, or one, as "rsvg_test".
-
-    Boxes are xyxy pixels. Image names may have another suffix than the file. A repack has
-    metainfo_v2/*_train_v2.jsonl, which is read if metainfo/ lacks that file.
-    """
+    """metainfo/*.jsonl: a split of all its data sets, or of one, as "rsvg_test". xyxy pixels.
+    A repack has metainfo_v2/*_train_v2.jsonl, which is read if metainfo/ lacks that file."""
     files = []
     absent = []
     names = [f"{part}_{split}" for part in PARTS] if split in SPLITS else [split]

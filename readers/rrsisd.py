@@ -19,10 +19,7 @@ from readers.collect import Collector
 
 def read(root: Path, split: str) -> Records:
     """The authors' refs(unc).p and instances.json, or the lines of datainfo/rrsisd_SPLIT.jsonl.
-
-    `bbox` is x1, y1, x2, y2 in whole pixels, although the authors' comments say x, y, width,
-    height. The masks have other extents and are not read.
-    """
+    `bbox` is xyxy in pixels, although the authors' comments say x, y, width, height."""
     if split not in SPLITS:
         raise NoSplit(f"rrsisd has no split {split!r}; it has {', '.join(SPLITS)}")
     name = f"rrsisd_{split}.jsonl"
@@ -51,7 +48,7 @@ def read(root: Path, split: str) -> Records:
 
 
 def official_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yields (number of the ref, row in the converted form) for each sentence of a ref."""
+    """Yields (number of the ref, row as in the JSONL files) for each sentence of a ref."""
     try:
         with open(file, "rb") as stream:
             refs = PlainUnpickler(stream, encoding="utf-8").load()

@@ -10,11 +10,8 @@ IMAGE_SIDE = 512                                     # pixels
 
 
 def read(root: Path, split: str) -> Records:
-    """train: the conversations' [refer] turns. test: the evaluation file.
-
-    The box of the evaluation is obj_corner, in fractions of the image's sides. `grid` keeps
-    ground_truth, in whole hundredths, which the official metric compares.
-    """
+    """train: [refer] turns, in hundredths of the image's sides. test: obj_corner, in fractions of
+    them; `grid` keeps ground_truth, in whole hundredths, which the official metric compares."""
     if split not in ("train", "test"):
         raise NoSplit(f"vrsbench has no split {split!r}; it has train, test, val held out of train")
     is_train = split == "train"

@@ -1,8 +1,7 @@
 """Scores, their intervals and breakdowns: pure functions of boxes, image sizes and records.
 
-Boxes are xyxy floats in pixels of the original image (no +1 pixel), clamped to the image before
-they are compared. A row of NaN means that there is no box: a miss. N records, k samples each.
-Sizes are (W, H).
+Boxes are xyxy floats in pixels of the original image (no +1 pixel), clamped to it before they are
+compared; a row of NaN is a miss. Sizes are (W, H). N records, k samples each.
 """
 import math
 from collections import defaultdict
@@ -21,7 +20,7 @@ INTERVAL = (2.5, 97.5)            # percentiles that enclose 95%
 DRAWS = 2000                      # of the bootstrap
 SMALL_AREA, MEDIUM_AREA = 32 ** 2, 96 ** 2       # square pixels; COCO's limits
 Scores = dict[str, float | int | None]
-# Name of a rate -> values (N,) and weights (N,), None for weights of 1.
+# Name of a rate -> values (N,) and weights (N,) or None; their sums are divided.
 Rates = Mapping[Any, tuple[Tensor, Tensor | None]]
 Properties = dict[str, list[str | None]]         # property -> N values, None if unknown
 
@@ -35,13 +34,12 @@ class Overlaps(NamedTuple):
 
 
 def overlaps(pred: Tensor, gt: Tensor, size: Tensor) -> Overlaps:
-    """pred, gt (N, 4), size (N, 2) -> Overlaps of the clamped boxes, double."""
+    """pred, gt (N, 4), size (N, 2)."""
     corner = size.double().repeat(1, 2)                               # (N, 4)
     pred = pred.double().clamp(min=0).minimum(corner)
     gt = gt.double().clamp(min=0).minimum(corner)
     valid = reward.has_area(pred)
-    # A miss becomes an empty box in a corner of its target. It intersects nothing, and its
-    # union is the target's area.
+    # A miss becomes an empty box in a corner of its target: the union is the target's area.
     pred = torch.where(valid[:, None], pred, gt[:, :2].repeat(1, 2))
     intersection, union = reward.intersection_union(pred, gt)
     distance = reward.center_distance(pred, gt, size.double())
@@ -49,10 +47,7 @@ def overlaps(pred: Tensor, gt: Tensor, size: Tensor) -> Overlaps:
 
 
 def record_scores(iou: Tensor, inclusive: bool) -> dict[str, Tensor]:
-    """IoU (...) -> (...) double each: mIoU and Pr@t are the means of these.
-
-    inclusive: Pr@t counts IoU >= t, not IoU > t. Data sets differ in this.
-    """
+    """IoU (...) -> (...) double each, to be averaged. inclusive: Pr@t counts IoU >= t, not > t."""
     values = {"mIoU": iou}
     for t in THRESHOLDS:
         values[f"Pr@{t}"] = (iou >= t if inclusive else iou > t).double()
@@ -60,11 +55,8 @@ def record_scores(iou: Tensor, inclusive: bool) -> dict[str, Tensor]:
 
 
 def metrics(pred: Tensor, gt: Tensor, size: Tensor, inclusive: bool = False) -> Scores:
-    """pred, gt (N, 4), size (N, 2) -> the scores of an eval.json row (docs/logs.md).
-
-    mIoU, cIoU and Pr@t follow the evaluation that comes with DIOR-RSVG, without its letterbox;
-    center_error is ours.
-    """
+    """The scores of an eval.json row (docs/logs.md). mIoU, cIoU and Pr@t follow DIOR-RSVG's own
+    evaluation, without its letterbox; center_error is ours."""
     overlap = overlaps(pred, gt, size)
     row: Scores = {}
     for name, values in record_scores(overlap.iou, inclusive).items():
@@ -77,20 +69,20 @@ def metrics(pred: Tensor, gt: Tensor, size: Tensor, inclusive: bool = False) -> 
 
 
 def targets(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
-    """N records -> their boxes (N, 4) and image sizes (N, 2), double."""
+    """-> boxes (N, 4), image sizes (N, 2), double."""
     boxes = torch.tensor([record.box for record in records], dtype=torch.float64)
     sizes = torch.tensor([record.size for record in records], dtype=torch.float64)
     return boxes, sizes
 
 
 def box_tensor(boxes: Sequence[Sequence[float] | None]) -> Tensor:
-    """N boxes or None -> (N, 4) double, NaN for None."""
+    """-> (N, 4) double, NaN for None."""
     return torch.tensor([box or [math.nan] * 4 for box in boxes], dtype=torch.float64)
 
 
 def centre_box(records: Sequence[Record]) -> Scores:
-    """Scores of a guess that ignores image and text, the floor under every score (ours): a box in
-    the middle of each image, of the records' median width and height relative to their images."""
+    """The floor under every score (ours): scores of a box in the middle of each image, of the
+    records' median width and height relative to their images."""
     gt, size = targets(records)
     half = ((gt[:, 2:] - gt[:, :2]) / size).median(0).values / 2      # (2,)
     guess = torch.cat((size * (0.5 - half), size * (0.5 + half)), 1)  # (N, 4)
@@ -102,9 +94,8 @@ def centre_box(records: Sequence[Record]) -> Scores:
 def vrsbench_iou(pred: Tensor, gt: Tensor, size: Tensor, grid: Tensor | None = None) -> Tensor:
     """IoU as VRSBench's evaluation computes it: pred, gt (N, 4), size (N, 2) -> (N,).
 
-    Boxes are cut down to whole hundredths of the image's sides, and both ends count (+1). So a
-    line or a point has an area, and can be hit. grid (N, 4): the targets in hundredths as the
-    data set gives them, NaN if it does not. 0 for NaN rows of pred.
+    Boxes are cut down to whole hundredths of the image's sides, and both ends count (+1), so a
+    line or a point has an area. grid (N, 4): the data set's own hundredths of targets, or NaN.
     """
     corner = size.double().repeat(1, 2)                               # (N, 4)
     cells = []
@@ -123,11 +114,8 @@ def vrsbench_iou(pred: Tensor, gt: Tensor, size: Tensor, grid: Tensor | None = N
 def vrsbench(
         pred: Tensor, gt: Tensor, size: Tensor, unique: Sequence[bool | None],
         grid: Tensor | None = None) -> dict[str, Scores]:
-    """VRSBench's own metric: the share of records with `vrsbench_iou` >= 0.5 and >= 0.7.
-
-    unique: for each record, whether the target is the only object of its category in its image.
-    -> {"n", "Acc@0.5", "Acc@0.7"} for the parts "all", "unique" and "non_unique" with records.
-    """
+    """-> {"n", "Acc@0.5", "Acc@0.7"} of "all", "unique" and "non_unique" records, if there are any.
+    unique: is the target the only object of its category in its image?"""
     iou = vrsbench_iou(pred, gt, size, grid)
     parts = {"all": (True, False, None), "unique": (True,), "non_unique": (False,)}
     scores = {}
@@ -145,11 +133,8 @@ def vrsbench(
 def properties(
         records: Sequence[Record], train: Sequence[Record] | None,
         split: Sequence[Record]) -> Properties:
-    """What scores are broken down by.
-
-    train: the records trained on, None if the data set has none; split: all its records. Both
-    count distractors: other known objects of the category in the image.
-    """
+    """train: the records trained on, None if the data set has none; split: all its records. In
+    both, other objects of the category in the image are distractors."""
     # Only annotated objects are known; synthetic scenes list all objects.
     boxes = defaultdict(set)                     # (image, category) -> boxes
     for record in [*(train or ()), *split]:
@@ -164,8 +149,7 @@ def properties(
         width, height = record.size
         area = (x2 - x1) * (y2 - y1)
         size = "small" if area < SMALL_AREA else "medium" if area < MEDIUM_AREA else "large"
-        # The centre is half of x1 + x2, and a part is a third of the side: together 1.5. A
-        # centre on the last edge belongs to the last part.
+        # Half of x1 + x2 in thirds of the side: 1.5. The last edge belongs to the last third.
         column = ("left", "centre", "right")[min(2, int(1.5 * (x1 + x2) / width))]
         row = ("top", "middle", "bottom")[min(2, int(1.5 * (y1 + y2) / height))]
         distractors = len(boxes[record.image, record.category] - {record.box})
@@ -196,7 +180,7 @@ def breakdowns(values: Properties, iou: Tensor, inclusive: bool) -> dict[str, di
 
 
 def sampled(boxes: Tensor, target: Tensor, size: Tensor, inclusive: bool) -> dict[str, Any]:
-    """Scores of k samples of each record: boxes (N, k, 4), NaN for no box; target (N, 4).
+    """boxes (N, k, 4), NaN for no box; target (N, 4).
 
     "pass": the chance that the best of j samples has IoU > 0.5, for 1, the powers of two and k.
     With c right samples of k it is 1 - C(k - c, j) / C(k, j), unbiased (Chen et al., arXiv
@@ -217,11 +201,10 @@ def sampled(boxes: Tensor, target: Tensor, size: Tensor, inclusive: bool) -> dic
 
 # ---------------------------------------------------------------- intervals
 
-def bootstrap(records: Sequence[Record], rates: Rates) -> dict[Any, np.ndarray]:
+def bootstrap(
+        records: Sequence[Record], rates: Rates) -> dict[Any, tuple[np.ndarray, list[float]]]:
     """Resamples images, not records: records of one image are hard for the same reasons.
-
-    A rate is the sum of its values over the sum of its weights. -> its name -> (DRAWS,).
-    """
+    -> name of a rate -> its values (DRAWS,), and their 95% interval [low, high]."""
     numbers: dict[Any, int] = {}
     image = np.array([numbers.setdefault(record.image, len(numbers)) for record in records])
     n = len(numbers)
@@ -232,31 +215,22 @@ def bootstrap(records: Sequence[Record], rates: Rates) -> dict[Any, np.ndarray]:
         weights = np.ones(len(records)) if weights is None else weights
         numerator = counts @ np.bincount(image, values, n)            # (DRAWS,)
         denominator = counts @ np.bincount(image, weights, n)
-        drawn[name] = numerator / np.maximum(denominator, 1e-12)
+        rate = numerator / np.maximum(denominator, 1e-12)
+        drawn[name] = rate, np.percentile(rate, INTERVAL).tolist()
     return drawn
-
-
-def intervals(records: Sequence[Record], rates: Rates) -> dict[Any, list[float]]:
-    """95% percentile `bootstrap` over images: name of a rate -> [low, high]."""
-    drawn = bootstrap(records, rates)
-    return {name: np.percentile(values, INTERVAL).tolist() for name, values in drawn.items()}
 
 
 def paired(
         records: Sequence[Record], a: Tensor, b: Tensor,
         inclusive: bool = False) -> dict[str, dict[str, Any]]:
-    """Is B better than A? a, b (N,): their IoU on the same records, which are drawn together.
-
-    -> score -> {"difference": B - A, "ci": its 95% interval [low, high], "p": two-sided}.
-    """
+    """Is B better than A? a, b (N,): their IoU on the same records.
+    -> score -> {"difference": B - A, "ci": its 95% interval [low, high], "p": two-sided}."""
     of_a, of_b = record_scores(a, inclusive), record_scores(b, inclusive)
     differences = {name: (of_b[name] - of_a[name], None) for name in of_a}
     tests = {}
-    for name, drawn in bootstrap(records, differences).items():
-        # Twice the share of draws that are 0 or of the rarer sign. One more draw, at 0, is
-        # counted, so p is never 0.
+    for name, (drawn, ci) in bootstrap(records, differences).items():
+        # Twice the share of draws of the rarer sign or 0. One more, at 0, keeps p above 0.
         rarer = 1 + min((drawn <= 0).sum(), (drawn >= 0).sum())
-        tests[name] = {"difference": differences[name][0].mean().item(),
-                       "ci": np.percentile(drawn, INTERVAL).tolist(),
+        tests[name] = {"difference": differences[name][0].mean().item(), "ci": ci,
                        "p": min(1.0, 2 * (rarer / (len(drawn) + 1)))}
     return tests

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data import open_or_blank
+from data import open_image
 from readers.base import Record, in_words
 from report.pictures import curve, draw_boxes, draw_rollouts, spread
 
@@ -248,7 +248,7 @@ def case_section(row: Row, cases: Sequence[Case], each: int) -> str:
 def html_figure(record: Record, boxes: Sequence[Any], rewards: Sequence[float] | None,
                 caption: str, answer: str) -> str:
     """A record's image with its target and the answered boxes, and an answer. caption is HTML."""
-    image = open_or_blank(record)
+    image = open_image(record, or_blank=True)
     width = max(16, round(PICTURE_SIDE * min(1, image.width / image.height)))
     if rewards is None:
         coloured = [(record.box, "lime")] + [(box, "red") for box in boxes if box]

@@ -24,7 +24,7 @@ from qwen.answer import Box, Frame, locate
 from qwen.processor import Processor, frame_by_coords
 from readers.base import DataError, Record, in_words, read_text
 from readers.collect import refuse_other_unit
-from report.metrics import box_tensor, overlaps, targets
+from report.metrics import box_tensor
 
 UNREADABLE = "unreadable image"
 Prediction = dict[str, Any]
@@ -34,11 +34,8 @@ Predictions = Sequence[Prediction | None]        # of N records; None if a recor
 def read_predictions(
         path: str | Path, records: Sequence[Record], coords: str | None = None,
         processor: Processor | None = None) -> dict[str, Prediction]:
-    """A predictions file -> record id -> prediction; each text has its frame.
-
-    coords: --coords; processor: for "resized". DataError if the file does not fit these
-    records, or if its boxes cannot be pixels and --coords is missing.
-    """
+    """-> record id -> prediction; each text has its frame. processor: for --coords resized.
+    DataError if the file does not fit the records."""
     by_id = {record.id: record for record in records}
     predictions: dict[str, Prediction] = {}
     boxes = []                                   # plain ones, with their images' sizes
@@ -70,7 +67,7 @@ def read_predictions(
 def parse_prediction(
         value: dict[str, Any], record: Record, coords: str | None,
         processor: Processor | None) -> Prediction:
-    """A line's JSON object -> the record's prediction; ValueError says what is wrong with it."""
+    """value: a line's JSON object; ValueError says what is wrong with it."""
     text, frame = value.get("text"), value.get("frame")
     if coords and not (isinstance(text, str) and frame):
         frame = asdict(frame_by_coords(record.size, coords, processor))
@@ -116,9 +113,7 @@ def parse_prediction(
 def read_prediction(
         prediction: Prediction | None, record: Record) -> tuple[Box | None, Box | None, str | None]:
     """-> strict box, lenient box, and why there is no strict one: None or one of eval.OUTCOMES.
-
-    Boxes are in original pixels, clamped to the image.
-    """
+    Boxes are in original pixels, clamped to the image."""
     if prediction is None:
         return None, None, "no prediction"
     if prediction.get("failure") == UNREADABLE:
@@ -137,37 +132,28 @@ def read_prediction(
     return box, lenient, failure
 
 
-def vrsbench_box(prediction: Prediction | None, record: Record) -> Box | None:
-    """The box for VRSBench's own metric, which gives a line or a point in the image an area."""
-    box, _, failure = read_prediction(prediction, record)
-    if failure != "no area":
-        return box
-    if "text" in prediction:
-        flat, _ = answer.read_answer(prediction["text"])
-        flat = Frame(**prediction["frame"]).to_image(flat)
-    else:
-        flat, _ = answer.checked(prediction["box"])
-    x1, y1, x2, y2 = flat
-    width, height = record.size
-    return flat if 0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height else None
-
-
-def strict_boxes(records: Sequence[Record], predictions: Predictions) -> Tensor:
-    """N records -> predicted boxes (N, 4), double, NaN for no box."""
-    pairs = zip(predictions, records, strict=True)
-    return box_tensor([read_prediction(p, record)[0] for p, record in pairs])
-
-
-def strict_iou(records: Sequence[Record], predictions: Predictions) -> Tensor:
-    """N records -> IoU (N,) of the predicted boxes, double."""
-    return overlaps(strict_boxes(records, predictions), *targets(records)).iou
+def strict_boxes(
+        records: Sequence[Record], predictions: Predictions, flat: bool = False) -> Tensor:
+    """-> (N, 4), double, NaN for no box. flat: lines and points in the image are boxes too."""
+    boxes = []
+    for prediction, record in zip(predictions, records, strict=True):
+        box, _, failure = read_prediction(prediction, record)
+        if flat and failure == "no area":
+            if "text" in prediction:
+                box, _ = answer.read_answer(prediction["text"])
+                box = Frame(**prediction["frame"]).to_image(box)
+            else:
+                box, _ = answer.checked(prediction["box"])
+            x1, y1, x2, y2 = box
+            width, height = record.size
+            if not (0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height):
+                box = None
+        boxes.append(box)
+    return box_tensor(boxes)
 
 
 def sampled_boxes(records: Sequence[Record], predictions: Predictions) -> Tensor:
-    """N records with several samples each -> boxes (N, k, 4), double.
-
-    k: the most samples of any record. NaN for no box, or no sample.
-    """
+    """-> (N, k, 4), double, NaN for no box. k: the most samples of any record."""
     texts = [(prediction or {}).get("samples", ()) for prediction in predictions]
     k = max(map(len, texts))
     groups = []

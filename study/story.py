@@ -9,9 +9,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import load, open_image  # noqa: E402
 from readers.base import read_json  # noqa: E402
-from report.metrics import paired  # noqa: E402
+from report.metrics import overlaps, paired, targets  # noqa: E402
 from report.pictures import contact_sheet, draw_boxes, spread  # noqa: E402
-from report.predictions import read_predictions, strict_boxes, strict_iou  # noqa: E402
+from report.predictions import read_predictions, strict_boxes  # noqa: E402
 from train.dist import fail  # noqa: E402
 from train.flags import FlagParser  # noqa: E402
 from train.run import launch  # noqa: E402
@@ -83,8 +83,9 @@ def main() -> None:
         elif stage in ("sft", "rft"):
             fail(f"no answers of {stage} in {ckpt / 'eval'}; run speedrun.sh again")
     # A row for each scene and a column for each stage: target green, answer red.
-    boxes = {stage: strict_boxes(records, some).tolist() for stage, some in answers.items()}
-    ious = {stage: strict_iou(records, some) for stage, some in answers.items()}
+    boxes = {stage: strict_boxes(records, some) for stage, some in answers.items()}
+    target, size = targets(records)
+    ious = {stage: overlaps(pred, target, size).iou for stage, pred in boxes.items()}
     drawn = []
     for i in spread(range(len(records)), SCENES):
         image = open_image(records[i])
@@ -92,7 +93,7 @@ def main() -> None:
             coloured = [(records[i].box, "lime")]
             verdict = "no box"
             if boxes[stage][i][0] == boxes[stage][i][0]:
-                coloured.append((boxes[stage][i], "red"))
+                coloured.append((boxes[stage][i].tolist(), "red"))
                 verdict = f"IoU {ious[stage][i]:.2f}"
             caption = f"{STAGES[stage]}: {verdict}. {records[i].text}"
             drawn.append(draw_boxes(image, coloured, caption, width=224))

@@ -134,12 +134,12 @@ def effects(
     for i, (values, counted) in enumerate(columns):
         if counted.any():
             sums[i] = (np.where(counted, values, 0).sum(0), counted.sum(0))
-    bounds = metrics.intervals(records, sums)
+    drawn = metrics.bootstrap(records, sums)
     found: list[Effect | str] = ["-"] * len(columns)
     for i in sums:
         values, counted = columns[i]
         seeds = [v[c].mean().item() for v, c in zip(values, counted) if c.any()]
-        found[i] = Effect(values[counted].mean().item(), *bounds[i], seeds)
+        found[i] = Effect(values[counted].mean().item(), *drawn[i][1], seeds)
     return found
 
 

@@ -284,16 +284,16 @@ def test_intervals_resample_images() -> None:
     Ten copies of every record in its image tell nothing new."""
     right = torch.tensor([1.0, 0.0] * 50)
     copies = right.repeat_interleave(10)
-    low, high = metrics.intervals(on_images(range(100)), {"x": (right, None)})["x"]
+    low, high = metrics.bootstrap(on_images(range(100)), {"x": (right, None)})["x"][1]
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
     assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
     same_images = on_images([i // 10 for i in range(1000)])
-    assert metrics.intervals(same_images, {"x": (copies, None)})["x"] == pytest.approx([low, high])
+    assert metrics.bootstrap(same_images, {"x": (copies, None)})["x"][1] == pytest.approx([low, high])
     own_images = on_images(range(1000))
-    narrow_low, narrow_high = metrics.intervals(own_images, {"x": (copies, None)})["x"]
+    narrow_low, narrow_high = metrics.bootstrap(own_images, {"x": (copies, None)})["x"][1]
     assert narrow_high - narrow_low < (high - low) / 2
     constant = (torch.full((9,), 2.0), torch.full((9,), 4.0))
-    assert metrics.intervals(on_images(range(9)), {"x": constant})["x"] == [0.5, 0.5]
+    assert metrics.bootstrap(on_images(range(9)), {"x": constant})["x"][1] == [0.5, 0.5]
 
 
 def test_paired_test() -> None:
@@ -307,9 +307,9 @@ def test_paired_test() -> None:
     b = [hit if i < 20 else p for i, p in enumerate(a)]
 
     def paired(first: list[dict], second: list[dict]) -> dict[str, dict[str, Any]]:
-        iou_a = predictions.strict_iou(records, first)
-        iou_b = predictions.strict_iou(records, second)
-        return metrics.paired(records, iou_a, iou_b)
+        boxes = [predictions.strict_boxes(records, answers) for answers in (first, second)]
+        a, b = (metrics.overlaps(pred, *metrics.targets(records)).iou for pred in boxes)
+        return metrics.paired(records, a, b)
     got = paired(a, b)["Pr@0.5"]
     assert got["difference"] == pytest.approx(0.05)
     assert got["p"] < 0.01 and got["ci"][0] > 0

@@ -51,7 +51,9 @@ def make_cases(
         records: list[Record], answers: list[predictions.Prediction]) -> list[report_page.Case]:
     """Each record with its answer, as eval.py shows them."""
     cases = []
-    for record, answer, iou in zip(records, answers, predictions.strict_iou(records, answers)):
+    boxes = predictions.strict_boxes(records, answers)
+    ious = metrics.overlaps(boxes, *metrics.targets(records)).iou
+    for record, answer, iou in zip(records, answers, ious):
         box, _, _ = predictions.read_prediction(answer, record)
         cases.append(report_page.Case(record, box, iou.item(), answer["text"]))
     return cases

@@ -19,7 +19,6 @@ from train.run import launch
 
 
 def main() -> None:
-    """Prints what is in the data sets. DataError at the end if an image can't be decoded."""
     parser = FlagParser(
         "Checks a data set: counts next to the published ones, refused and repaired records, sizes "
         "of the boxes, images that splits share or that can't be decoded, a contact sheet. Of "
@@ -92,7 +91,7 @@ def main() -> None:
 
 
 def pixel_hash(record: Record) -> str | DataError:
-    """The hash of an image's size and pixels, or why it can't be decoded."""
+    """Of the image's size and pixels; the error if it can't be decoded."""
     try:
         image = data.open_image(record)
     except DataError as error:
@@ -101,7 +100,6 @@ def pixel_hash(record: Record) -> str | DataError:
 
 
 def print_split(name: str, split: str, records: Records, places: int) -> None:
-    """Prints what is in a split. places: most to list for a reason; 0: all."""
     refused = sum(records.refusals.values())
     n = len(records) + refused
     print(f"{name} {split}: {len(records):,} records, {refused:,} refused, "
@@ -133,21 +131,19 @@ def print_split(name: str, split: str, records: Records, places: int) -> None:
 
 
 def print_places(title: str, where: Sequence[str], most: int) -> None:
-    """Prints a title, the number of places, and the first of them. most: 0 for all."""
     print(f"{title}: {len(where):,}", *where[:most or None], sep="\n    ")
     if 0 < most < len(where):
         print(f"    and {len(where) - most:,} more; --places 0 lists all")
 
 
 def print_shared(loaded: dict[tuple[str, str], Records], hashes: dict[Any, Any]) -> None:
-    """Prints how much of each scored split is in each training split. hashes: of pixels."""
     width = max(len("trained on"), *(len(f"{name} {split}") for name, split in loaded)) + 2
     print("What is scored and trained on too. An image by its name, or by all its pixels (a copy "
           "that was compressed\nagain or resized has others); a record by its image and a box of "
           f"IoU {data.SAME_BOX} or more:\n{'trained on':{width}}{'scored':{width}}"
           f"{'images: name':>17}{'pixels':>17}{'records: name':>17}{'pixels':>17}")
     for trained, scored in itertools.product(loaded, loaded):
-        if not data.is_training(trained[1]) or data.is_training(scored[1]):
+        if not data.TRAINING.fullmatch(trained[1]) or data.TRAINING.fullmatch(scored[1]):
             continue
         records = loaded[scored]
         n_images = max(len({r.image for r in records}), 1)
@@ -163,7 +159,7 @@ def print_shared(loaded: dict[tuple[str, str], Records], hashes: dict[Any, Any])
 
 
 def save_sheet(pictures: Sequence[Image.Image], path: str | Path) -> None:
-    """Writes images of one width to a file, in rows."""
+    """pictures: of one width."""
     try:
         contact_sheet(pictures).save(path)
     except (OSError, ValueError, KeyError) as error:
