@@ -11,7 +11,8 @@ line in READERS below. Its function reads the splits that the files have; `read_
         file = first_existing(root, f"{split}.json")           # NoSplit if there is none
         collector = Collector(root)
         for i, row in enumerate(read_json(file)):
-            collector.add(f"{file}, row {i}", f"{split}-{i}", row["file"], row["text"], row["box"])
+            collector.add(f"{file}, row {i}", f"{split}-{i}", row.get("file"), row.get("text"),
+                          row.get("box"))                      # None: a counted refusal
         return collector.records
 """
 import argparse

@@ -923,9 +923,9 @@ def test_each_stage_sees_images_stretched_as_it_was_trained(
     seen = []
     opened = data.open_image
 
-    def watch(record: Record) -> Image.Image:
+    def watch(record: Record, or_blank: bool = False) -> Image.Image:
         seen.append(record.stretch)
-        return opened(record)
+        return opened(record, or_blank)
     monkeypatch.setattr(data, "open_image", watch)
     fakes(tmp_path, "--device", "cpu")
     assert [row["stretch"] for row in rows(tmp_path / "eval")] == [[2, 98], [1, 99]]
