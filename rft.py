@@ -235,7 +235,8 @@ def group_weights(iou: Tensor, args: argparse.Namespace, step: int) -> Tensor:
         # The control: the weights of the step, dealt at random over its groups, the same on all
         # processes. Process r has the questions r, r + world, ..., so the transpose puts the
         # gathered weights in the order of the questions.
-        weights = dist.all_gather(weights).view(dist.world(), -1).T.flatten()
+        gathered = torch.tensor(dist.gather_lists(weights.tolist()), dtype=weights.dtype)
+        weights = gathered.view(dist.world(), -1).T.flatten()
         random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         weights = weights[torch.randperm(len(weights), generator=random)][dist.rank()::dist.world()]
     return weights
@@ -366,7 +367,7 @@ def resample(
     for turn in range(1, args.resample + 1):
         flat = [i for i, group in enumerate(groups) if not varies(group.reward[None])]
         # Processes continue and stop together: sampling gathers sharded parameters.
-        if not dist.all_sum(torch.tensor(len(flat))):
+        if not dist.all_reduce(torch.tensor(len(flat))):
             break
         questions = fresh(turn)
         places, prompts = [], []
@@ -380,7 +381,7 @@ def resample(
         new = sample(policy, [questions[i] for i in places], prompts, seeds, args)
         for i, group in zip(places, new):
             groups[i] = grade(group, args)
-        replaced += int(dist.all_sum(torch.tensor(len(places))))
+        replaced += int(dist.all_reduce(torch.tensor(len(places))))
     return {"resampled": replaced, "seconds_resample": time.perf_counter() - started}
 
 
@@ -476,7 +477,7 @@ def cut(
     costs = [dist.memory_tokens(model, group.prompt, int(n))
              for group, n in zip(groups, lengths.sum(1))]
     parts = dist.equal_slices(len(groups), args.minibatches)
-    counts = dist.all_sum(torch.stack([counted[part].sum() for part in parts])).tolist()
+    counts = dist.all_reduce(torch.stack([counted[part].sum() for part in parts])).tolist()
     minibatches = []
     for part, n_tokens in zip(parts, counts):
         minibatch = []
@@ -516,7 +517,7 @@ def set_old_policy(
 
 def sum_over_processes(own: dict[str, Any]) -> dict[str, float]:
     values = torch.tensor([float(v) for v in own.values()], dtype=torch.float64)
-    return dict(zip(own, dist.all_sum(values).tolist()))
+    return dict(zip(own, dist.all_reduce(values).tolist()))
 
 
 def summary(
@@ -562,8 +563,8 @@ def summary(
     for name in ("no_overlap_advantage", "positional_alone_advantage"):
         if name in line:
             line[name] /= max(1e-12, line["advantage"])
-    line["consistency_weight_min"] = -dist.all_max(-weight.min()).item()
-    line["consistency_weight_max"] = dist.all_max(weight.max()).item()
+    line["consistency_weight_min"] = -dist.all_reduce(-weight.min(), "max").item()
+    line["consistency_weight_max"] = dist.all_reduce(weight.max(), "max").item()
     return line
 
 
@@ -580,7 +581,7 @@ def update_summary(
     line = sum_over_processes(own)
     # Only the first minibatch is scored by the policy that sampled it.
     largest = torch.tensor(max(batch.sampled_scored for batch in minibatches[0]))
-    line["sampled_scored_max"] = dist.all_max(largest).item()
+    line["sampled_scored_max"] = dist.all_reduce(largest, "max").item()
     return line
 
 

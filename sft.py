@@ -75,7 +75,7 @@ def train_step(
     started = time.perf_counter()
     # All losses are divided by this count, over all processes and micro-batches. So each token
     # weighs the same, however the step is cut.
-    completion_tokens = dist.all_sum(
+    completion_tokens = dist.all_reduce(
         torch.tensor(sum(len(e.completion) for e in examples))).item()
     loss_sum = 0.0
     costs = [dist.memory_tokens(model, e.prompt, len(e.completion)) for e in examples]
@@ -89,10 +89,10 @@ def train_step(
     lr = dist.lr_at(step, args.steps, args.lr)
     norm = dist.update(model, optimizer, lr)
     tokens = sum(len(e.prompt.input_ids) + len(e.completion) for e in examples)
-    tokens = dist.all_sum(torch.tensor(tokens)).item()
+    tokens = dist.all_reduce(torch.tensor(tokens)).item()
     return {
         "step": step + 1,
-        "loss": dist.all_sum(torch.tensor(loss_sum, dtype=torch.float64)).item(),
+        "loss": dist.all_reduce(torch.tensor(loss_sum, dtype=torch.float64)).item(),
         "lr": lr,
         "grad_norm": norm,
         "finite": norm < float("inf"),

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,38 +22,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from model import QwenVL
 from qwen import lora
-from qwen.hub import MANIFEST, CheckpointError, by_number, write_tensors
+from qwen.hub import MANIFEST, CheckpointError, by_number, write_json, write_tensors
 from qwen.processor import Processor
 from readers.base import read_json
-from train.dist import (
-    check_writable,
-    compute_dtype,
-    fail,
-    gather_lists,
-    print_above_bar,
-    raise_on_all_processes,
-    rank,
-    world,
-)
+from train import dist
+from train.dist import fail, gather_lists, raise_on_all_processes, rank, world
 
 # Exceptions from malformed files.
-MALFORMED = (
-    SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+MALFORMED = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError)
 # Bytes of a checkpoint's small files, at most: tokenizer, settings, manifest.
 SMALL_FILES = 2 ** 24
 
 
 def open_model(
-        folder: Path, device: torch.device | None = None, max_pixels: int | None = None,
-) -> tuple[QwenVL, Processor]:
-    """Model and processor of a checkpoint; CheckpointError if they do not fit each other.
-
-    With a device: there, in the dtype that it computes in. Without: as stored.
-    """
-    dtype = None if device is None else compute_dtype(device)
+        folder: Path, device: torch.device | None = None,
+        max_pixels: int | None = None) -> tuple[QwenVL, Processor]:
+    """With a device: on it, in the dtype that it computes in. Without: as stored, on the CPU."""
+    dtype = None if device is None else dist.compute_dtype(device)
     model = QwenVL.from_pretrained(folder, dtype, device or "cpu")
     processor = Processor.from_pretrained(folder, max_pixels=max_pixels)
     processor.check_fits(model.config)
@@ -63,10 +53,9 @@ def open_model(
 
 def check_output(out: Path, resume: bool) -> None:
     """Ends the script unless `out` is writable, and empty or to be resumed."""
-    # The first process only, or one would find the trial file of another.
     if rank():
-        return
-    check_writable(out)
+        return      # or a process would find the trial file of another
+    dist.check_writable(out)
     if (out / "latest").exists() and not resume:
         fail(f"{out} already holds a run, up to {(out / 'latest').resolve().name}; "
              "continue it with --resume, or name another --out")
@@ -80,8 +69,7 @@ def read_run(out: Path) -> dict[str, Any]:
     if not os.path.lexists(latest):
         fail(f"--resume, but there is no checkpoint in {out}; "
              "leave --resume out, or name the --out of the run")
-    # save() can replace a link, but not a folder.
-    if not latest.is_symlink():
+    if not latest.is_symlink():     # save() can replace a link, but not a folder
         newest = max((p.name for p in out.glob("step_*")), key=by_number, default="copy")
         fail(f"{latest} is a folder, but must be a link to a step's (cp -rL follows links); "
              f"mv {latest} {out / 'copy'} && ln -s {newest} {latest}")
@@ -95,10 +83,8 @@ def read_run(out: Path) -> dict[str, Any]:
 
 
 def steps_so_far(out: Path) -> list[Path]:
-    """The folders of a run's steps, newest first, from the one that `latest` names.
-
-    That one may be missing. Later ones are ignored: the run has gone back to before them.
-    """
+    """The folders of a run's steps, newest first, from the one that `latest` names, even if that
+    is missing. Later ones are ignored: the run has gone back to before them."""
     latest = out / os.readlink(out / "latest")
     steps = [p for p in out.glob("step_*") if p.name.removeprefix("step_").isdecimal()]
     earlier = [p for p in steps if by_number(p) < by_number(latest)]
@@ -115,8 +101,7 @@ def sync(path: Path) -> None:
 
 
 def point(link: Path, target: str) -> None:
-    """Points a link at a target, atomically."""
-    # A link cannot be changed, but another one can take its name.
+    """Points a link at a target, atomically: another link takes its name."""
     other = link.with_name(f".{link.name}.tmp")
     other.unlink(missing_ok=True)
     other.symlink_to(target)
@@ -136,51 +121,44 @@ def remove_folder(folder: Path, aside: Path) -> None:
 
 def save(
         out: Path, line: Mapping[str, Any], model: QwenVL, opt: torch.optim.Optimizer,
-        processor: Processor, run: Mapping[str, Any], args: argparse.Namespace,
-) -> bool:
+        processor: Processor, run: Mapping[str, Any], args: argparse.Namespace) -> bool:
     """Writes the checkpoint of the step that logged this line -> False if the disk is full.
 
-    run: content of run.json; validation scores of the line are added. Then removes what --keep
-    and --keep's second value do not keep. A hidden folder takes all files, and gets its name and the
-    link once they are on the disk: a run killed at any moment keeps its last checkpoint.
+    run: content of run.json, without the line's scores. A hidden folder takes all files, and gets
+    its name and the link once they are on the disk: a run killed at any moment keeps its last
+    checkpoint. Then removes what --keep does not keep.
     """
     step = line["step"]
     folder = out / f"step_{step:06d}"
-    temporary = out / f".{folder.name}.tmp"
-    state_file = f"state/rank_{rank():05d}_of_{world():05d}.safetensors"
-    written = [state_file]
+    hidden = out / f".{folder.name}.tmp"
+    written = [f"state/rank_{rank():05d}_of_{world():05d}.safetensors"]
     stored: dict[str, Tensor] = {}
     for content in model.stored_files().values():
         stored |= content
     tensors, rows = training_state(model, opt)
-    # The optimizer's count, the same for all parameters, leaves skipped steps out.
-    optimizer_steps = int(next(iter(opt.state.values()), {"step": 0})["step"])
-    metadata = {
-        "rows": json.dumps(rows), "step": str(step), "optimizer_steps": str(optimizer_steps)}
     try:
         with raise_on_all_processes():
             if rank() == 0:
-                # Unfinished folders of killed runs.
-                for left in out.glob(".*.tmp"):
-                    shutil.rmtree(left, ignore_errors=True)
-                (temporary / "state").mkdir(parents=True)
+                for unfinished in out.glob(".*.tmp"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                (hidden / "state").mkdir(parents=True)
                 # Weights as stored; float32 parameters, and two moments if they are trained.
                 needed = sum(x.numel() for x in stored.values()) * model.stored_dtype.itemsize
-                needed += SMALL_FILES
                 for _, p in lora.saved_parameters(model):
                     needed += 4 * p.numel() * (3 if p.requires_grad else 1)
+                needed += SMALL_FILES
                 free = shutil.disk_usage(out).free
                 if free < needed:
                     need = f"{needed / 2 ** 30:.2f} GiB are needed and {free / 2 ** 30:.2f} free"
-                    raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {need}")
+                    raise OSError(errno.ENOSPC, f"No space left on device, {need}")
 
         with raise_on_all_processes():
             # One whole tensor at a time, on the device.
             whole = (x.full_tensor() if isinstance(x, DTensor) else x for x in stored.values())
             try:
                 if rank() == 0:
-                    model.save_pretrained(temporary, whole)
-                    processor.save_pretrained(temporary)
+                    model.save_pretrained(hidden, whole)
+                    processor.save_pretrained(hidden)
             finally:
                 # full_tensor() needs all processes, also after an error in the first.
                 for _ in whole:
@@ -188,55 +166,50 @@ def save(
             if rank() == 0:
                 scores = {key: value for key, value in line.items() if key.startswith("val_")}
                 pixels = [processor.min_pixels, processor.max_pixels]
-                content = {**run, **scores, "step": step, "pixels": pixels}
-                text = json.dumps(content, indent=2) + "\n"
-                (temporary / "run.json").write_text(text, encoding="utf-8")
-                written += [file.name for file in temporary.iterdir() if file.is_file()]
+                write_json(hidden / "run.json", {**run, **scores, "step": step, "pixels": pixels})
+                written += [file.name for file in hidden.iterdir() if file.is_file()]
+            # The optimizer's count leaves skipped steps out, and is that of each parameter.
+            count = int(next(iter(opt.state.values()), {"step": 0})["step"])
+            metadata = {
+                "rows": json.dumps(rows), "step": str(step), "optimizer_steps": str(count)}
             shapes = {name: x.shape for name, x in tensors.items()}
             in_order = (tensors[name] for name in sorted(tensors))
-            write_tensors(temporary / state_file, shapes, torch.float32, in_order, metadata)
+            write_tensors(hidden / written[0], shapes, torch.float32, in_order, metadata)
             for name in written:
-                sync(temporary / name)
-            entries = [(name, manifest_entry(temporary / name)) for name in written]
+                sync(hidden / name)
+            entries = [(name, manifest_entry(hidden / name)) for name in written]
 
         manifest = dict(sorted(gather_lists(entries)))
         with raise_on_all_processes():
             if rank() == 0:
-                text = json.dumps(manifest, indent=2) + "\n"
-                (temporary / MANIFEST).write_text(text, encoding="utf-8")
-                sync(temporary / MANIFEST)
+                write_json(hidden / MANIFEST, manifest)
                 # The disk must have all files, and the log of these steps, before the name.
-                for log_file in out.glob("*.jsonl"):
-                    sync(log_file)
-                sync(temporary / "state")
-                sync(temporary)
-                remove_folder(folder, temporary.with_suffix(".old.tmp"))
-                os.replace(temporary, folder)
+                for path in (hidden / MANIFEST, *out.glob("*.jsonl"), hidden / "state", hidden):
+                    sync(path)
+                remove_folder(folder, hidden.with_suffix(".old.tmp"))
+                os.replace(hidden, folder)
                 sync(out)
                 point(out / "latest", folder.name)
     except OSError as error:
         if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(hidden, ignore_errors=True)
         if error.args:
-            print_above_bar(f"step {step} is not saved: {error.strerror or error} ({out}); "
-                            "earlier checkpoints are unchanged")
+            tqdm.write(f"step {step} is not saved: {error.strerror or error} ({out}); "
+                       "earlier checkpoints are unchanged", file=sys.stderr)
         return False
     if rank() == 0:
         prune(out, args.keep, args.keep_weights)
     return True
 
 
-def training_state(
-        model: nn.Module, opt: torch.optim.Optimizer,
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+def training_state(model: nn.Module, opt: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
     """This process's part of what a resume needs.
 
     -> its rows of "master/<parameter>", "exp_avg/<parameter>", "exp_avg_sq/<parameter>", without
     a copy; and for each parameter the "shape" of the whole and the number of the "first" row.
     FSDP2 cuts dimension 0 into equal parts: 10 rows over 4 processes begin at 0, 3, 6 and 9.
     """
-    tensors = {}
-    rows = {}
+    tensors, rows = {}, {}
     for name, p in lora.saved_parameters(model):
         sharded = isinstance(p, DTensor)
         first = min(rank() * math.ceil(len(p) / world()), len(p)) if sharded else 0
@@ -248,19 +221,15 @@ def training_state(
 
 
 def prune(out: Path, keep: int, keep_weights: int | None) -> None:
-    """Points `best` at the step of the highest val_mIoU, the first of equals; removes old files.
-
-    The `keep` newest steps keep their training state. The weights of all steps stay, or of the
-    `keep_weights` newest ones and the best.
-    """
+    """Points `best` at the step of the highest val_mIoU, the first of equals; removes the training
+    state of all but the `keep` newest steps, and the weights of all but the `keep_weights` newest
+    and the best."""
     steps = steps_so_far(out)
-    best = None
-    highest = -math.inf
+    best, highest = None, -math.inf
     for step in reversed(steps):
         run = {} if damage(step, "run.json") else read_json(step / "run.json")
         if run.get("val_mIoU", -math.inf) > highest:
-            best = step
-            highest = run["val_mIoU"]
+            best, highest = step, run["val_mIoU"]
     if best:
         point(out / "best", best.name)
     for step in steps[keep:]:
@@ -282,16 +251,15 @@ def manifest_entry(file: Path) -> dict[str, Any]:
 def damage(step: Path, only: str | None = None) -> str | None:
     """What is wrong with a checkpoint's files, in words; None if they are as written.
 
-    only: check one file, on this process. Else all are checked, shared among the processes.
-    """
+    only: one file, checked by this process. Without it all processes share the files."""
     if not only and not (step / "state").is_dir():
         return f"{step / 'state'} is missing"
     listed = {}
     try:
-        # Checkpoints of earlier versions have no manifest; load_state() looks at the headers.
+        # Checkpoints of earlier versions have no manifest; restore() looks at the headers.
         if (step / MANIFEST).exists():
             for name, entry in json.loads((step / MANIFEST).read_bytes()).items():
-                listed[name] = {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+                listed[name] = {"bytes": int(entry["bytes"]), "sha256": entry["sha256"]}
     except MALFORMED as error:
         return f"{step / MANIFEST} is unreadable ({error})"
     found = []
@@ -304,15 +272,20 @@ def damage(step: Path, only: str | None = None) -> str | None:
                          f"{listed[name]['bytes']:,} when it was written")
         elif name in listed and manifest_entry(file) != listed[name]:
             found.append(f"{file} is not as it was written")
-        if found:
-            break
     return min(found if only else gather_lists(found), default=None)
 
 
+@torch.no_grad()
 def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
     """Fills parameters and optimizer from the newest undamaged checkpoint -> its step.
 
-    If that is not the one that `latest` names, prints why, and moves the link.
+    If that is not the one that `latest` names, prints why, and moves the link. Any number of
+    processes may have written it: each takes the rows that it needs out of each file. The second
+    of two processes has rows 5 to 9 of 10. Four processes wrote
+
+        file       0        1        2       3
+        rows    0 1 2    3 4 5    6 7 8      9
+        taken              5      6 7 8      9
     """
     damages = []
     for step in steps_so_far(out):
@@ -327,24 +300,10 @@ def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
                               "training state; start a new run with --init")
     if damages and rank() == 0:
         for problem in damages:
-            print_above_bar(f"warning: {problem}; continuing from {step.name}")
+            tqdm.write(f"warning: {problem}; continuing from {step.name}", file=sys.stderr)
         point(out / "latest", step.name)
-    return load_state(step, model, opt)
-
-
-@torch.no_grad()
-def load_state(step: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
-    """Fills parameters and optimizer from a checkpoint's training state -> its step.
-
-    Any number of processes may have written it: each takes the rows that it needs out of each
-    file. The second of two processes has rows 5 to 9 of 10. Four processes wrote
-
-        file       0        1        2       3
-        rows    0 1 2    3 4 5    6 7 8      9
-        taken              5      6 7 8      9
-    """
     paths = sorted((step / "state").glob("rank_*.safetensors"))
-    if not paths or len(paths) != int(paths[0].stem.rsplit("_", 1)[1]):
+    if not paths or len(paths) != int(paths[0].stem[-5:]):
         raise CheckpointError(f"{step / 'state'}: files of the training state are missing; "
                               f"start a new run with --init {step}")
     files = []
@@ -357,8 +316,8 @@ def load_state(step: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
             optimizer_steps = float(metadata["optimizer_steps"])
         except MALFORMED as error:
             raise CheckpointError(
-                f"{path}: not a whole training state ({error}); point {step.parent / 'latest'} "
-                f"at an earlier step, or start a new run with --init {step}") from None
+                f"{path}: not a whole training state ({error}); point {out / 'latest'} at an "
+                f"earlier step, or start a new run with --init {step}") from None
     for name, p in lora.saved_parameters(model):
         if files[0][1].get(name, {}).get("shape") != list(p.shape):
             raise CheckpointError(f"{step / 'state'}: {name} does not fit this model; "
@@ -375,24 +334,19 @@ def load_state(step: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
             first = max(begin, file_begin)
             end = min(begin + len(target), file_begin + stored.get_shape()[0])
             if first < end:
-                part = stored[first - file_begin:end - file_begin]
-                target[first - begin:end - begin] = part.to(target.device)
+                target[first - begin:end - begin] = stored[first - file_begin:end - file_begin]
     return saved_step
 
 
 def fill_moments(
         model: nn.Module, opt: torch.optim.Optimizer, steps: float = 0.0,
-        stored: set[str] | None = None,
-) -> None:
-    """Gives AdamW the state that its first step would make, with this count of steps.
-
-    stored: names of tensors in a training state; parameters without moments there get none.
-    """
+        stored: set[str] | None = None) -> None:
+    """Gives AdamW the state that its first step would make, with this count of steps; of the
+    parameters with moments among `stored`, the names of a training state, if that is given."""
     for name, p in model.named_parameters():
         wanted = stored is None or f"exp_avg/{name}" in stored
         if wanted and p.requires_grad and p not in opt.state:
-            opt.state[p] = {
-                # The fused AdamW counts on the GPU.
-                "step": torch.tensor(steps, device=p.device if p.is_cuda else "cpu"),
-                "exp_avg": torch.zeros_like(p.data),
-                "exp_avg_sq": torch.zeros_like(p.data)}
+            # The fused AdamW counts on the GPU.
+            count = torch.tensor(steps, device=p.device if p.is_cuda else "cpu")
+            opt.state[p] = {"step": count, "exp_avg": torch.zeros_like(p.data),
+                            "exp_avg_sq": torch.zeros_like(p.data)}

@@ -4,7 +4,6 @@ Gradients are summed over processes, not averaged: a loss is already divided by 
 count of the whole step, over all processes. So their number changes rounding only.
 """
 import faulthandler
-import itertools
 import math
 import os
 import resource
@@ -19,24 +18,17 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
-# Seconds without a step before every process prints its stack.
+# Seconds without a step before every process prints its stack, and twice that before a process
+# that waits for another one gives up.
 STUCK_AFTER = 1800
-# How long a process waits for another one.
 GROUP_TIMEOUT = timedelta(seconds=2 * STUCK_AFTER)
-# Tokens that a patch of a trained vision tower counts as in --micro-tokens. Calculated for
-# the 3B model: the backward pass needs 2.02 MB per patch and 4.68 MB per token.
+# Tokens that a patch of a trained vision tower counts as in --micro-tokens. Calculated for the 3B
+# model: the backward pass needs 2.02 MB per patch and 4.68 MB per token.
 PATCH_TOKENS = 0.43
-# Linux lists NVIDIA GPUs as /dev/nvidia0 ..., and the version of their driver here.
+# Linux lists NVIDIA GPUs as /dev/nvidia0 ..., and the version of their driver in a file.
 GPU_FILES = Path("/dev")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 # Key-value store of all processes, alive before and after the process group.
@@ -46,7 +38,6 @@ STORE: dist.Store | None = None
 # ---------------------------------------------------------------- processes
 
 def rank() -> int:
-    """Number of this process, from 0; torchrun sets it."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -55,24 +46,20 @@ def world() -> int:
 
 
 def fail(message: object) -> NoReturn:
-    """Ends the script after a user's mistake: one line on stderr, exit status 2.
-
-    If several processes fail, only the first prints; the others usually fail because of it.
-    """
+    """Ends the script after a user's mistake: one line on stderr, exit status 2."""
     if first_to_fail():
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def open_store() -> None:
-    """Connects to the store of torchrun's processes, which outlives them."""
     global STORE
     if world() > 1:
         STORE, _, _ = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
 
 
 def first_to_fail() -> bool:
-    """Whether this process fails before all others, and so prints the error."""
+    """Whether to print this process's error: the others usually fail because of the first."""
     if STORE is None:
         return rank() == 0
     try:
@@ -82,17 +69,12 @@ def first_to_fail() -> bool:
         return True
 
 
-def lost_peer(error: Exception) -> bool:
-    """Whether gloo or NCCL raised this error because another process is gone."""
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
-
-
 def choose_device(asked: str | None) -> str:
     """"cuda" or "cpu": as --device asks, by default CUDA if torch can use it."""
     if asked == "cpu" or torch.cuda.is_available():
         return asked or "cuda"
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     gpu = ""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if not hidden and any(GPU_FILES.glob("nvidia[0-9]*")):
         text = DRIVER_FILE.read_text(errors="replace") if DRIVER_FILE.exists() else ""
         driver = next((word for word in text.split() if word[0].isdigit()), "unknown")
@@ -124,8 +106,8 @@ def start(device: str, deterministic: bool = False) -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = True
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            # For flash attention's backward pass. warn_only: sampling's float64 sums have no
-            # such kernel, but their rounding matters only within 1e-13 of a draw.
+            # For flash attention's backward pass. warn_only: sampling's float64 sums have no such
+            # kernel, but their rounding matters only within 1e-13 of a draw.
             torch.use_deterministic_algorithms(True, warn_only=True)
         device = f"cuda:{torch.cuda.current_device()}"
         group["device_id"] = torch.device(device)
@@ -134,38 +116,23 @@ def start(device: str, deterministic: bool = False) -> torch.device:
         words = (f"{world()} x {torch.cuda.get_device_name(device)} ({gigabytes:.0f} GB); torch "
                  f"{torch.__version__}, CUDA {torch.version.cuda}; {order}")
     if world() > 1 or device != "cpu":
-        # gloo next to NCCL, because sums for the log are on the CPU.
-        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         store = STORE if "RANK" in os.environ else dist.HashStore()
         if store is not None:
             group |= {"store": store, "rank": rank(), "world_size": world()}
+        # gloo next to NCCL, because sums for the log are on the CPU.
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=GROUP_TIMEOUT, **group)
     if rank() == 0:
         print(f"computing on {words}", flush=True)
     return torch.device(device)
 
 
-def all_sum(x: Tensor) -> Tensor:
+def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
+    """Each element's "sum" or "max" over all processes."""
     if dist.is_initialized():
         x = x.clone()
-        dist.all_reduce(x)
+        dist.all_reduce(x, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
     return x
-
-
-def all_max(x: Tensor) -> Tensor:
-    if dist.is_initialized():
-        x = x.clone()
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-    return x
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """(n, ...) on each process, of one shape -> (world * n, ...), by rank."""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
 
 
 def gather_lists(own: Sequence[Any]) -> list[Any]:
@@ -174,12 +141,7 @@ def gather_lists(own: Sequence[Any]) -> list[Any]:
         return list(own)
     parts: list[Any] = [None] * world()
     dist.all_gather_object(parts, list(own))
-    return list(itertools.chain.from_iterable(parts))
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    return sum(parts, [])
 
 
 @contextmanager
@@ -188,26 +150,21 @@ def raise_on_all_processes() -> Iterator[None]:
 
     The first process with an error raises its own, the others an OSError without text.
     """
-    problem = None
+    own = None
     try:
         yield
     except OSError as error:
-        problem = error
-    first = -int(all_max(torch.tensor(-(rank() if problem else world()))))
+        own = error
+    first = -int(all_reduce(torch.tensor(-(rank() if own else world())), "max"))
     if first < world():
-        raise problem if first == rank() else OSError()
-
-
-def print_above_bar(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)
+        raise own if first == rank() else OSError()
 
 
 def check_writable(folder: str | Path) -> Path:
     """Makes a folder with its parents; ends the script if no file can be written there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         fail(f"nothing can be written to {folder} ({error.strerror}); "
              "name another folder with --out")
@@ -217,54 +174,48 @@ def check_writable(folder: str | Path) -> Path:
 # ---------------------------------------------------------------- model
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on CUDA, float32 on the CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def prepare(
-        model: nn.Module, device: torch.device, dtype: torch.dtype | None = None,
-) -> nn.Module:
+        model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
     """Makes a loaded model ready for training: float32, on the device, sharded by layers.
 
-    Set requires_grad first. dtype: that of passes. A single process on the CPU does not
-    shard and computes in float32.
+    Set requires_grad first. dtype: that of passes; a single CPU process computes in float32.
     """
     if not dist.is_initialized():
         return model.float().to(device)
     dtype = dtype or compute_dtype(device)
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    mesh = init_device_mesh(device.type, (world(),))
-    # The frozen base of adapters is never saved, so it can be in the dtype of passes. (FSDP2
-    # asks for one dtype only among the trained parameters of a module.)
+    policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(device.type, (world(),))
+    # The frozen base of adapters is never saved, so it can be in the dtype of passes. (FSDP2 asks
+    # for one dtype only among the trained parameters of a module.)
     adapted = any(hasattr(module, "lora_A") for module in model.modules())
     frozen_dtype = dtype if adapted else torch.float32
-    # Inner modules first: an outer one takes what is left. Each becomes float32 just before
-    # it is sharded, so only one whole float32 layer exists at a time.
+    # Inner modules first: an outer one takes what is left. Each becomes float32 just before it
+    # is sharded, so only one whole float32 layer exists at a time.
     modules = (*model.visual.blocks, *model.model.layers, model.visual, model)
     for module in modules:
         for x in (*module.parameters(), *module.buffers()):
-            stored_dtype = torch.float32 if x.requires_grad else frozen_dtype
-            if x.is_floating_point() and x.dtype != stored_dtype:
-                x.data = x.data.to(stored_dtype)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+            if x.is_floating_point():
+                x.data = x.data.to(torch.float32 if x.requires_grad else frozen_dtype)
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in modules:
-        # Gradients are sums. With a divide factor FSDP2 would use a scaled sum that only NCCL
-        # has; with the flag it uses the plain one, which gloo has as well.
+        # FSDP2 averages by default. The flag avoids its scaled sum, which only NCCL has.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     # FSDP2 wraps forward() only; this method needs unsharded parameters as well.
-    register_fsdp_forward_method(model, "score")
+    fsdp.register_fsdp_forward_method(model, "score")
     return model
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """The model to sample with: each process has all parameters, no pass communicates.
+    """The model to sample with: each process has all parameters, so no pass communicates.
 
-    Answers differ in length, so processes make different numbers of passes. With sharded
-    parameters the longest answer would wait forever for the others.
+    Processes make different numbers of passes. Sharded, the longest answer would wait forever.
     """
-    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    modules = [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
     for module in modules:
         module.unshard()
     try:
@@ -277,16 +228,14 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
 def unhooked(module: nn.Module) -> nn.Module:
     """A copy of a module tree without FSDP2's hooks; parameters and buffers are shared.
 
-    Here the hooks have nothing to do, but take a fifth of the host's time in decoding, and
-    cannot be captured in a CUDA graph.
+    Hooks take a fifth of the host's time in decoding, and cannot be captured in a CUDA graph.
     """
-    # FSDP2 has put a class of its own before the module's.
-    kind = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+    # The module's own class, without the one that FSDP2 has put before it.
+    kind = next(c for c in type(module).__mro__ if not issubclass(c, fsdp.FSDPModule))
     twin = kind.__new__(kind)
     nn.Module.__init__(twin)
     for name, value in vars(module).items():
-        # nn.Module's own attributes, hooks among them, stay empty in the twin. A method among
-        # the attributes is one that FSDP2 has wrapped.
+        # Hooks stay empty in the twin. A method among the attributes is wrapped by FSDP2.
         if name not in vars(twin) and not callable(getattr(kind, name, None)):
             setattr(twin, name, value)
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -315,16 +264,15 @@ def lr_at(step: int, steps: int, peak: float) -> float:
 
 
 def update(model: nn.Module, opt: torch.optim.Optimizer, lr: float) -> float:
-    """One optimizer step, gradient clipped to norm 1 -> the norm before clipping.
+    """One optimizer step, gradient clipped to norm 1 -> the norm of the whole before clipping.
 
-    It is over all parameters and processes. If it is not finite, the step is skipped.
+    If it is not finite, the step is skipped.
     """
     trained = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = nn.utils.get_total_norm([p.grad for p in trained])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if norm.isfinite():
-        torch.nn.utils.clip_grads_with_norm_(trained, max_norm=1.0, total_norm=norm)
+        nn.utils.clip_grads_with_norm_(trained, max_norm=1.0, total_norm=norm)
         for group in opt.param_groups:
             group["lr"] = lr
         opt.step()
@@ -341,8 +289,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def memory_tokens(model: nn.Module, prompt: Any, completion_tokens: int) -> int:
-    """What --micro-tokens counts of a prompt and its completions: packed tokens, and patches
-    of the image if the vision tower is trained, and so keeps activations."""
+    """What --micro-tokens counts: packed tokens, and patches if the vision tower is trained."""
     tokens = len(prompt.input_ids) + completion_tokens
     if any(p.requires_grad for p in model.visual.parameters()):
         tokens += round(PATCH_TOKENS * int(prompt.image_grid_thw.prod(-1).sum()))
@@ -352,19 +299,17 @@ def memory_tokens(model: nn.Module, prompt: Any, completion_tokens: int) -> int:
 def micro_batches(tokens: Sequence[int], budget: int) -> list[slice]:
     """Cuts this process's items of a step into micro-batches within a budget.
 
-    tokens: memory_tokens() of each item; one alone may exceed the budget. Every process gets
-    the same number of slices, because FSDP2's passes need all processes.
+    tokens: memory_tokens() of each item; one alone may exceed the budget. Every process gets the
+    same number of slices, because FSDP2's passes need all processes.
 
     >>> micro_batches([5, 1, 9, 2], budget=12)        # 6 and 11 tokens
     [slice(0, 2, None), slice(2, 4, None)]
     """
+    n = len(tokens)
     count = 1
-    while count < len(tokens):
-        slices = equal_slices(len(tokens), count)
-        if max(sum(tokens[s]) for s in slices) <= budget:
-            break
+    while count < n and max(sum(tokens[s]) for s in equal_slices(n, count)) > budget:
         count += 1
-    return equal_slices(len(tokens), int(all_max(torch.tensor(count))))
+    return equal_slices(n, int(all_reduce(torch.tensor(count), "max")))
 
 
 def equal_slices(n: int, count: int) -> list[slice]:

@@ -103,7 +103,8 @@ def launch(main: Callable[[], None], catch_signals: bool = False) -> NoReturn:
             bar.leave = False
             bar.close()
         if dist.first_to_fail():
-            if dist.lost_peer(error):
+            # gloo or NCCL raise these when another process is gone.
+            if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):
                 print("a process of this run has ended; checkpoints are intact, continue with "
                       "--resume", file=sys.stderr)
             else:
@@ -186,7 +187,8 @@ class Run:
             print_parameters(model)
             for name in (*self.logs, UNREADABLE_LOG):
                 cut_log(self.out / name, self.first)
-        dist.barrier()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
         self.lines = read_log(self.out / "metrics.jsonl")
         self.unreadable = {bad["id"]: bad["image"] for bad in read_log(self.out / UNREADABLE_LOG)}
         packages = ("torch", "numpy", "pillow", "safetensors", "tokenizers")
@@ -236,7 +238,7 @@ class Run:
             for step, batch in zip(steps, batches):
                 # All processes stop together, whichever of them got the signal.
                 stop = STOP_REQUESTED.is_set() or dist.rank() == 0 and (self.out / "stop").exists()
-                if dist.all_max(torch.tensor(int(stop))):
+                if dist.all_reduce(torch.tensor(int(stop)), "max"):
                     break
                 yield step, batch
 
@@ -261,7 +263,7 @@ class Run:
             line["warning"] = "; ".join(warnings)
             before = self.lines[-2].get("warning") if len(self.lines) > 1 else None
             if dist.rank() == 0 and line["warning"] != before:
-                dist.print_above_bar(f"warning, step {line['step']}: {line['warning']}")
+                tqdm.write(f"warning, step {line['step']}: {line['warning']}", file=sys.stderr)
         append_line(self.out / "metrics.jsonl", line)
         # The checkpoint comes last, so it never covers a step that is not logged.
         if self.due(line["step"] - 1):
@@ -281,7 +283,7 @@ class Run:
 
         Counts over all processes and resumes, and prints each image once.
         """
-        if dist.all_sum(torch.tensor(len(met))).item():
+        if dist.all_reduce(torch.tensor(len(met))).item():
             for bad in sorted(dist.gather_lists(met), key=lambda bad: bad["place"]):
                 if bad["id"] in self.unreadable:
                     continue
