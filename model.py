@@ -215,8 +215,7 @@ class VisionTower(nn.Module):
         device = pixel_values.device
         joined = c.merge ** 2                                              # patches a token
 
-        # Tokens are ordered by frame, then by window, so each window and each frame is a sequence
-        # of the pack. Frames of a video do not attend to each other.
+        # Tokens are ordered by frame, then window: each frame, and each window, is a sequence.
         frames, orders, window_patches, frame_patches = [], [], [], []
         start = 0
         for count, height, width in grids:
@@ -273,7 +272,6 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, c.attention_bias)
         self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, c.attention_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, c.attention_bias and qwen3)
-        # Qwen3-VL normalises each head's queries and keys.
         self.q_norm = nn.RMSNorm(c.head_dim, c.eps) if qwen3 else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.eps) if qwen3 else nn.Identity()
 
@@ -403,7 +401,6 @@ def completion_layout(
         completion_lengths: Sequence[Sequence[int]],
 ) -> tuple[list[int], list[tuple[int, int]], Tensor, Tensor]:
     """Layout of completions in a pack: they follow all prompts, ordered by question and rollout.
-
     Token 0 is predicted by the prompt's last row, token k by the row of token k - 1. So the last
     of L tokens is not fed: a completion has L - 1 rows. Fed token k has position first + k.
 
@@ -540,7 +537,7 @@ class QwenVL(nn.Module):
         lengths = [len(part) for part in ids]
         ids, positions = to_device((torch.cat(ids), torch.cat(parts, 1)), self.device)
         if hasattr(prompts[0], "pixels"):
-            # A Processor's prompts hold bytes: copied to the device once, and normalised there.
+            # Prompts of a Processor hold bytes; they are normalised on the device.
             values = torch.cat([prompt.pixels.values for prompt in prompts])
             dtype = self.visual.patch_embed.proj.weight.dtype
             pixels = replace(prompts[0].pixels, values=values).normalised(self.device, dtype)
@@ -623,7 +620,6 @@ class QwenVL(nn.Module):
         base = base_folder(path)
         config = Config.from_json(base / "config.json")
         try:
-            # The meta device allocates no memory; the checkpoint provides the weights.
             with torch.device("meta"):
                 model = cls(config)
         except Exception as error:               # torch raises several types about sizes
@@ -648,8 +644,7 @@ class QwenVL(nn.Module):
     def save_pretrained(
             self, path: str | Path, whole: Iterator[Tensor] | None = None,
             shard_bytes: int = 5 * 10 ** 9) -> None:
-        """Writes config.json and safetensors as on the hub, in `stored_dtype`; or, if the model has
-        adapters, only these in PEFT's layout.
+        """Writes config.json and safetensors in hub layout, or only adapters in PEFT's layout.
 
         whole: full tensors in the order of stored_files(), if the model's are sharded over
         processes; each is requested when it is written."""

@@ -118,8 +118,7 @@ class Graph:
         if self.tokens is None or len(tokens) != len(self.tokens):
             self.tokens = tokens.clone()
             self.positions = positions.clone()
-            # A warm-up run on a separate stream lets libraries allocate memory. It is not a step,
-            # so the cache's counts are set back.
+            # A warm-up on a separate stream, so libraries allocate memory; counts are set back.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -127,7 +126,7 @@ class Graph:
             torch.cuda.current_stream().wait_stream(side)
             cache.filled -= 1
             cache.place -= 1
-            # Recording runs nothing on the device, but changes the host's count.
+            # Recording changes only the host's count, a replay only the device's.
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.logits = self.model.decode(self.tokens, self.positions, cache)
@@ -135,7 +134,6 @@ class Graph:
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
         self.graph.replay()
-        # A replay changes only the device's count.
         cache.filled += 1
         return self.logits
 

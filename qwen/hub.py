@@ -27,7 +27,6 @@ OTHER_MODELS = {
 ADAPTER_CONFIG = "adapter_config.json"                # PEFT's, in place of config.json
 WEIGHT_INDEX = "model.safetensors.index.json"         # lists the files of sharded weights
 MANIFEST = "manifest.json"                            # lists a step's files and their hashes
-# Dtypes of weights, as safetensors names them.
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PIECE = 2 ** 20                   # elements of a tensor that are copied to the host at a time
 # Exceptions from files with unexpected content.
@@ -271,7 +270,7 @@ def own_name(stored_name: str) -> str:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(file)
+        return load_file(file)        # memory-mapped, until converted or copied to a GPU
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy it again "
                               "from where it came from") from None
@@ -299,7 +298,6 @@ def read_weights(
     stored_names: dict[str, str] = {}
     stored_dtype = torch.bfloat16
     for file in sorted(files):
-        # Memory-mapped until they are converted or copied to a GPU.
         for stored_name, tensor in read_tensors(path / file).items():
             name = own_name(stored_name)
             if name in tensors:

@@ -4,9 +4,9 @@ An adapted layer computes W x + b + alpha / rank * B (A x). W and b are frozen; 
 trained: at rank 64, 3% of the parameters of a 3B model. B is 0 at first, so the model starts
 as its base.
 
-A run that starts from an adapter continues to train it. So a checkpoint holds a single adapter,
-with the path of its base, and PEFT can load it. For the reference policy the adapters are
-switched off, or replaced by a copy from the start of the run (`reference`).
+A run that starts from an adapter continues to train it, so a checkpoint holds a single one, with
+the path of its base, and PEFT can load it. The reference policy uses a copy of the initial
+adapters, or none (`reference`).
 
 Source: LoRA (arXiv 2106.09685). Names, files and initialisation are PEFT's. No dropout.
 
@@ -93,8 +93,7 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def fit(model: nn.Module, args: argparse.Namespace) -> None:
     """With --lora, adds adapters to a loaded model or keeps those it has; without, merges them.
 
-    Sets args.lora_alpha and args.lora_vision to the adapter's. CheckpointError if the flags
-    contradict the adapter that the run starts from."""
+    Sets args.lora_alpha and args.lora_vision. CheckpointError if flags contradict the adapter."""
     layers = adapted(model)
     if not args.lora:
         merge(model)
@@ -158,9 +157,9 @@ def keep_start(model: nn.Module) -> None:
 def reference(model: nn.Module) -> Iterator[None]:
     """Context in which the adapters are those of `keep_start`.
 
-    Gradients stay on, so the vision tower runs in one pass, as for the policy: both give the same
-    bits, and all processes of a sharded model run the same number of passes. Only frozen tensors
-    are used, so nothing is stored for a backward pass."""
+    Gradients stay on, so the vision tower runs in one pass, as for the policy: the bits are the
+    same, and all processes of a sharded model run equally many passes. All tensors used are
+    frozen, so nothing is stored for a backward pass."""
     layers = adapted(model).values()
     for layer in layers:
         layer.at_start = True
@@ -174,9 +173,7 @@ def reference(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Replaces adapted layers by plain ones with the adapter added to the weight.
-
-    In float32: bfloat16 would round small adapters away."""
+    """Merges adapters into weights, in float32: bfloat16 would round small adapters away."""
     for name, layer in adapted(model).items():
         plain = nn.Linear(
             layer.in_features, layer.out_features, layer.bias is not None, device="meta")
