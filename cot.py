@@ -43,7 +43,7 @@ from report.pictures import draw_boxes
 from tools.check_data import save_sheet
 from tools.teacher import COORDINATES, PLAIN_NUMBER, check_teacher_flags, run_teacher
 from train.dist import check_writable
-from train.flags import FlagParser, above_zero, add_device_flag, not_negative, positive
+from train.flags import DEVICE_FLAG, FlagParser, above_zero, not_negative, positive
 from train.run import launch
 
 REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"),
@@ -298,7 +298,7 @@ def flags() -> FlagParser:
     add("--temperature", type=not_negative, default=0.7, help="of sampling; 0 is greedy")
     add = parser.add_argument_group("teacher, a checkpoint").add_argument
     add("--batch", type=positive, default=16, help="records at once")
-    add_device_flag(add)
+    add("--device", **DEVICE_FLAG)
     add = parser.add_argument_group("teacher, a server").add_argument
     add("--model", help="name of the model there")
     add("--coords", choices=("original", "resized", "1000"),

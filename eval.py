@@ -44,7 +44,7 @@ from train import dist, memory
 from train.ahead import ahead
 from train.checkpoints import open_model
 from train.dist import check_writable, fail, gather_lists, gathered, rank, world
-from train.flags import FlagParser, add_device_flag, not_negative, positive
+from train.flags import DEVICE_FLAG, FlagParser, not_negative, positive
 from train.run import launch
 
 INCLUSIVE = ("opt",)              # data sets that count IoU >= t
@@ -81,7 +81,7 @@ def flags() -> FlagParser:
     # Their defaults are the flags that the checkpoint was trained with.
     data.add_reading_flags(add, "--data-coords")
     add("--seed", type=int, default=0, help="of sampling")
-    add_device_flag(add)
+    add("--device", **DEVICE_FLAG)
     return parser
 
 
@@ -381,7 +381,7 @@ def ask(stage: Stage, device: torch.device, args: Namespace) -> None:
         print(f"no box: {answer.failure(text) or 'outside image'}")
         return
     drawing = out / f"{path.stem}_answer.png"
-    pictures.overlay(image, [(box, args.text[:60], RED)], drawing)
+    pictures.overlay(image, [(box, args.text[:60], RED)]).save(drawing)
     upright = "" if orientation == 1 else ", turned upright by its EXIF"
     print(f"box in pixels of the picture{upright}: {', '.join(f'{v:.1f}' for v in box)}"
           f"{'' if strict else ' (read leniently)'}\ndrawn: {drawing}")

@@ -137,7 +137,7 @@ def flags() -> FlagParser:
         help="std of the positional term's kernel, in half-sides of the true box")
     add("--weighting", nargs="+", action=Values, default="consistency",
         metavar=("NAME", "MEAN VARIANCE"),
-        parts=(("weighting", weighting, 1), ("lambdas", moderate, 2)),
+        const=(("weighting", weighting, 1), ("lambdas", moderate, 2)),
         help="weight of a group's loss. consistency: exp(MEAN (1 - mean IoU) + VARIANCE (variance "
         "of IoU)), clipped to 0.5 .. 3; mean, variance: only that part; off: 1; shuffled: the "
         "consistency weights dealt at random, a control; default: consistency 1.2 1")

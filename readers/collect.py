@@ -127,15 +127,16 @@ class Collector:
         [path] = paths
         if path not in self.sizes:
             try:
-                header = images.read_header(path)
+                with images.opened(path) as (_, _, size, deep):
+                    pass
             except (OSError, images.ImageError) as error:
                 missing = isinstance(error, FileNotFoundError)
                 raise Refused("missing image" if missing else "unreadable image") from None
-            if header.deep and self.stretch is None:
+            if deep and self.stretch is None:
                 raise Refused(images.DEEP)
-            if max(header.size) > ASPECT * min(header.size):
+            if max(size) > ASPECT * min(size):
                 raise Refused(f"image more than {ASPECT} times as long as wide")
-            self.sizes[path] = header.size
+            self.sizes[path] = size
         other_suffix = [f"image called *{suffix} is *{path.suffix}"] if path.name != base else []
         return path, self.sizes[path], other_suffix
 

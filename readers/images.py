@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
@@ -33,14 +33,11 @@ class ImageError(ValueError):
     """The message is a short reason why an image cannot be read."""
 
 
-class Header(NamedTuple):
-    size: tuple[int, int]         # (width, height) as stored
-    deep: bool                    # samples are signed, floats, or of more than 8 bits
-
-
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[Image.Image | None, dict[int, Any], Header]]:
-    """Yields a file as PIL opens it, not yet decoded, its TIFF tags (or {}), and its header.
+def opened(path: Path) -> Iterator[
+        tuple[Image.Image | None, dict[int, Any], tuple[int, int], bool]]:
+    """Yields a file as PIL opens it, not yet decoded, its TIFF tags (or {}), the stored (width,
+    height), and whether it is deep: its samples are signed, floats, or of more than 8 bits.
 
     Any error up to the end of the `with` block becomes ImageError, except FileNotFoundError.
     """
@@ -49,7 +46,7 @@ def opened(path: Path) -> Iterator[tuple[Image.Image | None, dict[int, Any], Hea
             start = file.read(16)
             if start[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
                 image = Image.open(file)
-                yield image, {}, Header(image.size, is_deep(image))
+                yield image, {}, image.size, is_deep(image)
                 return
             # The header of a BigTIFF has 16 bytes, that of a TIFF 8.
             tags = TiffImagePlugin.ImageFileDirectory_v2(start[:16 if b"+" in start[:4] else 8])
@@ -59,39 +56,34 @@ def opened(path: Path) -> Iterator[tuple[Image.Image | None, dict[int, Any], Hea
             image = None          # if deep, or unknown to PIL
             with suppress(UnidentifiedImageError):
                 image = None if deep else Image.open(file)
-            yield image, dict(tags), Header((tags[WIDTH], tags[HEIGHT]), deep)
+            yield image, dict(tags), (tags[WIDTH], tags[HEIGHT]), deep
     except (FileNotFoundError, ImageError, DataError):
         raise
     except Exception as error:    # on a damaged file PIL's plugins raise almost any
         raise ImageError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def read_header(path: Path) -> Header:
-    with opened(path) as (_, _, header):
-        return header
-
-
 def read_orientation(path: Path) -> int:
     """EXIF orientation, 1 to 8: how viewers turn the picture. May decode the pixels."""
-    with opened(path) as (image, tags, _):
+    with opened(path) as (image, tags, _, _):
         return (tags or image.getexif()).get(Base.Orientation, 1)
 
 
 def is_plain(path: Path) -> bool:
     """Whether every program shows exactly the pixels that `read_rgb` returns."""
-    with opened(path) as (image, tags, header):
+    with opened(path) as (image, tags, _, deep):
         transparent = EXTRA_BANDS in tags if tags else image.has_transparency_data
-    return not header.deep and not transparent and read_orientation(path) == 1
+    return not deep and not transparent and read_orientation(path) == 1
 
 
 def read_rgb(path: Path, stretch: Stretch | None = None) -> Image.Image:
     """A whole image as PIL RGB, as stored. stretch: for deep images; None refuses them."""
-    with opened(path) as (image, tags, header):
-        if header.deep and stretch is None:
+    with opened(path) as (image, tags, _, deep):
+        if deep and stretch is None:
             raise ImageError(STRETCH_IT)
-        if header.deep or image is None:
+        if deep or image is None:
             colour, alpha = read_samples(path, image, tags)
-            pixels = stretched(colour, alpha, stretch) if header.deep else colour.clip(0, 255)
+            pixels = stretched(colour, alpha, stretch) if deep else colour.clip(0, 255)
             if alpha is not None:
                 alpha = np.nan_to_num(alpha).clip(0, 1)[..., None]
                 pixels = np.rint(pixels.astype(np.uint8) * alpha + 255 * (1 - alpha))
@@ -144,14 +136,13 @@ def read_samples(path: Path, image: Image.Image | None, tags: dict[int, Any]) ->
     # Scientific software writes three bands of colour as gray.
     allowed = (RGB,) if bands > 3 else (BLACK_IS_ZERO, RGB if bands == 3 else WHITE_IS_ZERO)
     if photometric not in allowed:
-        bits = max(tags.get(BITS, (1,)))
-        raise ImageError(f"a TIFF of {bands} bands of {bits} bits does not say which are red, "
-                         "green and blue; write three bands of it to a file")
+        raise ImageError(f"a TIFF of {bands} bands of {max(tags.get(BITS, (1,)))} bits does not "
+                         "say which are red, green and blue; write three bands of it to a file")
     try:
         import rasterio
     except ImportError:
-        problem = "more than 8 bits a sample need rasterio, which is not installed"
-        raise DataError(f"{path}: {problem}; pip install rasterio") from None
+        raise DataError(f"{path}: more than 8 bits a sample need rasterio, which is not "
+                        "installed; pip install rasterio") from None
     try:
         # Do not list the image's folder on each open: it may hold a million files.
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), rasterio.open(path) as source:

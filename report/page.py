@@ -99,21 +99,21 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
         contents += f'<a href="#s{i}">{title}</a>'
         body += f'<h2 id="s{i}">{title}</h2>{section}'
 
-    first = rows[0]
     # The headline has the last stage's first row, which is the greedy one if there is one.
     row = next(row for row in rows if row["stage"] == rows[-1]["stage"])
     low, high = row["ci"]["mIoU"]
     note = ""
-    if refused := first.get("refused"):
+    if refused := rows[0].get("refused"):
         note = f"; {sum(refused.values()):,} more are refused ({safe(in_words(refused))})"
         note += " and not scored"
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     path.write_text(
         "<!DOCTYPE html><html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width,initial-scale=1">'
-        f'<meta http-equiv=Content-Security-Policy content="{policy}">'
+        "<meta http-equiv=Content-Security-Policy "
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
         f"<title>Evaluation</title><style>{STYLE}</style></head><body><h1>Evaluation</h1>"
-        f"<p>{safe(first['data'])}, split {safe(first['split'])}, {first['n']:,} records{note}</p>"
+        f"<p>{safe(rows[0]['data'])}, split {safe(rows[0]['split'])}, "
+        f"{rows[0]['n']:,} records{note}</p>"
         f"<p><b>{label(row)}</b>: mIoU {row['mIoU']:.3f} [{low:.3f}, {high:.3f}], "
         f"Pr@0.5 {row['Pr@0.5']:.3f}, {sum(row['failures'].values()):,} of {row['n']:,} answers "
         f"without a box.</p><nav>{contents}</nav>{body}</body></html>\n", encoding="utf-8")
@@ -185,18 +185,16 @@ def log_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                value = None
                 # A run that is still writing leaves an incomplete line.
                 with suppress(ValueError):
-                    value = json.loads(line)
-                if isinstance(value, dict):
-                    yield value
+                    if isinstance(value := json.loads(line), dict):
+                        yield value
 
 
 def training_section(name: str, folder: Path, groups: Sequence[tuple[Row, Record]]) -> str:
     """A run's curves and some of its groups of rollouts; "" without logs."""
     lines = list(log_lines(folder / "metrics.jsonl"))
-    # Every term of the reward, whatever its name, has a key NAME_group_std next to its own.
+    # Every term of the reward has a key NAME_group_std next to its own.
     deviations = dict.fromkeys(k for line in lines for k in line if k.endswith("_group_std"))
     rewards = [key.removesuffix("_group_std") for key in deviations]
     curves = figures = section = ""

@@ -4,7 +4,6 @@ Boxes are (x1, y1, x2, y2) in pixels of the image on which they are drawn. A col
 PIL knows, or (red, green, blue), 0 to 255.
 """
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -58,9 +57,8 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 4) -> Image.Imag
     return sheet
 
 
-def overlay(image: Image.Image, boxes: Sequence[tuple[Box, str, Colour]],
-            path: Path | None = None) -> Image.Image:
-    """A copy of the image in full size with (box, label, colour), saved if `path` is given."""
+def overlay(image: Image.Image, boxes: Sequence[tuple[Box, str, Colour]]) -> Image.Image:
+    """A copy of the image in full size with (box, label, colour)."""
     image = image.convert("RGB")
     pen = ImageDraw.Draw(image)
     longer_side = max(image.size)
@@ -70,17 +68,13 @@ def overlay(image: Image.Image, boxes: Sequence[tuple[Box, str, Colour]],
         # PIL includes the last pixel; a box ends before it.
         corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
         pen.rectangle(corners, outline=colour, width=line_width)
-        ascii_label = label.encode("ascii", "replace").decode()
-        pen.text((x1 + line_width, y1 + line_width), ascii_label, fill=colour, font=font)
-    if path:
-        image.save(path)
+        label = label.encode("ascii", "replace").decode()
+        pen.text((x1 + line_width, y1 + line_width), label, fill=colour, font=font)
     return image
 
 
-def draw_rollouts(
-        image: Image.Image, boxes: Sequence[Box | None], rewards: Sequence[float], target: Box,
-        text: str = "", width: int = 336,
-) -> Image.Image:
+def draw_rollouts(image: Image.Image, boxes: Sequence[Box | None], rewards: Sequence[float],
+                  target: Box, text: str = "", width: int = 336) -> Image.Image:
     """A group's boxes on its image: red for the lowest reward, orange for the highest.
 
     boxes: one for each rollout, None or NaN if it has none. text: for a caption with the range of
@@ -96,9 +90,8 @@ def draw_rollouts(
     return draw_boxes(image, [*coloured, (target, "lime")], caption, width)
 
 
-def curve(
-        series: Sequence[tuple[str, Sequence[Point]]], width: int = 320, height: int = 170,
-) -> str:
+def curve(series: Sequence[tuple[str, Sequence[Point]]], width: int = 320,
+          height: int = 170) -> str:
     """One drawing of all curves -> an HTML figure with an SVG; "" if no curve has two points.
 
     series: (name, points), a name in HTML, a point (step, value).

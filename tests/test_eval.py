@@ -1063,15 +1063,15 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_a_model_is_loaded(
     assert stop.value.code == 2 and "/proc/self" in error and error.count("\n") == 1
 
 
-def test_overlay_draws_on_a_copy(tmp_path: Path) -> None:
+def test_overlay_draws_on_a_copy() -> None:
     image = Image.new("RGB", (200, 100))
     green = (64, 255, 64)
     boxes = [((20, 10, 120, 60), "ship \u8239", green), ((0, 0, 0.4, 0.4), "", evaluation.RED)]
-    drawn = pictures.overlay(image, boxes, tmp_path / "o.png")
+    drawn = pictures.overlay(image, boxes)
     assert image.getpixel((20, 30)) == (0, 0, 0)
     assert drawn.getpixel((20, 30)) == drawn.getpixel((119, 30)) == green
     assert drawn.getpixel((121, 30)) == drawn.getpixel((19, 30)) == (0, 0, 0)
-    assert Image.open(tmp_path / "o.png").size == (200, 100)
+    assert drawn.size == (200, 100)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from qwen.generate import generate
 from qwen.hub import Config, write_json
 from qwen.processor import Pixels, Processor, Prompt
 from train.dist import check_writable, choose_device, fail, peak_memory
-from train.flags import FlagParser, add_device_flag, positive
+from train.flags import DEVICE_FLAG, FlagParser, positive
 from train.run import launch
 
 PARTS = ("load", "prefill", "decode", "update", "step", "sft", "images", "numerics")
@@ -61,8 +61,7 @@ SHAPES = {
     # width, MLP, heads, layers, vocabulary; the same of the vision tower, without a vocabulary
     "tiny": make_config((128, 256, 4, 2, 1024), (64, 128, 2, 2), [1]),
     "mid": make_config((640, 1728, 10, 12, 8192), (512, 1376, 8, 8), [3, 7]),
-    "3b": make_config(
-        (2048, 11008, 16, 36, 151_936), (1280, 3420, 16, 32), [7, 15, 23, 31])}
+    "3b": make_config((2048, 11008, 16, 36, 151_936), (1280, 3420, 16, 32), [7, 15, 23, 31])}
 
 # Prints seconds and peak MiB of loading; it reads all pages of weights that may be a memory map.
 LOADER = """
@@ -162,9 +161,8 @@ class Bench:
         # transformers' model checkpoints only in training mode. It has no dropout.
         self.theirs.train(on)
 
-    def padded(
-            self, prompts: Sequence[Prompt],
-            completions: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+    def padded(self, prompts: Sequence[Prompt],
+               completions: Sequence[Tensor] = ()) -> dict[str, Tensor]:
         rows = [p.input_ids for p in prompts]
         if len(completions):
             rows = [torch.cat(pair) for pair in zip(rows, completions)]
@@ -182,8 +180,8 @@ class Bench:
         """GROUP rollouts of exactly `tokens` tokens for each prompt; side: "ours" or "theirs"."""
         self.train_mode(False)
         if side == "ours":
-            generate(
-                self.ours, self.prompts, GROUP, tokens, 1.0, torch.arange(len(self.prompts)))
+            seeds = torch.arange(len(self.prompts))
+            generate(self.ours, self.prompts, GROUP, tokens, 1.0, seeds)
         else:
             self.theirs.generate(
                 **self.padded(self.prompts), max_new_tokens=tokens, min_new_tokens=tokens,
@@ -211,9 +209,8 @@ class Bench:
         (-logp.mean()).backward()
         return logp.detach()
 
-    def compare(
-            self, name: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any],
-            unit: str = "s", amount: float = 0.0) -> tuple[float, float]:
+    def compare(self, name: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any],
+                unit: str = "s", amount: float = 0.0) -> tuple[float, float]:
         """Times ours() and theirs() in turn, after a warm-up of each; the rest as `add`."""
         for model in filter(None, (self.ours, self.theirs)):
             model.zero_grad(set_to_none=True)
@@ -221,20 +218,16 @@ class Bench:
                  for _ in tqdm(range(self.repeats + 1), desc=f"{name}, {peer}", leave=False)]
         return self.add(name, peer, pairs[1:], unit, amount)
 
-    def add(
-            self, name: str, peer: str, pairs: Sequence[tuple[float, float]], unit: str = "s",
+    def add(self, name: str, peer: str, pairs: Sequence[tuple[float, float]], unit: str = "s",
             amount: float = 0.0) -> tuple[float, float]:
         """Adds a row of (ours, theirs) per repeat -> their medians. amount: per call, for rates."""
         ours, theirs = (statistics.median(side) for side in zip(*pairs))
-        figures = (ours, theirs)
-        if amount:
-            figures = (amount / ours, amount / theirs)
+        figures = (amount / ours, amount / theirs) if amount else (ours, theirs)
         ratio = theirs / ours
         ratios = [t / o for o, t in pairs]
-        row = {
+        self.report["rows"].append({
             "name": name, "peer": peer, "ours": figures[0], "theirs": figures[1], "unit": unit,
-            "ratio": ratio, "spread": [min(ratios), max(ratios)]}
-        self.report["rows"].append(row)
+            "ratio": ratio, "spread": [min(ratios), max(ratios)]})
         tqdm.write(f"{name:8} {peer:44} {figures[0]:12.4g} {figures[1]:12.4g} {unit:16} "
                    f"{ratio:6.2f}x   {min(ratios):.2f} .. {max(ratios):.2f}")
         self.write()
@@ -282,20 +275,17 @@ def measure_inference(b: Bench, part: str, folder: Path) -> None:
 
     elif part == "prefill":
         b.train_mode(False)
-        b.compare(
-            "prefill", "transformers forward, no rollouts yet",
-            lambda: b.ours.prefill(b.prompts, GROUP, 1),
-            lambda: b.theirs(**b.padded(b.prompts), logits_to_keep=1, use_cache=True),
-            "prompt tokens/s", sum(len(p.input_ids) for p in b.prompts))
+        b.compare("prefill", "transformers forward, no rollouts yet",
+                  lambda: b.ours.prefill(b.prompts, GROUP, 1),
+                  lambda: b.theirs(**b.padded(b.prompts), logits_to_keep=1, use_cache=True),
+                  "prompt tokens/s", sum(len(p.input_ids) for p in b.prompts))
 
     elif part == "decode":
-        whole = b.compare(
-            "decode", "transformers generate, prefill included",
-            lambda: b.sample("ours", b.tokens), lambda: b.sample("theirs", b.tokens),
-            "new tokens/s", len(b.prompts) * GROUP * b.tokens)
-        first = b.compare(
-            "decode", "transformers generate, first token alone",
-            lambda: b.sample("ours", 1), lambda: b.sample("theirs", 1))
+        whole = b.compare("decode", "transformers generate, prefill included",
+                          lambda: b.sample("ours", b.tokens), lambda: b.sample("theirs", b.tokens),
+                          "new tokens/s", len(b.prompts) * GROUP * b.tokens)
+        first = b.compare("decode", "transformers generate, first token alone",
+                          lambda: b.sample("ours", 1), lambda: b.sample("theirs", 1))
         step = [(w - f) / max(1, b.tokens - 1) for w, f in zip(whole, first)]
         b.add("decode", "transformers generate, one step (difference)", [step])
 
@@ -355,12 +345,12 @@ def measure_training(b: Bench, part: str) -> None:
         for row, answer in zip(labels, b.answers):
             row[:-len(answer)] = -100                                  # not in the loss
         b.train_mode(True)
-        b.compare(
-            "sft", "transformers, padded batch of unequal records",
-            lambda: (-ours.score(b.records, [[a] for a in b.answers])[0].mean()).backward(),
-            lambda: theirs(**b.padded(b.records, b.answers), labels=labels,
-                           use_cache=False).loss.backward(),
-            "tokens/s", inputs["attention_mask"].sum().item())
+        answers = [[answer] for answer in b.answers]
+        b.compare("sft", "transformers, padded batch of unequal records",
+                  lambda: (-ours.score(b.records, answers)[0].mean()).backward(),
+                  lambda: theirs(**b.padded(b.records, b.answers), labels=labels,
+                                 use_cache=False).loss.backward(),
+                  "tokens/s", inputs["attention_mask"].sum().item())
 
 
 def main() -> None:
@@ -368,7 +358,7 @@ def main() -> None:
     add = parser.add_argument
     add("--shape", default="mid",
         help=f"of the model, random weights: {', '.join(SHAPES)}, or a folder with a config.json")
-    add_device_flag(add)
+    add("--device", **DEVICE_FLAG)
     add("--dtype", choices=("float32", "bfloat16"),
         help="default: bfloat16 on CUDA, float32 on a CPU")
     add("--repeats", type=positive, default=3, help="alternating repeats after one warm-up")

@@ -20,6 +20,8 @@ FREE_ON_RESUME = (
 FLAG_OF = {"lora_alpha": "lora", "keep_weights": "keep", "lambdas": "weighting"}
 # Flags of earlier versions, which run.json may still hold, and the only value that still works.
 REMOVED_FLAGS = {"kl": "k3", "dual_clip": None, "importance_cap": None}
+DEVICE_FLAG = {"choices": ("cuda", "cpu"),
+               "help": "where to compute; default: cuda if torch can use it"}
 
 
 class FlagHelp(argparse.ArgumentDefaultsHelpFormatter):
@@ -65,16 +67,12 @@ moderate = number(float, lambda v: abs(v) <= 1e6, "a number between -1e6 and 1e6
 class Values(argparse.Action):
     """A flag with several values, stored under names of their own; the last ones may be left out.
 
-    parts: (name, kind, count of values) in their order.
+    const: their (name, kind, count of values) in order.
     """
-
-    def __init__(self, option_strings: list[str], dest: str, parts: Any, **more: Any) -> None:
-        super().__init__(option_strings, dest, **more)
-        self.parts = parts
 
     def __call__(self, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
         setattr(namespace, self.dest, True)
-        for name, kind, count in self.parts:
+        for name, kind, count in self.const:
             part, values = values[:count], values[count:]
             if len(part) not in (0, count):
                 raise argparse.ArgumentError(self, f"{' '.join(part)}: {count} values belong here")
@@ -88,13 +86,8 @@ class Values(argparse.Action):
             raise argparse.ArgumentError(self, f"{' '.join(values)}: too many values")
 
 
-def add_device_flag(add: Callable[..., Any]) -> None:
-    add("--device", choices=("cuda", "cpu"),
-        help="where to compute; default: cuda if torch can use it")
-
-
-def add_common_flags(
-        parser: argparse.ArgumentParser, stage: str, init: str, length: str, every: int) -> None:
+def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, length: str,
+                     every: int) -> None:
     """The flags of both stages. init, every: defaults; length: the default number of steps."""
     run = parser.add_argument_group("run")
     add = run.add_argument
@@ -110,7 +103,7 @@ def add_common_flags(
     add("--seed", type=natural, default=0, help="seed of data order and sampling")
     add("--resume", action="store_true",
         help="continue from the newest checkpoint in --out, with the flags in its run.json")
-    add_device_flag(add)
+    add("--device", **DEVICE_FLAG)
     add("--deterministic", action="store_true",
         help="slower CUDA kernels: a resumed run equals an unbroken one to the bit, as on the CPU")
     add = parser.add_argument_group("watching").add_argument
@@ -119,7 +112,7 @@ def add_common_flags(
     add("--val", type=natural, default=64, help="records of the val split to validate on; 0: none")
     add = parser.add_argument_group("disk").add_argument
     add("--keep", nargs="+", action=Values, default=2, metavar=("STATES", "WEIGHTS"),
-        parts=(("keep", positive, 1), ("keep_weights", positive, 1)),
+        const=(("keep", positive, 1), ("keep_weights", positive, 1)),
         help="newest checkpoints that keep the training state, which --resume needs, and newest "
         "checkpoints to keep in addition to the best by validation; default: 2, and all")
     add = parser.add_argument_group("memory").add_argument
@@ -133,14 +126,14 @@ def add_common_flags(
         help="largest area of the resized image; default: the checkpoint's own")
     add = parser.add_argument_group("adapters").add_argument
     add("--lora", nargs="+", action=Values, metavar=("RANK", "ALPHA"),
-        parts=(("lora", positive, 1), ("lora_alpha", above_zero, 1)),
+        const=(("lora", positive, 1), ("lora_alpha", above_zero, 1)),
         help="train adapters of this rank in the language model's linear layers, not the weights, "
         "scaled by ALPHA / RANK; use an --lr ten times as large; default ALPHA: 2 RANK, or that "
         "of the adapter in --init")
     add("--lora-vision", action="store_true", help="adapters in the vision tower too")
     add = parser.add_argument_group("plan").add_argument
     add("--plan", nargs="*", action=Values, default=False, metavar=("GPUS", "GIB"),
-        parts=(("gpus", positive, 1), ("memory", above_zero, 1), ("image", positive, 2)),
+        const=(("gpus", positive, 1), ("memory", above_zero, 1), ("image", positive, 2)),
         help="print the memory that the run needs on each of GPUS of GIB, on any machine; exit "
         "status 2 if it does not fit. With the images' WIDTH HEIGHT as well no data is needed; "
         "default: 1 80")
@@ -148,10 +141,7 @@ def add_common_flags(
 
 
 def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
-    """The command line, with defaults that depend on the device and, with --resume, on run.json.
-
-    --resume refuses a flag that would change the run.
-    """
+    """The command line; --resume takes its defaults from run.json and refuses to change the run."""
     args = parser.parse_args()
     if args.resume:
         known = vars(args).keys()

@@ -91,8 +91,8 @@ class ByteCounter(TorchDispatchMode):
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
         self.live = 0
 
-    def __torch_dispatch__(
-            self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (),
+                           kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.is_meta:
@@ -108,25 +108,22 @@ class ByteCounter(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
 
-def longest_prompt(
-        processor: Processor, records: Sequence[Record],
-        image: tuple[int, int] | None = None) -> Prompt | None:
+def longest_prompt(processor: Processor, records: Sequence[Record],
+                   image: tuple[int, int] | None = None) -> Prompt | None:
     """The prompt with the most patches and the longest text of these records, or of an image of
     this (width, height) and TEXT_TOKENS tokens; None without either."""
     if not records and not image:
         return None
     sizes = {record.size for record in records} or {tuple(image)}
-    factor = processor.patch * processor.merge
-    limits = (processor.min_pixels, processor.max_pixels)
-    resized = [smart_resize(width, height, factor, *limits) for width, height in sizes]
+    resized = [smart_resize(*size, processor.patch * processor.merge, processor.min_pixels,
+                            processor.max_pixels) for size in sizes]
     width, height = max(resized, key=lambda size: size[0] * size[1])
     rows, columns = height // processor.patch, width // processor.patch
     text = max((record.text for record in records), key=len, default="")
     ids = processor.turns(PROMPT, rows * columns // processor.merge ** 2, text=text)
     if not records:
         ids += [0] * TEXT_TOKENS
-    patches = torch.zeros(
-        (rows * columns, 3, processor.patch, processor.patch), dtype=torch.uint8)
+    patches = torch.zeros(rows * columns, 3, *[processor.patch] * 2, dtype=torch.uint8)
     pixels = Pixels(patches, torch.zeros(3, 256), processor.temporal_patch)
     return Prompt(torch.tensor(ids), pixels, torch.tensor([[1, rows, columns]]), None)
 
@@ -135,9 +132,8 @@ def validation_batch(longest: Prompt) -> int:
     return min(VALIDATION_RECORDS, max(1, VALIDATION_TOKENS // len(longest.input_ids)))
 
 
-def largest_passes(
-        model: QwenVL, args: argparse.Namespace, step: Step, gpus: int,
-        longest: Prompt, longest_val: Prompt | None) -> dict[str, Pass]:
+def largest_passes(model: QwenVL, args: argparse.Namespace, step: Step, gpus: int,
+                   longest: Prompt, longest_val: Prompt | None) -> dict[str, Pass]:
     """The largest passes that a process may run: sampling, updating, validating."""
     passes = {}
     prompts, tokens = step.prompts // gpus, step.tokens
@@ -167,9 +163,8 @@ def peak_bytes(model: QwenVL, work: Pass, reference: bool = False) -> int:
     counter = ByteCounter([*model.parameters(), *model.buffers()])
     # CUDA's RMSNorm kernel keeps its input and a number per row, but on the meta device it is
     # many operations. LayerNorm is one there, and keeps the same (with two numbers per row).
-    norm = mock.patch.object(
-        F, "rms_norm", lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, None, eps))
-    with norm, counter:
+    with counter, mock.patch.object(F, "rms_norm", lambda x, shape, weight, eps: F.layer_norm(
+            x, shape, weight, None, eps)):
         work.run(model, model if reference else None)
     for hook in hooks:
         hook.remove()
@@ -195,9 +190,8 @@ def meta_model(args: argparse.Namespace) -> QwenVL:
     return model.to(torch.bfloat16)
 
 
-def plan(
-        args: argparse.Namespace, step: Step, gpus: int, longest: Prompt,
-        longest_val: Prompt | None) -> tuple[float, dict[str, dict[str, float]]]:
+def plan(args: argparse.Namespace, step: Step, gpus: int, longest: Prompt,
+         longest_val: Prompt | None) -> tuple[float, dict[str, dict[str, float]]]:
     """What a run needs of each GPU -> the peak, and bytes by phase and purpose. The phase "all the
     time" adds to each of the others."""
     model = meta_model(args)
@@ -248,9 +242,9 @@ def check_gpu(
         minibatches = " and the minibatches" if step.updates > 1 else ""
         fail(f"{step.prompts} records per step do not divide among {gpus} GPUs"
              f"{minibatches}; take a multiple of {gpus * step.updates}")
-    if device is not None and device.type == "cpu":
-        return
     if device is not None:
+        if device.type == "cpu":
+            return
         gpus, available = world(), torch.cuda.get_device_properties(device).total_memory
     image = None if records else args.image
     longest = [longest_prompt(processor, part, image) for part in (records, val)]
@@ -259,8 +253,8 @@ def check_gpu(
     for phase, rows in phases.items():
         lines.append(f"  {phase}")
         lines += [f"    {name:46} {size / GIB:8.2f}" for name, size in rows.items() if size]
-    lines.append(f"  {'needed at most':48} {peak / GIB:8.2f}")
-    lines.append(f"  {'a GPU has':48} {available / GIB:8.2f}")
+    lines += [f"  {'needed at most':48} {peak / GIB:8.2f}",
+              f"  {'a GPU has':48} {available / GIB:8.2f}"]
     if rank() == 0:
         print("\n".join(lines), flush=True)
     if peak <= available:

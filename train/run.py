@@ -62,8 +62,6 @@ def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Re
     return records, loaded.get("val", [])[:args.val]
 
 
-# ---------------------------------------------------------------- starting and stopping
-
 def launch(main: Callable[[], None], catch_signals: bool = False) -> NoReturn:
     """Runs a script's main function and exits: 0, 2 after a user's mistake, 1 after other errors.
 
@@ -137,8 +135,6 @@ def read_signals(read_end: int) -> None:
                 os._exit(128 + signal.SIGINT)
 
 
-# ---------------------------------------------------------------- the order of the data
-
 @functools.lru_cache(maxsize=2)        # a batch lies in one epoch, or across the border of two
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n records in an epoch."""
@@ -159,13 +155,10 @@ def record_at(records: Sequence[Record], place: int, seed: int) -> Record:
 @dataclass
 class Batch:
     """This process's part of a step's records."""
-
     records: list[Record]
     inputs: list[Any]                  # made from each record: a prompt, or a training example
     unreadable: list[dict[str, Any]]   # records that were replaced: place, id, image, problem
 
-
-# ---------------------------------------------------------------- a run
 
 class Run:
     """A run of a stage: its folder, log, checkpoints and steps. sft.main() shows its use."""
@@ -221,12 +214,11 @@ class Run:
                 record = record_at(self.records, place, self.args.seed)
                 try:
                     batch.inputs.append(make(record))
+                    batch.records.append(record)
+                    break
                 except UnreadableImage as error:
                     batch.unreadable.append({"place": place, "id": record.id,
                                              "image": str(record.image), "problem": str(error)})
-                    continue
-                batch.records.append(record)
-                break
         return batch
 
     def steps(self, make: Callable[[Record], Any], size: int) -> Iterator[tuple[int, Batch]]:
@@ -271,18 +263,15 @@ class Run:
         shown = [f"{key.removeprefix('val_')} {line[key]:.4g}" for key in show if key in line]
         self.bar.set_postfix_str(" ".join(shown + ["warning"] * bool(warnings)), refresh=False)
         self.bar.update()
-        skipped = trailing(self.lines, lambda line: not line["finite"])
         # A few such steps in a row do not recover, and a run must not end on a skipped step.
+        skipped = trailing(self.lines, lambda line: not line["finite"])
         if skipped >= STOP_AFTER_SKIPPED or skipped and line["step"] == self.args.steps:
             dist.fail(f"no gradient is finite from step {line['step'] + 1 - skipped} on; lower "
                       f"--lr; {self.out} has the checkpoints before that, and its metrics.jsonl "
                       "names the records")
 
     def count_unreadable(self, line: dict[str, Any], met: Sequence[dict[str, Any]]) -> None:
-        """Counts and logs the records that were replaced, and stops the run if they are too many.
-
-        Counts over all processes and resumes, and prints each image once.
-        """
+        """Logs the records replaced in all processes; stops the run if too many were so far."""
         if dist.all_reduce(torch.tensor(len(met))).item():
             for bad in sorted(dist.gather_lists(met), key=lambda bad: bad["place"]):
                 if bad["id"] in self.unreadable:
@@ -330,7 +319,7 @@ class Run:
 
 
 def trailing(lines: Sequence[dict[str, Any]], holds: Callable[[dict[str, Any]], bool]) -> int:
-    """Length of the streak of recent steps for which the predicate holds."""
+    """How many of the last steps in a row the predicate holds for."""
     return sum(1 for _ in itertools.takewhile(holds, reversed(lines)))
 
 
@@ -360,8 +349,8 @@ def cut_log(path: Path, step: int) -> None:
                 earlier += line + "\n"
         except (ValueError, KeyError, TypeError):
             if n < len(lines):
-                problem = f"{path}, line {n}: not a step's line; remove it to continue"
-                raise DataError(problem) from None
+                raise DataError(
+                    f"{path}, line {n}: not a step's line; remove it to continue") from None
     temporary = path.with_suffix(".tmp")
     temporary.write_text(earlier, encoding="utf-8")
     os.replace(temporary, path)
