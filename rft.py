@@ -91,13 +91,6 @@ class NamedWeights(argparse.Action):
         setattr(namespace, self.dest, {name: weights[name] for name in names if name in weights})
 
 
-def weighting(name: str) -> str:
-    """The type of --weighting's first value."""
-    if name not in WEIGHTINGS:
-        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(WEIGHTINGS)}")
-    return name
-
-
 def flags() -> FlagParser:
     parser = FlagParser("GRPO with a positional reward and consistency-weighted updates (stage 2)")
     add_common_flags(parser, "rft", init="ckpt/sft", length="0.4 epochs", every=50)
@@ -137,7 +130,7 @@ def flags() -> FlagParser:
         help="std of the positional term's kernel, in half-sides of the true box")
     add("--weighting", nargs="+", action=Values, default="consistency",
         metavar=("NAME", "MEAN VARIANCE"),
-        const=(("weighting", weighting, 1), ("lambdas", moderate, 2)),
+        const=(("weighting", WEIGHTINGS, 1), ("lambdas", moderate, 2)),
         help="weight of a group's loss. consistency: exp(MEAN (1 - mean IoU) + VARIANCE (variance "
         "of IoU)), clipped to 0.5 .. 3; mean, variance: only that part; off: 1; shuffled: the "
         "consistency weights dealt at random, a control; default: consistency 1.2 1")

@@ -67,7 +67,7 @@ moderate = number(float, lambda v: abs(v) <= 1e6, "a number between -1e6 and 1e6
 class Values(argparse.Action):
     """A flag with several values, stored under names of their own; the last ones may be left out.
 
-    const: their (name, kind, count of values) in order.
+    const: their (name, type or tuple of choices, count of values) in order.
     """
 
     def __call__(self, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
@@ -77,7 +77,9 @@ class Values(argparse.Action):
             if len(part) not in (0, count):
                 raise argparse.ArgumentError(self, f"{' '.join(part)}: {count} values belong here")
             try:
-                converted = [kind(text) for text in part]
+                if isinstance(kind, tuple) and not set(part) <= set(kind):
+                    raise argparse.ArgumentTypeError(f"{part[0]} is not one of {', '.join(kind)}")
+                converted = part if isinstance(kind, tuple) else [kind(text) for text in part]
             except argparse.ArgumentTypeError as error:
                 raise argparse.ArgumentError(self, str(error)) from None
             if converted:
