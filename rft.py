@@ -431,7 +431,17 @@ def train_step(
         for batch in minibatch:
             logp, entropy = score(policy.model, batch, args)
             if batch.old_logp is None:
-                set_old_policy(policy, batch, logp.detach(), args)
+                # The first scoring fixes what ratio and KL compare with. A single optimizer step is
+                # on policy: the old policy is the scored one and the ratio is 1; the difference to
+                # the sampled log-probabilities is rounding, which is logged. With several steps the
+                # old policy is the sampler, so the clip limits the distance to it.
+                sampled_logp = torch.cat([x for g in batch.groups for x in g.sampled_logp])
+                batch.sampled_scored = (logp.detach() - sampled_logp).abs().max().item()
+                several = args.updates * args.minibatches > 1
+                batch.old_logp = sampled_logp if several else logp.detach()
+                if policy.reference is not None:
+                    with torch.no_grad(), lora.reference(policy.reference):
+                        batch.ref_logp, _ = score(policy.reference, batch, args)
             advantage_, weight_ = batch.advantage.to(logp.device), batch.weight.to(logp.device)
             loss, batch_sums = policy_loss(
                 logp, batch.old_logp, batch.ref_logp, advantage_, weight_, batch.n_tokens,
@@ -488,22 +498,6 @@ def score(model: QwenVL, batch: MicroBatch, args: argparse.Namespace) -> tuple[T
     """Log-probabilities and entropies (tokens,) of a micro-batch's completions."""
     prompts = [group.prompt for group in batch.groups]
     return model.score(prompts, [group.completions for group in batch.groups], args.temperature)
-
-
-def set_old_policy(
-        policy: Policy, batch: MicroBatch, scored: Tensor, args: argparse.Namespace) -> None:
-    """Fixes, at the first scoring, what the ratio and the KL compare with.
-
-    A single optimizer step is on policy: the old log-probabilities are the scored ones (tokens,),
-    so the ratio is 1; their difference to the sampled ones is rounding, which is logged. With
-    several optimizer steps the old policy is the sampler, so the clip limits the distance to it.
-    """
-    sampled = torch.cat([logp for group in batch.groups for logp in group.sampled_logp])
-    batch.sampled_scored = (scored - sampled).abs().max().item()
-    batch.old_logp = sampled if args.updates * args.minibatches > 1 else scored
-    if policy.reference is not None:
-        with torch.no_grad(), lora.reference(policy.reference):
-            batch.ref_logp, _ = score(policy.reference, batch, args)
 
 
 # ---------------------------------------------------------------- the log
