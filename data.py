@@ -33,16 +33,7 @@ from PIL import Image
 import reward
 from readers import collect, dior, geopix, images, jsonl, refgeo, rrsisd, rsvg_hr, vrsbench
 from readers.base import (
-    COORDS,
-    DataError,
-    NoSplit,
-    Record,
-    Records,
-    Stretch,
-    UnreadableImage,
-    in_words,
-    sha256,
-)
+    COORDS, DataError, NoSplit, Record, Records, Stretch, UnreadableImage, in_words, sha256)
 
 # Two boxes of one image are of the same object if their IoU is at least this.
 SAME_BOX = 0.9

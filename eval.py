@@ -111,8 +111,6 @@ def refuse_mistakes(args: Namespace) -> None:
             fail(message)
 
 
-# ---------------------------------------------------------------- checkpoints and records
-
 class Stage(NamedTuple):
     name: str
     folder: Path                  # or the path of a predictions file
@@ -197,8 +195,6 @@ def training_overlap(
         found["rest"] = metrics.metrics(boxes, *metrics.targets(others), inclusive)
     return found
 
-
-# ---------------------------------------------------------------- a model's answers
 
 def evaluate(
         model: QwenVL, processor: Processor, records: Sequence[Record], *,

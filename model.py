@@ -29,19 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from qwen import lora
 from qwen.attention import Cache, Plan, Rows, attention, cumulative, to_device
 from qwen.hub import (
-    ADAPTER_CONFIG,
-    WEIGHT_INDEX,
-    CheckpointError,
-    Config,
-    VisionConfig,
-    base_folder,
-    folder,
-    nested_name,
-    read_token_ids,
-    read_weights,
-    write_json,
-    write_tensors,
-)
+    ADAPTER_CONFIG, WEIGHT_INDEX, CheckpointError, Config, VisionConfig, base_folder, folder,
+    nested_name, read_token_ids, read_weights, write_json, write_tensors)
 from qwen.processor import Prompt
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")

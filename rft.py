@@ -42,18 +42,8 @@ from report.pictures import draw_rollouts
 from train import dist, memory
 from train.checkpoints import open_model
 from train.flags import (
-    FlagParser,
-    Values,
-    above_zero,
-    add_common_flags,
-    as_typed,
-    moderate,
-    natural,
-    not_negative,
-    parse,
-    positive,
-    set_steps,
-)
+    FlagParser, Values, above_zero, add_common_flags, as_typed, moderate, natural, not_negative,
+    parse, positive, set_steps)
 from train.run import Run, epoch_order, launch, load_records, record_at, trailing
 
 MAX_LOG_RATIO = 20.0              # exp() of a larger log-ratio is useless and may overflow

@@ -83,8 +83,7 @@ def write(think: str | None, box_text: str) -> str:
     return f'{reasoning}<answer>{{"bbox_2d": {box_text}}}</answer>'
 
 
-FAILURES = (
-    "no answer", "several answers", "not JSON", "no bbox_2d", "not four numbers", "no area")
+FAILURES = ("no answer", "several answers", "not JSON", "no bbox_2d", "not four numbers", "no area")
 WHOLE = re.compile(r"\s*<think>(.*)</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 
 

@@ -72,8 +72,6 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 CPU_KERNEL = True                 # tests turn it off to run the formulas spelled out
 
 
-# ---------------------------------------------------------------- what may see what
-
 @dataclass(frozen=True)
 class Piece:
     query_rows: Rows
@@ -180,8 +178,6 @@ def attention(
     return PlannedAttention.apply(q, k, v, plan)
 
 
-# ---------------------------------------------------------------- the cache for sampling
-
 class Cache:
     """Keys and values for sampling, a prompt's once for its whole group.
 
@@ -252,8 +248,7 @@ class Cache:
         T = min(blocks * self.block, room)      # tokens of a rollout that this step reads
 
         # (R, heads, hd) -> (Q, KV, G, heads / KV, hd)
-        q, k, v = (
-            x.view(Q, G, KV, -1, hd).transpose(1, 2) for x in (q * hd ** -0.5, k, v))
+        q, k, v = (x.view(Q, G, KV, -1, hd).transpose(1, 2) for x in (q * hd ** -0.5, k, v))
         # The new token also attends to itself, so the cache is written first.
         self.completion_k[layer].index_copy_(3, self.place, k)
         self.completion_v[layer].index_copy_(3, self.place, v)
@@ -275,8 +270,6 @@ class Cache:
         out = prompt_out.view_as(own_out) + own_out           # (Q, KV, G, shared, hd)
         return out.transpose(1, 2).reshape(Q * G, -1, hd)
 
-
-# ---------------------------------------------------------------- attention by pieces
 
 class PlannedAttention(torch.autograd.Function):
     """Exact attention by pieces, merged if a token is in two: its own sequence and its prompt.
@@ -340,8 +333,6 @@ def merge_attended(
     lse[:, rows] = total
 
 
-# ---------------------------------------------------------------- the kernels
-
 def attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """A piece's q (rows, H, hd), k, v (keys, KV, hd) -> out like q, lse (H, rows) float32.
 
@@ -373,8 +364,7 @@ def attend_backward(
             grad, q, k, v, out, lse.contiguous(), *piece.sequences, 0.0, piece.causal,
             no_dropout, no_dropout)
     S = piece.sequences
-    grad, q, k, v, out = (
-        x.unflatten(0, (S, -1)).transpose(1, 2) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (x.unflatten(0, (S, -1)).transpose(1, 2) for x in (grad, q, k, v, out))
     lse = lse.unflatten(1, (S, -1)).transpose(0, 1)                        # (S, H, L)
     if q.device.type == "cpu" and CPU_KERNEL:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -50,8 +50,7 @@ def generate(
     done = torch.zeros(R, dtype=torch.bool, device=device)
     # All random numbers at once, because one token's would launch thirty kernels.
     steps = torch.arange(max_new_tokens, device=device)
-    uniforms = uniform(
-        seeds.repeat_interleave(group)[:, None], (slots % group)[:, None], steps)
+    uniforms = uniform(seeds.repeat_interleave(group)[:, None], (slots % group)[:, None], steps)
 
     all_tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=device)
     all_logprobs = torch.zeros(R, max_new_tokens, device=device)
@@ -137,8 +136,6 @@ class Graph:
         cache.filled += 1
         return self.logits
 
-
-# ---------------------------------------------------------------- random numbers
 
 def draw(logp: Tensor, u: Tensor) -> Tensor:
     """Inverse of the distribution function: logp (R, V), u (R,) in [0, 1) -> ids (R,).

@@ -37,8 +37,6 @@ class CheckpointError(Exception):
     """Files that are missing or do not fit. One line: what is wrong, where, what to do."""
 
 
-# ---------------------------------------------------------------- config.json
-
 # Supported values of fields in config.json. Any other value is refused, by the field's name;
 # null or no value is always accepted, and () accepts nothing else.
 COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -184,8 +182,6 @@ def refuse_other_values(path: str | Path, family: str, raw: dict[str, Any]) -> N
                                   f"computes {only}; take a checkpoint without it")
 
 
-# ---------------------------------------------------------------- folders
-
 def is_checkpoint(path: Path) -> bool:
     return (path / "config.json").exists() or (path / ADAPTER_CONFIG).exists()
 
@@ -234,8 +230,6 @@ def base_folder(path: Path) -> Path:
     return base
 
 
-# ---------------------------------------------------------------- names of tensors
-
 def nested_name(name: str) -> str:
     """Our name of a parameter or module -> transformers 5's, also used in Qwen3-VL's files."""
     if name.startswith("visual."):
@@ -265,8 +259,6 @@ def own_name(stored_name: str) -> str:
         return name if name.startswith("lm_head.") else f"model.{name}"
     return name
 
-
-# ---------------------------------------------------------------- tensors in and out
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
@@ -363,8 +355,6 @@ def write_tensors(
         stream.flush()
         os.fsync(stream.fileno())
 
-
-# ---------------------------------------------------------------- token ids and JSON
 
 def read_token_ids(path: Path) -> dict[str, int]:
     """Token text -> id, from tokenizer.json, else vocab.json with added tokens; {} without both."""

@@ -27,13 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen.hub import (
-    ADAPTER_CONFIG,
-    CheckpointError,
-    nested_name,
-    own_name,
-    read_json_object,
-    read_tensors,
-)
+    ADAPTER_CONFIG, CheckpointError, nested_name, own_name, read_json_object, read_tensors)
 
 WEIGHTS = "adapter_model.safetensors"
 # Linear layers under these names can have adapters; the head cannot.
@@ -87,8 +81,6 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if not only_adapters or name.endswith((".lora_A", ".lora_B")):
             yield name, p
 
-
-# ---------------------------------------------------------------- before a run
 
 def fit(model: nn.Module, args: argparse.Namespace) -> None:
     """With --lora, adds adapters to a loaded model or keeps those it has; without, merges them.
@@ -182,8 +174,6 @@ def merge(model: nn.Module) -> None:
         plain.bias = layer.bias
         model.set_submodule(name, plain)
 
-
-# ---------------------------------------------------------------- PEFT's files
 
 def adapter_config(model: nn.Module) -> dict[str, Any]:
     layers = adapted(model)

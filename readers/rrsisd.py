@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from readers.base import (
-    SPLITS,
-    DataError,
-    NoSplit,
-    Records,
-    first_existing,
-    read_json,
-    read_json_lines,
-)
+    SPLITS, DataError, NoSplit, Records, first_existing, read_json, read_json_lines)
 from readers.collect import Collector
 
 

@@ -89,8 +89,6 @@ def centre_box(records: Sequence[Record]) -> Scores:
     return metrics(guess, gt, size)
 
 
-# ---------------------------------------------------------------- VRSBench's own metric
-
 def vrsbench_iou(pred: Tensor, gt: Tensor, size: Tensor, grid: Tensor | None = None) -> Tensor:
     """IoU as VRSBench's evaluation computes it: pred, gt (N, 4), size (N, 2) -> (N,).
 
@@ -127,8 +125,6 @@ def vrsbench(
                 scores[part][f"Acc@{t}"] = (iou[rows] >= t).double().mean().item()
     return scores
 
-
-# ---------------------------------------------------------------- breakdowns
 
 def properties(
         records: Sequence[Record], train: Sequence[Record] | None,
@@ -198,8 +194,6 @@ def sampled(boxes: Tensor, target: Tensor, size: Tensor, inclusive: bool) -> dic
     return {"samples": k, "pass": chances,
             "dispersion": scatter.mean().item() if len(scatter) else None}
 
-
-# ---------------------------------------------------------------- intervals
 
 def bootstrap(
         records: Sequence[Record], rates: Rates) -> dict[Any, tuple[np.ndarray, list[float]]]:

@@ -108,8 +108,6 @@ def parse_prediction(
     return prediction
 
 
-# ---------------------------------------------------------------- boxes
-
 def read_prediction(
         prediction: Prediction | None, record: Record) -> tuple[Box | None, Box | None, str | None]:
     """-> strict box, lenient box, and why there is no strict one: None or one of eval.OUTCOMES.

@@ -49,8 +49,6 @@ def open_model(
     return model, processor
 
 
-# ---------------------------------------------------------------- the folder of a run
-
 def check_output(out: Path, resume: bool) -> None:
     """Ends the script unless `out` is writable, and empty or to be resumed."""
     if rank():
@@ -117,8 +115,6 @@ def remove_folder(folder: Path, aside: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-# ---------------------------------------------------------------- writing
-
 def save(
         out: Path, line: Mapping[str, Any], model: QwenVL, opt: torch.optim.Optimizer,
         processor: Processor, run: Mapping[str, Any], args: argparse.Namespace) -> bool:
@@ -170,8 +166,7 @@ def save(
                 written += [file.name for file in hidden.iterdir() if file.is_file()]
             # The optimizer's count leaves skipped steps out, and is that of each parameter.
             count = int(next(iter(opt.state.values()), {"step": 0})["step"])
-            metadata = {
-                "rows": json.dumps(rows), "step": str(step), "optimizer_steps": str(count)}
+            metadata = {"rows": json.dumps(rows), "step": str(step), "optimizer_steps": str(count)}
             shapes = {name: x.shape for name, x in tensors.items()}
             in_order = (tensors[name] for name in sorted(tensors))
             write_tensors(hidden / written[0], shapes, torch.float32, in_order, metadata)
@@ -238,8 +233,6 @@ def prune(out: Path, keep: int, keep_weights: int | None) -> None:
         if step != best:
             remove_folder(step, out / f".{step.name}.tmp")
 
-
-# ---------------------------------------------------------------- checking and reading
 
 def manifest_entry(file: Path) -> dict[str, Any]:
     """A file's size, and its hash as sha256sum prints it."""

@@ -35,8 +35,6 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 STORE: dist.Store | None = None
 
 
-# ---------------------------------------------------------------- processes
-
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
@@ -171,8 +169,6 @@ def check_writable(folder: str | Path) -> Path:
     return Path(folder)
 
 
-# ---------------------------------------------------------------- model
-
 def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
@@ -244,8 +240,6 @@ def unhooked(module: nn.Module) -> nn.Module:
         twin._modules[name] = unhooked(child)
     return twin.train(module.training)
 
-
-# ---------------------------------------------------------------- optimizer
 
 def optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
     """AdamW on float32 parameters, without weight decay: fine-tuning runs are short."""
