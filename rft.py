@@ -577,22 +577,6 @@ def collapse(lines: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def log_rollouts(path: Path, step: int, groups: list[Group]) -> None:
-    """Appends the first process's rollouts to a JSONL file, one line per question."""
-    if dist.rank():
-        return
-    with open(path, "a", encoding="utf-8") as file:
-        for group in groups:
-            boxes = []
-            for box in group.boxes.tolist():
-                boxes.append(None if box[0] != box[0] else [round(v, 1) for v in box])
-            line = {"step": step + 1, "id": group.record.id, "expression": group.record.text,
-                    "target": group.record.box, "boxes": boxes}
-            for name, value in {"reward": group.reward, **group.terms}.items():
-                line[name] = [round(v, 4) for v in value.tolist()]
-            file.write(json.dumps({**line, "texts": group.texts}) + "\n")
-
-
 def canary(
         policy: Policy, records: Sequence[Record], prompts: Sequence[Prompt],
         args: argparse.Namespace) -> None:
@@ -668,7 +652,17 @@ def main() -> None:
     for step, batch in run.steps(policy.prompt, args.prompts):
         fresh = functools.partial(fresh_records, records, args, step)
         line, groups = train_step(policy, batch.records, batch.inputs, args, step, fresh)
-        log_rollouts(run.out / "rollouts.jsonl", step, groups)
+        if dist.rank() == 0:
+            with open(run.out / "rollouts.jsonl", "a", encoding="utf-8") as file:
+                for g in groups:
+                    boxes = []
+                    for box in g.boxes.tolist():
+                        boxes.append(None if box[0] != box[0] else [round(v, 1) for v in box])
+                    row = {"step": step + 1, "id": g.record.id, "expression": g.record.text,
+                           "target": g.record.box, "boxes": boxes}
+                    for name, value in {"reward": g.reward, **g.terms}.items():
+                        row[name] = [round(v, 4) for v in value.tolist()]
+                    file.write(json.dumps({**row, "texts": g.texts}) + "\n")
         if run.due(step):
             line |= evaluation.validate(policy.model, policy.processor, val, args)
             if dist.rank() == 0:

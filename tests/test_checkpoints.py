@@ -146,13 +146,15 @@ def test_what_is_not_computed_is_refused_by_name(
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))
     named = "type" if value is YARN else name
-    with pytest.raises(CheckpointError, match=rf"config.json: .*\b{named} .*but this code computes"):
+    words = rf"config.json: .*\b{named} .*but this code computes"
+    with pytest.raises(CheckpointError, match=words):
         Config.from_json(file)
     # Flat, as the hub has it.
     text = config.pop("text_config")
     text.pop("model_type")
     file.write_text(json.dumps({**text, **config}))
-    with pytest.raises(CheckpointError, match=rf"config.json: .*\b{named} .*but this code computes"):
+    words = rf"config.json: .*\b{named} .*but this code computes"
+    with pytest.raises(CheckpointError, match=words):
         Config.from_json(file)
 
 

@@ -107,7 +107,8 @@ def test_vocab_merges_and_added_tokens_alone_are_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("added, words", [
-    ({"<|im_end|>": 300}, "<|im_end|> is 300 in added_tokens.json, but not in tokenizer_config.json"),
+    ({"<|im_end|>": 300},
+     "<|im_end|> is 300 in added_tokens.json, but not in tokenizer_config.json"),
     ({"<other>": 256}, "<other> is 256 in added_tokens.json, but not"),
     ({"<other>": "264"}, "<other> is '264' in added_tokens.json"),
     ([1], "not a readable JSON object")])

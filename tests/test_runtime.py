@@ -472,13 +472,14 @@ def test_an_output_that_cant_be_written_to_is_refused_before_anything_is_loaded(
     if sys.platform == "linux":
         folders.append(Path("/proc/here"))
     for folder in folders:
-        for words in (mistake(capsys, checkpoints.check_output, folder, False),
+        args = SimpleNamespace(out=folder, resume=False)
+        for words in (mistake(capsys, runtime.Run, args, "sft", []),
                       mistake(capsys, dist.check_writable, folder)):
             assert f"nothing can be written to {folder} (" in words and "--out" in words
     nested = tmp_path / "a" / "b"
     assert dist.check_writable(nested) == nested and not list(nested.iterdir())
     # An empty folder is a new one.
-    checkpoints.check_output(nested, False)
+    runtime.Run(SimpleNamespace(out=nested, resume=False), "sft", [])
 
 
 # ---------------------------------------------------------------- flags of a resumed run

@@ -49,18 +49,6 @@ def open_model(
     return model, processor
 
 
-def check_output(out: Path, resume: bool) -> None:
-    """Ends the script unless `out` is writable, and empty or to be resumed."""
-    if rank():
-        return      # or a process would find the trial file of another
-    dist.check_writable(out)
-    if (out / "latest").exists() and not resume:
-        fail(f"{out} already holds a run, up to {(out / 'latest').resolve().name}; "
-             "continue it with --resume, or name another --out")
-    if any(out.iterdir()) and not resume:
-        fail(f"{out} is not empty, but holds no checkpoint; remove it, or name another --out")
-
-
 def read_run(out: Path) -> dict[str, Any]:
     """run.json of a run to resume: the newest that is undamaged."""
     latest = out / "latest"

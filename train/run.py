@@ -169,7 +169,16 @@ class Run:
         self.out = Path(args.out)
         self.lines: list[dict[str, Any]] = []     # of metrics.jsonl
         self.unreadable: dict[str, str] = {}      # id -> image of records that were replaced
-        checkpoints.check_output(self.out, args.resume)
+        if dist.rank():
+            return                  # or a process would find the trial file of another
+        dist.check_writable(self.out)
+        if (self.out / "latest").exists() and not args.resume:
+            dist.fail(f"{self.out} already holds a run, up to "
+                      f"{(self.out / 'latest').resolve().name}; continue it with --resume, or name "
+                      "another --out")
+        if any(self.out.iterdir()) and not args.resume:
+            dist.fail(f"{self.out} is not empty, but holds no checkpoint; remove it, or name "
+                      "another --out")
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, processor: Any) -> None:
         """Restores the newest checkpoint and the logs up to it, and prints what is trained."""
