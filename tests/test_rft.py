@@ -1038,7 +1038,7 @@ def test_one_and_two_processes_train_alike_and_a_resume_goes_on_as_if_never_inte
     for line in log:
         assert line.keys() - rft.RESERVED == {
             "iou", "positional", "format",
-            "iou_group_std", "positional_group_std", "format_group_std"}
+            "reward_group_std", "iou_group_std", "positional_group_std", "format_group_std"}
     log_of_two = run_rft(two, *flags, processes=2)
     assert_close_logs(log, log_of_two, (
         "reward", "loss", "grad_norm", *WEIGHT_KEYS, "kl", "positional_alone_advantage",

@@ -207,7 +207,7 @@ def test_ones_own_reasoning_is_read_and_its_mistakes_are_named(
     train(tmp_path / "out", "--cot", file)
     for text, words in [("{}\n", "line 1"),
                         (line(id=records[0].id, think="x"), "no reasoning for"),
-                        (line(id="0", think="</think>"), "without <think>")]:
+                        (line(id="0", think="</think>"), "remove the <think>")]:
         file.write_text(text)
         script = run("sft.py", "--data", "dior", "--root", dior_root, "--init", tiny_checkpoint,
                      "--out", tmp_path / "no", "--cot", file)
