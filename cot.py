@@ -2,7 +2,7 @@
 
 A text repeats the expression and, if that refers to another object (the anchor), says where it is.
 Then it lists the candidates in the order that the expression asks about ("the topmost": from top to
-bottom): where each is, what tells it apart (size, side or distance of the anchor), and whether it
+bottom): where each is, what tells it apart (size, side of or distance to the anchor), whether it
 fits. The box comes last, because a model writes from left to right.
 
 Each fact has one wording, since in RFT every token with equally good alternatives adds noise to the
@@ -290,8 +290,8 @@ def flags() -> FlagParser:
     add("--seed", type=int, default=0, help="of the teacher's sampling")
     add("--out", help="picture (cot_check.png) or teacher's JSONL (cot_<name>_<split>.jsonl)")
     add = parser.add_argument_group("teacher").add_argument
-    add("--teacher", metavar="CKPT or URL", help="has this checkpoint explain the known boxes, "
-        "or the server at this address of OpenAI's protocol: http://host:port/v1")
+    add("--teacher", metavar="CKPT or URL", help="has this checkpoint, or the "
+        "server with OpenAI's protocol at http://host:port/v1, explain the known boxes")
     add("--limit", type=positive, help="records in this call; default: all that are left")
     add("--want", type=positive, help="stop when this many are kept, earlier calls included")
     add("--max-new-tokens", type=positive, default=400, help="longest explanation, tokens")

@@ -1,7 +1,7 @@
 """Data sets: `load` gives the records of a split, `open_image` the image of a record.
 
     python data.py dior           checks a data set: counts, refused and repaired records, images
-    python data.py dior rrsisd    what is trained on in one and scored in the other
+    python data.py dior rrsisd    records that one trains on and the other scores
 
 Boxes are xyxy, float pixels of the original image. A new data set is one file in readers/ and its
 line in READERS below. Its function reads the splits that the files have; `read_split` makes "sft",

@@ -76,8 +76,8 @@ def flags() -> FlagParser:
         "in CKPT answers to --text, and draw it")
     add("--text", help="what to look for in --image")
     add("--coords", choices=("original", "resized", "1000", "fraction"), help="coordinates of "
-        "predicted boxes, and of texts without a frame: pixels of the original image or as CKPT's "
-        "processor resizes it, 1000ths or fractions of its sides; else as --data-coords")
+        "predicted boxes and of texts without a frame: pixels of the original image, pixels of it "
+        "as CKPT's processor resizes it, 1000ths or fractions of its sides; else as --data-coords")
     # Their defaults are the flags that the checkpoint was trained with.
     data.add_reading_flags(add, "--data-coords")
     add("--seed", type=int, default=0, help="of sampling")
@@ -134,8 +134,8 @@ def find_stages(path: str | Path) -> list[Stage]:
                 found[folder.name or folder.resolve().name] = step
     if not found:
         raise CheckpointError(
-            f"no checkpoint at {path}, no config.json or latest/config.json in it or in a folder "
-            "of it; train one with sft.py, or name a downloaded one")
+            f"no checkpoint at {path}: no config.json or latest/config.json in it or in its "
+            "subfolders; train one with sft.py, or name a downloaded one")
     names = sorted(found, key=lambda name: ((*STAGE_ORDER, name).index(name), by_number(name)))
     return [Stage(name, found[name], read_json(found[name] / "run.json") or {}) for name in names]
 
@@ -205,7 +205,7 @@ def evaluate(
     n = len(records)
     shown = list(records)
     for i, record in enumerate(records if blind else ()):
-        # The record half the list further on lends its image, or the next one with another.
+        # The image of the record half a list ahead, or of the next one with another image.
         later = (records[(i + n // 2 + k) % n] for k in range(n))
         shown[i] = next((other for other in later if other.image != record.image), None)
     if None in shown:

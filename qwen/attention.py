@@ -87,7 +87,7 @@ class Plan:
     lengths:  tokens of each sequence, in packed order; a token attends to its own sequence,
               up to itself if `causal`.
     prefix:   Q pairs (tokens of a prompt, tokens of all its completions), if the first Q
-              sequences are prompts and the others their completions, in the same order, which
+              sequences are prompts; the others are their completions, in the same order, and
               also attend to their whole prompt.
     kv_cache: a list to which every layer appends its keys and values, each (N, KV, hd).
     starts:   cumulative(lengths), if it is already on the device."""
@@ -146,7 +146,7 @@ class Plan:
             return [own]
         # All completions of a prompt are one sequence of queries here.
         starts = to_device([cumulative(completions), cumulative(prompts)], self.device)
-        # At least 2, an upper bound: for 1 the kernel assumes that no sequence is empty.
+        # An upper bound, at least 2: for 1 the kernel would assume that no sequence is empty.
         query_starts, key_starts = (x.int() for x in starts)
         boundaries = (query_starts, key_starts, max([2, *completions]), max(prompts))
         P = sum(prompts)

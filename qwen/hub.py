@@ -37,8 +37,8 @@ class CheckpointError(Exception):
     """Files that are missing or do not fit. One line: what is wrong, where, what to do."""
 
 
-# Supported values of fields in config.json. Any other value is refused, by the field's name;
-# null or no value is always accepted, and () accepts nothing else.
+# Supported values of fields in config.json. An error names a field with any other value.
+# A null or missing field is always accepted; () means that nothing else is.
 COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "": {"quantization_config": (), "compression_config": ()},
     "text_config": {

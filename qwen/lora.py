@@ -104,7 +104,7 @@ def fit(model: nn.Module, args: argparse.Namespace) -> None:
         for flag, there in refusals.items():
             if there:
                 raise CheckpointError(
-                    f"{flag}, but the adapter in {args.init} has {there} and is trained as it is; "
+                    f"{flag}, but the adapter in {args.init} has {there}, which can't change; "
                     f"change the flag, or merge: python -m tools.merge_lora {args.init} OUT")
         args.lora_alpha = float(layer.alpha)
         args.lora_vision = vision

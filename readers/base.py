@@ -1,7 +1,7 @@
 """What every reader needs: records, errors, and text, JSON and JSONL files.
 
 A reader is a function (root, split) -> Records, named in data.READERS; rsvg_hr.py is the shortest.
-It hands each annotation as it is to a Collector, and raises NoSplit for a split that is missing.
+It hands each annotation unchanged to a Collector, and raises NoSplit for a split that is missing.
 """
 import hashlib
 import json
@@ -52,13 +52,13 @@ class Record:
 
     @property
     def objects(self) -> Sequence[Any]:
-        """Of a drawn scene; () for a file, since not all of them are annotated."""
+        """A drawn scene's objects; () for a file, since not all of its objects are annotated."""
         return getattr(self.image, "objects", ())
 
 
 class Records(list[Record]):
-    """A split's usable records. refused: reason -> places of unusable ones. repaired: the same
-    for usable ones in which the file is wrong and only one reading is possible."""
+    """A split's usable records. refused: reason -> places of unusable ones. repaired: the
+    same for usable ones that are wrong in the file but can be read in only one way."""
 
     def __init__(
             self, records: Iterable[Record], refused: dict[str, list[str]],
@@ -117,7 +117,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_json_lines(file: str | Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yields (line number, object); None for what is no JSON object. An object may go on over
+    """Yields (line number, object); None for what is not a JSON object. An object may span
     several lines, as some of refGeo's do, until a line begins another."""
     text = read_text(file)
     if text.lstrip().startswith("["):

@@ -26,8 +26,8 @@ reading = contextvars.ContextVar("reading", default=(None, None))
 class Collector:
     """Turns annotations into `records`. Counts what it repairs and what it refuses.
 
-    Images are found by base name in all of `folder`; of several, the end of the annotation's path
-    decides, then a folder called `preferred_folder`. exact: annotations give paths from `folder`.
+    Images are found by base name in all of `folder`; if several match, the end of the annotation's
+    path decides, then a folder called `preferred_folder`. exact: annotated paths start in `folder`.
     refuse_swapped: x1 > x2 may mean x, y, width, height and is refused; else it is repaired.
     kept: records of earlier Collectors, to which this one adds its own.
     """

@@ -47,8 +47,8 @@ def read(
                 f"{count} objects found in {folder}; annotations are missing, or the split files "
                 "belong to other data")
     named = sum(map(len, splits.values()))
-    # Of several annotations of one image the one with the shortest path is the original: "1.xml"
-    # of "1 (1).xml", "1 - Copy.xml", "Copy of 1.xml" and "old/1.xml".
+    # Of several annotations of one image, the one with the shortest path is the original: "1.xml",
+    # not "1 (1).xml", "1 - Copy.xml", "Copy of 1.xml" or "old/1.xml".
     original: dict[str | Path, Path] = {}
     for file in sorted(image_of, key=lambda f: (len(f.as_posix()), f.as_posix())):
         original.setdefault(image_of[file] or file, file)

@@ -120,7 +120,7 @@ def is_deep(image: Image.Image) -> bool:
         # The bits of the first component come 40 bytes after the start of the marker SIZ.
         siz = start.find(b"\xff\x51")
         return 0 <= siz < len(start) - 40 and start[siz + 40] & 127 > 7
-    # PIL's mode shows the depth of gray only; the decoder's arguments do of colour, until it runs.
+    # PIL's mode shows the depth of gray; colour's is in the decoder's arguments, until it runs.
     for tile in getattr(image, "tile", ()):
         args = tile.args if isinstance(tile.args, tuple) and tile.args else (tile.args,)
         is_deep_ppm = image.format == "PPM" and isinstance(args[-1], int) and args[-1] > 255

@@ -24,7 +24,7 @@ def read(root: Path, split: str) -> Records:
         raise NoSplit(f"no {folder / names[0]}.jsonl or the like; refgeo has train, val, test, and "
                       "those of one data set, like rsvg_test")
     parts = [file.stem.removesuffix("_v2").rsplit("_", 1)[0] for file in files]
-    # Image folders are called as the data sets are, in another case or with hyphens, or begin so.
+    # An image folder's name is, or begins with, its data set's, apart from case and hyphens.
     folders = {}
     candidates = [*sorted((root / "images").glob("*")), *sorted(root.glob("*"))]
     plain = {path: re.sub("[-_ ]", "", path.name.lower()) for path in candidates if path.is_dir()}

@@ -28,7 +28,7 @@ def read(root: Path, split: str) -> Records:
         # As in the authors' code: "testA" is of the test split too.
         row_split = str(row.get("split"))
         if row_split != split and not (split == "test" and "test" in row_split):
-            # The pickle holds all splits. A file of lines holds one, or it leaks.
+            # The pickle holds all splits. A JSONL file must hold only one; others would leak.
             if not is_pickle:
                 collector.refuse("of another split than its file", where)
             continue

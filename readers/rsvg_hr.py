@@ -46,5 +46,5 @@ def decimal_commas(fields: list[str]) -> list[int]:
         return []
     candidates = [i for i in range(4) if fields[i].strip("- ").isdigit()]
     candidates = [i for i in candidates if fields[i + 1].strip().isdigit()]
-    # The fifth number may as well begin the text, as in "12,storey building".
+    # The fifth number may instead be the start of the text, as in "12,storey building".
     return [] if candidates == [3] else candidates

@@ -223,7 +223,7 @@ def paired(
     differences = {name: (of_b[name] - of_a[name], None) for name in of_a}
     tests = {}
     for name, (drawn, ci) in bootstrap(records, differences).items():
-        # Twice the share of draws of the rarer sign or 0. One more, at 0, keeps p above 0.
+        # Twice the share of draws that have the rarer sign or are 0; an added 0 keeps p above 0.
         rarer = 1 + min((drawn <= 0).sum(), (drawn >= 0).sum())
         tests[name] = {"difference": differences[name][0].mean().item(), "ci": ci,
                        "p": min(1.0, 2 * (rarer / (len(drawn) + 1)))}

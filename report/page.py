@@ -68,7 +68,7 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
         # Another data set may have the same id, with another expression.
         known = [(line, r) for line, r in pairs if r and r.text == line.get("expression")]
         groups[name] = spread(known, GROUPS)
-    # The cases of the rows share the pictures that the groups of rollouts leave.
+    # The rows' cases share the pictures that the groups of rollouts leave over.
     left = PICTURES - sum(map(len, groups.values()))
     cases_each = max(0, min(CASES, left // (3 * max(1, len(rows)))))
     sections = [("Scores", score_section(rows, summary or {}))]

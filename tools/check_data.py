@@ -22,7 +22,7 @@ def main() -> None:
     parser = FlagParser(
         "Checks a data set: counts next to the published ones, refused and repaired records, sizes "
         "of the boxes, images that splits share or that can't be decoded, a contact sheet. Of "
-        "several: what is trained on in one and scored in another")
+        "several: the records that one trains on and another scores")
     add = parser.add_argument
     add("names", nargs="+", metavar="name",
         help=f"one of {', '.join(data.READERS)}, or a mixture like dior+vrsbench:0.5")
@@ -138,8 +138,8 @@ def print_places(title: str, where: Sequence[str], most: int) -> None:
 
 def print_shared(loaded: dict[tuple[str, str], Records], hashes: dict[Any, Any]) -> None:
     width = max(len("trained on"), *(len(f"{name} {split}") for name, split in loaded)) + 2
-    print("What is scored and trained on too. An image by its name, or by all its pixels (a copy "
-          "that was compressed\nagain or resized has others); a record by its image and a box of "
+    print("What is both scored and trained on: the same image by name, or by all pixels (they "
+          "change in a copy\ncompressed again or resized); the same record by image and a box of "
           f"IoU {data.SAME_BOX} or more:\n{'trained on':{width}}{'scored':{width}}"
           f"{'images: name':>17}{'pixels':>17}{'records: name':>17}{'pixels':>17}")
     for trained, scored in itertools.product(loaded, loaded):

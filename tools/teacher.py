@@ -4,7 +4,7 @@
     python cot.py dior --teacher http://localhost:8000/v1 --model Qwen2.5-VL-72B-Instruct \\
         --coords resized --init Qwen2.5-VL-3B-Instruct/ --parallel 32 --want 30000
 
-A server needs OpenAI's chat-completions protocol, as vLLM and SGLang have it. cot.py describes the
+A server must speak OpenAI's chat-completions protocol, as vLLM and SGLang do. cot.py describes the
 file. The same command continues after a stop and asks again for records without a whole answer.
 The paper is said to refuse incomplete chains, inconsistent coordinates and wrong boxes as well;
 refusing reasoning that gives the box away is our addition.

@@ -152,7 +152,7 @@ def save(
                 pixels = [processor.min_pixels, processor.max_pixels]
                 write_json(hidden / "run.json", {**run, **scores, "step": step, "pixels": pixels})
                 written += [file.name for file in hidden.iterdir() if file.is_file()]
-            # The optimizer's count leaves skipped steps out, and is that of each parameter.
+            # The optimizer does not count skipped steps; all parameters have the same count.
             count = int(next(iter(opt.state.values()), {"step": 0})["step"])
             metadata = {"rows": json.dumps(rows), "step": str(step), "optimizer_steps": str(count)}
             shapes = {name: x.shape for name, x in tensors.items()}
@@ -166,7 +166,7 @@ def save(
         with raise_on_all_processes():
             if rank() == 0:
                 write_json(hidden / MANIFEST, manifest)
-                # The disk must have all files, and the log of these steps, before the name.
+                # All files and the log of these steps must reach the disk before the name does.
                 for path in (hidden / MANIFEST, *out.glob("*.jsonl"), hidden / "state", hidden):
                     sync(path)
                 remove_folder(folder, hidden.with_suffix(".old.tmp"))
@@ -322,8 +322,8 @@ def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
 def fill_moments(
         model: nn.Module, opt: torch.optim.Optimizer, steps: float = 0.0,
         stored: set[str] | None = None) -> None:
-    """Gives AdamW the state that its first step would make, with this count of steps; of the
-    parameters with moments among `stored`, the names of a training state, if that is given."""
+    """Gives AdamW the state that its first step would make, with this count of steps; if
+    `stored` (names of a training state) is given, only for parameters with moments in it."""
     for name, p in model.named_parameters():
         wanted = stored is None or f"exp_avg/{name}" in stored
         if wanted and p.requires_grad and p not in opt.state:

@@ -1,7 +1,7 @@
 """Processes, device, sharding (FSDP2), optimizer.
 
 Gradients are summed over processes, not averaged: a loss is already divided by the token
-count of the whole step, over all processes. So their number changes rounding only.
+count of the whole step, over all processes. So the number of processes affects only rounding.
 """
 import faulthandler
 import math
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 
-# Seconds without a step before every process prints its stack, and twice that before a process
-# that waits for another one gives up.
+# After this many seconds without a step every process prints its stack; after twice as many, a
+# process that waits for another one gives up.
 STUCK_AFTER = 1800
 GROUP_TIMEOUT = timedelta(seconds=2 * STUCK_AFTER)
-# Tokens that a patch of a trained vision tower counts as in --micro-tokens. Calculated for the 3B
+# How many tokens a patch of a trained vision tower counts as in --micro-tokens. For the 3B
 # model: the backward pass needs 2.02 MB per patch and 4.68 MB per token.
 PATCH_TOKENS = 0.43
 # Linux lists NVIDIA GPUs as /dev/nvidia0 ..., and the version of their driver in a file.
@@ -209,7 +209,7 @@ def prepare(
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
     """The model to sample with: each process has all parameters, so no pass communicates.
 
-    Processes make different numbers of passes. Sharded, the longest answer would wait forever.
+    Processes need different numbers of passes; a sharded one with more than others would hang.
     """
     modules = [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
     for module in modules:
@@ -231,7 +231,7 @@ def unhooked(module: nn.Module) -> nn.Module:
     twin = kind.__new__(kind)
     nn.Module.__init__(twin)
     for name, value in vars(module).items():
-        # Hooks stay empty in the twin. A method among the attributes is wrapped by FSDP2.
+        # The twin's hooks stay empty, and methods that FSDP2 has wrapped are not copied.
         if name not in vars(twin) and not callable(getattr(kind, name, None)):
             setattr(twin, name, value)
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):

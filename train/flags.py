@@ -115,8 +115,8 @@ def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, len
     add = parser.add_argument_group("disk").add_argument
     add("--keep", nargs="+", action=Values, default=2, metavar=("STATES", "WEIGHTS"),
         const=(("keep", positive, 1), ("keep_weights", positive, 1)),
-        help="newest checkpoints that keep the training state, which --resume needs, and newest "
-        "checkpoints to keep in addition to the best by validation; default: 2, and all")
+        help="how many of the newest checkpoints keep their training state (for --resume), and "
+        "how many are kept at all, besides the best by validation; default: 2, and all")
     add = parser.add_argument_group("memory").add_argument
     add("--micro-tokens", type=positive, default=8192,
         help="packed tokens in one pass (a patch of a trained vision tower counts "
@@ -136,8 +136,8 @@ def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, len
     add = parser.add_argument_group("plan").add_argument
     add("--plan", nargs="*", action=Values, default=False, metavar=("GPUS", "GIB"),
         const=(("gpus", positive, 1), ("memory", above_zero, 1), ("image", positive, 2)),
-        help="print the memory that the run needs on each of GPUS of GIB, on any machine; exit "
-        "status 2 if it does not fit. With the images' WIDTH HEIGHT as well no data is needed; "
+        help="print the memory per GPU that a run on GPUS GPUs of GIB needs, on any machine; exit "
+        "status 2 if it does not fit. If the images' WIDTH HEIGHT follow, no data is needed; "
         "default: 1 80")
     parser.set_defaults(keep_weights=None, lora_alpha=None, gpus=1, memory=80.0, image=None)
 

@@ -272,7 +272,7 @@ class Run:
         shown = [f"{key.removeprefix('val_')} {line[key]:.4g}" for key in show if key in line]
         self.bar.set_postfix_str(" ".join(shown + ["warning"] * bool(warnings)), refresh=False)
         self.bar.update()
-        # A few such steps in a row do not recover, and a run must not end on a skipped step.
+        # A run does not recover after a few of these in a row, nor may it end on a skipped step.
         skipped = trailing(self.lines, lambda line: not line["finite"])
         if skipped >= STOP_AFTER_SKIPPED or skipped and line["step"] == self.args.steps:
             dist.fail(f"no gradient is finite from step {line['step'] + 1 - skipped} on; lower "
