@@ -1,7 +1,7 @@
 """The answer format: the prompt, how a box is written and read, and the frame of its coordinates.
 
-No other file depends on the format. To answer with something else, such as a point, edit this
-file, then the reward and the metrics, which take its boxes: (x1, y1, x2, y2), floats.
+To answer with something else, such as a point, edit this file, then the reward and the metrics,
+which take its boxes: (x1, y1, x2, y2), floats; predictions files and the teacher take boxes too.
 """
 import json
 import math

@@ -43,7 +43,8 @@ def overlaps(pred: Tensor, gt: Tensor, size: Tensor) -> Overlaps:
     pred = torch.where(valid[:, None], pred, gt[:, :2].repeat(1, 2))
     intersection, union = reward.intersection_union(pred, gt)
     distance = reward.center_distance(pred, gt, size.double())
-    return Overlaps(valid, reward.agreement(pred, gt), intersection, union, distance)
+    agreement = reward.agreement(pred, gt).masked_fill(~valid, 0)
+    return Overlaps(valid, agreement, intersection, union, distance)
 
 
 def record_scores(iou: Tensor, inclusive: bool) -> dict[str, Tensor]:
