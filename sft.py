@@ -14,7 +14,6 @@ public; ours is synthetic, from annotations.
                                                   eight GPUs, same result up to rounding
 """
 import argparse
-import functools
 import heapq
 import time
 from collections.abc import Sequence
@@ -144,8 +143,9 @@ def main() -> None:
     run.begin(model, optimizer, processor)
     memory.try_out(model, optimizer, None, processor, records, val, args, step_of_run)
 
-    example = functools.partial(make_example, processor=processor,
-                                write_completion=write_completion)
+    def example(record: Record) -> Example:
+        return make_example(record, processor, write_completion)
+
     for step, batch in run.steps(example, args.batch):
         line = train_step(model, optimizer, batch.inputs, args, step)
         if run.due(step):

@@ -268,21 +268,10 @@ def ask_server(args: Namespace, processor: Processor | None,
     def ask(request: Explanation) -> Explanation:
         request.frame = frame_by_coords(request.record.size, args.coords, processor)
         try:
-            image = data.open_image(request.record)
+            url = image_data_url(request.record)
         except UnreadableImage as error:
             request.failure = str(error)
             return request
-        # The file itself, or a PNG of its pixels if other programs may show it differently (turned
-        # by EXIF, transparency on black).
-        file = request.record.image
-        content = file.read_bytes() if isinstance(file, Path) and is_plain(file) else b""
-        kind = "jpeg" if content.startswith(b"\xff\xd8\xff") else "png"
-        if kind == "png" and not content.startswith(b"\x89PNG\r\n\x1a\n"):
-            buffer = io.BytesIO()
-            image.info = {}                            # saves no metadata
-            image.save(buffer, "PNG")
-            content = buffer.getvalue()
-        url = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
         prompt = TEACHER_PROMPT.format(**prompt_blanks(request.record, request.frame))
         picture = {"type": "image_url", "image_url": {"url": url}}
         message = {"role": "user", "content": [picture, {"type": "text", "text": prompt}]}
@@ -369,6 +358,21 @@ def post(args: Namespace, key: str, body: bytes) -> str:
         wait = mktime_tz(date) - time.time() if date else float(retry_after)
     remedy = "check --teacher and --model" if status == 404 or status < 400 else ""
     raise Unanswered(f"{status}: {message}", status in (408, 429) or status >= 500, wait, remedy)
+
+
+def image_data_url(record: Record) -> str:
+    """The image's JPEG or PNG file as a data URL; a PNG of its pixels if other programs may show
+    the file differently (turned by EXIF, transparency on black)."""
+    image = data.open_image(record)
+    plain = isinstance(record.image, Path) and is_plain(record.image)
+    content = record.image.read_bytes() if plain else b""
+    kind = "jpeg" if content.startswith(b"\xff\xd8\xff") else "png"
+    if kind == "png" and not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        buffer = io.BytesIO()
+        image.info = {}                            # saves no metadata
+        image.save(buffer, "PNG")
+        content = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def check_teacher_flags(args: Namespace) -> None:
