@@ -3,22 +3,22 @@
 A text repeats the expression and, if that refers to another object (the anchor), says where it is.
 Then it lists the candidates in the order that the expression asks about ("the topmost": from top to
 bottom): where each is, what tells it apart (size, side of or distance to the anchor), whether it
-fits. The box comes last, because a model writes from left to right.
+fits. The box comes last, so that the model reasons before it answers.
 
-Each fact has one wording, since in RFT every token with equally good alternatives adds noise to the
+Each fact has one wording, because in RFT a token with equally good alternatives adds noise to the
 gradient. Data sets annotate only some objects, so a text mentions only objects with an expression
-in the same split and never claims that there are no others. RSGround-R1 (arXiv 2601.21634) names
-"synthetic spatial reasoning" in its abstract; the form is ours.
+in the same split and never claims that there are no others. The abstract of RSGround-R1 (arXiv
+2601.21634) mentions "synthetic spatial reasoning"; the form is ours.
 
     python cot.py dior                  prints a few texts and draws their boxes, in image pixels
-    python cot.py dior --init CKPT      does so in the coordinates that sft.py --init CKPT uses
+    python cot.py dior --init CKPT      the same in the coordinates that sft.py --init CKPT uses
     python cot.py dior --teacher URL    has a teacher explain the boxes: see tools/teacher.py
 
 sft.py --cot FILE reads reasoning from a JSONL and adds the answer from the annotation:
 
     {"id": "123", "think": "...", "frame": {"original": [W, H], "resized": [W, H],
                                             "convention": "absolute" or "1000"}}
-    {"id": "124", "refused": "..."}     reasoning comes from the annotations instead
+    {"id": "124", "refused": "..."}     this record's reasoning is written from the annotations
 
 Points (x, y) and boxes [x1, y1, x2, y2] in "think" are converted from "frame" to the student's
 frame; without "frame", "think" is used as it is.
@@ -59,7 +59,7 @@ SIDE_WORDS = re.compile(
 RELATION_WORDS = re.compile(
     r"\b(?:left of|right of|above|below|over|under|beside|near|nearest|closest|next|of"
     r"|higher|further)\b")
-# Words that ask for an order, how the text announces it, what it sorts by, whether descending.
+# Words that ask for an order; how the text announces it; the sort key; whether it descends.
 ORDERS = (
     ("leftmost|farthest to the left", "from left to right: ", "x", False),
     ("rightmost|farthest to the right", "from right to left: ", "x", True),
@@ -107,12 +107,12 @@ def noun_phrase(neighbor: Neighbor) -> str:
 
 def find_anchor(record: Record, others: Sequence[Neighbor],
                 candidates: Sequence[Neighbor]) -> Neighbor | None:
-    """The object other than the candidates that the expression refers to."""
+    """The object, other than the candidates, to which the expression refers."""
     text = record.text.lower()
     mentioned = []
     for o in others:
         noun = o.category.lower()
-        # An object of the target's own category needs a color: "the ship next to the red ship".
+        # One of the target's category counts only with its color: "the ship next to the red ship".
         words = f"{o.color} {noun}" if o.category == record.category else noun
         if o in candidates or not noun or words not in text:
             continue
@@ -127,7 +127,7 @@ def find_anchor(record: Record, others: Sequence[Neighbor],
 
 
 def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str = "") -> str:
-    """One record's completion. others: the image's other objects. color: the target's, if known."""
+    """A record's completion. others: the other objects in the image. color: the target's, or ""."""
     text = record.text.lower()
     # A size word after the relation describes the anchor: "the car below the largest plane".
     head = RELATION_WORDS.split(text)[0]
@@ -170,7 +170,7 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
         if SIZE_WORDS.search(head):
             line += f", of size {round(math.sqrt(box_area(frame.to_model(o.box))))}"
         if anchor is not None:
-            # Give the side or the distance; both if the expression asks for both or neither.
+            # Give the side or the distance, as the expression asks; both, if it asks for neither.
             asks_side, asks_distance = SIDE_WORDS.search(text), DISTANCE_WORDS.search(text)
             origin = box_center(anchor.box)
             if abs(x - origin[0]) >= abs(y - origin[1]):
@@ -179,7 +179,7 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
                 side = "above" if y < origin[1] else "below"
             distance = round_coarsely(
                 math.dist(frame.to_model((x, y)), frame.to_model(origin)), frame)
-            if not distance:          # such as a field in its stadium
+            if not distance:          # such as a field in a stadium
                 line += ", about where it is"
             else:
                 line += f", {side} it" if asks_side or not asks_distance else ""
@@ -191,7 +191,7 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
 
 
 def other_objects(record: Record, same_image: Sequence[Record]) -> list[Neighbor]:
-    """same_image: only the split's records, so that training never mentions a test object."""
+    """same_image: records of this split only, so that training never mentions a test object."""
     if record.objects:
         return [Neighbor(o.category, o.box, o.color) for o in record.objects if o.box != record.box]
     # Several expressions can annotate one object.
@@ -208,7 +208,7 @@ def writer(records: Sequence[Record], file: str | Path | None = None,
            answer_only: bool = False) -> Callable[[Record, Frame], str]:
     """-> function (record, frame) -> completion.
 
-    file: JSONL of reasoning. Records that it lacks or refuses get theirs from the annotations."""
+    file: JSONL of reasoning. For records that it lacks or refuses, annotations are used."""
     reasoning = load_reasoning(file, records) if file and not answer_only else {}
     by_image = defaultdict(list)
     for record in records:
@@ -240,8 +240,8 @@ def writer(records: Sequence[Record], file: str | Path | None = None,
 
 def load_reasoning(
         path: str | Path, records: Sequence[Record]) -> dict[str, tuple[str, Frame | None] | None]:
-    """{id: (think, frame), or None if refused}. Only a file with frames may lack records, because a
-    teacher may still be writing it."""
+    """{id: (think, frame), or None if refused}. Only a file with frames may lack records: a
+    teacher writes it, and may not have finished."""
     reasoning, may_lack = {}, False
     for number, line in read_json_lines(path):
         place = f"{path}, line {number}"
@@ -286,8 +286,8 @@ def flags() -> FlagParser:
     add("--init", metavar="CKPT",
         help="checkpoint that sets the coordinates, as in sft.py (default: image pixels); with "
         "--coords resized, one that resizes images as the teacher does")
-    add("--show", type=positive, default=8, help="records")
-    add("--seed", type=int, default=0, help="of the teacher's sampling")
+    add("--show", type=positive, default=8, help="number of records to show")
+    add("--seed", type=int, default=0, help="seed of the teacher's sampling")
     add("--out", help="picture (cot_check.png) or teacher's JSONL (cot_<name>_<split>.jsonl)")
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", metavar="CKPT or URL", help="has this checkpoint, or the "
@@ -295,18 +295,18 @@ def flags() -> FlagParser:
     add("--limit", type=positive, help="records in this call; default: all that are left")
     add("--want", type=positive, help="stop when this many are kept, earlier calls included")
     add("--max-new-tokens", type=positive, default=400, help="longest explanation, tokens")
-    add("--temperature", type=not_negative, default=0.7, help="of sampling; 0 is greedy")
+    add("--temperature", type=not_negative, default=0.7, help="of sampling; 0: greedy")
     add = parser.add_argument_group("teacher, a checkpoint").add_argument
     add("--batch", type=positive, default=16, help="records at once")
     add("--device", **DEVICE_FLAG)
     add = parser.add_argument_group("teacher, a server").add_argument
-    add("--model", help="name of the model there")
+    add("--model", help="the model's name on the server")
     add("--coords", choices=("original", "resized", "1000"),
         help="its coordinates: pixels of the image, of the resized image (needs --init), or "
         "thousandths of the sides")
     add("--parallel", type=positive, default=8, help="requests at once")
     add("--tries", type=positive, default=8, help="requests for a record's answer in this call")
-    add("--timeout", type=above_zero, default=120.0, help="seconds for an answer")
+    add("--timeout", type=above_zero, default=120.0, help="seconds to wait for an answer")
     add("--key-env", metavar="NAME", default="OPENAI_API_KEY",
         help="environment variable with the server's key, if it needs one")
     return parser
@@ -314,7 +314,7 @@ def flags() -> FlagParser:
 
 def main() -> None:
     args = flags().parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")        # for characters that it cannot show
+    sys.stdout.reconfigure(errors="backslashreplace")        # characters that it cannot show
     check_teacher_flags(args)
     records = data.load(args.name, args.root, args.split, args.data_coords, args.stretch)
     if not records:

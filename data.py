@@ -1,11 +1,11 @@
 """Data sets: `load` gives the records of a split, `open_image` the image of a record.
 
     python data.py dior           checks a data set: counts, refused and repaired records, images
-    python data.py dior rrsisd    records that one trains on and the other scores
+    python data.py dior rrsisd    records trained on in one and scored in the other
 
 Boxes are xyxy, float pixels of the original image. A new data set is one file in readers/ and its
 line in READERS below. Its function reads the splits that the files have; `read_split` makes "sft",
-"rft" and "val" of them. For an array of {"file": "1.jpg", "text": "a ship", "box": [1, 2, 30, 40]}:
+"rft" and "val" if they are missing. For [{"file": "1.jpg", "text": "a ship", "box": [1, 2, 3, 4]}]:
 
     def read(root: Path, split: str) -> Records:
         file = first_existing(root, f"{split}.json")           # NoSplit if there is none
@@ -35,7 +35,7 @@ from readers import collect, dior, geopix, images, jsonl, refgeo, rrsisd, rsvg_h
 from readers.base import (
     COORDS, DataError, NoSplit, Record, Records, Stretch, UnreadableImage, in_words, sha256)
 
-# Two boxes of one image are of the same object if their IoU is at least this.
+# Two boxes in an image belong to the same object if their IoU is at least this.
 SAME_BOX = 0.9
 # Splits to train on. refGeo has "rsvg_train" and "rsvg_train_v2".
 TRAINING = re.compile("sft|rft|.*train(_v2)?")
@@ -67,9 +67,9 @@ READERS: dict[str, Callable[[Path, str], Records]] = {
     "jsonl": jsonl.read,
     "synth-one": functools.partial(read_synth, name="synth-one"),
     "synth-tiny": functools.partial(read_synth, name="synth-tiny")}
-# Data sets with files that say in which unit each box is.
+# Data sets in which the unit of each box is known.
 OWN_UNIT = ("synth", "synth-small", "synth-one", "synth-tiny", "vrsbench")
-# Published numbers of expressions.
+# Published numbers of expressions per split.
 PUBLISHED = {
     "dior": {"train": 26_991, "val": 3_829, "test": 7_500},
     "opt": {"train": 19_580, "val": 4_895, "test": 24_477},
@@ -81,9 +81,9 @@ PUBLISHED = {
 def load(
         name: str, root: str | Path | None = None, split: str = "train",
         coords: str | None = None, stretch: Stretch | None = None) -> Records:
-    """A split of a data set. root: its folder, by default data/<name>; of a mixture like
-    "dior+vrsbench:0.5" the folder that holds dior/ and vrsbench/. coords, stretch: as the flags.
-    DataError if there is no such data set or split, or its files don't fit."""
+    """A split of a data set. root: its folder, by default data/<name>; for a mixture such as
+    "dior+vrsbench:0.5" the folder that holds dior/ and vrsbench/. coords, stretch: the flags.
+    DataError if there is no such data set or split, or its files are not as expected."""
     is_mixture = "+" in name or ":" in name
     if coords and (is_mixture or name in OWN_UNIT):
         raise DataError(f"--coords {coords} is for a data set that leaves the unit of its boxes "
@@ -97,7 +97,7 @@ def load(
         records = (mixture if is_mixture else read_split)(name, folder, split)
     finally:
         collect.reading.reset(before)
-    # A Collector keeps no such box, but a reader may do without one. Any answer would score 0.
+    # Any answer to a box without area would score 0. A Collector refuses it; a reader may not.
     for r in records:
         (x1, y1, x2, y2), (width, height) = r.box, r.size
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
@@ -108,8 +108,8 @@ def load(
 
 
 def read_split(name: str, root: Path, split: str) -> Records:
-    """Without files of their own "sft" and "rft" are "train". If there is no "val" either, it is
-    one image in 20 of train, chosen by name, and "sft" and "rft" get the others."""
+    """If the data set has no "sft" and "rft", they are "train". If it has no "val" either, "val" is
+    one image in 20 of train, chosen by a hash of its name, and "sft" and "rft" are the rest."""
     read = READERS[name]
     has_val = "val" in PUBLISHED.get(name, ())       # even if the files here lack it
     try:
@@ -140,8 +140,8 @@ def read_split(name: str, root: Path, split: str) -> Records:
 def mixture(names: str, root: Path, split: str) -> Records:
     """Records of several data sets, "dior+vrsbench:0.5", shuffled in a fixed order.
 
-    A weight of 2.5 takes all records twice and half of them again; splits that are not for
-    training hold each once. The choice depends on ids alone: a larger share holds the smaller one.
+    A weight of 2.5 takes all records twice and half of them again. In splits that are not for
+    training, weights are 1. The choice depends only on ids: a larger share contains a smaller one.
     """
     mixed = Records([], {})
     notes: dict[str, str] = {}
@@ -173,7 +173,7 @@ def mixture(names: str, root: Path, split: str) -> Records:
 
 
 def refusal_summary(records: Records, name: str, root: str | Path | None, split: str) -> str:
-    """How many of a split's records are refused, why, and how to see where; "" if none is."""
+    """How many of a split's records are refused, why, and how to list them; "" if none is."""
     refused = sum(records.refusals.values())
     if not refused:
         return ""
@@ -185,8 +185,8 @@ def refusal_summary(records: Records, name: str, root: str | Path | None, split:
 
 
 def open_image(record: Record, or_blank: bool = False) -> Image.Image:
-    """RGB, not turned by EXIF, since boxes are not (`eval.py --image` does turn). If it can't be
-    decoded to its end: UnreadableImage, or gray if or_blank."""
+    """RGB as stored: EXIF is ignored, because boxes refer to stored pixels. If the image can't be
+    decoded to its end: UnreadableImage, or a gray image if or_blank."""
     if not isinstance(record.image, Path):
         return record.image.draw()
     try:
@@ -204,12 +204,12 @@ def open_image(record: Record, or_blank: bool = False) -> Image.Image:
 def find_shared(
         records: Sequence[Record], training: Sequence[Record],
         pixels: dict[Any, Any] | None = None) -> list[str | None]:
-    """What of each record is in the training data: "record", "image" or None.
+    """For each record, what of it is in the training data: "record", "image" or None.
 
     "record": its image, and a box with an IoU of SAME_BOX or more, whatever the expression.
-    Images are the same if their names without suffix are, or their pixels (image -> hash).
+    Images are compared by name without suffix or, if given, by `pixels` (image -> hash).
     """
-    keyed = []                    # image, and box as fractions of its sides
+    keyed = []                    # image key, and box as fractions of the image's sides
     for r in (*training, *records):
         if pixels is not None:
             key = pixels.get(r.image, r.image)

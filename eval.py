@@ -4,12 +4,12 @@ Prints a table, and writes eval.json (keys: docs/logs.md), report.html, predicti
 
 Boxes are clamped to the image and compared in pixels of the original image, as floats (no +1
 pixel). A box counts if IoU > t, as in DIOR-RSVG's evaluation (IoU >= t on opt, as in OPT-RSVG's);
-DIOR-RSVG's script also cuts the true boxes to whole pixels at its 640 px letterbox, which is not
-copied here. An answer without a box has IoU 0. Columns "lenient" read the same answers with
+DIOR-RSVG's script also cuts true boxes to whole pixels of a 640 px letterbox, which is not copied
+here. An answer without a box has IoU 0. The columns "lenient" read the same answers with
 `answer.parse_box_lenient`, for models not trained on our format. Intervals: 95%, over images.
 
-    python eval.py ckpt/                           greedy, on the data set of training, split test
-    python eval.py ckpt/ --temperature 0 1         greedy and sampled, a row each
+    python eval.py ckpt/                           greedy, test split of the data trained on
+    python eval.py ckpt/ --temperature 0 1         a row for greedy, a row for sampled
     torchrun --nproc_per_node 8 eval.py ckpt/rft   the same report from eight GPUs
     python eval.py ckpt/ --temperature 1 --samples 8               adds pass@k and dispersion
     python eval.py ckpt/ --image scene.jpg --text "the white plane left of the hangar"
@@ -61,13 +61,13 @@ def flags() -> FlagParser:
     add("--data", help="data set; default: the one recorded in the checkpoint, else synth")
     add("--root", help="its folder; default: as recorded, else data/<name>")
     add("--split", default="test", help="of the data set")
-    add("--limit", type=positive, help="score the first LIMIT records only")
+    add("--limit", type=positive, help="score only the first LIMIT records")
     add("--out", help="folder of the report; default CKPT/eval, or named after the predictions")
     add("--temperature", type=not_negative, nargs="+", default=[0.0], help="a row each; 0: greedy")
     add("--samples", type=positive, default=1, help="sampled answers to each record, for pass@k")
     add("--max-new-tokens", type=positive, default=256, help="of an answer with its reasoning")
     add("--batch", type=positive, default=32, help="records answered at once")
-    add("--blind", action="store_true", help="show another record's image: a score without sight")
+    add("--blind", action="store_true", help="show another record's image: score without sight")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--predictions", help="score this JSONL file instead of a model; its lines are "
         '{"id": ..., "text": ...} or {"id": ..., "box": [x1, y1, x2, y2] or null}')
@@ -78,7 +78,7 @@ def flags() -> FlagParser:
     add("--coords", choices=("original", "resized", "1000", "fraction"), help="coordinates of "
         "predicted boxes and of texts without a frame: pixels of the original image, pixels of it "
         "as CKPT's processor resizes it, 1000ths or fractions of its sides; else as --data-coords")
-    # Their defaults are the flags that the checkpoint was trained with.
+    # Without these flags, those that the checkpoint was trained with are used.
     data.add_reading_flags(add, "--data-coords")
     add("--seed", type=int, default=0, help="of sampling")
     add("--device", **DEVICE_FLAG)
@@ -114,11 +114,11 @@ def refuse_mistakes(args: Namespace) -> None:
 class Stage(NamedTuple):
     name: str
     folder: Path                  # or the path of a predictions file
-    run: dict[str, Any]           # its run.json; {} without one
+    run: dict[str, Any]           # content of its run.json; {} without one
 
 
 def find_stages(path: str | Path) -> list[Stage]:
-    """A checkpoint or a stage -> itself; another folder -> every stage in it."""
+    """The folder of a checkpoint or stage -> that one; any other folder -> every stage in it."""
     path = Path(path)
     found = {}                                   # name -> checkpoint
     if is_checkpoint(path):
@@ -129,7 +129,7 @@ def find_stages(path: str | Path) -> list[Stage]:
         for folder in [path] if is_checkpoint(path / "latest") else path.glob("*"):
             step = newest_step(folder)
             if is_checkpoint(step):
-                # "latest" is a link; the step's own name is shown.
+                # Show the name of the step, not of the link "latest".
                 step = folder if step == folder else folder / step.resolve().name
                 found[folder.name or folder.resolve().name] = step
     if not found:
@@ -142,7 +142,7 @@ def find_stages(path: str | Path) -> list[Stage]:
 
 def load_split(
         args: Namespace, stages: Sequence[Stage]) -> tuple[Records, Records | None, Stretch | None]:
-    """-> the split, the records trained on (None if they are this split, or there are none), and
+    """-> the split; the training records (None if this is a training split, or there are none);
     their stretch. Sets --data and --root to the last stage's if not given."""
     recorded = next((stage.run for stage in reversed(stages) if "data" in stage.run), {})
     args.data = args.data or recorded.get("data", "synth")
@@ -159,7 +159,7 @@ def load_split(
                         f"{refused or 'it is empty'}")
     train = None
     if args.split not in ("train", "sft", "rft"):
-        # Validation records may be held out of "train"; SFT never sees them.
+        # "train" may contain the validation records; "sft" does not.
         split = "sft" if args.split == "val" else "train"
         with suppress(DataError):
             train = data.load(args.data, args.root, split, coords, stretch)
@@ -169,7 +169,7 @@ def load_split(
 def training_overlap(
         stage: Stage, records: Sequence[Record], answers: predictions.Predictions,
         inclusive: bool) -> dict[str, Any]:
-    """How many records this run, or a run it started from, was trained on; scores of the rest."""
+    """How many records the stage, or one it started from, was trained on; scores of the rest."""
     training, unread, seen = [], [], set()
     folder, run_json = stage.folder, stage.run
     while run_json and folder.resolve() not in seen:
@@ -200,12 +200,12 @@ def evaluate(
         model: QwenVL, processor: Processor, records: Sequence[Record], *,
         temperature: float = 0.0, samples: int = 1, max_new_tokens: int = 256, batch: int = 32,
         seed: int = 0, blind: bool = False, label: str = "eval") -> list[predictions.Prediction]:
-    """A prediction for each record, the same on every process; it does not depend on the batch.
-    A sharded model must be gathered (`train.dist.gathered`)."""
+    """A prediction for each record, on every process; they do not depend on the batch size. A
+    sharded model must be gathered (`train.dist.gathered`)."""
     n = len(records)
     shown = list(records)
     for i, record in enumerate(records if blind else ()):
-        # The image of the record half a list ahead, or of the next one with another image.
+        # The image of the record half the list ahead, or of the next record with another image.
         later = (records[(i + n // 2 + k) % n] for k in range(n))
         shown[i] = next((other for other in later if other.image != record.image), None)
     if None in shown:
@@ -286,7 +286,7 @@ def score_predictions(
 def details(
         records: Sequence[Record], answers: predictions.Predictions, name: str,
         train: Sequence[Record] | None, split: Sequence[Record]) -> dict[str, Any]:
-    """The rest of a row. name: of the data set; train, split: as in `metrics.properties`."""
+    """The other keys of a row. name: of the data set; train, split: as in `metrics.properties`."""
     inclusive = name in INCLUSIVE
     target, size = metrics.targets(records)
     overlap = metrics.overlaps(predictions.strict_boxes(records, answers), target, size)
@@ -352,7 +352,7 @@ def ask(stage: Stage, device: torch.device, args: Namespace) -> None:
     """--image and --text: prints the answer, and draws its box."""
     path = Path(args.image)
     try:
-        # The question is about what the user sees, and viewers turn a picture upright.
+        # Viewers turn a picture upright, and the question is about what the user sees.
         orientation = read_orientation(path)
         image = read_rgb(path, args.stretch or (stage.run.get("flags") or {}).get("stretch"))
         image.getexif()[ExifTags.Base.Orientation] = orientation
@@ -388,7 +388,7 @@ def stage_answers(
         stretch: Stretch | None, device: torch.device) -> Iterator[tuple[Any, ...]]:
     """Yields stage, temperature, the records as the stage sees them, its answers."""
     for stage in stages:
-        # A stage sees images as it was trained to.
+        # A stage gets images stretched as in its training.
         own = args.stretch or (stage.run.get("flags") or {}).get("stretch") or stretch
         seen = [replace(record, stretch=tuple(own) if own else None) for record in records]
         model, processor = open_model(stage.folder, device)
@@ -399,7 +399,7 @@ def stage_answers(
                 model, processor, seen, temperature=temperature, seed=args.seed, blind=args.blind,
                 samples=args.samples if temperature else 1, max_new_tokens=args.max_new_tokens,
                 batch=args.batch, label=f"{stage.name} T={temperature:g}")
-        del model                                # its memory is free before the next one loads
+        del model                                # free its memory before the next one loads
 
 
 def main() -> None:
@@ -423,7 +423,7 @@ def main() -> None:
     found = []
     for file, stem in zip(files, stems):
         by_id = predictions.read_predictions(file, records, args.coords, resizer)
-        # Folders distinguish two files of one name.
+        # Two files of one name are named by their folders too.
         name = stem if stems.count(stem) == 1 else f"{Path(file).resolve().parent.name}_{stem}"
         answers = [by_id.get(record.id) for record in scored]
         found.append((Stage(name, file, {}), None, scored, answers))
@@ -471,7 +471,7 @@ def main() -> None:
     if rank() > 0:
         return
 
-    # 3. The report, with the logs of stages. They lie in the folder above the step's.
+    # 3. The report, with the stages' logs, which are in the folder above a step's.
     logs = [(stage.name, stage.folder.resolve().parent if stage.run else stage.folder)
             for stage in ([] if files else stages)]
     page.write_page(out / "report.html", rows, cases, logs, [*(train or ()), *records], summary)

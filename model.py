@@ -6,7 +6,7 @@ every difference.
 Tokens are packed everywhere, (N, D): the sequences of a batch follow each other in one tensor,
 without padding. A `Plan` defines which tokens attend to which (see the drawing in
 qwen/attention.py), so layers need not know about batches. Training computes prompts and
-completions in one pack (`score`), sampling token by token (`prefill`, then `decode`).
+completions in one pack (`score`); sampling computes token by token (`prefill`, then `decode`).
 
 Shapes: N packed tokens, D width, H heads, KV key-value heads, hd head width, Q prompts,
 G rollouts of a prompt, R = Q * G rollouts, V vocabulary.
@@ -38,12 +38,12 @@ STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 VISION_MARKERS = (
     "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 NEVER = -1e30                     # logit of a banned id; finite, so that 0 * log 0 stays 0
-# Logits alive at once in `score`: 0.1 GB in float32. 1 GB on CUDA, for fewer roundings: the
-# head's gradient is a sum over the chunks in bfloat16.
+# Logits in memory at once in `score`: 0.1 GB in float32; 1 GB on CUDA, where the head's gradient
+# is summed over chunks in bfloat16, and fewer chunks round less often.
 LOGITS_PER_CHUNK = 2 ** 25
 CUDA_LOGITS_PER_CHUNK = 2 ** 28
-# Patches in one pass of the vision tower without gradient. Larger passes are faster only on CUDA
-# (fewer kernel launches; 1.3 GB for a 3B model).
+# Patches in one pass of the vision tower without gradient. Only CUDA gains from larger passes, by
+# fewer kernel launches; they take 1.3 GB for a 3B model.
 PATCHES_AT_ONCE = 2048
 CUDA_PATCHES_AT_ONCE = 2 ** 15
 Grid = tuple[int, int, int]               # an image's frames, rows and columns, in patches
@@ -68,8 +68,8 @@ class MLP(nn.Module):
 
 
 def rotation_by(angles: Tensor) -> Rotation:
-    """(N, hd / 2) rotary angles; dimensions i and i + hd / 2, (a, b), become
-    (a cos - b sin, b cos + a sin)."""
+    """Rotary angles (N, hd / 2) -> what `rotate` needs to turn dimensions i and i + hd / 2, (a, b),
+    into (a cos - b sin, b cos + a sin)."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
@@ -132,7 +132,7 @@ class VisionBlock(nn.Module):
 def merger(c: VisionConfig, deepstack: bool = False) -> nn.Sequential:
     """(tokens, merge * merge, hidden) patches -> (tokens, out).
 
-    Qwen3-VL's deepstack mergers normalise a token's joined patches, others each patch."""
+    Qwen3-VL's deepstack mergers normalise a token's joined patches; other mergers, each patch."""
     wide = c.hidden * c.merge ** 2
     qwen3 = c.family == "Qwen3-VL"
     norm = VISION_NORM[c.family](wide if deepstack else c.hidden, 1e-6)
@@ -148,8 +148,8 @@ def merger(c: VisionConfig, deepstack: bool = False) -> nn.Sequential:
 
 
 def frame_layout(height: int, width: int, c: VisionConfig) -> tuple[Tensor, Tensor, list[int]]:
-    """A frame of height x width patches -> row and column of each patch (patches, 2); the tokens
-    ordered by window (tokens,); the number of tokens in each window.
+    """A frame of height x width patches -> row and column of each patch (patches, 2); the tokens'
+    numbers, ordered by window (tokens,); the number of tokens in each window.
 
     Patches are in the order of pixel_values: tokens row by row, and the patches of a token next to
     each other. Windows consist of whole tokens; at the right and lower edge they may be smaller."""
@@ -157,7 +157,7 @@ def frame_layout(height: int, width: int, c: VisionConfig) -> tuple[Tensor, Tens
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     grid = torch.stack((row, column), -1).view(height // m, m, width // m, m, 2)
     patch_positions = grid.transpose(1, 2).reshape(-1, 2)
-    # Windows are numbered row by row. Without windows, the frame is a single one.
+    # Windows are numbered row by row. Without windows, the whole frame is one window.
     side = c.window // c.patch // m if c.window else max(height, width)    # in tokens
     windows_per_row = -(-(width // m) // side)
     row, column = torch.meshgrid(torch.arange(height // m), torch.arange(width // m), indexing="ij")
@@ -202,9 +202,9 @@ class VisionTower(nn.Module):
         tokens, out); Qwen3-VL: with deepstack features appended, `out` for each level."""
         c = self.config
         device = pixel_values.device
-        joined = c.merge ** 2                                              # patches a token
+        joined = c.merge ** 2                                              # patches per token
 
-        # Tokens are ordered by frame, then window: each frame, and each window, is a sequence.
+        # Tokens are ordered by frame, then by window: a frame is a sequence, and so is a window.
         frames, orders, window_patches, frame_patches = [], [], [], []
         start = 0
         for count, height, width in grids:
@@ -246,7 +246,7 @@ class VisionTower(nn.Module):
         tokens = self.merger(x.unflatten(0, (-1, joined)))
         if deepstack:
             tokens = torch.cat((tokens, *deepstack), 1)
-        return tokens[order.argsort()]                     # argsort inverts a permutation
+        return tokens[order.argsort()]                     # argsort inverts the order
 
 
 # ---------------------------------------------------------------- language model
@@ -268,7 +268,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))     # (N, H, hd)
         k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))     # (N, KV, hd)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        # Rotated together to launch half as many kernels.
+        # Queries and keys are rotated together, to launch half as many kernels.
         qk = rotate(torch.cat((q, k), 1), *rotation)
         q, k = qk.split((q.shape[1], k.shape[1]), 1)
         return self.o_proj(attention(q, k, v, plan, self.index).flatten(1))
@@ -285,7 +285,7 @@ class Layer(nn.Module):
     def forward(
             self, x: Tensor, rotation: Rotation, plan: Plan | Cache,
             output_rows: Rows = ALL_ROWS) -> Tensor:
-        """(N, D) -> (output rows, D). Attention needs all rows, the MLP only these."""
+        """(N, D) -> (output rows, D). Attention needs all rows, the MLP only the output rows."""
         x = (x + self.self_attn(self.input_layernorm(x), rotation, plan))[output_rows]
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -295,7 +295,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = c
         self.checkpointing = False
-        # (Random initialisation on the meta device would import 70 MB of torch.)
+        # Zeros: random initialisation on the meta device would import another 70 MB of torch.
         zeros = torch.zeros(c.vocab, c.hidden)
         self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.layers))
@@ -307,8 +307,8 @@ class LanguageModel(nn.Module):
         """x (N, D) embeddings, positions (3, N) of time, height, width -> (output rows, D)."""
         c = self.config
         half = c.head_dim // 2
-        # M-RoPE: each frequency rotates by one of the three axes. They are not selected by an
-        # index tensor, because a CUDA graph cannot capture its copy to the device.
+        # M-RoPE: each frequency rotates by one of the three axes. No index tensor selects the axes,
+        # because a CUDA graph cannot capture its copy to the device.
         if c.family == "Qwen3-VL":
             # Interleaved until the sections of height and width are full, then time.
             axes = [i % 3 if i < 3 * c.mrope_section[i % 3] else 0 for i in range(half)]
@@ -321,7 +321,7 @@ class LanguageModel(nn.Module):
         rotation = rotation_by(rows.T * inverse_frequency)
 
         image_rows, features = deepstack or (None, [])
-        # The last layer computes only the output rows, unless deepstack adds to all of them.
+        # The last layer computes only the output rows, unless deepstack adds to its image rows.
         skipping = len(self.layers) > len(features)
         for i, layer in enumerate(self.layers):
             rows = output_rows if skipping and layer is self.layers[-1] else ALL_ROWS
@@ -342,7 +342,7 @@ def mrope_positions(
     """M-RoPE positions: ids (T,) of each sequence -> (3, T) time, height, width of each.
 
     grids: the images of all sequences; ValueError if they do not match the image tokens.
-    refused_id: id of video tokens; if given, a video raises a ValueError. Text positions count up,
+    refused_id: id of video tokens; if given, a video raises ValueError. Text positions count up,
     the same on all axes. An image's tokens form a grid that starts at the next position, and text
     continues after its longer side. Two tokens of text, an image of 2 x 3 tokens, one of text:
 
@@ -358,8 +358,8 @@ def mrope_positions(
         if refused_id is not None and (refused_id in ids or any(t > 1 for t, _, _ in grids)):
             raise ValueError("a video; this code reads only images with Qwen3-VL")
         parts = []
-        place = 0                 # index of a token in the sequence
-        start = 0                 # its position, if it is text; else that of the image's corner
+        place = 0                 # index of the next token in the sequence
+        start = 0                 # position of this token, or of the image that begins with it
         while place < len(ids):
             if ids[place] == image_id:
                 frames, height, width = next(images, (0, 0, 0))
@@ -438,7 +438,7 @@ class QwenVL(nn.Module):
         self.config = config
         self.stored_dtype = torch.bfloat16       # what save_pretrained writes
         self.base: Path | None = None            # the folder that the weights come from
-        # Qwen3-VL separates the frames of a video by timestamps in the text.
+        # Qwen3-VL needs timestamps in the text between a video's frames; they are not supported.
         self.refused_id = config.video_id if config.family == "Qwen3-VL" else None
         self.visual = VisionTower(config.vision)
         self.model = LanguageModel(config)
@@ -480,7 +480,7 @@ class QwenVL(nn.Module):
             limit = n
         passes = []
         begin = 0                                # first image of the next pass
-        for end in range(1, len(ends)):          # one past its last
+        for end in range(1, len(ends)):          # one past that pass's last image
             if ends[end] - ends[begin] >= limit or end == len(grids):
                 pixels = pixel_values[ends[begin]:ends[end]].to(self.device)
                 passes.append(self.visual(pixels, grids[begin:end]))
@@ -490,7 +490,7 @@ class QwenVL(nn.Module):
         x = x.masked_scatter(is_image[:, None], images)
         if not features:
             return x, None
-        # With the size given, the host does not wait for a count.
+        # The size is given, so the host need not wait for the device to count.
         return x, (torch.nonzero_static(is_image, size=len(images))[:, 0], features)
 
     def forward(
@@ -548,7 +548,7 @@ class QwenVL(nn.Module):
         return self.lm_head(hidden), Cache(plan, group, max_new_tokens), first_positions
 
     def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
-        """A token of every rollout, its position: (R,), (R,) -> logits (R, V) of the next one."""
+        """Each rollout's newest token (R,), and its position (R,) -> logits (R, V) of the next."""
         cache.admit()
         x = self.model.embed_tokens(tokens)
         return self.lm_head(self.model(x, position.expand(3, -1), cache))
@@ -602,9 +602,9 @@ class QwenVL(nn.Module):
     def from_pretrained(
             cls, path: str | Path, dtype: torch.dtype | None = torch.bfloat16,
             device: torch.device | str = "cpu") -> QwenVL:
-        """Reads a checkpoint's folder, a stage's (its newest step), or an adapter's with its base.
+        """Reads the folder of a checkpoint, a stage (its newest step) or an adapter (with its base).
 
-        dtype None: as stored. CheckpointError for missing, unexpected or misshaped tensors."""
+        dtype None: as stored. CheckpointError if tensors are missing, unexpected or misshaped."""
         path = folder(path)
         base = base_folder(path)
         config = Config.from_json(base / "config.json")
@@ -635,8 +635,8 @@ class QwenVL(nn.Module):
             shard_bytes: int = 5 * 10 ** 9) -> None:
         """Writes config.json and safetensors in hub layout, or only adapters in PEFT's layout.
 
-        whole: full tensors in the order of stored_files(), if the model's are sharded over
-        processes; each is requested when it is written."""
+        whole: if the model is sharded over processes, its full tensors in the order of
+        stored_files(); each is requested when it is written."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         files = self.stored_files(shard_bytes)
@@ -658,7 +658,7 @@ class QwenVL(nn.Module):
 
     def stored_files(self, shard_bytes: int = 5 * 10 ** 9) -> dict[str, dict[str, Tensor]]:
         """What save_pretrained writes: file -> tensor name (sorted) -> tensor of this model. A file
-        has at most `shard_bytes`, unless a single tensor is larger."""
+        is at most `shard_bytes` long, unless a single tensor is longer."""
         if lora.adapted(self):
             names = {f"base_model.model.{nested_name(n)}.weight": p
                      for n, p in lora.saved_parameters(self)}

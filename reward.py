@@ -1,15 +1,15 @@
 """The terms of the reward, and the consistency weight of a group. Pure functions of tensors.
 
-Boxes are xyxy in continuous pixels (no +1), of the original image if a size is given. Q questions,
-G rollouts each. A row of NaN scores 0 in every term: the answer did not parse, or its box had no
-area after it was clamped to the image.
+Boxes are (x1, y1, x2, y2) in continuous pixels (no +1). If a function takes the image's size, they
+are pixels of that image. Q questions, G rollouts each. A row of NaN scores 0 in every term: the
+answer did not parse, or its box has no area within the image.
 
-To add a term, write a function here and name it in TERMS. `rft.py --reward NAME=WEIGHT` then
+To add a term, write a function here and add it to TERMS. `rft.py --reward NAME=WEIGHT` then
 accepts it, and metrics.jsonl, the report's curves and the study's tables show it.
 
 Source: RSGround-R1 (arXiv 2601.21634), sections 3.3 and 3.4. Each docstring states the evidence:
-"partial" if we could read part of it on the paper's page, "second-hand" if readers of the paper
-agree on it, "ours" if we chose it.
+"partial" if we read part of it on the paper's page, "second-hand" if we have it from two readers of
+the paper, "ours" if we chose it.
 """
 import math
 
@@ -24,7 +24,7 @@ def has_area(boxes: Tensor) -> Tensor:
 
 
 def where_boxes(value: Tensor, pred: Tensor, gt: Tensor) -> Tensor:
-    """`value` in the boxes' dtype, at least float32; 0 unless both boxes have area."""
+    """`value`, but 0 where a box has no area; in the boxes' dtype, or float32 if that is wider."""
     value = value.to(torch.promote_types(torch.result_type(pred, gt), torch.float32))
     return torch.where(has_area(pred) & has_area(gt), value, torch.zeros_like(value))
 
@@ -49,9 +49,9 @@ def centers(boxes: Tensor) -> Tensor:
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """a, b (..., 4), broadcast -> intersection over union (...) in [0, 1]; 0 if neither has area.
+    """a, b (..., 4), broadcast -> intersection over union (...) in [0, 1]; 0 if either has no area.
 
-    VLM-R1's IoU reward, which the paper uses (second-hand)."""
+    The paper uses this reward of VLM-R1's (second-hand)."""
     intersection, union = intersection_union(a, b)
     return torch.where(union > 0, intersection / union, torch.zeros_like(union))
 
@@ -72,7 +72,7 @@ def diou(pred: Tensor, gt: Tensor) -> Tensor:
     """pred, gt (..., 4), broadcast -> (1 + DIoU) / 2 (...) in [0, 1].
 
     DIoU is IoU minus the squared distance of the centres over the squared diagonal of the hull
-    (arXiv 1911.08287). Compared in the paper (second-hand); the mapping is ours."""
+    (arXiv 1911.08287). The paper compares it too (second-hand); the mapping is ours."""
     a, b = pred.double(), gt.double()
     distance = (centers(a) - centers(b)).square().sum(-1)
     diagonal = hull_sides(a, b).square().sum(-1)
@@ -89,7 +89,7 @@ def center_distance(pred: Tensor, gt: Tensor, size: Tensor) -> Tensor:
 
 
 def center(pred: Tensor, gt: Tensor, size: Tensor) -> Tensor:
-    """1 - center_distance, in [0, 1]. Compared in the paper (second-hand); its scale is ours."""
+    """1 - center_distance, in [0, 1]. The paper compares it (second-hand); its scale is ours."""
     distance = center_distance(pred.double(), gt.double(), size.double())
     return where_boxes((1 - distance).clamp(min=0), pred, gt)
 
@@ -102,11 +102,11 @@ def positional(pred: Tensor, gt: Tensor, alpha: float = 2.5) -> Tensor:
         K(x, y) = exp(-(x - cx)^2 / (2 sx^2) - (y - cy)^2 / (2 sy^2))
         sx = alpha W / 2,  sy = alpha H / 2
 
-    It stays positive for boxes far apart (until it underflows), where IoU is 0. A perfect box
-    scores 0.9486 at alpha 2.5, a smaller box at the centre slightly more.
+    It is above 0 (until it underflows) for boxes so far apart that their IoU is 0. At alpha 2.5 a
+    perfect box scores 0.9486; a smaller box at the same centre scores more, up to 1.
 
-    Section 3.3: kernel (equation 2), alpha 2.5 and the mean are partial; the closed form in place
-    of a pixel grid is ours."""
+    Section 3.3: the kernel (equation 2), alpha 2.5 and the mean are partial; the closed form,
+    which replaces a grid of pixels, is ours."""
     across = axis_mean(pred[..., 0::2].double(), gt[..., 0::2].double(), alpha)
     along = axis_mean(pred[..., 1::2].double(), gt[..., 1::2].double(), alpha)
     return where_boxes(across * along, pred, gt)
@@ -119,14 +119,14 @@ def axis_mean(pred: Tensor, gt: Tensor, alpha: float) -> Tensor:
     sqrt(pi) / 2 (erf(u1) - erf(u0)) / (u1 - u0)."""
     scale = alpha * (gt[..., 1] - gt[..., 0]) / 2 * math.sqrt(2)
     u = (pred - gt.mean(-1, keepdim=True)) / scale[..., None]
-    # The kernel is even, so intervals left of the centre are mirrored to the right: there erfc is
-    # accurate, while erf is close to 1.
+    # The kernel is even, so an interval left of the centre is mirrored to the right, where erfc
+    # is accurate (erf is so close to 1 that differences are lost).
     mirrored = u.sum(-1) < 0
     u0 = torch.where(mirrored, -u[..., 1], u[..., 0])
     u1 = torch.where(mirrored, -u[..., 0], u[..., 1])
     integral = torch.special.erfc(u0) - torch.special.erfc(u1)
     mean = math.sqrt(math.pi) / 2 * integral / (u1 - u0)
-    # Over a very short interval the difference cancels, but the kernel is constant.
+    # Over a very short interval the difference is mostly rounding, and the kernel is constant.
     middle = torch.exp(-((u0 + u1) / 2).square())
     return torch.where(u1 - u0 < 1e-4, middle, mean)
 
@@ -137,13 +137,13 @@ def positional_term(pred: Tensor, gt: Tensor, size: Tensor, alpha: float = 2.5) 
 
 
 def agreement(pred: Tensor, gt: Tensor) -> Tensor:
-    """Correctness of answers (..., 4) in [0, 1], for the term "iou", the weights of groups and the
-    evaluation. A fork with another kind of answer puts its own measure here."""
+    """How right answers (..., 4) are, in [0, 1]: the term "iou", the weights of groups and the
+    evaluation use it. To train on another kind of answer, put its measure here."""
     return iou(pred, gt)
 
 
-# pred (Q, G, 4), target (Q, 1, 4), size (Q, 1, 2) -> (Q, G) in [0, 1], highest at the target
-# (test_reward.py checks all terms).
+# pred (Q, G, 4), target (Q, 1, 4), size (Q, 1, 2) -> (Q, G) in [0, 1]. Each is highest at the
+# target, except "positional", which is higher for smaller boxes at the same centre.
 TERMS = {
     "iou": lambda pred, target, size: agreement(pred, target),
     "positional": positional_term,
@@ -164,11 +164,11 @@ def consistency_weight(
 
         w = exp(mean (1 - m) + variance v), clipped to [low, high]
 
-    m is the group's mean IoU, v its population variance: groups that miss or scatter weigh more.
-    With the paper's values w is at least 1, so `low` has no effect.
+    m is the mean of a group's IoU, v its population variance: groups that miss or scatter weigh
+    more. With the paper's values w is at least 1, so `low` has no effect.
 
-    Section 3.4: formula, 1.2, 1 and the bounds are second-hand (one reader garbles the first
-    term); population variance and the missing gradient are ours."""
+    Section 3.4: formula, 1.2, 1 and the bounds are second-hand (one of the two readers' formulas
+    is garbled in its first term); population variance and "no gradient" are ours."""
     iou = iou.detach()
     exponent = mean * (1 - iou.mean(1)) + variance * iou.var(1, unbiased=False)
     return exponent.exp().clamp(low, high)

@@ -6,12 +6,12 @@ clipped policy-gradient step. Training needs boxes only, no reasoning.
 
 RSGround-R1 (arXiv 2601.21634): the reward is R = IoU + 0.1 positional + format (section 3.3), and
 a group's whole loss is multiplied by its weight (section 3.4). We know both only second-hand.
-Other settings are VLM-R1's; docs/method.md has all formulas and the source of each setting.
+Most other settings are VLM-R1's; docs/method.md has all formulas and the source of each setting.
 
-Q questions per step over all processes, G rollouts each. Inside a step, Q in a shape is this
-process's share of them.
+Q questions per step over all processes, G rollouts each. Inside a step, the Q of a tensor's shape
+counts only this process's questions.
 
-    python rft.py --lr 1e-4                              embedded scenes, on a laptop
+    python rft.py --lr 1e-4                              drawn scenes, on a laptop
     torchrun rft.py --data dior --epochs 0.4             one GPU: ckpt/sft -> ckpt/rft
     torchrun --nproc_per_node 8 rft.py --data dior       eight GPUs, same result up to rounding
 """
@@ -46,9 +46,9 @@ from train.flags import (
     parse, positive, set_steps)
 from train.run import Run, epoch_order, launch, load_records, record_at, trailing
 
-MAX_LOG_RATIO = 20.0              # exp() of a larger log-ratio is useless and may overflow
-COLLAPSED_AFTER = 10              # steps in a row without a learning signal, then a warning
-LEAST_ENTROPY = 0.01              # nats per token: the sampled answers are nearly identical
+MAX_LOG_RATIO = 20.0              # exp() of a larger log-ratio may overflow, and trains nothing
+COLLAPSED_AFTER = 10              # steps in a row without a learning signal: then warn
+LEAST_ENTROPY = 0.01              # nats per token; below this, answers are nearly identical
 WEIGHTINGS = ("consistency", "mean", "variance", "off", "shuffled")
 # Keys of metrics.jsonl and rollouts.jsonl (docs/logs.md) that no term of the reward may use.
 RESERVED = set("""
@@ -61,7 +61,7 @@ RESERVED = set("""
 
 
 class NamedWeights(argparse.Action):
-    """--reward NAME=WEIGHT ... -> dict in a fixed order, so the user's does not change the sum."""
+    """--reward NAME=WEIGHT ... -> dict in TERMS' order: the typed order changes no rounding."""
 
     def __call__(self, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
         names = (*reward.TERMS, "format")
@@ -90,7 +90,7 @@ def flags() -> FlagParser:
     add("--max-new-tokens", type=positive, default=256, help="longer rollouts are truncated")
     add("--temperature", type=above_zero, default=1.0, help="of sampling and of scoring")
     add("--resample", type=natural, default=0, metavar="N",
-        help="replace groups whose rewards are all equal by fresh questions, up to N times (DAPO)")
+        help="replace groups of equal rewards by new questions, up to N times (DAPO)")
     add("--cuda-graphs", action="store_true", help="decode with CUDA graphs")
     add = parser.add_argument_group("objective").add_argument
     add("--loss", choices=("dapo", "grpo", "dr-grpo"), default="dapo",
@@ -100,14 +100,14 @@ def flags() -> FlagParser:
         help="probability ratio to the old policy: one per token, or one per completion, its "
         "geometric mean (GSPO: with --loss grpo --clip 3e-4 4e-4)")
     add("--clip", type=not_negative, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"),
-        help="clip the ratio to 1 - LOW .. 1 + HIGH; only acts with several optimizer steps")
+        help="clip the ratio to 1 - LOW .. 1 + HIGH; acts only with several optimizer steps")
     add("--beta", type=not_negative, default=0.04,
         help="weight of the KL to the starting policy; 0: no reference model")
     add("--mask-truncated", action="store_true", help="do not learn from truncated rollouts")
     add("--no-std", action="store_true", help="do not divide advantages by their group's std")
     add = parser.add_argument_group("updates").add_argument
     add("--lr", type=above_zero, default=1e-6,
-        help="peak learning rate: 1e-6 for a 3B model, about 1e-4 for the embedded one")
+        help="peak learning rate: 1e-6 for a 3B model, about 1e-4 for toy/base")
     add("--updates", type=positive, default=1, help="passes over a step's rollouts")
     add("--minibatches", type=positive, default=1, metavar="M",
         help="optimizer steps per pass; each uses Q / M questions")
@@ -117,7 +117,7 @@ def flags() -> FlagParser:
         help=f"terms and their weights: {', '.join(reward.TERMS)}, format; a term of weight 0 is "
         f"only logged; default: {as_typed(reward.DEFAULT_REWARD)}")
     add("--alpha", type=above_zero, default=2.5,
-        help="std of the positional term's kernel, in half-sides of the true box")
+        help="std of the positional term's kernel, in halves of the true box's sides")
     add("--weighting", nargs="+", action=Values, default="consistency",
         metavar=("NAME", "MEAN VARIANCE"),
         const=(("weighting", WEIGHTINGS, 1), ("lambdas", moderate, 2)),
@@ -149,9 +149,9 @@ def check_flags(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- the objective
 
 def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
-    """rewards (Q, G) -> (Q, G): (R - mean) / (std + 1e-4) in a group, std over G - 1; 0 if equal.
+    """rewards (Q, G) -> (Q, G): (R - mean) / (std + 1e-4) in a group, 0 if all are equal.
 
-    GRPO (arXiv 2402.03300) as in VLM-R1; without the division Dr. GRPO (arXiv 2503.20783).
+    std divides by G - 1. As in GRPO (arXiv 2402.03300) and VLM-R1; undivided, Dr. GRPO (2503.20783).
     """
     advantage = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std:
@@ -173,10 +173,10 @@ def policy_loss(
 
     Tensors are packed (tokens,), except lengths (completions,); logp_ref is None if beta is 0.
     n_tokens (without masked ones) and completions count the whole optimizer step, over all
-    micro-batches and processes, so shares and gradients simply add up. A token's gain is PPO's
-    clipped surrogate (arXiv 1707.06347) minus beta times the KL to the reference (k3). Its loss is
-    -weight * gain; the weight is its group's, or 0 if it is masked. We assume that the weight also
-    multiplies the KL.
+    micro-batches and processes, so shares and gradients add up. A token's gain is PPO's clipped
+    surrogate (arXiv 1707.06347) minus beta times the KL to the reference (estimator k3). Its loss
+    is -weight * gain; weight is its group's, or 0 if it is masked. That the weight multiplies the
+    KL too is our assumption.
     """
     log_ratio = logp - logp_old
     if ratio == "sequence":
@@ -215,9 +215,9 @@ def group_weights(iou: Tensor, args: argparse.Namespace, step: int) -> Tensor:
         iou, 0.0 if args.weighting == "variance" else mean,
         0.0 if args.weighting == "mean" else variance)
     if args.weighting == "shuffled":
-        # The control: the weights of the step, dealt at random over its groups, the same on all
-        # processes. Process r has the questions r, r + world, ..., so the transpose puts the
-        # gathered weights in the order of the questions.
+        # The control deals the step's weights to its groups at random, in the same way on all
+        # processes. Process r has questions r, r + world, ..., so the transpose puts the gathered
+        # weights in the order of the questions.
         gathered = torch.tensor(dist.gather_lists(weights.tolist()), dtype=weights.dtype)
         weights = gathered.view(dist.world(), -1).T.flatten()
         random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
@@ -258,7 +258,7 @@ def sample(
         policy: Policy, records: Sequence[Record], prompts: Sequence[Prompt], seeds: Tensor,
         args: argparse.Namespace) -> list[Group]:
     """G rollouts for each of Q prompts. Every process must call it, even with Q = 0."""
-    # Sharded parameters are gathered once, for all tokens of all processes.
+    # Sharded parameters are gathered once, not for each token.
     with dist.gathered(policy.model) as model:
         if not prompts:
             return []
@@ -308,27 +308,27 @@ def grade(group: Group, args: argparse.Namespace) -> Group:
     group.reward = torch.zeros(len(boxes))
     for name, weight in args.reward.items():
         group.reward = group.reward + weight * group.terms[name]
-    # Weights of groups and the log need the IoU whether or not it is rewarded.
+    # The weights of groups and the log need the IoU even if it is not rewarded.
     group.terms.setdefault("iou", reward.agreement(pred, target)[0])
     return group
 
 
 def step_seeds(args: argparse.Namespace, step: int, turn: int = 0) -> Tensor:
-    """Seeds of this process's questions in a turn of resampling (0: the first sampling)."""
+    """A seed for each question of this process. turn: of resampling; 0 is the first sampling."""
     first = ((args.seed + turn) * 1_000_003 + step) * args.prompts
     return torch.tensor([first + i for i in range(dist.rank(), args.prompts, dist.world())])
 
 
 def fresh_records(
         records: Sequence[Record], args: argparse.Namespace, step: int, turn: int) -> list[Record]:
-    """This process's records for a turn (1, 2, ...) of resampling, one for each of its places.
+    """This process's records for a turn (1, 2, ...) of resampling, one for each of its questions.
 
-    Each step shuffles the records that are not in it, and each turn takes the next Q; after the
-    last record it starts again. This depends on seed, step, turn and place alone.
+    Each step shuffles the records that are not in it. Each turn takes the next Q of them, over all
+    processes, and begins again after the last. The choice depends only on seed, step and turn.
     """
     Q = args.prompts
     taken = {record_at(records, place, args.seed).id for place in range(step * Q, (step + 1) * Q)}
-    # The run itself never uses epochs below 0.
+    # Epochs below 0 are used only here.
     order = epoch_order(len(records), args.seed, -1 - step)
     others = [i for i in order if records[i].id not in taken] or order
     places = range((turn - 1) * Q + dist.rank(), turn * Q, dist.world())
@@ -338,7 +338,7 @@ def fresh_records(
 def resample(
         policy: Policy, groups: list[Group], fresh: Callable[[int], list[Record]],
         args: argparse.Namespace, step: int) -> dict[str, float]:
-    """Replaces groups of equal rewards by fresh questions, in place -> entries for the log.
+    """Replaces groups of equal rewards by groups of new questions, in place -> keys for the log.
 
     fresh: turn -> one record per group. DAPO's dynamic sampling (arXiv 2503.14476); the limit of
     --resample turns is ours.
@@ -358,7 +358,7 @@ def resample(
             try:
                 prompts.append(policy.prompt(questions[i]))
             except UnreadableImage:
-                continue              # the group stays; the run's own order reports the image
+                continue              # the group stays; Run reports the image when its turn comes
             places.append(i)
         seeds = step_seeds(args, step, turn)[places]
         new = sample(policy, [questions[i] for i in places], prompts, seeds, args)
@@ -378,7 +378,7 @@ class MicroBatch:
     lengths: Tensor                   # (completions,) tokens of each
     advantage: Tensor                 # of the token's rollout
     weight: Tensor                    # of the token's group; 0 if masked
-    n_tokens: int                     # learned from in the optimizer step, over all processes
+    n_tokens: int                     # not masked, in the optimizer step, over all processes
     # Set at the first scoring:
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
@@ -413,18 +413,18 @@ def train_step(
     #    processes affects only rounding.
     minibatches = cut(policy.model, groups, advantage, weight, args)
 
-    # 4. Accumulate gradients, then step: update() sums them over processes and clips their norm.
-    #    Old and reference log-probabilities are set once and stay for all passes.
+    # 4. Accumulate gradients, which FSDP2 sums over processes in each backward pass. Then update()
+    #    clips their norm and steps. Old and reference log-probabilities stay for all passes.
     lr = dist.lr_at(step, args.steps, args.lr)
     sums: Counter[str] = Counter()
     for minibatch in minibatches * args.updates:
         for batch in minibatch:
             logp, entropy = score(policy.model, batch, args)
             if batch.old_logp is None:
-                # The first scoring fixes what ratio and KL compare with. A single optimizer step is
-                # on policy: the old policy is the scored one and the ratio is 1; the difference to
-                # the sampled log-probabilities is rounding, which is logged. With several steps the
-                # old policy is the sampler, so the clip limits the distance to it.
+                # The first scoring sets what ratio and KL compare with. With one optimizer step the
+                # old policy is the one that is scored, so the ratio is 1; sampled log-probabilities
+                # differ from scored ones by rounding, which is logged. With several optimizer steps
+                # the old policy is the sampler, so the clip limits the distance from it.
                 sampled_logp = torch.cat([x for g in batch.groups for x in g.sampled_logp])
                 batch.sampled_scored = (logp.detach() - sampled_logp).abs().max().item()
                 several = args.updates * args.minibatches > 1
@@ -440,7 +440,7 @@ def train_step(
                 max_new_tokens=args.max_new_tokens)
             loss.backward()
             batch_sums |= {"loss": loss.detach(), "entropy": (entropy * (weight_ > 0)).sum()}
-            # One wait for the device, not one for each sum.
+            # Wait for the device once, not for each sum.
             values = torch.stack(list(batch_sums.values())).tolist()
             sums.update(dict(zip(batch_sums, values)))
         grad_norm = dist.update(policy.model, policy.optimizer, lr)
@@ -460,7 +460,7 @@ def train_step(
 def cut(
         model: QwenVL, groups: list[Group], advantage: Tensor, weight: Tensor,
         args: argparse.Namespace) -> list[list[MicroBatch]]:
-    """Cuts a step's groups into optimizer steps of equal size, in order, and those into
+    """Cuts a step's groups, in order, into optimizer steps of equal size, and each of these into
     micro-batches. advantage (Q, G), weight (Q,)."""
     weight = weight[:, None].expand_as(advantage)                                      # (Q, G)
     if args.mask_truncated:
@@ -500,7 +500,7 @@ def sum_over_processes(own: dict[str, Any]) -> dict[str, float]:
 def summary(
         groups: list[Group], advantage: Tensor, weight: Tensor, args: argparse.Namespace,
 ) -> dict[str, float]:
-    """What a step logs about its rollouts, over the groups of all processes."""
+    """The entries of a step's log line about its rollouts, over the groups of all processes."""
     n_groups = args.prompts
     n = args.prompts * args.group
     logged = {"reward": torch.stack([group.reward for group in groups])}               # (Q, G)
@@ -548,7 +548,7 @@ def summary(
 def update_summary(
         sums: Counter[str], minibatches: list[list[MicroBatch]], args: argparse.Namespace,
 ) -> dict[str, float]:
-    """What a step logs about its update: means over the tokens of all processes and passes."""
+    """The log line's entries about the update: means over tokens of all processes and passes."""
     n_tokens = args.updates * sum(minibatch[0].n_tokens for minibatch in minibatches)
     names = ("entropy", "clipped", "kl") if args.beta else ("entropy", "clipped")
     own = {name: sums[name] / n_tokens for name in names}
@@ -556,7 +556,7 @@ def update_summary(
     own["clipped_completions"] = sums["clipped_completions"] / completions
     own["loss"] = sums["loss"] / (args.updates * args.minibatches)
     line = sum_over_processes(own)
-    # Only the first minibatch is scored by the policy that sampled it.
+    # Only the first optimizer step scores with the policy that sampled.
     largest = torch.tensor(max(batch.sampled_scored for batch in minibatches[0]))
     line["sampled_scored_max"] = dist.all_reduce(largest, "max").item()
     return line
@@ -580,7 +580,7 @@ def collapse(lines: Sequence[dict[str, Any]]) -> list[str]:
 def canary(
         policy: Policy, records: Sequence[Record], prompts: Sequence[Prompt],
         args: argparse.Namespace) -> None:
-    """Prints how the starting policy answers, so a reward without signal shows before step 1."""
+    """Prints how the starting policy answers: a reward without signal is visible before step 1."""
     seeds = torch.arange(len(records)) + 7_777 * (dist.rank() + 1)
     groups = [grade(group, args) for group in sample(policy, records, prompts, seeds, args)]
     texts = [text for group in groups for text in group.texts]
@@ -596,7 +596,7 @@ def canary(
         print(f"before step 1: mean IoU {iou / n:.3f}, format {formatted / n:.3f} "
               f"over {n:.0f} sampled answers; {parts}")
         if iou == 0:
-            print("warning: no answer touches its target; the IoU reward is silent until one does")
+            print("warning: no answer touches its target; the IoU term is 0 until one does")
 
 
 # ---------------------------------------------------------------- the stage
@@ -610,19 +610,19 @@ def step_size(args: argparse.Namespace) -> memory.Step:
 def open_policy(
         init: Path, args: argparse.Namespace, records: Sequence[Record],
         val: Sequence[Record] = ()) -> Policy:
-    """The model to train with its optimizer, and the frozen reference if there is a KL."""
+    """Opens the model to train, its optimizer and, if beta is above 0, the frozen reference."""
     model, processor = open_model(init, max_pixels=args.max_pixels)
     lora.fit(model, args)
     device = dist.start(args.device, args.deterministic)
     memory.check_gpu(args, processor, records, val, step_size(args), device)
     reference = None
     if args.beta and args.lora:
-        # No second model: the base is frozen, so the adapters are all that differs.
+        # No second model is needed: the base is frozen, so only the adapters differ.
         lora.keep_start(model)
         reference = model
     elif args.beta:
         reference, _ = open_model(init)
-        # lora.fit() does this to the trained model: merge in the stored dtype first, then cast.
+        # Merge in the stored dtype, then cast, as happens to the trained model (lora.fit).
         lora.merge(reference)
         reference = reference.to(device, dist.compute_dtype(device)).requires_grad_(False)
     lora.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)

@@ -1,14 +1,14 @@
 """Stage 1: supervised fine-tuning on spatial reasoning that ends in a box (CoT-SFT).
 
 A record's image and expression become a prompt. cot.py writes the completion from the record's
-annotation (or reads it from a JSONL of yours): what is asked for, where the candidates are, why
+annotation (or reads it from your JSONL file): what is asked for, where the candidates are, which
 one fits, then the box. The loss is minus the log-probability of the completion's tokens, end of
 turn included, averaged over the tokens of the whole step.
 
 This is our reading of the abstract of RSGround-R1 (arXiv 2601.21634). Its reasoning data is not
 public; ours is synthetic, from annotations.
 
-    python sft.py                                              embedded data, on a laptop
+    python sft.py                                              drawn scenes, on a laptop
     torchrun sft.py --data dior --init Qwen2.5-VL-3B-Instruct/     one GPU; writes ckpt/sft
     torchrun --nproc_per_node 8 sft.py --data dior --init Qwen2.5-VL-3B-Instruct/
                                                   eight GPUs, same result up to rounding
@@ -43,11 +43,11 @@ def flags() -> FlagParser:
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=positive, default=16, help="records per step, over all processes")
     add("--lr", type=above_zero, default=1e-5,
-        help="peak learning rate: 1e-5 for a 3B model, about 1e-3 for the embedded one")
+        help="peak learning rate: 1e-5 for a 3B model, about 1e-3 for toy/base")
     add("--cot", metavar="FILE",
         help="JSONL of your own reasoning by record id; default: written from the annotations")
     add("--split", default="sft",
-        help="records to train on; rft: those of stage 2, as a control with --answer-only")
+        help="split to train on; rft: the records of stage 2, as a control with --answer-only")
     add("--answer-only", action="store_true", help="no reasoning, only the answer: the baseline")
     add("--max-new-tokens", type=positive, default=256,
         help="longest answer in a validation, tokens")
@@ -73,8 +73,8 @@ def train_step(
         args: argparse.Namespace, step: int) -> dict[str, Any]:
     """One step on this process's examples -> its log line."""
     started = time.perf_counter()
-    # All losses are divided by this count, over all processes and micro-batches. So each token
-    # weighs the same, however the step is cut.
+    # All losses are divided by this count over all processes and micro-batches, so each token
+    # weighs the same for any number of them.
     completion_tokens = dist.all_reduce(
         torch.tensor(sum(len(e.completion) for e in examples))).item()
     loss_sum = 0.0
@@ -104,15 +104,15 @@ def train_step(
 
 def longest_step(
         args: argparse.Namespace, processor: Processor, records: Sequence[Record]) -> memory.Step:
-    """The size of a step, for the plan of memory: with the longest completion of these records,
-    or --max-new-tokens if there are none."""
+    """The size of a step, for the plan of memory. Its completion is the longest of these records,
+    or has --max-new-tokens if there are none."""
     tokens = args.max_new_tokens
     if records:
         write_completion = cot.writer(records, args.cot, args.answer_only)
         coords = "1000" if processor.convention == "1000" else "resized"
         texts = (write_completion(record, frame_by_coords(record.size, coords, processor))
                  for record in records)
-        # The text with the most letters has the most tokens, or nearly.
+        # The longest texts in letters include the longest in tokens, or nearly.
         longest = heapq.nlargest(64, texts, key=len)
         tokens = max(len(processor.encode(text)) for text in longest)
     return memory.Step(args.batch, 1, tokens, samples=False)
