@@ -602,7 +602,7 @@ class QwenVL(nn.Module):
     def from_pretrained(
             cls, path: str | Path, dtype: torch.dtype | None = torch.bfloat16,
             device: torch.device | str = "cpu") -> QwenVL:
-        """Reads the folder of a checkpoint, a stage (its newest step) or an adapter (with its base).
+        """Reads a checkpoint's folder, a stage's (its newest step) or an adapter's (with its base).
 
         dtype None: as stored. CheckpointError if tensors are missing, unexpected or misshaped."""
         path = folder(path)

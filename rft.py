@@ -151,7 +151,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     """rewards (Q, G) -> (Q, G): (R - mean) / (std + 1e-4) in a group, 0 if all are equal.
 
-    std divides by G - 1. As in GRPO (arXiv 2402.03300) and VLM-R1; undivided, Dr. GRPO (2503.20783).
+    std divides by G - 1. GRPO (arXiv 2402.03300) as in VLM-R1; undivided: Dr. GRPO (2503.20783).
     """
     advantage = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std:
