@@ -1,7 +1,7 @@
 """The answer format: the prompt, how a box is written and read, and the frame of its coordinates.
 
-To answer with something else, such as a point, edit this file, then the reward and the metrics,
-which take its boxes: (x1, y1, x2, y2), floats; predictions files and the teacher take boxes too.
+To train on other answers, such as points, edit this file, then the reward and the metrics. They use
+boxes as this file returns them, (x1, y1, x2, y2) floats; so do predictions files and the teacher.
 """
 import json
 import math
@@ -58,8 +58,8 @@ def locate(box: Sequence[float] | None, frame: Frame) -> Box | None:
 def format_box(box: Sequence[float], frame: Frame) -> str:
     """A box in original pixels -> whole numbers in the model's frame: "[x1, y1, x2, y2]".
 
-    The result overlaps even a box thinner than a unit. Below, 2.55 and 2.58 both round to 3, and an
-    interval from 3 to 4 would miss them:
+    The result overlaps the box even if the box is thinner than a unit. Below, 2.55 and 2.58 both
+    round to 3, and an interval from 3 to 4 would miss them:
 
     >>> format_box((2.6, 2.55, 7.2, 2.58), Frame((800, 800), (800, 800), "absolute"))
     '[3, 2, 7, 3]'
@@ -78,7 +78,7 @@ def format_box(box: Sequence[float], frame: Frame) -> str:
 
 
 def write(think: str | None, box_text: str) -> str:
-    """-> completion. box_text: from `format_box`."""
+    """-> completion; think None: without reasoning. box_text: from `format_box`."""
     reasoning = "" if think is None else f"<think>{think}</think>"
     return f'{reasoning}<answer>{{"bbox_2d": {box_text}}}</answer>'
 
@@ -90,7 +90,7 @@ WHOLE = re.compile(r"\s*<think>(.*)</think>\s*<answer>.*</answer>\s*", re.DOTALL
 def parse_box(text: str) -> Box | None:
     """The box of a completion, in the model's frame; None unless its one <answer> is a JSON object
     with one "bbox_2d" of four finite numbers, x2 > x1 and y2 > y1. Ignores other keys and other
-    text. Never raises and takes linear time, because a policy may write anything."""
+    text. A policy may write anything, so this never raises, and takes linear time."""
     box, why = read_answer(text)
     return None if why else box
 
@@ -108,8 +108,8 @@ def format_ok(text: str) -> bool:
 
 
 def read_answer(text: str) -> tuple[Box | None, str | None]:
-    """-> (box, None) or (None, one of FAILURES). "no area" comes with the box, because VRSBench's
-    own metric gives lines and points an area."""
+    """-> (box, None) or (None, one of FAILURES); (box, "no area") for a line or a point, because
+    VRSBench's own metric counts these."""
     opening, closing = ANSWER
     if text.count(opening) > 1 or text.count(closing) > 1:
         return None, "several answers"
@@ -132,7 +132,7 @@ def read_answer(text: str) -> tuple[Box | None, str | None]:
 
 
 def checked(value: Any) -> tuple[Box | None, str | None]:
-    """A JSON value with float numbers -> as `read_answer`."""
+    """A JSON value, its numbers as floats -> what `read_answer` returns."""
     four = isinstance(value, list) and len(value) == 4
     # 1e999 and an integer of 5,000 digits are infinite.
     if not four or not all(isinstance(x, float) and math.isfinite(x) for x in value):
@@ -150,9 +150,9 @@ FOUR_NUMBERS = re.compile(
 
 
 def parse_box_lenient(text: str) -> Box | None:
-    """The box of `parse_box`, or the first four numbers after the last <answer>, or </think>.
+    """The box of `parse_box`, else the first four numbers after the last <answer> (or </think>).
 
-    Only for reports on models not trained on our format. It reads Qwen2.5-VL's
+    Used only in reports, for models not trained on our format. It reads Qwen2.5-VL's
     [{"bbox_2d": [...]}] and Qwen2-VL's <|box_start|>(x1,y1),(x2,y2)<|box_end|>.
     """
     box = parse_box(text)

@@ -2,8 +2,8 @@
 
 Packed means that the sequences of a batch follow each other without padding in one tensor
 (N, ...). A group is a prompt and G completions of it. The prompt is in the pack once; each
-completion attends to it and to itself. A prompt p of 3 tokens, completions a and b of 2 each,
-`x` where a query attends to a key:
+completion attends to it and to itself. Here a prompt p has 3 tokens, its completions a and b have
+2 each, and `x` means that a query attends to a key:
 
                         keys
     row              0   1   2 | 3   4 | 5   6
@@ -18,9 +18,9 @@ completion attends to it and to itself. A prompt p of 3 tokens, completions a an
      5       b       x   x   x |       | x
      6       b       x   x   x |       | x   x
 
-A mask of all pairs would be N x N. Instead, a `Plan` lists pieces, each a plain attention of some
-query rows over some key rows: the three triangles on the diagonal, and the rectangle below the
-prompt's triangle. Sequences of equal length, here a and b, share a piece.
+A mask of all pairs would be N x N. Instead, a `Plan` lists pieces. Each is a plain attention of
+some query rows over some key rows: the three triangles on the diagonal, and the rectangle below
+the prompt's triangle. Sequences of equal length, here a and b, share a piece.
 
 >>> plan = Plan([3, 2, 2], prefix=[(3, 4)])
 >>> for piece in plan.pieces:
@@ -33,8 +33,8 @@ Piece(query_rows=slice(3, 7, None), key_rows=slice(0, 3, None),
       sequences=1, causal=False, written_before=True)
 
 Rows 3 to 6 are in two pieces. `merge_attended` averages the two outputs, weighted by the pieces'
-log-sum-exp, which gives the softmax over both. With queries of 0 all scores are equal, and a
-token's output is the mean of its values. If values are row numbers, row 6 gets
+log-sum-exp, which gives the softmax over both. If queries are 0, all scores are equal, and a
+token's output is the mean of the values that it attends to. If values are row numbers, row 6 gets
 (0 + 1 + 2 + 5 + 6) / 5:
 
 >>> q = k = torch.zeros(7, 1, 8)
@@ -65,20 +65,20 @@ Rows = slice | Tensor             # rows of a packed tensor: a slice, or an inde
 # Arguments of the variable-length kernel: `cumulative` lengths, int32 (sequences + 1,), of queries
 # and of keys; the longest of each.
 Boundaries = tuple[Tensor, Tensor, int, int]
-CPU_BLOCK = 8                     # cached tokens that sampling on a CPU reads at a time
+CPU_BLOCK = 8                     # sampling on a CPU reads this many cached tokens at a time
 # Where the variable-length kernel exists; the meta device counts memory with it.
 KERNEL_DEVICES = ("cuda", "meta")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-CPU_KERNEL = True                 # tests turn it off to run the formulas spelled out
+CPU_KERNEL = True                 # tests turn it off, to run the plain formulas
 
 
 @dataclass(frozen=True)
 class Piece:
     query_rows: Rows
     key_rows: Rows
-    sequences: int | Boundaries   # how the rows are split: a number, if of equal length
-    causal: bool                  # a token attends to keys up to its own, else to all
-    written_before: bool          # an earlier piece has written these query rows: merge
+    sequences: int | Boundaries   # how rows are split; a number means equal parts
+    causal: bool                  # each token attends to keys up to its own; else to all
+    written_before: bool          # merge: an earlier piece has written these query rows
 
 
 class Plan:
@@ -90,7 +90,7 @@ class Plan:
               sequences are prompts; the others are their completions, in the same order, and
               also attend to their whole prompt.
     kv_cache: a list to which every layer appends its keys and values, each (N, KV, hd).
-    starts:   cumulative(lengths), if it is already on the device."""
+    starts:   cumulative(lengths), if already on the device."""
 
     def __init__(
             self, lengths: Iterable[int], causal: bool = True,
@@ -107,15 +107,15 @@ class Plan:
 
     @functools.cached_property
     def pieces(self) -> list[Piece]:
-        """For kernels that take sequences of one length: first each token's own sequence, so that
-        every row is written once, then the prompts for their completions."""
+        """For kernels that take sequences of one length: first all sequences over themselves, which
+        writes each row once, then completions over their prompts."""
         starts_by_length: dict[int, list[int]] = {}
         for length, end in zip(self.lengths, itertools.accumulate(self.lengths)):
             starts_by_length.setdefault(length, []).append(end - length)
         pieces = []
         for length, starts in starts_by_length.items():
             rows: Rows = slice(starts[0], starts[-1] + length)
-            # A slice avoids a copy, but also covers all rows between the sequences.
+            # A slice needs no copy, but may cover rows of other sequences.
             if rows.stop - rows.start != len(starts) * length:
                 rows = (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
             pieces.append(Piece(rows, rows, len(starts), self.causal, written_before=False))
@@ -131,7 +131,7 @@ class Plan:
 
     @functools.cached_property
     def kernel_pieces(self) -> list[Piece]:
-        """For the variable-length kernel: two pieces at most, for any lengths."""
+        """For the variable-length kernel: at most two pieces, whatever the lengths."""
         starts = self.starts
         if starts is None:
             [starts] = to_device([cumulative(self.lengths)], self.device)
@@ -170,7 +170,7 @@ def attention(
         q: Tensor, k: Tensor, v: Tensor, plan: "Plan | Cache", layer: int = 0) -> Tensor:
     """q (N, H, hd), k and v (N, KV, hd) -> (N, H, hd).
 
-    With a Plan, packed sequences; with a Cache, one more token of every rollout, in `layer`."""
+    With a Plan: packed sequences. With a Cache: one more token of every rollout, in `layer`."""
     if isinstance(plan, Cache):
         return plan.attend(layer, q, k, v)
     if plan.kv_cache is not None:
@@ -179,7 +179,7 @@ def attention(
 
 
 class Cache:
-    """Keys and values for sampling, a prompt's once for its whole group.
+    """Keys and values for sampling; those of a prompt are stored once for its whole group.
 
     prompt_k, prompt_v: per layer (Q, KV, P, hd), shorter prompts padded at the end.
     completion_k, completion_v: per layer (Q, KV, G, room, hd), room for the longest rollout.
@@ -188,9 +188,9 @@ class Cache:
     place: (1,) filled - 1, on the device: the index of the newest token.
 
     Attention reads whole blocks of a rollout's tokens and masks the empty places, so shapes
-    rarely change. On CUDA a block is the whole room, and one CUDA graph serves all steps. For a 3B
-    model and 64 rollouts of 256 tokens a step reads at most 0.6 GB too much, next to 6 GB of
-    weights; a new capture would take as long as a dozen steps."""
+    rarely change. On CUDA a block is the whole room, so one CUDA graph serves all steps. For a 3B
+    model and 64 rollouts of 256 tokens, a step then reads at most 0.6 GB more than it needs, next
+    to 6 GB of weights; capturing another graph would take as long as a dozen steps."""
 
     def __init__(self, plan: Plan, group: int, max_tokens: int) -> None:
         """plan: that of the prompts' pass, with starts and a filled kv_cache."""
@@ -199,7 +199,7 @@ class Cache:
         _, KV, hd = kv_cache[0][0].shape
         device = kv_cache[0][0].device
 
-        # Prompts are padded, so that one matrix product a layer covers all of them.
+        # Prompts are padded, so that each layer needs one matrix product for all of them.
         first_rows = plan.starts[:-1, None]                                        # (Q, 1)
         lengths = plan.starts.diff()[:, None]
         place = torch.arange(P, device=device)
@@ -241,7 +241,7 @@ class Cache:
             self.completion_v[layer] = self.completion_v[layer][question, head, rollout]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One new token a rollout: q (R, H, hd), k and v (R, KV, hd) -> (R, H, hd)."""
+        """One new token per rollout: q (R, H, hd), k and v (R, KV, hd) -> (R, H, hd)."""
         Q, KV, G, room, hd = self.completion_k[layer].shape
         P = self.prompt_k[layer].shape[2]
         blocks = -(-self.filled // self.block)
@@ -255,8 +255,8 @@ class Cache:
         completion_k = self.completion_k[layer][:, :, :, :T]       # (Q, KV, G, T, hd)
         completion_v = self.completion_v[layer][:, :, :, :T]
 
-        # Scores over the prompt: one matrix product for all rollouts of a question. Over a
-        # rollout's own tokens: one each. `shared` query heads share a key head.
+        # Scores over the prompt: one matrix product for all rollouts of a question. Scores over its
+        # own tokens: one product per rollout. `shared` query heads share a key head.
         q = q.contiguous()                                    # (Q, KV, G, shared, hd)
         prompt_scores = q.flatten(2, 3) @ self.prompt_k[layer].transpose(2, 3)
         own_scores = (q @ completion_k.transpose(3, 4)).flatten(2, 3)
@@ -272,7 +272,7 @@ class Cache:
 
 
 class PlannedAttention(torch.autograd.Function):
-    """Exact attention by pieces, merged if a token is in two: its own sequence and its prompt.
+    """Exact attention by pieces, merged for a token in two pieces: own sequence and prompt.
 
     In the backward pass each piece's kernel gets the merged output and log-sum-exp. So
     exp(score - lse) is the weight in the softmax over all keys, and gradients of pieces add up."""
@@ -321,8 +321,8 @@ def merge_attended(
         out: Tensor, lse: Tensor, rows: Rows, more_out: Tensor, more_lse: Tensor) -> None:
     """Merges attention over more keys into these rows of out (N, H, hd), lse (H, N), in place.
 
-    more_out (rows, H, hd), more_lse (H, rows): the same queries over the other keys. Each output
-    weighs exp(lse - total), its share of the sum of exponentials."""
+    more_out (rows, H, hd), more_lse (H, rows): the same queries over other keys. An output's weight
+    is exp(lse - total), its share of the sum of exponentials."""
     row_lse = lse[:, rows]
     total = torch.logaddexp(row_lse, more_lse)                             # (H, rows)
     share = (row_lse - total).exp().transpose(0, 1)[..., None]             # (rows, H, 1)
@@ -336,7 +336,7 @@ def merge_attended(
 def attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """A piece's q (rows, H, hd), k, v (keys, KV, hd) -> out like q, lse (H, rows) float32.
 
-    With the variable-length kernel or the CPU's, or in plain formulas on other devices."""
+    Uses the variable-length kernel, the CPU's, or plain formulas on other devices."""
     if not isinstance(piece.sequences, int):
         return torch.ops.aten._flash_attention_forward(
             q, k, v, *piece.sequences, 0.0, piece.causal, False)[:2]
@@ -357,7 +357,7 @@ def attend_backward(
         piece: Piece) -> Sequence[Tensor]:
     """A piece's share of the gradients of q, k and v.
 
-    grad and out like q, lse (H, rows): of the attention over all keys, not only this piece's."""
+    grad and out (like q) and lse (H, rows) are of the attention over all keys, not this piece's."""
     if not isinstance(piece.sequences, int):
         no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
         return torch.ops.aten._flash_attention_backward(

@@ -1,8 +1,8 @@
 """Sampling: each prompt and its image prefilled once, then G rollouts decoded token by token.
 
 A rollout does not depend on its batch: token k of rollout g is drawn by inverting the
-distribution function at a counter-based random number of (seed, g, k). (Rounding differs with the
-batch, and can change a draw that is very close to a boundary.)
+distribution function at a random number that a counter-based generator gives for (seed, g, k).
+(Rounding depends on the batch, and can change a draw that is very close to a boundary.)
 
 Shapes: Q prompts, G rollouts of a prompt, R = Q * G rollouts, V vocabulary; Q', G' and R' after
 finished rollouts have left the batch.
@@ -19,8 +19,8 @@ from qwen.processor import Prompt
 
 # Tokens between checks for finished rollouts; at each check the host waits for the device.
 CHECK_EVERY = 8
-# The batch shrinks if at most this share of it would remain. Shrinking copies the cache; with
-# CUDA graphs it also needs a new capture, so it must save more.
+# The batch shrinks if at most this share of it would remain. Shrinking copies the cache. With CUDA
+# graphs it also needs another capture, so the share is lower.
 SHRINK_TO = 0.75
 SHRINK_TO_WITH_GRAPHS = 0.5
 
@@ -41,14 +41,14 @@ def generate(
     stop_ids = torch.tensor(model.stop_ids, dtype=torch.long)
     seeds, stop_ids = to_device((seeds, stop_ids), device)
 
-    # One row a rollout: `slots` are its numbers among all R. A prompt's logits predict the first
-    # token of all of its rollouts.
+    # One row per rollout; `slots` numbers them among all R. A prompt's logits predict the first
+    # token of each of its rollouts.
     logits = logits.repeat_interleave(group, 0)                            # (R, V)
     positions = positions.repeat_interleave(group)         # of each rollout's first new token
     R = len(positions)
     slots = torch.arange(R, device=device)
     done = torch.zeros(R, dtype=torch.bool, device=device)
-    # All random numbers at once, because one token's would launch thirty kernels.
+    # Draw all random numbers at once: to draw them for one token would launch thirty kernels.
     steps = torch.arange(max_new_tokens, device=device)
     uniforms = uniform(seeds.repeat_interleave(group)[:, None], (slots % group)[:, None], steps)
 
@@ -89,10 +89,10 @@ def unfinished(done: Tensor, share: float) -> Tensor | None:
     """done (Q', G') bool -> rows (Q'', G'') of the batch to keep; empty if all are done, None if
     more than this share of them would remain.
 
-    The batch stays a rectangle: finished questions are dropped, and the others keep as many
-    rows as the one with most unfinished rollouts needs."""
+    The batch stays a rectangle: finished questions are dropped, and each other question keeps as
+    many rows as the question with the most unfinished rollouts."""
     live = (~done).sum(1)                                                  # (Q',)
-    # Both numbers in one copy, since the host waits for it.
+    # Both numbers in one copy, because the host waits for each copy.
     question_count, width = torch.stack(((live > 0).sum(), live.max())).tolist()
     if question_count * width > share * done.numel():
         return None
@@ -104,7 +104,7 @@ def unfinished(done: Tensor, share: float) -> Tensor | None:
 
 @dataclass
 class Graph:
-    """QwenVL.decode as a CUDA graph: one launch a token instead of a thousand.
+    """QwenVL.decode as a CUDA graph: one launch per token instead of a thousand.
 
     A graph works on fixed memory of fixed shapes: weights, cache, input tokens. The cache's shapes
     stay the same for all steps, so each batch size needs one capture. Only the latest graph is
@@ -117,7 +117,7 @@ class Graph:
         if self.tokens is None or len(tokens) != len(self.tokens):
             self.tokens = tokens.clone()
             self.positions = positions.clone()
-            # A warm-up on a separate stream, so libraries allocate memory; counts are set back.
+            # Warm up on a separate stream, so that libraries allocate memory; then reset counts.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -125,7 +125,7 @@ class Graph:
             torch.cuda.current_stream().wait_stream(side)
             cache.filled -= 1
             cache.place -= 1
-            # Recording changes only the host's count, a replay only the device's.
+            # Recording changes only the count on the host; a replay, only the one on the device.
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.logits = self.model.decode(self.tokens, self.positions, cache)
@@ -142,7 +142,7 @@ def draw(logp: Tensor, u: Tensor) -> Tensor:
 
     An id of probability 0 is never drawn."""
     cdf = logp.exp().cumsum(-1, dtype=torch.double)
-    # u is scaled because rounding makes the sum differ from 1.
+    # Rounding makes the sum differ from 1, so u is scaled to it.
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
 
 

@@ -37,8 +37,8 @@ class CheckpointError(Exception):
     """Files that are missing or do not fit. One line: what is wrong, where, what to do."""
 
 
-# Supported values of fields in config.json. An error names a field with any other value.
-# A null or missing field is always accepted; () means that nothing else is.
+# Supported values of fields in config.json. Any other value is an error that names the field.
+# A null or missing field is always accepted; () means that no value is.
 COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "": {"quantization_config": (), "compression_config": ()},
     "text_config": {
@@ -71,8 +71,8 @@ class VisionConfig:
     patch: int                    # side in pixels
     temporal_patch: int           # frames
     merge: int                    # merge x merge patches become one token
-    window: int                   # side in pixels; a patch attends to its window, except ...
-    full_blocks: tuple[int, ...]  # ... in these blocks, where it attends to its whole frame
+    window: int                   # side in pixels; a patch attends within its window; 0: none
+    full_blocks: tuple[int, ...]  # blocks in which a patch attends to its whole frame
     table_side: int               # Qwen3-VL: side of the square table of learned positions, or 0
     deepstack: tuple[int, ...]    # Qwen3-VL: blocks that also feed the language model's layers
 
@@ -102,8 +102,8 @@ class Config:
 
     @classmethod
     def from_json(cls, path: str | Path) -> Config:
-        """Reads both forms: the hub's (flat, `rope_scaling`) and the one that transformers 5 writes
-        (`text_config`, `rope_parameters`). CheckpointError for another model."""
+        """Reads the hub's form (flat, `rope_scaling`) and the form that transformers 5 writes
+        (`text_config`, `rope_parameters`). CheckpointError for any other model."""
         raw = read_json_object(Path(path))
         model_type = raw.get("model_type")
         if model_type not in list(FAMILIES):
@@ -241,7 +241,7 @@ def nested_name(name: str) -> str:
 WRAPPERS = re.compile(
     r"^base_model\.model\.|(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module"
     r"|_checkpoint_wrapped_module|_forward_module)\.")
-# Prefix of a model that was saved as the field "model" of another object.
+# Prefix if the model was saved as the field "model" of another object.
 HOLDERS = re.compile(r"^(?:model\.)+(?=(?:model|language_model|visual|lm_head)\.)")
 
 
@@ -262,7 +262,7 @@ def own_name(stored_name: str) -> str:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(file)        # memory-mapped, until converted or copied to a GPU
+        return load_file(file)        # memory-mapped until it is converted or copied to a GPU
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy it again "
                               "from where it came from") from None
@@ -316,7 +316,7 @@ def read_weights(
     missing = sorted(shapes.keys() - tensors.keys())
     surplus = sorted(stored_names[name] for name in tensors.keys() - shapes.keys())
     for name in missing:
-        # To detect an unknown prefix: the name of a block's tensor without its first word.
+        # To detect an unknown prefix, compare names of blocks without their first word.
         tail = name.split(".", 1)[1] if name.count(".") > 2 else name
         for other in surplus:
             if other.endswith(f".{tail}"):

@@ -4,9 +4,9 @@ An adapted layer computes W x + b + alpha / rank * B (A x). W and b are frozen; 
 trained: at rank 64, 3% of the parameters of a 3B model. B is 0 at first, so the model starts
 as its base.
 
-A run that starts from an adapter continues to train it, so a checkpoint holds a single one, with
-the path of its base, and PEFT can load it. The reference policy uses a copy of the initial
-adapters, or none (`reference`).
+A run that starts from an adapter continues to train it. So a checkpoint holds one adapter and the
+path of its base, and PEFT can load it. The reference policy uses a copy of the adapters at the
+start, or no adapters if B was 0 (`reference`).
 
 Source: LoRA (arXiv 2106.09685). Names, files and initialisation are PEFT's. No dropout.
 
@@ -39,7 +39,7 @@ PLAIN_FIELDS = {
     "revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
     "eva_config", "megatron_core", "qalora_group_size", "runtime_config"}
-# Supported values of some of them. (Other initialisations also change the base.)
+# Supported values of some of these fields. (Other initialisations also change the base.)
 PLAIN_VALUES = {
     "peft_type": ("LORA",), "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal")}
@@ -149,9 +149,9 @@ def keep_start(model: nn.Module) -> None:
 def reference(model: nn.Module) -> Iterator[None]:
     """Context in which the adapters are those of `keep_start`.
 
-    Gradients stay on, so the vision tower runs in one pass, as for the policy: the bits are the
-    same, and all processes of a sharded model run equally many passes. All tensors used are
-    frozen, so nothing is stored for a backward pass."""
+    Gradients stay on, so the vision tower runs in one pass, as it does for the policy. So results
+    are equal to the bit, and all processes of a sharded model run the same number of passes. All
+    tensors used are frozen, so nothing is stored for a backward pass."""
     layers = adapted(model).values()
     for layer in layers:
         layer.at_start = True
@@ -184,7 +184,7 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
         "r": layer.rank,
         "lora_alpha": int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha,
         "lora_dropout": 0.0, "bias": "none",
-        # Full names: "gate_proj" alone would also match the vision tower's.
+        # Full names, because "gate_proj" would also match layers of the vision tower.
         "target_modules": [nested_name(name) for name in layers]}
 
 

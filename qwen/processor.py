@@ -25,8 +25,8 @@ CHAT_FORMATS = {
     "Qwen2VLProcessor": ("qwen2_vl", "1000", "You are a helpful assistant."),
     "Qwen2_5_VLProcessor": ("qwen2_5_vl", "absolute", "You are a helpful assistant."),
     "Qwen3VLProcessor": ("qwen3_vl", "1000", None)}
-# Newer checkpoints have the image settings in the first file, under "image_processor". If there
-# are both, transformers reads the first.
+# Newer checkpoints have the image settings in the first file, under "image_processor". If both
+# files exist, transformers reads the first.
 IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = (
     *IMAGE_FILES, "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
@@ -45,8 +45,8 @@ WORDS = (
 
 def smart_resize(
         width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """-> (width, height): multiples of `factor`, nearly the same aspect ratio, an area between the
-    limits. DataError if the image is too long."""
+    """-> (width, height), multiples of `factor`: nearly the same aspect ratio, and an area between
+    the limits. DataError if one side is too long for the other."""
     if max(width, height) > ASPECT * min(width, height):
         raise DataError(f"an image of {width} x {height} is over {ASPECT} times as long as wide; "
                         "cut it")
@@ -84,7 +84,7 @@ class Pixels:
 
     values: Tensor                # (patches, channels, patch, patch) uint8
     table: Tensor                 # (channels, 256) float32: normalised value of each byte
-    frames: int                   # of the temporal patch; a still image is repeated in all
+    frames: int                   # per temporal patch; a still image is repeated in each
 
     def normalised(
             self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,7 +111,7 @@ class Prompt:
 
 
 def prompt_hash() -> str:
-    """12 hex digits for run.json."""
+    """12 hex digits that change with the prompt or a chat format."""
     return hashlib.sha256(repr((PROMPT, CHAT_FORMATS)).encode()).hexdigest()[:12]
 
 
@@ -120,11 +120,11 @@ class Processor:
     """Image and expression -> Prompt, completion <-> ids. Threads may share one."""
 
     tokenizer: Tokenizer
-    ordinary: Tokenizer           # without added tokens: reads "<|im_end|>" as letters
+    ordinary: Tokenizer           # has no added tokens: reads "<|im_end|>" as letters
     source: Path                  # folder of the tokenizer's files
     ids: dict[str, int | None]    # of SPECIAL and <|endoftext|>
     end_id: int                   # end of the assistant's turn
-    tags: dict[str, int]          # TAGS that are tokens, such as Qwen3-VL's <think>
+    tags: dict[str, int]          # those TAGS that are one token: Qwen3-VL's <think>
     image_file: Path              # file of the image settings
     family: str                   # config.json's model_type
     convention: str               # of coordinates, as in Frame
@@ -160,7 +160,7 @@ class Processor:
     def check_fits(self, config: Any) -> None:
         """CheckpointError unless this belongs to a model of this model.Config."""
         image, vision = self.image_file, config.vision
-        # With another family's convention for coordinates, training would run, and learn nonsense.
+        # With the coordinates of another family, training would run but learn wrong boxes.
         for file, name, ours, theirs in (
                 (image, "the family", FAMILIES[self.family], config.family),
                 (image, "patch_size", self.patch, vision.patch),
@@ -233,7 +233,7 @@ class Processor:
         for name in TOKENIZER_FILES:
             if (self.source / name).exists():
                 shutil.copyfile(self.source / name, path / name)
-        # Other programs may read the other file, or the limits under their other names.
+        # Both files, and both names of the limits, because other programs may read either.
         for name in IMAGE_FILES:
             content = read_object(self.source / name)
             image = content.get("image_processor") if name == IMAGE_FILES[0] else content
@@ -280,7 +280,7 @@ def read_settings(folder: Path, min_pixels: int | None, max_pixels: int | None) 
             equal = isinstance(value, (int, float)) and abs(value - ours) < 1e-6
             if value is not None and not equal:
                 raise ValueError(f"{name} is {value!r}, but this code supports only {ours}")
-        # As in transformers, min_pixels and max_pixels win over "size". Its "edges" are areas too.
+        # As in transformers, min_pixels and max_pixels override "size"; its "edges" are areas too.
         size = image.get("size") or {}
         if not isinstance(size, dict):
             raise ValueError(f"size is {size!r}, not shortest_edge and longest_edge")

@@ -1,7 +1,7 @@
 """What every reader needs: records, errors, and text, JSON and JSONL files.
 
 A reader is a function (root, split) -> Records, named in data.READERS; rsvg_hr.py is the shortest.
-It hands each annotation unchanged to a Collector, and raises NoSplit for a split that is missing.
+It passes each annotation unchanged to a Collector, and raises NoSplit if the split is missing.
 """
 import hashlib
 import json
@@ -13,11 +13,11 @@ from typing import Any
 from qwen.answer import Box
 
 SPLITS = ("train", "val", "test")
-ASPECT = 200                      # longest side / shortest that the model families take
-MOST_UNREADABLE = 0.01            # a run ends if more of its records have undecodable images
+ASPECT = 200                      # largest ratio of sides that the model families accept
+MOST_UNREADABLE = 0.01            # share of records with undecodable images that ends a run
 # --coords: units per image side; None: a unit is a pixel.
 COORDS = {"fraction": 1, "1000": 1000, "original": None}
-LONGEST_OBJECT = 100              # lines; a longer object of a JSONL file is broken
+LONGEST_OBJECT = 100              # lines; if an object of a JSONL file is longer, it is broken
 Stretch = tuple[float, float]     # percentiles of each band that become black and white
 
 
@@ -30,7 +30,7 @@ class UnreadableImage(DataError):
 
 
 class NoSplit(DataError):
-    """No such split, or not its file."""
+    """The data set has no such split, or its file is missing."""
 
 
 class Refused(Exception):
@@ -40,7 +40,7 @@ class Refused(Exception):
 @dataclass(frozen=True)
 class Record:
     id: str                       # unique in its data set
-    image: Any                    # path, or for `synth` a toy.scenes.Scene, which draws itself
+    image: Any                    # path; in `synth` a toy.scenes.Scene, to be drawn
     text: str                     # the expression, as its author wrote it
     box: Box                      # (x1, y1, x2, y2), float pixels of the original image
     category: str
@@ -48,7 +48,7 @@ class Record:
     kind: str = ""                # of expression, if known; for `refgeo` the source data set
     unique: bool | None = None    # VRSBench: is the object the only one of its category?
     grid: tuple[int, ...] | None = None            # VRSBench: the box in whole hundredths
-    stretch: Stretch | None = None                 # for images of more than 8 bits a sample
+    stretch: Stretch | None = None                 # for images of more than 8 bits per sample
 
     @property
     def objects(self) -> Sequence[Any]:
@@ -57,8 +57,8 @@ class Record:
 
 
 class Records(list[Record]):
-    """A split's usable records. refused: reason -> places of unusable ones. repaired: the
-    same for usable ones that are wrong in the file but can be read in only one way."""
+    """A split's usable records. refused: reason -> places of records that can't be used. repaired:
+    repair -> places of records with a mistake that has only one correction."""
 
     def __init__(
             self, records: Iterable[Record], refused: dict[str, list[str]],
@@ -85,7 +85,7 @@ def in_words(counts: dict[str, int]) -> str:
 
 
 def sha256(text: str) -> bytes:
-    """To sort by: an order that is random, and the same on every machine."""
+    """A sort key for an order that is random, but the same on every machine."""
     return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
@@ -117,13 +117,13 @@ def read_json(file: Path) -> Any:
 
 
 def read_json_lines(file: str | Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yields (line number, object); None for what is not a JSON object. An object may span
-    several lines, as some of refGeo's do, until a line begins another."""
+    """Yields (line number, object), or (line number, None) if there is no JSON object. It may
+    span several lines, as some of refGeo's do, until a line begins another object."""
     text = read_text(file)
     if text.lstrip().startswith("["):
-        raise DataError(f"{file}: a JSON array, but one JSON object a line is needed; jq -c '.[]' "
-                        "makes lines of it")
-    unfinished, start = "", 0     # an object so far, and its first line
+        raise DataError(f"{file}: a JSON array, but one JSON object per line is needed; "
+                        "jq -c '.[]' makes lines of it")
+    unfinished, start = "", 0     # text of an object so far, number of its first line
     # str.splitlines() would also cut at U+2028, which JSON allows within a string.
     for number, line in enumerate(text.split("\n"), 1):
         if unfinished and line.startswith("{"):

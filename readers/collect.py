@@ -14,7 +14,7 @@ from readers import images
 from readers.base import ASPECT, COORDS, DataError, Record, Records, Refused
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
-# Beginnings of names that zips (`__MACOSX`, `._x`), notebooks and editors leave in a folder.
+# How names begin that zips (`__MACOSX`, `._x`), notebooks and editors leave in a folder.
 HIDDEN = (".", "__MACOSX")
 # Pixels. A thinner box has no area in the float32 of the rewards: any answer would score 0.
 THINNEST = 1 / 16
@@ -27,8 +27,8 @@ class Collector:
     """Turns annotations into `records`. Counts what it repairs and what it refuses.
 
     Images are found by base name in all of `folder`; if several match, the end of the annotation's
-    path decides, then a folder called `preferred_folder`. exact: annotated paths start in `folder`.
-    refuse_swapped: x1 > x2 may mean x, y, width, height and is refused; else it is repaired.
+    path decides, then a folder called `preferred_folder`. exact: image paths start in `folder`.
+    refuse_swapped: refuses x1 > x2, which may mean x, y, width, height; else it is repaired.
     kept: records of earlier Collectors, to which this one adds its own.
     """
 
@@ -40,12 +40,12 @@ class Collector:
         self.kept = Records([], {}) if kept is None else kept
         self.coords, self.stretch = reading.get()
         self.ids: set[str] = set()
-        self.sizes: dict[Path, Size] = {}            # an image has many records: read it once
+        self.sizes: dict[Path, Size] = {}            # to read an image of several records once
         # File -> its boxes as written, with the sizes of their images.
         self.boxes: dict[Path, list[tuple[list[float], Size | None]]] = {}
         self.paths: dict[str, list[Path]] = {}       # stem -> images of that name
         walked = set()
-        # Links are followed, since hub caches consist of them; a circle of links ends.
+        # Links are followed, because hub caches consist of links; each folder is walked once.
         for directory, subfolders, files in [] if exact else os.walk(folder, followlinks=True):
             real = os.path.realpath(directory)
             if real in walked:
@@ -65,9 +65,9 @@ class Collector:
             grid: tuple[int, ...] | None = None) -> None:
         """One annotation, unvalidated -> a record, or a refusal.
 
-        where: its place, for the user. image: a name or path. box: four numbers, or a text or
+        where: its place, for messages. image: a name or path. box: four numbers, or a text or
         list with one [...] of four. units: of the box, per image side; None: pixels, or --coords.
-        size: the image's, as the file has it. file: all its boxes have one unit.
+        size: the image's according to the file. file: all boxes from it have the same unit.
         """
         units = COORDS[self.coords] if self.coords else units
         image_size = None
@@ -78,7 +78,7 @@ class Collector:
             fitted, mended = repair_box(box, image_size, units)
             if self.refuse_swapped and "swapped corners" in mended:
                 raise Refused("x1 > x2 or y1 > y2 (is it x, y, width, height?)")
-            # No encoding has lone surrogates, which JSON and XML may hold.
+            # JSON may hold lone surrogates, which no file can be written with.
             identity, text, category = (
                 str(value or "").encode("utf-8", "replace").decode()
                 for value in (identity, text if isinstance(text, str) else "", category))
@@ -105,7 +105,7 @@ class Collector:
         """A name in an annotation -> its file, (width, height) as stored, repairs."""
         if not name:
             raise Refused("no image named")
-        # Absolute paths and paths through a link to the folder itself are within it.
+        # Absolute paths, and paths through a link to the folder, may be within it too.
         for start in (os.path.abspath(self.folder), os.path.realpath(self.folder)):
             relative = os.path.relpath(os.path.join(start, name.replace("\\", "/")), start)
             if relative.split(os.sep)[0] != os.pardir:
@@ -117,7 +117,7 @@ class Collector:
         if suffix.lower() not in IMAGE_SUFFIXES:
             stem, suffix = base, ""                  # "P0.v2" keeps its dot
         paths = [self.folder / relative] if self.exact else self.paths.get(stem, [])
-        # Each rule applies only if it leaves an image.
+        # Each rule applies only if at least one image remains.
         paths = [p for p in paths if p.name == base] or paths
         paths = [p for p in paths if p.as_posix().endswith(f"/{relative}")] or paths
         preferred = self.preferred_folder
@@ -153,20 +153,20 @@ def refuse_other_unit(
     values = np.array([box for box, _ in boxes]).reshape(-1, 4)
     sides = np.array([size or (np.inf, np.inf) for _, size in boxes]).reshape(-1, 2)
     low, high = values[:, :2], values[:, 2:]
-    # A box without area tells nothing: it may be zeros in place of no box.
+    # A box without area proves nothing: zeros may stand for no box.
     solid = (low != high).all(1).any()
     rounding = 1e-3
     if not solid or values.min() < -rounding or values.max() > 1000 + rounding:
         return
     if values.max() <= 1 + rounding:
         if np.isin(values, (0, 1)).all():
-            return                # it may be one pixel in the corner
+            return                # it may be a pixel in the corner
         unit, sign = "fraction", "all lie in [0, 1]"
     else:
         n = max(np.isfinite(sides).all(1).sum(), 1)
         outside = (np.minimum(low, high) >= sides).any(1).sum() / n
         far = (np.maximum(low, high) > 1.5 * sides).any(1).sum() / n
-        # Fewer boxes outside, or past an edge by half the side, are single mistakes of the file.
+        # If fewer boxes are outside, or half a side past an edge, they are single mistakes.
         if outside < 0.01 and (n == 1 or far < 0.5):
             return
         unit, sign = "1000", "all lie in 0..1000, and some outside their images"
@@ -195,8 +195,8 @@ def repair_box(values: Any, size: Size, units: int | None = None) -> tuple[Box, 
 
 
 def numbers(value: Any, bracketed: bool = False) -> list[float]:
-    """The finite numbers of a list, which must hold nothing else, or of a text. "1,5" in a list
-    is 1.5. bracketed: of a text or nested list only the innermost [...], if there is just one."""
+    """The finite numbers of a text, or of a list that holds nothing else. "1,5" in a list is 1.5.
+    bracketed: of a text or nested list, only those in the innermost [...], if there is one."""
     if isinstance(value, (list, tuple)) and not any(isinstance(v, list) for v in value):
         try:
             # Through text, since float(10**400) raises and float(True) is 1.
@@ -213,7 +213,7 @@ def numbers(value: Any, bracketed: bool = False) -> list[float]:
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """Sorted by path."""
+    """Without hidden files; sorted by path."""
     files = []
     for path in sorted(folder.glob(pattern), key=lambda p: p.as_posix()):
         if not any(part.startswith(HIDDEN) for part in path.relative_to(folder).parts):

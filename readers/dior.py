@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 from readers.base import SPLITS, DataError, NoSplit, Records, first_existing, read_text
 from readers.collect import Collector, visible_files
 
-# Lines of the split files that the authors of DIOR-RSVG withdrew.
+# Numbers of lines of the split files that the authors of DIOR-RSVG withdrew.
 WITHDRAWN = {"train": 15_328, "val": 3_832, "test": 19_160}
 XML_ENCODING = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([^"']*)["']""")
 # Text in the larger encoding is often declared as the smaller one.
@@ -18,8 +18,8 @@ LARGER_ENCODINGS = {"gb2312": "gb18030", "gbk": "gb18030"}
 def read(
         root: Path, split: str, name: str = "dior", image_folder: str = "JPEGImages",
         withdrawn: dict[str, int] = WITHDRAWN) -> Records:
-    """Annotations/*.xml, images, and split files of indices, in root or root/split. An index
-    counts <object> elements, refused ones too, from 0 over all XML files sorted by path."""
+    """Annotations/*.xml, images, and split files of indices, in root or root/split. Indices count
+    <object> elements, refused ones too, from 0 over all XML files sorted by path."""
     if split not in SPLITS:
         raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(SPLITS)}")
     splits = read_indices(root, withdrawn)
@@ -76,7 +76,7 @@ def read_indices(root: Path, withdrawn: dict[str, int] = WITHDRAWN) -> dict[str,
         try:
             splits[name] = [int(line) for line in read_text(file).split()]
         except ValueError as error:
-            raise DataError(f"{file}: not one index a line ({error})") from None
+            raise DataError(f"{file}: not one index per line ({error})") from None
         if len(splits[name]) == withdrawn.get(name):
             raise DataError(
                 f"{file} has {len(splits[name])} lines: these split files were withdrawn in 2023; "
@@ -92,14 +92,14 @@ def read_indices(root: Path, withdrawn: dict[str, int] = WITHDRAWN) -> dict[str,
 
 
 def read_xml(file: Path) -> ElementTree.Element:
-    """In any encoding."""
+    """The root of an XML file in any encoding."""
     try:
         content = file.read_bytes()
         try:
             return ElementTree.fromstring(content)
         except (LookupError, ValueError):
-            # The parser knows UTF-8, UTF-16 and encodings of one byte a character. Others are
-            # decoded here; it ignores the declaration of a decoded text.
+            # The parser knows UTF-8, UTF-16 and encodings of one byte per character. Others
+            # are decoded here; in decoded text, the parser ignores the declaration.
             declared = XML_ENCODING.match(content)
             name = declared[1].decode("ascii", "replace").lower() if declared else "utf-8"
             return ElementTree.fromstring(content.decode(LARGER_ENCODINGS.get(name, name)))

@@ -14,7 +14,7 @@ ORDERED = 0.99
 
 def read(root: Path, split: str) -> Records:
     """A record for each instance of each image, from Parquet files. Needs pyarrow.
-    `test` is what its authors call valid. A split may be of one part, as "fast_t_test"."""
+    The authors call `test` valid. A split may be that of one part, such as "fast_t_test"."""
     files = []
     for file in visible_files(root, "**/*.parquet"):
         name = file.relative_to(root).as_posix()

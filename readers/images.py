@@ -3,7 +3,7 @@
 No orientation (of EXIF or a TIFF tag) is applied, because boxes refer to the stored pixels.
 Transparent pixels are composited on white, as transformers does. Depth and transparency come from
 the file, not from PIL's mode: PIL keeps only the high bytes of 16-bit colour, and takes any fourth
-band of a TIFF for alpha. More than 8 bits a sample, and floats, need a `Stretch` and rasterio.
+band of a TIFF for alpha. More than 8 bits per sample, or floats, need a `Stretch` and rasterio.
 """
 import warnings
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ from PIL.ExifTags import Base
 
 from readers.base import DataError, Stretch
 
-# These do not concern the pixels, or the same problem raises an error here.
+# Their warnings do not concern pixels, or the same problem raises an error here.
 warnings.filterwarnings("ignore", module=r"PIL\.|rasterio")
 Image.MAX_IMAGE_PIXELS = 1 << 31     # aerial scenes are large, and are no decompression bombs
-# No compression shrinks an image more than this: a file that claims more pixels is damaged.
+# No compression saves more than this factor: a file that claims more pixels is damaged.
 LARGEST_RATIO = 5000
 DEEP = "16-bit or float image"
 STRETCH_IT = f"{DEEP}, scale it to 8 bits or give --stretch 2 98"
@@ -36,8 +36,8 @@ class ImageError(ValueError):
 @contextmanager
 def opened(path: Path) -> Iterator[
         tuple[Image.Image | None, dict[int, Any], tuple[int, int], bool]]:
-    """Yields a file as PIL opens it, not yet decoded, its TIFF tags (or {}), the stored (width,
-    height), and whether it is deep: its samples are signed, floats, or of more than 8 bits.
+    """Yields the image as PIL opens it, not yet decoded; its TIFF tags, or {}; the stored (width,
+    height); whether it is deep, which means samples of more than 8 bits, signed samples or floats.
 
     Any error up to the end of the `with` block becomes ImageError, except FileNotFoundError.
     """
@@ -59,7 +59,7 @@ def opened(path: Path) -> Iterator[
             yield image, dict(tags), (tags[WIDTH], tags[HEIGHT]), deep
     except (FileNotFoundError, ImageError, DataError):
         raise
-    except Exception as error:    # on a damaged file PIL's plugins raise almost any
+    except Exception as error:    # on a damaged file, PIL's plugins raise almost any type
         raise ImageError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
@@ -90,8 +90,8 @@ def read_rgb(path: Path, stretch: Stretch | None = None) -> Image.Image:
             pixels = np.broadcast_to(pixels.astype(np.uint8), (*pixels.shape[:2], 3))
             return Image.fromarray(pixels.copy())
         if tags:
-            # On loading, PIL would apply the orientation of a TIFF, and of no other format. The
-            # copy has the size of the stored pixels, which the file's image need not have.
+            # On loading, PIL would turn a TIFF by its orientation, unlike other formats. The copy
+            # has the size of the stored pixels, which the opened image need not have.
             image.getexif()[Base.Orientation] = 1
             image = image.copy()
             if image.mode == "RGBA" and EXTRA_BANDS not in tags:
@@ -101,7 +101,7 @@ def read_rgb(path: Path, stretch: Stretch | None = None) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """PIL image of 8 bits a sample -> RGB on white; ImageError if PIL would clip its samples."""
+    """PIL image of 8 bits per sample -> RGB on white; ImageError if PIL would clip its samples."""
     if is_deep(image):
         raise ImageError(STRETCH_IT)
     if image.mode in ("La", "RGBa"):
@@ -113,18 +113,18 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether the file of a PIL image (not a TIFF) has more than 8 bits a sample."""
+    """Whether the file of a PIL image (not a TIFF) has more than 8 bits per sample."""
     if image.format == "JPEG2000" and getattr(image, "fp", None):
         image.fp.seek(0)
         start = image.fp.read(4096)
         # The bits of the first component come 40 bytes after the start of the marker SIZ.
         siz = start.find(b"\xff\x51")
         return 0 <= siz < len(start) - 40 and start[siz + 40] & 127 > 7
-    # PIL's mode shows the depth of gray; colour's is in the decoder's arguments, until it runs.
+    # PIL's mode shows the depth of gray. The depth of colour is in the arguments of the decoder.
     for tile in getattr(image, "tile", ()):
         args = tile.args if isinstance(tile.args, tuple) and tile.args else (tile.args,)
         is_deep_ppm = image.format == "PPM" and isinstance(args[-1], int) and args[-1] > 255
-        # "RGB;16B" has 16 bits a sample; BMP's "BGR;16" has 16 bits for all three.
+        # "RGB;16B" has 16 bits per sample; BMP's "BGR;16" has 16 bits for all three.
         if is_deep_ppm or str(args[0]).endswith((";16B", ";16L", ";16N")):
             return True
     return image.mode[0] in "IF"
@@ -133,7 +133,7 @@ def is_deep(image: Image.Image) -> bool:
 def read_samples(path: Path, image: Image.Image | None, tags: dict[int, Any]) -> tuple[Any, Any]:
     """Colour (H, W, 1 or 3) in the file's own type and range, and alpha (H, W) in 0..1 or None."""
     bands, photometric = tags.get(BANDS, 1), tags.get(PHOTOMETRIC, BLACK_IS_ZERO)
-    # Scientific software writes three bands of colour as gray.
+    # Scientific software marks three bands of colour as gray.
     allowed = (RGB,) if bands > 3 else (BLACK_IS_ZERO, RGB if bands == 3 else WHITE_IS_ZERO)
     if photometric not in allowed:
         raise ImageError(f"a TIFF of {bands} bands of {max(tags.get(BITS, (1,)))} bits does not "
@@ -141,7 +141,7 @@ def read_samples(path: Path, image: Image.Image | None, tags: dict[int, Any]) ->
     try:
         import rasterio
     except ImportError:
-        raise DataError(f"{path}: more than 8 bits a sample need rasterio, which is not "
+        raise DataError(f"{path}: more than 8 bits per sample need rasterio, which is not "
                         "installed; pip install rasterio") from None
     try:
         # Do not list the image's folder on each open: it may hold a million files.
@@ -171,7 +171,7 @@ def read_samples(path: Path, image: Image.Image | None, tags: dict[int, Any]) ->
 
 
 def stretched(colour: np.ndarray, alpha: np.ndarray | None, stretch: Stretch) -> np.ndarray:
-    """Samples (H, W, 1 or 3) -> uint8: percentiles of what is visible become black and white."""
+    """Samples (H, W, 1 or 3) -> uint8. Percentiles of the visible ones become black and white."""
     pixels = np.empty(colour.shape, np.uint8)
     for band in range(colour.shape[-1]):
         values = colour[..., band].astype(np.float64)

@@ -1,4 +1,4 @@
-"""Your own data, and what VLM-R1 and Qwen-VL are trained on: a JSON object a line."""
+"""Your own data, also in the formats of VLM-R1 and Qwen-VL: one JSON object per line."""
 import re
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ REQUESTS = [re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in (
     r"(?:please )?(?:output|report|return|give|provide)(?: me)? the (?:bbox|bounding box|location)"
     rf"(?: coordinates?)? of (.+?){IN_IMAGE}(?:,? (?:in|as) JSON(?: format)?)?\.?",
     rf"Locate (.+?){IN_IMAGE}\.?")]
-# Marks around an expression: tags of Qwen-VL and Qwen2-VL, and of VRSBench.
+# Tags around an expression, in Qwen-VL, Qwen2-VL and VRSBench.
 REFERENCE = re.compile(
     r"<ref>(.*?)</ref>|<\|object_ref_start\|>(.*?)<\|object_ref_end\|>|<p>(.*?)</p>", re.DOTALL)
-# Words of an instruction, which no description of an object holds.
+# Words of an instruction, which do not occur in the description of an object.
 INSTRUCTION = re.compile(
     r"\bbbox|bounding[- ]box|\bcoordinates?\b|\bjson\b|<box>|<\|box_|<\|?object_ref|<ref>",
     re.IGNORECASE)
@@ -31,7 +31,7 @@ POINTS = re.compile(
 
 
 def read(root: Path, split: str) -> Records:
-    """SPLIT.jsonl, or one file (root itself or in root) of "train" unless its lines say otherwise.
+    """SPLIT.jsonl; or a single file (root, or in root): "train" unless its lines name a split.
 
     {"image": path from root, "text": ..., "box": [x1, y1, x2, y2] in pixels}, and optional "id",
     "category", "split".
@@ -92,8 +92,8 @@ def expression_and_box(row: dict[str, Any]) -> tuple[Any, Any, int | None, str]:
     answer = row.get("solution") or row.get("ground_truth") or turns.get("gpt")
     image = re.search("<img>(.*?)</img>", question)
     question = re.sub(r"(?:Picture \d+:\s*)?<img>.*?</img>|<image>", "", question).strip()
-    # The expression is marked in the question, else in the answer; or is in a known request; or
-    # is the whole question.
+    # The expression is marked in the question or the answer; else it is part of a known request,
+    # or the whole question.
     choices = []
     for text in (question, str(answer)):
         marked = ["".join(groups).strip() for groups in REFERENCE.findall(text)]

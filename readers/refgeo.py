@@ -9,7 +9,7 @@ PARTS = ("dior_rsvg", "rsvg", "geochat", "vrsbench", "avvg")
 
 
 def read(root: Path, split: str) -> Records:
-    """metainfo/*.jsonl: a split of all its data sets, or of one, as "rsvg_test". xyxy pixels.
+    """metainfo/*.jsonl: a split of all its data sets, or of one ("rsvg_test"). xyxy pixels.
     A repack has metainfo_v2/*_train_v2.jsonl, which is read if metainfo/ lacks that file."""
     files = []
     absent = []
@@ -24,7 +24,7 @@ def read(root: Path, split: str) -> Records:
         raise NoSplit(f"no {folder / names[0]}.jsonl or the like; refgeo has train, val, test, and "
                       "those of one data set, like rsvg_test")
     parts = [file.stem.removesuffix("_v2").rsplit("_", 1)[0] for file in files]
-    # An image folder's name is, or begins with, its data set's, apart from case and hyphens.
+    # The name of an image folder begins with that of its data set, apart from case and hyphens.
     folders = {}
     candidates = [*sorted((root / "images").glob("*")), *sorted(root.glob("*"))]
     plain = {path: re.sub("[-_ ]", "", path.name.lower()) for path in candidates if path.is_dir()}
@@ -36,8 +36,8 @@ def read(root: Path, split: str) -> Records:
             folders[part] = matches[0]
     records = Records([], {})
     for file, part in zip(files, parts):
-        # If no data set has a folder of its own, look everywhere. If some do, an image of that
-        # name in the folder of another data set would be another image.
+        # If no data set has its own folder, look everywhere. If some have one, an image of the
+        # same name in the folder of another data set would be another image.
         missing = root / "images" / part if folders else root
         collector = Collector(folders.get(part, missing), kept=records)
         for number, row in read_json_lines(file):

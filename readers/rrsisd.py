@@ -19,13 +19,13 @@ def read(root: Path, split: str) -> Records:
     file = first_existing(root, "rrsisd/refs(unc).p", "refs(unc).p", f"datainfo/{name}", name)
     is_pickle = file.suffix == ".p"
     collector = Collector(root, "JPEGImages", refuse_swapped=True)
-    uses: Counter[str] = Counter()                   # expressions of an annotation
+    uses: Counter[str] = Counter()                   # annotation -> its expressions so far
     for number, row in official_rows(file) if is_pickle else read_json_lines(file):
         where = f"{file}, {'ref' if is_pickle else 'line'} {number}"
         if row is None:
             collector.refuse("no JSON object", where)
             continue
-        # As in the authors' code: "testA" is of the test split too.
+        # As in the authors' code, "testA" belongs to the test split too.
         row_split = str(row.get("split"))
         if row_split != split and not (split == "test" and "test" in row_split):
             # The pickle holds all splits. A JSONL file must hold only one; others would leak.
@@ -77,7 +77,7 @@ def official_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, strings and numbers. All else in a pickle asks for a class first."""
+    """Reads lists, dicts, strings and numbers; anything else needs a class, and is refused."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(

@@ -10,8 +10,8 @@ IMAGE_SIDE = 512                                     # pixels
 
 
 def read(root: Path, split: str) -> Records:
-    """train: [refer] turns, in hundredths of the image's sides. test: obj_corner, in fractions of
-    them; `grid` keeps ground_truth, in whole hundredths, which the official metric compares."""
+    """train: boxes of [refer] turns, in hundredths of the image's sides. test: obj_corner, in
+    fractions of them; `grid` keeps ground_truth, whole hundredths, for the official metric."""
     if split not in ("train", "test"):
         raise NoSplit(f"vrsbench has no split {split!r}; it has train, test, val held out of train")
     is_train = split == "train"
@@ -46,7 +46,7 @@ def read(root: Path, split: str) -> Records:
         if not box or min(box[2] - box[0], box[3] - box[1]) < THINNEST / IMAGE_SIDE:
             box, units, repairs = grid, 100, ["box of ground_truth, for want of obj_corner"]
             if len(grid) == 4 and (grid[0] == grid[2] or grid[1] == grid[3]):
-                # Both ends count on that grid: a box from 50 to 50 is one cell wide.
+                # On that grid both ends count: a box from 50 to 50 is one cell wide.
                 x1, y1, x2, y2 = grid
                 box = [x1, y1, x2 + (x1 == x2), y2 + (y1 == y2)]
                 repairs = ["whole cells of ground_truth, for want of area"]

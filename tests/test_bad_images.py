@@ -147,7 +147,7 @@ def test_replacements_are_counted_named_once_and_kept(
         counted(resumed, 5, bad(9, "b.png"))
     error = capfd.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
-    assert "4 of 300 records met so far have an image that cannot be decoded, more than 1%" in error
+    assert "so far 4 of 300 records have an image that cannot be decoded, more than 1%" in error
 
 
 
@@ -220,7 +220,7 @@ def test_more_than_one_in_a_hundred_end_a_run_in_one_line(
         "sft.py", "--data", "jsonl", "--root", root, "--init", tiny_checkpoint, "--steps", 3,
         "--batch", BATCH, "--val", 0, "--answer-only", "--device", "cpu", "--out",
         tmp_path / "out", processes=processes)
-    says = "2 of 120 records met so far have an image that cannot be decoded"
+    says = "so far 2 of 120 records have an image that cannot be decoded"
     assert done.stderr.count(says) == 1, done.stderr
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(log_of(tmp_path / "out")) == 1

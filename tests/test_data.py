@@ -1102,7 +1102,7 @@ def test_a_json_array_is_no_jsonl(tmp_path: Path) -> None:
     image(tmp_path / "1.jpg")
     rows = [own("1.jpg", "one"), own("1.jpg", "two"), own("1.jpg", "three")]
     says = (
-        r"train\.jsonl: a JSON array, but one JSON object a line is needed; "
+        r"train\.jsonl: a JSON array, but one JSON object per line is needed; "
         r"jq -c '\.\[\]'")
     for text in (
             json.dumps(rows), "\n [" + ",\n".join(map(json.dumps, rows)) + "]",

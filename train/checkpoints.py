@@ -41,7 +41,7 @@ SMALL_FILES = 2 ** 24
 def open_model(
         folder: Path, device: torch.device | None = None,
         max_pixels: int | None = None) -> tuple[QwenVL, Processor]:
-    """With a device: on it, in the dtype that it computes in. Without: as stored, on the CPU."""
+    """With a device: on it, in the dtype for its passes. Without: as stored, on the CPU."""
     dtype = None if device is None else dist.compute_dtype(device)
     model = QwenVL.from_pretrained(folder, dtype, device or "cpu")
     processor = Processor.from_pretrained(folder, max_pixels=max_pixels)
@@ -50,14 +50,14 @@ def open_model(
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """run.json of a run to resume: the newest that is undamaged."""
+    """The newest undamaged run.json of a run to resume."""
     latest = out / "latest"
     if not os.path.lexists(latest):
         fail(f"--resume, but there is no checkpoint in {out}; "
              "leave --resume out, or name the --out of the run")
     if not latest.is_symlink():     # save() can replace a link, but not a folder
         newest = max((p.name for p in out.glob("step_*")), key=by_number, default="copy")
-        fail(f"{latest} is a folder, but must be a link to a step's (cp -rL follows links); "
+        fail(f"{latest} is a folder, but must be a link to a step's folder (cp -rL follows links); "
              f"mv {latest} {out / 'copy'} && ln -s {newest} {latest}")
     steps = steps_so_far(out)
     step = next((step for step in steps if damage(step, "run.json") is None), steps[0])
@@ -69,8 +69,8 @@ def read_run(out: Path) -> dict[str, Any]:
 
 
 def steps_so_far(out: Path) -> list[Path]:
-    """The folders of a run's steps, newest first, from the one that `latest` names, even if that
-    is missing. Later ones are ignored: the run has gone back to before them."""
+    """The folders of a run's steps, newest first. The first is the one that `latest` names, even if
+    it is missing; later steps are ignored, because the run has gone back to before them."""
     latest = out / os.readlink(out / "latest")
     steps = [p for p in out.glob("step_*") if p.name.removeprefix("step_").isdecimal()]
     earlier = [p for p in steps if by_number(p) < by_number(latest)]
@@ -87,7 +87,7 @@ def sync(path: Path) -> None:
 
 
 def point(link: Path, target: str) -> None:
-    """Points a link at a target, atomically: another link takes its name."""
+    """Points a link at a target. Atomic: a new link replaces the old one."""
     other = link.with_name(f".{link.name}.tmp")
     other.unlink(missing_ok=True)
     other.symlink_to(target)
@@ -96,7 +96,7 @@ def point(link: Path, target: str) -> None:
 
 
 def remove_folder(folder: Path, aside: Path) -> None:
-    """Removes a folder. It is renamed first, so nothing incomplete ever has its name."""
+    """Removes a folder. It is renamed first, so that no incomplete folder has its name."""
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
         os.replace(folder, aside)
@@ -108,9 +108,9 @@ def save(
         processor: Processor, run: Mapping[str, Any], args: argparse.Namespace) -> bool:
     """Writes the checkpoint of the step that logged this line -> False if the disk is full.
 
-    run: content of run.json, without the line's scores. A hidden folder takes all files, and gets
-    its name and the link once they are on the disk: a run killed at any moment keeps its last
-    checkpoint. Then removes what --keep does not keep.
+    run: content of run.json, without the line's scores. All files are written to a hidden folder,
+    which is renamed and linked when they are on the disk: a run killed at any moment keeps its last
+    checkpoint. Then what --keep does not keep is removed.
     """
     step = line["step"]
     folder = out / f"step_{step:06d}"
@@ -126,7 +126,7 @@ def save(
                 for unfinished in out.glob(".*.tmp"):
                     shutil.rmtree(unfinished, ignore_errors=True)
                 (hidden / "state").mkdir(parents=True)
-                # Weights as stored; float32 parameters, and two moments if they are trained.
+                # Weights as stored, float32 parameters, and two moments of each trained one.
                 needed = sum(x.numel() for x in stored.values()) * model.stored_dtype.itemsize
                 for _, p in lora.saved_parameters(model):
                     needed += 4 * p.numel() * (3 if p.requires_grad else 1)
@@ -137,14 +137,14 @@ def save(
                     raise OSError(errno.ENOSPC, f"No space left on device, {need}")
 
         with raise_on_all_processes():
-            # One whole tensor at a time, on the device.
+            # The device holds one whole tensor at a time.
             whole = (x.full_tensor() if isinstance(x, DTensor) else x for x in stored.values())
             try:
                 if rank() == 0:
                     model.save_pretrained(hidden, whole)
                     processor.save_pretrained(hidden)
             finally:
-                # full_tensor() needs all processes, also after an error in the first.
+                # full_tensor() needs all processes, even after an error in the first one.
                 for _ in whole:
                     pass
             if rank() == 0:
@@ -152,7 +152,7 @@ def save(
                 pixels = [processor.min_pixels, processor.max_pixels]
                 write_json(hidden / "run.json", {**run, **scores, "step": step, "pixels": pixels})
                 written += [file.name for file in hidden.iterdir() if file.is_file()]
-            # The optimizer does not count skipped steps; all parameters have the same count.
+            # The optimizer does not count skipped steps. All parameters have the same count.
             count = int(next(iter(opt.state.values()), {"step": 0})["step"])
             metadata = {"rows": json.dumps(rows), "step": str(step), "optimizer_steps": str(count)}
             shapes = {name: x.shape for name, x in tensors.items()}
@@ -166,7 +166,7 @@ def save(
         with raise_on_all_processes():
             if rank() == 0:
                 write_json(hidden / MANIFEST, manifest)
-                # All files and the log of these steps must reach the disk before the name does.
+                # All files and the log of these steps must be on the disk before the folder's name.
                 for path in (hidden / MANIFEST, *out.glob("*.jsonl"), hidden / "state", hidden):
                     sync(path)
                 remove_folder(folder, hidden.with_suffix(".old.tmp"))
@@ -188,8 +188,8 @@ def save(
 def training_state(model: nn.Module, opt: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
     """This process's part of what a resume needs.
 
-    -> its rows of "master/<parameter>", "exp_avg/<parameter>", "exp_avg_sq/<parameter>", without
-    a copy; and for each parameter the "shape" of the whole and the number of the "first" row.
+    -> its rows of "master/<parameter>", "exp_avg/<parameter>", "exp_avg_sq/<parameter>", not
+    copied; and for each parameter its whole "shape" and the number of this process's "first" row.
     FSDP2 cuts dimension 0 into equal parts: 10 rows over 4 processes begin at 0, 3, 6 and 9.
     """
     tensors, rows = {}, {}
@@ -204,9 +204,9 @@ def training_state(model: nn.Module, opt: torch.optim.Optimizer) -> tuple[dict[s
 
 
 def prune(out: Path, keep: int, keep_weights: int | None) -> None:
-    """Points `best` at the step of the highest val_mIoU, the first of equals; removes the training
-    state of all but the `keep` newest steps, and the weights of all but the `keep_weights` newest
-    and the best."""
+    """Points `best` at the first step with the highest val_mIoU. Removes the training state of all
+    but the `keep` newest steps, and whole steps except the `keep_weights` newest and the best.
+    """
     steps = steps_so_far(out)
     best, highest = None, -math.inf
     for step in reversed(steps):
@@ -232,7 +232,7 @@ def manifest_entry(file: Path) -> dict[str, Any]:
 def damage(step: Path, only: str | None = None) -> str | None:
     """What is wrong with a checkpoint's files, in words; None if they are as written.
 
-    only: one file, checked by this process. Without it all processes share the files."""
+    only: a file that this process checks. Without it, the files are split over all processes."""
     if not only and not (step / "state").is_dir():
         return f"{step / 'state'} is missing"
     listed = {}
@@ -260,13 +260,13 @@ def damage(step: Path, only: str | None = None) -> str | None:
 def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
     """Fills parameters and optimizer from the newest undamaged checkpoint -> its step.
 
-    If that is not the one that `latest` names, prints why, and moves the link. Any number of
-    processes may have written it: each takes the rows that it needs out of each file. The second
-    of two processes has rows 5 to 9 of 10. Four processes wrote
+    If `latest` names another one, prints why, and moves the link. Any number of processes may have
+    written the checkpoint: each process reads the rows that it needs from each file. The second of
+    two processes needs rows 5 to 9 of 10. If four processes wrote them, it reads
 
         file       0        1        2       3
         rows    0 1 2    3 4 5    6 7 8      9
-        taken              5      6 7 8      9
+        read               5      6 7 8      9
     """
     damages = []
     for step in steps_so_far(out):
@@ -322,8 +322,8 @@ def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
 def fill_moments(
         model: nn.Module, opt: torch.optim.Optimizer, steps: float = 0.0,
         stored: set[str] | None = None) -> None:
-    """Gives AdamW the state that its first step would make, with this count of steps; if
-    `stored` (names of a training state) is given, only for parameters with moments in it."""
+    """Gives AdamW the state that its first step would create, with this count of steps. stored:
+    names of a training state; only parameters with moments in it get a state."""
     for name, p in model.named_parameters():
         wanted = stored is None or f"exp_avg/{name}" in stored
         if wanted and p.requires_grad and p not in opt.state:

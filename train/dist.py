@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 # process that waits for another one gives up.
 STUCK_AFTER = 1800
 GROUP_TIMEOUT = timedelta(seconds=2 * STUCK_AFTER)
-# How many tokens a patch of a trained vision tower counts as in --micro-tokens. For the 3B
-# model: the backward pass needs 2.02 MB per patch and 4.68 MB per token.
+# In --micro-tokens, a patch of a trained vision tower counts as this many tokens: the backward
+# pass of the 3B model needs 2.02 MB per patch and 4.68 MB per token.
 PATCH_TOKENS = 0.43
 # Linux lists NVIDIA GPUs as /dev/nvidia0 ..., and the version of their driver in a file.
 GPU_FILES = Path("/dev")
@@ -95,7 +95,7 @@ def start(device: str, deterministic: bool = False) -> torch.device:
     """
     faulthandler.enable()
     group: dict[str, Any] = {}
-    words = f"the CPU, {torch.get_num_threads()} threads a process; torch {torch.__version__}"
+    words = f"the CPU, {torch.get_num_threads()} threads per process; torch {torch.__version__}"
     if device == "cuda":
         # The lengths of passes vary from step to step; blocks that can grow are reused.
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -104,13 +104,13 @@ def start(device: str, deterministic: bool = False) -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = True
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            # For flash attention's backward pass. warn_only: sampling's float64 sums have no such
-            # kernel, but their rounding matters only within 1e-13 of a draw.
+            # For flash attention's backward pass. warn_only: sampling's float64 sums have no
+            # deterministic kernel, but their rounding matters only within 1e-13 of a draw.
             torch.use_deterministic_algorithms(True, warn_only=True)
         device = f"cuda:{torch.cuda.current_device()}"
         group["device_id"] = torch.device(device)
         gigabytes = torch.cuda.get_device_properties(device).total_memory / 1e9
-        order = "deterministic" if deterministic else "a resume repeats it to rounding"
+        order = "deterministic" if deterministic else "a resume repeats it up to rounding"
         words = (f"{world()} x {torch.cuda.get_device_name(device)} ({gigabytes:.0f} GB); torch "
                  f"{torch.__version__}, CUDA {torch.version.cuda}; {order}")
     if world() > 1 or device != "cpu":
@@ -144,7 +144,7 @@ def gather_lists(own: Sequence[Any]) -> list[Any]:
 
 @contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """Waits for all processes at its end; an OSError inside one of them is raised in all.
+    """Waits for all processes at its end. If one has an OSError in the block, all raise one.
 
     The first process with an error raises its own, the others an OSError without text.
     """
@@ -209,7 +209,7 @@ def prepare(
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
     """The model to sample with: each process has all parameters, so no pass communicates.
 
-    Processes need different numbers of passes; a sharded one with more than others would hang.
+    Processes need different numbers of passes. With sharded parameters, the one with most hangs.
     """
     modules = [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
     for module in modules:
@@ -226,7 +226,7 @@ def unhooked(module: nn.Module) -> nn.Module:
 
     Hooks take a fifth of the host's time in decoding, and cannot be captured in a CUDA graph.
     """
-    # The module's own class, without the one that FSDP2 has put before it.
+    # The module's own class, not the subclass that FSDP2 made of it.
     kind = next(c for c in type(module).__mro__ if not issubclass(c, fsdp.FSDPModule))
     twin = kind.__new__(kind)
     nn.Module.__init__(twin)
@@ -258,9 +258,9 @@ def lr_at(step: int, steps: int, peak: float) -> float:
 
 
 def update(model: nn.Module, opt: torch.optim.Optimizer, lr: float) -> float:
-    """One optimizer step, gradient clipped to norm 1 -> the norm of the whole before clipping.
+    """One optimizer step with the gradient clipped to norm 1 -> its norm before clipping.
 
-    If it is not finite, the step is skipped.
+    If the norm is not finite, the step is skipped.
     """
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained])
@@ -275,7 +275,7 @@ def update(model: nn.Module, opt: torch.optim.Optimizer, lr: float) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB that this process has used at most, on the GPU or in main memory."""
+    """Most memory that this process has used so far, in GiB: on the GPU, or main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,12 +11,12 @@ from data import add_reading_flags
 from train import dist
 from train.checkpoints import read_run
 
-# Flags that a resumed run may change. The root may change because the data's hash must not.
+# Flags that a resumed run may change. The root is safe, because load_records compares hashes.
 FREE_ON_RESUME = (
     "out", "resume", "root", "steps", "epochs", "device", "micro_tokens", "every", "val",
     "gradient_checkpointing", "deterministic", "plan", "gpus", "memory", "image", "keep",
     "keep_weights")
-# Values that another flag carries.
+# Names in run.json with a value that another flag sets.
 FLAG_OF = {"lora_alpha": "lora", "keep_weights": "keep", "lambdas": "weighting"}
 # Flags of earlier versions, which run.json may still hold, and the only value that still works.
 REMOVED_FLAGS = {"kl": "k3", "dual_clip": None, "importance_cap": None}
@@ -65,7 +65,7 @@ moderate = number(float, lambda v: abs(v) <= 1e6, "a number between -1e6 and 1e6
 
 
 class Values(argparse.Action):
-    """A flag with several values, stored under names of their own; the last ones may be left out.
+    """A flag with several values, each stored under its own name; the last may be left out.
 
     const: their (name, type or tuple of choices, count of values) in order.
     """
@@ -96,7 +96,7 @@ def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, len
     add("--data", default="synth", help="data set: a name that data.py knows")
     add("--root", help="its folder; default data/<name>")
     add_reading_flags(add)
-    add("--init", default=init, help="folder to start from: in hub layout, or of a stage")
+    add("--init", default=init, help="folder to start from: a checkpoint in hub layout, or a stage")
     add("--out", default=f"ckpt/{stage}", help="folder for checkpoints, log and pictures")
     either = run.add_mutually_exclusive_group()
     either.add_argument("--steps", type=positive, help=f"optimizer steps; default {length}")
@@ -129,21 +129,21 @@ def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, len
     add = parser.add_argument_group("adapters").add_argument
     add("--lora", nargs="+", action=Values, metavar=("RANK", "ALPHA"),
         const=(("lora", positive, 1), ("lora_alpha", above_zero, 1)),
-        help="train adapters of this rank in the language model's linear layers, not the weights, "
-        "scaled by ALPHA / RANK; use an --lr ten times as large; default ALPHA: 2 RANK, or that "
-        "of the adapter in --init")
+        help="instead of the weights, train adapters of this rank, scaled by ALPHA / RANK, in the "
+        "language model's linear layers; use an --lr ten times as large; default ALPHA: 2 RANK, or "
+        "that of the adapter in --init")
     add("--lora-vision", action="store_true", help="adapters in the vision tower too")
     add = parser.add_argument_group("plan").add_argument
     add("--plan", nargs="*", action=Values, default=False, metavar=("GPUS", "GIB"),
         const=(("gpus", positive, 1), ("memory", above_zero, 1), ("image", positive, 2)),
-        help="print the memory per GPU that a run on GPUS GPUs of GIB needs, on any machine; exit "
-        "status 2 if it does not fit. If the images' WIDTH HEIGHT follow, no data is needed; "
+        help="only print the memory per GPU of a run on GPUS GPUs of GIB each; exit status 2 if it "
+        "does not fit. Needs no GPU, and no data if the images' WIDTH HEIGHT follow; "
         "default: 1 80")
     parser.set_defaults(keep_weights=None, lora_alpha=None, gpus=1, memory=80.0, image=None)
 
 
 def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
-    """The command line; --resume takes its defaults from run.json and refuses to change the run."""
+    """The command line. With --resume, defaults are run.json's, and few of them may change."""
     args = parser.parse_args()
     if args.resume:
         known = vars(args).keys()

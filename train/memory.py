@@ -1,4 +1,4 @@
-"""Does a run fit in a GPU's memory? Answered before its first step. Ours.
+"""Computes, before a run's first step, whether it fits in a GPU's memory. Ours.
 
 Weights, gradients and moments follow from the number of parameters. Activations are counted, not
 estimated: the largest passes of a step run on the meta device, on which tensors have shapes but
@@ -33,11 +33,11 @@ from train.checkpoints import fill_moments
 from train.dist import fail, gathered, memory_tokens, peak_memory, rank, world
 
 GIB = 2 ** 30
-# An allowance for CUDA's libraries, NCCL's buffers and free blocks of the wrong size.
+# An allowance for CUDA's libraries, NCCL's buffers and free blocks that are too small.
 RESERVE = 1.5 * GIB
-TEXT_TOKENS = 48                # of an expression, if no data are read
-# The most that a validation answers at once: records, and tokens in their prompts. At 3B's widths
-# these take 4 GiB.
+TEXT_TOKENS = 48                # of an expression, if no data is read
+# A validation answers at most this many records, and tokens of their prompts, at once. With a 3B
+# model these take 4 GiB.
 VALIDATION_RECORDS = 32
 VALIDATION_TOKENS = 2 ** 14
 
@@ -49,7 +49,7 @@ class Step:
     prompts: int               # questions of RFT, records of SFT
     group: int                 # completions of each prompt; 1 in SFT
     tokens: int                # the longest completion
-    samples: bool              # whether the model writes the completions itself
+    samples: bool              # whether the model samples the completions (RFT)
     updates: int = 1           # optimizer steps that share the prompts
 
 
@@ -83,7 +83,7 @@ class Pass:
 
 
 class ByteCounter(TorchDispatchMode):
-    """Peak bytes of live tensors on the meta device, without those in `known`."""
+    """Counts the peak bytes of tensors on the meta device that exist at once, without `known`."""
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
         super().__init__()
@@ -144,8 +144,8 @@ def largest_passes(model: QwenVL, args: argparse.Namespace, step: Step, gpus: in
     fit = max(1, args.micro_tokens // (prompt_tokens + step.group * tokens))
     prompts //= step.updates
     if fit < prompts:
-        # More prompts fit if completions are shorter, until the budget is used up. Longer
-        # completions of these prompts take as much.
+        # With shorter completions, more prompts fit into a pass, up to the same budget. In their
+        # place, these prompts get longer completions, which take as much.
         prompts = fit
         tokens = max(tokens, (args.micro_tokens // fit - prompt_tokens) // step.group)
     passes["updating"] = Pass(longest, prompts, step.group, tokens, True)
@@ -157,12 +157,12 @@ def largest_passes(model: QwenVL, args: argparse.Namespace, step: Step, gpus: in
 
 def peak_bytes(model: QwenVL, work: Pass, reference: bool = False) -> int:
     """The most that a pass holds in addition to weights and gradients; model: see meta_model."""
-    # A complete gradient is dropped: it is reduced to its float32 part, which `plan` counts.
+    # Drop complete gradients: a run reduces them to float32 shards, which `plan` counts.
     hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
              for p in model.parameters() if p.requires_grad]
     counter = ByteCounter([*model.parameters(), *model.buffers()])
-    # CUDA's RMSNorm kernel keeps its input and a number per row, but on the meta device it is
-    # many operations. LayerNorm is one there, and keeps the same (with two numbers per row).
+    # CUDA's RMSNorm kernel keeps its input and one number per row, but on the meta device RMSNorm
+    # is many operations. LayerNorm is a single one there, and keeps nearly the same.
     with counter, mock.patch.object(F, "rms_norm", lambda x, shape, weight, eps: F.layer_norm(
             x, shape, weight, None, eps)):
         work.run(model, model if reference else None)
@@ -182,7 +182,7 @@ def meta_model(args: argparse.Namespace) -> QwenVL:
     # lora.fit() writes to the flags it is given.
     lora.fit(model, argparse.Namespace(**vars(args)))
     if from_adapter and getattr(args, "beta", 0):
-        # As lora.keep_start(), which would look at the values.
+        # As lora.keep_start() does, but that looks at values, which the meta device lacks.
         for layer in lora.adapted(model).values():
             layer.start_A = layer.lora_A.detach()
             layer.start_B = layer.lora_B.detach()
@@ -192,8 +192,8 @@ def meta_model(args: argparse.Namespace) -> QwenVL:
 
 def plan(args: argparse.Namespace, step: Step, gpus: int, longest: Prompt,
          longest_val: Prompt | None) -> tuple[float, dict[str, dict[str, float]]]:
-    """What a run needs of each GPU -> the peak, and bytes by phase and purpose. The phase "all the
-    time" adds to each of the others."""
+    """What a run needs of each GPU -> peak bytes; bytes by phase and purpose. The phase "all the
+    time" adds to each other phase."""
     model = meta_model(args)
     passes = largest_passes(model, args, step, gpus, longest, longest_val)
     adapters = bool(lora.adapted(model))
@@ -214,8 +214,8 @@ def plan(args: argparse.Namespace, step: Step, gpus: int, longest: Prompt,
         always["starting adapters, bfloat16, on each GPU"] = 2 * sum(starts)
     always["CUDA and fragments (allowance)"] = RESERVE
     phases = {"all the time": always}
-    # FSDP2 gathers embeddings and head throughout, and two layers: one in use and the next. One
-    # part's gradient exists in bfloat16 and in float32 while it is reduced.
+    # FSDP2 keeps embeddings and head gathered, and two layers: the one in use and the next. While a
+    # part's gradient is reduced, it exists in bfloat16 and in float32.
     gathers = 2 * (total - sum(layers)) + 2 * 2 * max(layers)
     gathers += (2 + 4) * max(*trained_layers, trained - sum(trained_layers))
     for name, work in passes.items():
@@ -233,10 +233,10 @@ def plan(args: argparse.Namespace, step: Step, gpus: int, longest: Prompt,
 def check_gpu(
         args: argparse.Namespace, processor: Processor, records: Sequence[Record],
         val: Sequence[Record], step: Step, device: torch.device | None = None) -> None:
-    """Prints what a run needs of each GPU; if a GPU has less, one line that names the first flags
-    that help, and exit status 2. On a CPU nothing is checked.
+    """Prints what a run needs of each GPU. If a GPU has less, names the first flag that helps, and
+    exits with status 2. On a CPU, does nothing.
 
-    device: None for --plan, which names the GPUs; without records it names the image's size."""
+    device: None for --plan, which names the GPUs, and without records the image's size."""
     gpus, available = args.gpus, args.memory * GIB
     if device is None and step.prompts % (gpus * step.updates):
         minibatches = " and the minibatches" if step.updates > 1 else ""
@@ -277,15 +277,15 @@ def check_gpu(
         lower, _ = plan(changed, step, changed.gpus, *longest)
         if lower <= available:
             fail(f"{needs}; with {words} it needs {lower / GIB:.1f}")
-    fail(f"{needs}; take more GPUs, or smaller images by --max-pixels")
+    fail(f"{needs}; take more GPUs, or smaller images with --max-pixels")
 
 
 def try_out(
         model: QwenVL, optimizer: torch.optim.Optimizer, reference: QwenVL | None,
         processor: Processor, records: Sequence[Record], val: Sequence[Record],
         args: argparse.Namespace, step: Step) -> None:
-    """On GPUs, runs the largest passes once before step 1; one line and exit status 2 if memory
-    runs out. Weights do not change; the optimizer's moments are allocated as zeros."""
+    """On GPUs, runs the largest passes once before step 1. If memory runs out, prints one line and
+    exits with status 2. Does not change weights; allocates the optimizer's moments as zeros."""
     if model.device.type == "cpu":
         return
     longest = [longest_prompt(processor, part) for part in (records, val)]
@@ -293,7 +293,7 @@ def try_out(
         fill_moments(model, optimizer)
         for work in largest_passes(model, args, step, world(), *longest).values():
             if work.trains:
-                # Twice: in a step of several passes the second finds gradients of the first.
+                # Twice: in a step of several passes, the second starts with the first's gradients.
                 work.run(model, reference)
                 work.run(model, reference)
                 model.zero_grad(set_to_none=True)
@@ -302,6 +302,6 @@ def try_out(
                     work.run(sampler)
     except torch.OutOfMemoryError as error:
         fail(f"a step of the longest prompt and completions runs out of memory ({error}); lower "
-             "--micro-tokens or --max-pixels, or see what --plan says of other flags")
+             "--micro-tokens or --max-pixels, or see what --plan prints with other flags")
     if rank() == 0:
         print(f"the largest passes fit: {peak_memory(model.device):.2f} GiB at most", flush=True)

@@ -32,7 +32,7 @@ from train import checkpoints, dist
 from train.ahead import ahead
 
 STOP_AFTER_SKIPPED = 5             # steps in a row without a finite gradient
-# Schedulers and users end a run with these signals. The run stops after the current step.
+# Schedulers and users send these signals to end a run. It stops after the current step.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_REQUESTED = threading.Event()
 UNREADABLE_LOG = "unreadable.jsonl"
@@ -41,8 +41,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Record]]:
-    """The records to train on (a resumed run must have the same) and those to validate on."""
-    # Programs may call this without the flags about reading.
+    """The records to train on, which must not change on --resume, and those to validate on."""
+    # Callers other than the stages may lack the flags about reading.
     reading = {flag: vars(args).get(flag) for flag in ("coords", "stretch")}
     splits = (split, "val") if args.val else (split,)
     loaded = {name: load(args.data, args.root, name, **reading) for name in splits}
@@ -63,13 +63,13 @@ def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Re
 
 
 def launch(main: Callable[[], None], catch_signals: bool = False) -> NoReturn:
-    """Runs a script's main function and exits: 0, 2 after a user's mistake, 1 after other errors.
+    """Runs a script's main function and exits: 0, 2 (a user's mistake, a full disk), 130 (Ctrl-C),
+    1 (any other error). Only one process prints what went wrong.
 
-    Only one process prints what went wrong. catch_signals: STOP_SIGNALS only set STOP_REQUESTED,
-    so that `Run.steps` can stop after the current step.
+    catch_signals: STOP_SIGNALS only set STOP_REQUESTED, so that `Run.steps` can finish its step.
     """
     if catch_signals:
-        # A thread reads them, because the main thread may be inside a library call for a while.
+        # A thread reads the signals, because the main thread may be in a long library call.
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -101,7 +101,7 @@ def launch(main: Callable[[], None], catch_signals: bool = False) -> NoReturn:
             bar.leave = False
             bar.close()
         if dist.first_to_fail():
-            # gloo or NCCL raise these when another process is gone.
+            # gloo and NCCL raise these errors when another process has ended.
             if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):
                 print("a process of this run has ended; checkpoints are intact, continue with "
                       "--resume", file=sys.stderr)
@@ -129,13 +129,13 @@ def read_signals(read_end: int) -> None:
                 STOP_REQUESTED.set()
             interrupts += number == signal.SIGINT
             if interrupts == 2:
-                # The progress bar has left the cursor in its line.
+                # Begin a new line, because the progress bar ends without one.
                 print("\nstopped at once; checkpoints are intact, continue with --resume",
                       file=sys.stderr, flush=True)
                 os._exit(128 + signal.SIGINT)
 
 
-@functools.lru_cache(maxsize=2)        # a batch lies in one epoch, or across the border of two
+@functools.lru_cache(maxsize=2)        # a batch usually has records of one epoch or two
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n records in an epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -143,10 +143,10 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def record_at(records: Sequence[Record], place: int, seed: int) -> Record:
-    """The record at a place of the order, counted from 0 over all epochs.
+    """The record at a place in the order, counted from 0 over all epochs.
 
-    The order is a pure function of the seed: a resume has no sampler state to restore, and every
-    process knows the whole batch. Step s with batches of b has the places s * b to s * b + b - 1.
+    The order is a pure function of the seed, so a resume restores no sampler, and every process
+    knows the whole batch. With batches of b, step s has the places s * b to s * b + b - 1.
     """
     epoch, position = divmod(place, len(records))
     return records[epoch_order(len(records), seed, epoch)[position]]
@@ -170,7 +170,7 @@ class Run:
         self.lines: list[dict[str, Any]] = []     # of metrics.jsonl
         self.unreadable: dict[str, str] = {}      # id -> image of records that were replaced
         if dist.rank():
-            return                  # or a process would find the trial file of another
+            return                  # only one process looks: check_writable makes a trial file
         dist.check_writable(self.out)
         if (self.out / "latest").exists() and not args.resume:
             dist.fail(f"{self.out} already holds a run, up to "
@@ -181,7 +181,7 @@ class Run:
                       "another --out")
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, processor: Any) -> None:
-        """Restores the newest checkpoint and the logs up to it, and prints what is trained."""
+        """With --resume, restores the newest checkpoint, and cuts logs. Prints what is trained."""
         self.model, self.optimizer, self.processor = model, optimizer, processor
         self.first = checkpoints.restore(self.out, model, optimizer) if self.args.resume else 0
         self.saved = self.first
@@ -207,12 +207,12 @@ class Run:
         }
 
     def batch(self, make: Callable[[Record], Any], size: int, step: int) -> Batch:
-        """Every dist.world()th record of a step, each with what `make` makes of it and its image.
+        """This process's records of a step (every dist.world()th), and what `make` makes of them.
 
         A record with an image that cannot be decoded is replaced by the one `size` places later,
-        and so on. So a replacement does not depend on the process that opens it, and the records
-        of a batch within an epoch differ. The search ends once more than MOST_UNREADABLE of the
-        records failed: `log` then stops the run.
+        and so on. So replacements do not depend on the number of processes, and within an epoch
+        the records of a batch differ. The search ends when more than MOST_UNREADABLE of the
+        records have failed; `log` then stops the run.
         """
         batch = Batch([], [], [])
         for first_place in range(step * size + dist.rank(), (step + 1) * size, dist.world()):
@@ -237,7 +237,7 @@ class Run:
         with tqdm(initial=self.first, total=self.args.steps, desc=self.stage,
                   disable=dist.rank() > 0) as self.bar:
             for step, batch in zip(steps, batches):
-                # All processes stop together, whichever of them got the signal.
+                # All processes stop together, even if only one got the signal.
                 stop = STOP_REQUESTED.is_set() or dist.rank() == 0 and (self.out / "stop").exists()
                 if dist.all_reduce(torch.tensor(int(stop)), "max"):
                     break
@@ -272,7 +272,7 @@ class Run:
         shown = [f"{key.removeprefix('val_')} {line[key]:.4g}" for key in show if key in line]
         self.bar.set_postfix_str(" ".join(shown + ["warning"] * bool(warnings)), refresh=False)
         self.bar.update()
-        # A run does not recover after a few of these in a row, nor may it end on a skipped step.
+        # A run does not recover from several skipped steps in a row, and must not end on one.
         skipped = trailing(self.lines, lambda line: not line["finite"])
         if skipped >= STOP_AFTER_SKIPPED or skipped and line["step"] == self.args.steps:
             dist.fail(f"no gradient is finite from step {line['step'] + 1 - skipped} on; lower "
@@ -280,7 +280,7 @@ class Run:
                       "names the records")
 
     def count_unreadable(self, line: dict[str, Any], met: Sequence[dict[str, Any]]) -> None:
-        """Logs the records replaced in all processes; stops the run if too many were so far."""
+        """Logs the records that any process replaced; stops the run if there are too many."""
         if dist.all_reduce(torch.tensor(len(met))).item():
             for bad in sorted(dist.gather_lists(met), key=lambda bad: bad["place"]):
                 if bad["id"] in self.unreadable:
@@ -291,7 +291,7 @@ class Run:
                 kept = {key: bad[key] for key in ("id", "image", "problem")}
                 append_line(self.out / UNREADABLE_LOG, {"step": line["step"], **kept})
             if len(self.unreadable) > MOST_UNREADABLE * len(self.records):
-                dist.fail(f"{len(self.unreadable):,} of {len(self.records):,} records met so far "
+                dist.fail(f"so far {len(self.unreadable):,} of {len(self.records):,} records "
                           f"have an image that cannot be decoded, more than {MOST_UNREADABLE:.0%}; "
                           f"{self.out / UNREADABLE_LOG} names them; python data.py finds all")
         if self.unreadable:
@@ -328,7 +328,7 @@ class Run:
 
 
 def trailing(lines: Sequence[dict[str, Any]], holds: Callable[[dict[str, Any]], bool]) -> int:
-    """How many of the last steps in a row the predicate holds for."""
+    """How many lines at the end, in a row, fulfil the predicate."""
     return sum(1 for _ in itertools.takewhile(holds, reversed(lines)))
 
 
@@ -341,13 +341,13 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; none if there is no file."""
+    """The lines of a JSONL file; [] if there is no file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
     return [json.loads(line) for line in lines]
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Removes lines of steps after `step`, which are repeated, and an incomplete last line."""
+    """Removes lines of steps after `step`, which will run again, and an incomplete last line."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
