@@ -208,7 +208,7 @@ def writer(records: Sequence[Record], file: str | Path | None = None,
            answer_only: bool = False) -> Callable[[Record, Frame], str]:
     """-> function (record, frame) -> completion.
 
-    file: JSONL of reasoning. For records that it lacks or refuses, annotations are used."""
+    file: JSONL of reasoning. Annotations are used if it refuses or (a teacher's) lacks a record."""
     reasoning = load_reasoning(file, records) if file and not answer_only else {}
     by_image = defaultdict(list)
     for record in records:

@@ -20,7 +20,7 @@ INTERVAL = (2.5, 97.5)            # percentiles that enclose 95%
 DRAWS = 2000                      # of the bootstrap
 SMALL_AREA, MEDIUM_AREA = 32 ** 2, 96 ** 2       # square pixels; COCO's limits
 Scores = dict[str, float | int | None]
-# Name of a rate -> values (N,) and weights (N,) or None; their sums are divided.
+# Name of a rate -> values (N,), weights (N,) or None. The rate is sum(values) / sum(weights).
 Rates = Mapping[Any, tuple[Tensor, Tensor | None]]
 Properties = dict[str, list[str | None]]         # property -> N values, None if unknown
 
@@ -29,7 +29,7 @@ class Overlaps(NamedTuple):
     valid: Tensor             # (N,) bool: the predicted box has an area in the image
     iou: Tensor               # (N,) `reward.agreement`, 0 without a box
     intersection: Tensor      # (N,) square pixels
-    union: Tensor             # (N,) square pixels; the target's area without a box
+    union: Tensor             # (N,) square pixels; without a box, the target's area
     distance: Tensor          # (N,) `reward.center_distance`; meaningless without a box
 
 
@@ -39,7 +39,7 @@ def overlaps(pred: Tensor, gt: Tensor, size: Tensor) -> Overlaps:
     pred = pred.double().clamp(min=0).minimum(corner)
     gt = gt.double().clamp(min=0).minimum(corner)
     valid = reward.has_area(pred)
-    # A miss becomes an empty box in a corner of its target: the union is the target's area.
+    # A miss becomes an empty box in a corner of its target, so the union is the target's area.
     pred = torch.where(valid[:, None], pred, gt[:, :2].repeat(1, 2))
     intersection, union = reward.intersection_union(pred, gt)
     distance = reward.center_distance(pred, gt, size.double())
@@ -48,7 +48,7 @@ def overlaps(pred: Tensor, gt: Tensor, size: Tensor) -> Overlaps:
 
 
 def record_scores(iou: Tensor, inclusive: bool) -> dict[str, Tensor]:
-    """IoU (...) -> (...) double each, to be averaged. inclusive: Pr@t counts IoU >= t, not > t."""
+    """IoU (...) -> score -> (...), to be averaged. inclusive: Pr@t counts IoU >= t, not > t."""
     values = {"mIoU": iou}
     for t in THRESHOLDS:
         values[f"Pr@{t}"] = (iou >= t if inclusive else iou > t).double()
@@ -82,8 +82,8 @@ def box_tensor(boxes: Sequence[Sequence[float] | None]) -> Tensor:
 
 
 def centre_box(records: Sequence[Record]) -> Scores:
-    """The floor under every score (ours): scores of a box in the middle of each image, of the
-    records' median width and height relative to their images."""
+    """Scores of a guess (ours): a box in the middle of each image, with the records' median width
+    and height relative to their images."""
     gt, size = targets(records)
     half = ((gt[:, 2:] - gt[:, :2]) / size).median(0).values / 2      # (2,)
     guess = torch.cat((size * (0.5 - half), size * (0.5 + half)), 1)  # (N, 4)
@@ -93,14 +93,14 @@ def centre_box(records: Sequence[Record]) -> Scores:
 def vrsbench_iou(pred: Tensor, gt: Tensor, size: Tensor, grid: Tensor | None = None) -> Tensor:
     """IoU as VRSBench's evaluation computes it: pred, gt (N, 4), size (N, 2) -> (N,).
 
-    Boxes are cut down to whole hundredths of the image's sides, and both ends count (+1), so a
-    line or a point has an area. grid (N, 4): the data set's own hundredths of targets, or NaN.
+    Coordinates are rounded down to whole hundredths of the image's sides, and both ends count (+1),
+    so a line or a point has an area. grid (N, 4): the targets as the data set rounds them, or NaN.
     """
     corner = size.double().repeat(1, 2)                               # (N, 4)
     cells = []
     for boxes in (pred, gt):
         share = boxes.double().clamp(min=0).minimum(corner) / corner
-        # 29% of a side comes back from pixels as 28.999...; it is 29.
+        # 29% of a side may come back from pixels as 28.999..., so add a little before the floor.
         cells.append((100 * share + 1e-6).floor())
     pred, gt = cells
     if grid is not None:
@@ -130,9 +130,9 @@ def vrsbench(
 def properties(
         records: Sequence[Record], train: Sequence[Record] | None,
         split: Sequence[Record]) -> Properties:
-    """train: the records trained on, None if the data set has none; split: all its records. In
-    both, other objects of the category in the image are distractors."""
-    # Only annotated objects are known; synthetic scenes list all objects.
+    """train: the records trained on, or None; split: all records of the scored split. Other objects
+    in either, of the same category and image, are distractors."""
+    # Only annotated objects are known; a drawn scene lists all of its objects.
     boxes = defaultdict(set)                     # (image, category) -> boxes
     for record in [*(train or ()), *split]:
         boxes[record.image, record.category].add(record.box)
@@ -146,7 +146,7 @@ def properties(
         width, height = record.size
         area = (x2 - x1) * (y2 - y1)
         size = "small" if area < SMALL_AREA else "medium" if area < MEDIUM_AREA else "large"
-        # Half of x1 + x2 in thirds of the side: 1.5. The last edge belongs to the last third.
+        # The centre (x1 + x2) / 2 in thirds of the side: factor 3 / 2. The far edge is in the last.
         column = ("left", "centre", "right")[min(2, int(1.5 * (x1 + x2) / width))]
         row = ("top", "middle", "bottom")[min(2, int(1.5 * (y1 + y2) / height))]
         distractors = len(boxes[record.image, record.category] - {record.box})
@@ -179,7 +179,7 @@ def breakdowns(values: Properties, iou: Tensor, inclusive: bool) -> dict[str, di
 def sampled(boxes: Tensor, target: Tensor, size: Tensor, inclusive: bool) -> dict[str, Any]:
     """boxes (N, k, 4), NaN for no box; target (N, 4).
 
-    "pass": the chance that the best of j samples has IoU > 0.5, for 1, the powers of two and k.
+    "pass": chance that the best of j samples has IoU > 0.5, for j = 1, 2, 4, ... and k.
     With c right samples of k it is 1 - C(k - c, j) / C(k, j), unbiased (Chen et al., arXiv
     2107.03374). "dispersion": mean `reward.dispersion` of records with two boxes or more.
     """
@@ -198,7 +198,7 @@ def sampled(boxes: Tensor, target: Tensor, size: Tensor, inclusive: bool) -> dic
 
 def bootstrap(
         records: Sequence[Record], rates: Rates) -> dict[Any, tuple[np.ndarray, list[float]]]:
-    """Resamples images, not records: records of one image are hard for the same reasons.
+    """Resamples images, because records of one image are hard for the same reasons.
     -> name of a rate -> its values (DRAWS,), and their 95% interval [low, high]."""
     numbers: dict[Any, int] = {}
     image = np.array([numbers.setdefault(record.image, len(numbers)) for record in records])
@@ -224,7 +224,7 @@ def paired(
     differences = {name: (of_b[name] - of_a[name], None) for name in of_a}
     tests = {}
     for name, (drawn, ci) in bootstrap(records, differences).items():
-        # Twice the share of draws that have the rarer sign or are 0; an added 0 keeps p above 0.
+        # Twice the share of draws with the rarer sign or 0; one more draw is added, so p > 0.
         rarer = 1 + min((drawn <= 0).sum(), (drawn >= 0).sum())
         tests[name] = {"difference": differences[name][0].mean().item(), "ci": ci,
                        "p": min(1.0, 2 * (rarer / (len(drawn) + 1)))}

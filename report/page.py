@@ -16,16 +16,16 @@ from data import open_image
 from readers.base import Record, in_words
 from report.pictures import curve, draw_boxes, draw_rollouts, spread
 
-PICTURES = 200                    # of a page, at most
-PICTURE_BYTES = 12_000            # of a picture, at most
+PICTURES = 200                    # pictures on a page, at most
+PICTURE_BYTES = 12_000            # bytes of a picture, at most
 PICTURE_SIDE = 320                # pixels, longer side of a picture
-# JPEG qualities to try until a picture fits; at the last one it also shrinks with each try.
+# JPEG qualities to try until a picture fits; each try at the last quality also shrinks it.
 QUALITIES = (75, 60, 40, 25, 12, 12, 12, 12)
-LETTERS = 1000                    # of an answer, at most
-VALUES = 60                       # lines of a breakdown: the values with the most records
+LETTERS = 1000                    # letters of an answer, at most
+VALUES = 60                       # lines of a breakdown, at most; values with most records
 GROUPS = 4                        # groups of rollouts shown for a run
 CASES = 6                         # best, median and worst cases of a row, at most this many each
-BOXLESS = 3                       # cases of a row in which no answer has a box
+BOXLESS = 3                       # cases shown for a row in which no answer has a box
 # Keys of metrics.jsonl that share a drawing.
 CURVES = (
     ("consistency_weight_min", "consistency_weight", "consistency_weight_max"), ("dispersion",),
@@ -68,7 +68,7 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
         # Another data set may have the same id, with another expression.
         known = [(line, r) for line, r in pairs if r and r.text == line.get("expression")]
         groups[name] = spread(known, GROUPS)
-    # The rows' cases share the pictures that the groups of rollouts leave over.
+    # Cases share the pictures that are left after the groups of rollouts.
     left = PICTURES - sum(map(len, groups.values()))
     cases_each = max(0, min(CASES, left // (3 * max(1, len(rows)))))
     sections = [("Scores", score_section(rows, summary or {}))]
@@ -99,7 +99,7 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
         contents += f'<a href="#s{i}">{title}</a>'
         body += f'<h2 id="s{i}">{title}</h2>{section}'
 
-    # The headline has the last stage's first row, which is the greedy one if there is one.
+    # The headline is for the last stage's first temperature.
     row = next(row for row in rows if row["stage"] == rows[-1]["stage"])
     low, high = row["ci"]["mIoU"]
     note = ""
@@ -120,8 +120,8 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
 
 
 def safe(value: object) -> str:
-    """Text that is safe in HTML, between tags and in quotes, of 2 * LETTERS at most."""
-    # A letter takes up to six in HTML, so a sixth of LETTERS always fits.
+    """Text that is safe in HTML, between tags and in quotes; less than 2 * LETTERS bytes."""
+    # Escaped, a letter takes up to six bytes, so a sixth of LETTERS always fits.
     for letters in (LETTERS, LETTERS // 6):
         # UTF-8 cannot encode a lone surrogate.
         escaped = html.escape(str(value)[:letters]).encode("utf-8", "replace")
@@ -137,7 +137,7 @@ def label(row: Row) -> str:
 
 
 def html_table(head: Sequence[str], lines: Sequence[Sequence[object]], title: str = "") -> str:
-    """Titles and cells are HTML; "" if there are no lines."""
+    """head, lines and title are HTML. "" if there are no lines."""
     if not lines:
         return ""
     body = "".join(f"<th>{cell}</th>" for cell in head)
@@ -185,7 +185,7 @@ def log_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                # A run that is still writing leaves an incomplete line.
+                # The last line is incomplete while a run is writing it.
                 with suppress(ValueError):
                     if isinstance(value := json.loads(line), dict):
                         yield value
@@ -219,7 +219,7 @@ def training_section(name: str, folder: Path, groups: Sequence[tuple[Row, Record
 
 
 def case_section(row: Row, cases: Sequence[Case], each: int) -> str:
-    """At most `each` of a row's best, worst and median cases by IoU, none twice; "" for 0."""
+    """A row's best, worst and median cases by IoU, `each` at most, none twice; "" if each is 0."""
     if not each:
         return ""
     ranked = sorted(cases, key=lambda case: -case.iou)

@@ -13,14 +13,14 @@ from qwen.answer import Box
 Colour = str | tuple[int, int, int]
 Point = tuple[float, float]
 CURVE_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
-CURVE_POINTS = 300                # at most; a narrow drawing shows no more
+CURVE_POINTS = 300                # at most: a drawing is too narrow for more
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, Colour]], caption: str = "",
                width: int = 336) -> Image.Image:
     """A copy of the image, `width` pixels wide, with boxes on it and the caption below."""
     scale = width / image.width
-    # Enlarged pixels stay square, so that the picture shows no more than the image has.
+    # Enlarged pixels stay square, so the picture adds no detail to the image.
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
     picture = image.resize((width, max(1, round(image.height * scale))), method)
     pen = ImageDraw.Draw(picture)
@@ -77,8 +77,8 @@ def draw_rollouts(image: Image.Image, boxes: Sequence[Box | None], rewards: Sequ
                   target: Box, text: str = "", width: int = 336) -> Image.Image:
     """A group's boxes on its image: red for the lowest reward, orange for the highest.
 
-    boxes: one for each rollout, None or NaN if it has none. text: for a caption with the range of
-    the rewards. The target is drawn last, in green; yellow would be hard to tell from it.
+    boxes: one per rollout, None or NaN without one. text: of a caption, which adds the range of the
+    rewards. The target is drawn last, in green, which is why the highest reward is not yellow.
     """
     lowest, highest = min(rewards), max(rewards)
     coloured: list[tuple[Box, Colour]] = []
@@ -94,7 +94,7 @@ def curve(series: Sequence[tuple[str, Sequence[Point]]], width: int = 320,
           height: int = 170) -> str:
     """One drawing of all curves -> an HTML figure with an SVG; "" if no curve has two points.
 
-    series: (name, points), a name in HTML, a point (step, value).
+    series: (name, points); a name is HTML, and a point is (step, value).
     """
     series = [(name, spread(points, CURVE_POINTS)) for name, points in series if len(points) > 1]
     if not series:

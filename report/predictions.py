@@ -1,13 +1,13 @@
 """Predictions: reading a file of them, and the boxes that they contain.
 
-A prediction is a line of a JSONL file, as a dict. Its text counts if it has a frame, else its box:
+A prediction is a line of a JSONL file, as a dict. If it has a frame, its text counts, else its box:
 
     id         of the record
     text       the answer
-    frame      `Frame` as a dict: the coordinates that the text uses
+    frame      a `Frame` as a dict: the coordinates of the text
     box        [x1, y1, x2, y2] in original pixels, or null
     samples    all texts, if there are several; text is the first
-    failure    "unreadable image": there was nothing to ask about
+    failure    "unreadable image": the model could not be asked
 """
 import json
 import math
@@ -38,7 +38,7 @@ def read_predictions(
     DataError if the file does not fit the records."""
     by_id = {record.id: record for record in records}
     predictions: dict[str, Prediction] = {}
-    boxes = []                                   # plain ones, with their images' sizes
+    boxes = []                                   # of lines without text, with image sizes
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -67,7 +67,7 @@ def read_predictions(
 def parse_prediction(
         value: dict[str, Any], record: Record, coords: str | None,
         processor: Processor | None) -> Prediction:
-    """value: a line's JSON object; ValueError says what is wrong with it."""
+    """value: a line's JSON object. A ValueError has the mistake in it."""
     text, frame = value.get("text"), value.get("frame")
     if coords and not (isinstance(text, str) and frame):
         frame = asdict(frame_by_coords(record.size, coords, processor))
@@ -132,7 +132,7 @@ def read_prediction(
 
 def strict_boxes(
         records: Sequence[Record], predictions: Predictions, flat: bool = False) -> Tensor:
-    """-> (N, 4), double, NaN for no box. flat: lines and points in the image are boxes too."""
+    """-> (N, 4), double, NaN for no box. flat: lines and points in the image count as boxes."""
     boxes = []
     for prediction, record in zip(predictions, records, strict=True):
         box, _, failure = read_prediction(prediction, record)

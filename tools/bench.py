@@ -1,9 +1,9 @@
 """Speed of each part, compared with what a user would run instead, with the same weights.
 
-Both sides run in one process, and their repeats alternate. A row has each side's median, their
-ratio, and its range; above 1 ours is faster (or smaller). bench.json is written after each row.
+Both sides run in one process, and their repeats alternate. A row has each side's median, and the
+ratio with its range: above 1, ours is faster (or smaller). bench.json is written after each row.
 
-    python -m tools.bench                                      the mid shape on a CPU; minutes
+    python -m tools.bench                                      the mid shape on a CPU, in minutes
     python -m tools.bench --device cuda --shape 3b             one GPU
     python -m tools.bench --shape Qwen3-VL-4B-Instruct/ --only decode update
 """
@@ -63,7 +63,7 @@ SHAPES = {
     "mid": make_config((640, 1728, 10, 12, 8192), (512, 1376, 8, 8), [3, 7]),
     "3b": make_config((2048, 11008, 16, 36, 151_936), (1280, 3420, 16, 32), [7, 15, 23, 31])}
 
-# Prints seconds and peak MiB of loading; it reads all pages of weights that may be a memory map.
+# Prints seconds and peak MiB of loading. Weights may be a memory map, so it reads all pages.
 LOADER = """
 import sys, time, torch
 side, folder, dtype = sys.argv[1:]
@@ -85,7 +85,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], dtype: torch.dtype) -
     write_json(folder / "config.json", config)
     with torch.device("meta"):
         model = QwenVL(Config.from_json(folder / "config.json")).to(dtype)
-    # A GPU fills billions of weights in no time.
+    # A GPU fills billions of weights faster.
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     for name, p in model.named_parameters():
@@ -136,7 +136,7 @@ class Bench:
         """Loads both models, and makes prompts for RFT and eight unequal records for SFT."""
         from transformers import AutoModelForImageTextToText
         ours = QwenVL.from_pretrained(folder, self.dtype, self.device).requires_grad_(True)
-        ours.stop_ids = ()                       # all rollouts are as long as asked for
+        ours.stop_ids = ()                       # so that all rollouts have `tokens` tokens
         theirs = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=self.dtype, attn_implementation="sdpa").to(self.device)
         # Eight repeated prompts of the 3b shape (width 2,048) would keep more than 110 GB.
@@ -151,7 +151,7 @@ class Bench:
         self.records = [random_prompt(ours, side if i % 2 else side // 2, TEXT + 8 * (i % 5))
                         for i in range(8)]
         self.answers = [torch.randint(8, ids, (40 + 25 * (i % 6),)) for i in range(8)]
-        # Users of transformers' processor have floats before the model is called.
+        # transformers' processor returns floats, so making them is not part of its time.
         self.floats = {id(p): p.pixel_values for p in self.prompts + self.records}
         self.ours, self.theirs = ours, theirs
 
@@ -172,7 +172,7 @@ class Bench:
             "input_ids": ids, "attention_mask": mask,
             "pixel_values": torch.cat([self.floats[id(p)] for p in prompts]),
             "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts]),
-            # Newer versions want to know which tokens are an image's.
+            # Newer versions need to know which tokens are the image's.
             "mm_token_type_ids": (ids == self.ours.config.image_id).int()}
         return {name: x.to(self.device) for name, x in inputs.items()}
 
@@ -211,7 +211,7 @@ class Bench:
 
     def compare(self, name: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any],
                 unit: str = "s", amount: float = 0.0) -> tuple[float, float]:
-        """Times ours() and theirs() in turn, after a warm-up of each; the rest as `add`."""
+        """Times ours() and theirs() in turn, after a warm-up of each. The rest: see `add`."""
         for model in filter(None, (self.ours, self.theirs)):
             model.zero_grad(set_to_none=True)
         pairs = [(clock(ours, self.device), clock(theirs, self.device))
@@ -220,7 +220,7 @@ class Bench:
 
     def add(self, name: str, peer: str, pairs: Sequence[tuple[float, float]], unit: str = "s",
             amount: float = 0.0) -> tuple[float, float]:
-        """Adds a row of (ours, theirs) per repeat -> their medians. amount: per call, for rates."""
+        """Adds a row from pairs (ours, theirs) -> medians. amount: units per call, for rates."""
         ours, theirs = (statistics.median(side) for side in zip(*pairs))
         figures = (amount / ours, amount / theirs) if amount else (ours, theirs)
         ratio = theirs / ours
@@ -266,7 +266,7 @@ def measure_inference(b: Bench, part: str, folder: Path) -> None:
         file = folder / "scene.jpg"
         noise = np.random.default_rng(0).integers(0, 255, (100, 100, 3), np.uint8)
         Image.fromarray(noise).resize((800, 800)).save(file)
-        # To floats, as the peer; a run leaves this last part to the device.
+        # Both make floats here, although a run leaves this last part to the device.
         b.compare(
             "images", "transformers image processor (PIL)",
             lambda: [processor.patches(Image.open(file))[0].normalised() for _ in range(8)],
@@ -290,7 +290,7 @@ def measure_inference(b: Bench, part: str, folder: Path) -> None:
         b.add("decode", "transformers generate, one step (difference)", [step])
 
     elif part == "numerics":
-        # How far log-probabilities differ, sampled against scored, and float32 against this dtype.
+        # How log-probabilities differ: sampled from scored, and float32 from this dtype.
         b.train_mode(False)
         prompts = b.prompts[:2]
         ids, sampled, _ = generate(
@@ -354,7 +354,7 @@ def measure_training(b: Bench, part: str) -> None:
 
 
 def main() -> None:
-    parser = FlagParser("Measures each part, and what a user would run instead")
+    parser = FlagParser("Measures the speed of each part, and of what a user would run instead")
     add = parser.add_argument
     add("--shape", default="mid",
         help=f"of the model, random weights: {', '.join(SHAPES)}, or a folder with a config.json")
@@ -364,7 +364,7 @@ def main() -> None:
     add("--repeats", type=positive, default=3, help="alternating repeats after one warm-up")
     add("--prompts", type=positive, default=8,
         help="questions in decode and step, eight rollouts each")
-    add("--tokens", type=positive, help="of a completion; default 64, on CUDA 256")
+    add("--tokens", type=positive, help="tokens of a completion; default: 64, on CUDA 256")
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
     add("--out", default=".", help="folder of bench.json")
     args = parser.parse_args()
@@ -406,7 +406,7 @@ def main() -> None:
                 except (torch.OutOfMemoryError, MemoryError):
                     print(f"{part}: out of memory")
                 b.write()
-                # What a failed part held.
+                # Free what a failed part held.
                 gc.collect()
                 torch.cuda.empty_cache()
     except KeyboardInterrupt:

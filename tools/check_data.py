@@ -21,21 +21,21 @@ from train.run import launch
 def main() -> None:
     parser = FlagParser(
         "Checks a data set: counts next to the published ones, refused and repaired records, sizes "
-        "of the boxes, images that splits share or that can't be decoded, a contact sheet. Of "
-        "several: the records that one trains on and another scores")
+        "of the boxes, images that splits share or that can't be decoded, a contact sheet. With "
+        "several: records that are trained on in one and scored in another")
     add = parser.add_argument
     add("names", nargs="+", metavar="name",
         help=f"one of {', '.join(data.READERS)}, or a mixture like dior+vrsbench:0.5")
-    add("--root", help="its folder, default data/<name>; of a mixture or several data sets the "
+    add("--root", help="its folder, default data/<name>; for a mixture or several data sets the "
         "folder that holds theirs, default data")
-    add("--split", nargs="+", help="default: those of train, val, test that exist; of several data "
-        "sets those of rft, val, test, where rft is train without what is held out as val")
+    add("--split", nargs="+", help="default: those of train, val, test that exist; for several "
+        "data sets rft, val, test, where rft is train without what is held out as val")
     data.add_reading_flags(add)
     add("--places", type=int, default=20, help="places listed for each reason; 0: all")
     add("--show", type=int, default=12, help="records of one data set on its contact sheet")
     add("--out", default="data_check.png", help="file of the contact sheet")
     args = parser.parse_args()
-    # A name in a data set may hold what no encoding has.
+    # A name in a data set may hold characters that no encoding has.
     sys.stdout.reconfigure(errors="backslashreplace")
     several = len(args.names) > 1
     if len(set(args.names)) < len(args.names):
@@ -76,7 +76,7 @@ def main() -> None:
     elif args.show > 0:
         for (_, split), records in loaded.items():
             whole = [r for r in records if r.image not in broken]
-            # Spread evenly over the first split that has any.
+            # Spread evenly over the first split with records.
             shown = whole[::max(1, len(whole) // args.show)][:args.show]
             if shown:
                 boxes = [draw_boxes(data.open_image(r), [(r.box, "red")], r.text) for r in shown]
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def pixel_hash(record: Record) -> str | DataError:
-    """Of the image's size and pixels; the error if it can't be decoded."""
+    """Hash of the image's size and pixels, or the error if it can't be decoded."""
     try:
         image = data.open_image(record)
     except DataError as error:
@@ -159,15 +159,15 @@ def print_shared(loaded: dict[tuple[str, str], Records], hashes: dict[Any, Any])
 
 
 def save_sheet(pictures: Sequence[Image.Image], path: str | Path) -> None:
-    """pictures: of one width."""
+    """pictures: all of the same width."""
     try:
         contact_sheet(pictures).save(path)
     except (OSError, ValueError, KeyError) as error:
-        # No such folder or format, or the format is only read.
+        # There is no such folder or format, or PIL cannot write that format.
         raise DataError(f"the contact sheet can't be written to {path} ({error}); name another "
                         "file with --out") from None
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "data.py"       # the name in --help and errors; run_path puts this file's there
+    sys.argv[0] = "data.py"       # for --help and errors; run_path has set this file's name
     launch(main)

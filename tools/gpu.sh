@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in parts of at most ten minutes on one with 80 GB:
+# Everything that only a GPU can show, in parts that take at most ten minutes on an 80 GB GPU:
 #
 #   bash tools/gpu.sh speed | updates | step | numerics | batches | larger | stages | flags | study
 #
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 out=${OUT:-gpu} device=${DEVICE:-cuda} shape=${SHAPE:-3b} limit=${LIMIT:-570}
 mkdir -p "$out"
 
-# limited COMMAND: interrupted, as by Ctrl-C, when the part's time is up.
+# limited COMMAND: runs it, and interrupts it (as Ctrl-C does) when the part's time is up.
 limited() {
   local status=0
   timeout --signal INT --kill-after 20 "$((limit > SECONDS ? limit - SECONDS : 1))" "$@" ||
@@ -58,8 +58,8 @@ larger() {
   bench --shape "${LARGER:-Qwen2.5-VL-7B-Instruct}" --repeats 1 --only prefill decode --out "$out/larger"
 }
 
-# NCCL and FSDP2 with one process: both stages, then RFT resumed from its middle, which must give
-# the same numbers.
+# NCCL and FSDP2 with one process: both stages, then RFT resumed from its middle. The resumed run
+# must give the same numbers.
 stages() {
   stage_pair "$out/stages"
 }
@@ -104,8 +104,8 @@ for a, b in zip(whole, resumed, strict=True):
 PYTHON
 }
 
-# The regime of study/ablate.sh in which the positional term matters most, for longer than two
-# cores can. A second call continues the first.
+# A regime of study/ablate.sh in which the positional term carries 11% of the update, with more
+# steps than two cores can run. A second call continues the first.
 study() {
   limited env PY=python STUDY="$out/study" REGIMES=small SEEDS=0 RFT="${STEPS:-1000}" \
     ARMS="iou positional consistency" bash study/ablate.sh

@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("out", help="folder for the whole checkpoint, in hub layout")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the weights; bfloat16 halves the file, and rounds small adapters away")
+        help="dtype of the weights; bfloat16 halves the file, but rounds small adapters away")
     args = parser.parse_args()
     path = folder(args.ckpt)
     if not (path / ADAPTER_CONFIG).exists():

@@ -4,10 +4,10 @@
     python cot.py dior --teacher http://localhost:8000/v1 --model Qwen2.5-VL-72B-Instruct \\
         --coords resized --init Qwen2.5-VL-3B-Instruct/ --parallel 32 --want 30000
 
-A server must speak OpenAI's chat-completions protocol, as vLLM and SGLang do. cot.py describes the
+A server must offer OpenAI's chat-completions protocol, as vLLM and SGLang do. cot.py describes the
 file. The same command continues after a stop and asks again for records without a whole answer.
-The paper is said to refuse incomplete chains, inconsistent coordinates and wrong boxes as well;
-refusing reasoning that gives the box away is our addition.
+Like the paper (second-hand), this refuses incomplete chains, inconsistent coordinates and wrong
+boxes. It also refuses reasoning that contains the box; this rule is ours.
 """
 import base64
 import fcntl
@@ -61,16 +61,16 @@ PLAIN_NUMBER = r"\d++(?:\.\d++)?+"
 TWO_NUMBERS = rf"{PLAIN_NUMBER}\s*,\s*{PLAIN_NUMBER}"
 # A point (x, y) or a box [x1, y1, x2, y2], in either kind of brackets.
 COORDINATES = re.compile(rf"[(\[]\s*{TWO_NUMBERS}(?:\s*,\s*{TWO_NUMBERS})?\s*[)\]]")
-# "x1 = 12", "12 pixels": no counts, even if the number is small.
+# "x1 = 12", "12 pixels": not counts, even if the number is small.
 BARE_COORDINATE = re.compile(r"\b[xywh]\d?\s*[=:]\s*\d|\d\s*(?:px|pixels?)\b", re.IGNORECASE)
-# Neither percentages nor the digits of a name such as "A380".
+# Numbers, but not percentages or the digits of a name such as "A380".
 OTHER_NUMBER = re.compile(rf"(?<![A-Za-z\d.]){PLAIN_NUMBER}(?!\s*%)")
 LINE_START = b'{"id": '
-FIRST_BACKOFF = 1.0           # seconds before the second try, doubled for each further one
+FIRST_BACKOFF = 1.0           # seconds before the second try; doubled for each later try
 MAX_BACKOFF = 60.0
 MAX_RETRY_AFTER = 3600.0      # seconds; a server may ask for more
 GIVE_UP_AFTER = 20            # records in a row without an answer
-MIN_SECRET_LENGTH = 8         # a shorter key is a word such as vLLM's EMPTY
+MIN_SECRET_LENGTH = 8         # a shorter key is no secret, such as vLLM's EMPTY
 
 
 @dataclass
@@ -80,8 +80,8 @@ class Explanation:
     record: Record
     seed: int                     # of the sampling
     frame: Frame | None = None    # of the teacher's coordinates
-    text: str | None = None       # None without a whole answer
-    failure: str = ""             # why there is none
+    text: str | None = None       # None if there is no whole answer
+    failure: str = ""             # why there is no answer
 
 
 def prompt_blanks(record: Record, frame: Frame) -> dict[str, str]:
@@ -100,7 +100,7 @@ def filter_explanation(text: str, record: Record, frame: Frame) -> tuple[str | N
     if not think or any(tag in think for tag in TAGS):
         return None, "incomplete chain"
 
-    # 2. The box is right. If it is right in other coordinates only, the format is wrong.
+    # 2. The box is right. If it is right only in other coordinates, the format is inconsistent.
     box = parse_box(text)
     if box is None:
         return None, INCONSISTENT
@@ -112,8 +112,8 @@ def filter_explanation(text: str, record: Record, frame: Frame) -> tuple[str | N
     if iou[0] < MIN_TEACHER_IOU:
         return None, INCONSISTENT if iou.max() >= MIN_TEACHER_IOU else "wrong box"
 
-    # 3. The reasoning does not contain the box, as corners or as corner and size, in any order
-    #    and with up to two other numbers in between. "x1" is a name; "100-150" is two numbers.
+    # 3. The reasoning does not contain the box as corners, or as corner and size, in any order and
+    #    with up to two other numbers in between. "x1" is no number; "100-150" is two numbers.
     numbers = [float(n) for n in re.findall(r"(?<![A-Za-z\d.])\d{1,6}(?:\.\d+)?", think)]
     windows = [sorted(numbers[i:i + 6]) for i in range(max(1, len(numbers) - 5))]
     for (x1, y1, x2, y2), window in itertools.product((box, frame.to_model(record.box)), windows):
@@ -138,7 +138,7 @@ def filter_explanation(text: str, record: Record, frame: Frame) -> tuple[str | N
 
 @contextmanager
 def open_explanations(out: Path) -> Iterator[tuple[BinaryIO, dict[str, str | None]]]:
-    """Opens a teacher's file and locks it -> file, {id: why refused, None if kept}."""
+    """Opens and locks a teacher's file -> file, {id: why it is refused, or None if it is kept}."""
     advice = "name another file with --out"
     try:
         file = open(out, "a+b")
@@ -155,7 +155,7 @@ def open_explanations(out: Path) -> Iterator[tuple[BinaryIO, dict[str, str | Non
                 row = json.loads(line)
                 finished[str(row["id"])] = row.get("refused")
             except MALFORMED:
-                # Remove the start of a line, which a killed call may leave.
+                # A killed call may leave the start of a line; remove it.
                 is_start = line.startswith(LINE_START) or LINE_START.startswith(line)
                 if line.endswith(b"\n") or not is_start:
                     raise DataError(f"{out}, line {number}: not written by a teacher; "
@@ -169,7 +169,7 @@ def open_explanations(out: Path) -> Iterator[tuple[BinaryIO, dict[str, str | Non
 
 
 def run_teacher(args: Namespace, records: Records) -> None:
-    """Writes lines until all records are done, --want are kept, or the teacher stops answering."""
+    """Writes lines until all records are done, --want are kept, or no more answers come."""
     model, processor = None, None
     if not args.model:
         model, processor = open_model(args.teacher, start(args.device))
@@ -261,7 +261,7 @@ def ask_server(args: Namespace, processor: Processor | None,
     """Yields the requests with their answers in any order, --parallel at once; DataError if no
     request can succeed. processor: for --coords resized."""
     key = os.environ.get(args.key_env, "").strip()
-    # A server may repeat the key, so it is replaced in everything printed or written.
+    # A server may send the key back, so it is replaced in everything that is printed or written.
     secret = re.compile(re.escape(key) if len(key) >= MIN_SECRET_LENGTH else "(?!)")
     stopped = threading.Event()
 
@@ -280,7 +280,7 @@ def ask_server(args: Namespace, processor: Processor | None,
         for attempt in range(args.tries):
             if stopped.is_set():
                 break
-            # With the same seed, the next answer would be cut at the same token.
+            # Another seed for each try, because the same one gives an answer cut at the same token.
             body["seed"] = (request.seed + attempt) % 2 ** 31
             try:
                 request.text = secret.sub("[key]", post(args, key, json.dumps(body).encode()))
@@ -295,13 +295,13 @@ def ask_server(args: Namespace, processor: Processor | None,
                     raise DataError(failure) from None
                 if not error.retry or attempt + 1 == args.tries:
                     break
-                # Random, because requests that failed together should not return together.
+                # Random, so that requests that failed together are not repeated together.
                 backoff = min(MAX_BACKOFF, FIRST_BACKOFF * 2 ** attempt) * random.uniform(0.5, 1)
                 wait = min(MAX_RETRY_AFTER, error.wait) * random.uniform(1, 1.1)
                 stopped.wait(max(backoff, wait))
         return request
 
-    # Unlike ThreadPoolExecutor's, these threads do not keep the process alive when it is done.
+    # Unlike those of ThreadPoolExecutor, these threads do not keep a finished process alive.
     with ThreadPool(args.parallel) as pool:
         try:
             yield from pool.imap_unordered(ask, requests)
@@ -321,7 +321,7 @@ def post(args: Namespace, key: str, body: bytes) -> str:
     try:
         connection.request("POST", url.path.rstrip("/") + "/chat/completions", body, headers)
         response = connection.getresponse()
-        # The socket's own timeout starts again with each byte.
+        # The socket's own timeout begins again with each byte.
         while piece := response.read1(1 << 16):
             content += piece
             if time.monotonic() > deadline:
@@ -343,7 +343,7 @@ def post(args: Namespace, key: str, body: bytes) -> str:
         if choice.get("finish_reason") == "length":
             raise Unanswered("the explanation was cut at --max-new-tokens")
         return text
-    # A server that refuses a key may quote parts of it, so its message is not shown.
+    # The message of a server that refuses a key may quote the key, so it is not shown.
     if status in (401, 403):
         raise Unanswered(str(status), remedy="it refuses the key in the environment variable "
                                              f"{args.key_env}, or its absence")
@@ -361,8 +361,8 @@ def post(args: Namespace, key: str, body: bytes) -> str:
 
 
 def image_data_url(record: Record) -> str:
-    """The image's JPEG or PNG file as a data URL; a PNG of its pixels if other programs may show
-    the file differently (turned by EXIF, transparency on black)."""
+    """The image's JPEG or PNG file as a data URL; or a PNG of its pixels, if other programs may
+    show the file differently (turned by EXIF, or transparent parts in black)."""
     image = data.open_image(record)
     plain = isinstance(record.image, Path) and is_plain(record.image)
     content = record.image.read_bytes() if plain else b""
@@ -381,7 +381,7 @@ def check_teacher_flags(args: Namespace) -> None:
         if args.model or args.coords:
             fail("--model and --coords are about a server: --teacher http://host:port/v1")
         if args.teacher and args.init:
-            fail("--init is for the check, or for a server; a checkpoint has its own coordinates")
+            fail("--init is for the check, or a server; a checkpoint has its own coordinates")
         args.device = choose_device(args.device) if args.teacher else None
         return
     if not args.model or not args.coords:
