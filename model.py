@@ -148,8 +148,8 @@ def merger(c: VisionConfig, deepstack: bool = False) -> nn.Sequential:
 
 
 def frame_layout(height: int, width: int, c: VisionConfig) -> tuple[Tensor, Tensor, list[int]]:
-    """A frame of height x width patches -> row and column of each patch (patches, 2); the tokens'
-    numbers, ordered by window (tokens,); the number of tokens in each window.
+    """A frame of height x width patches -> row and column of each patch (patches, 2); token
+    numbers in the order of the windows (tokens,); the number of tokens in each window.
 
     Patches are in the order of pixel_values: tokens row by row, and the patches of a token next to
     each other. Windows consist of whole tokens; at the right and lower edge they may be smaller."""
@@ -204,7 +204,7 @@ class VisionTower(nn.Module):
         device = pixel_values.device
         joined = c.merge ** 2                                              # patches per token
 
-        # Tokens are ordered by frame, then by window: a frame is a sequence, and so is a window.
+        # Tokens are ordered by frame, then by window, so each of these is contiguous.
         frames, orders, window_patches, frame_patches = [], [], [], []
         start = 0
         for count, height, width in grids:
@@ -246,7 +246,7 @@ class VisionTower(nn.Module):
         tokens = self.merger(x.unflatten(0, (-1, joined)))
         if deepstack:
             tokens = torch.cat((tokens, *deepstack), 1)
-        return tokens[order.argsort()]                     # argsort inverts the order
+        return tokens[order.argsort()]                     # back in the order of pixel_values
 
 
 # ---------------------------------------------------------------- language model
@@ -310,7 +310,7 @@ class LanguageModel(nn.Module):
         # M-RoPE: each frequency rotates by one of the three axes. No index tensor selects the axes,
         # because a CUDA graph cannot capture its copy to the device.
         if c.family == "Qwen3-VL":
-            # Interleaved until the sections of height and width are full, then time.
+            # The axes alternate until the sections of height and width are full; then time.
             axes = [i % 3 if i < 3 * c.mrope_section[i % 3] else 0 for i in range(half)]
             by_axis = positions.unbind()
             rows = torch.stack([by_axis[axis] for axis in axes])           # (hd / 2, N)

@@ -115,7 +115,7 @@ def positional(pred: Tensor, gt: Tensor, alpha: float = 2.5) -> Tensor:
 def axis_mean(pred: Tensor, gt: Tensor, alpha: float) -> Tensor:
     """Mean of the kernel over an interval of one axis: pred, gt (..., 2) double -> (...).
 
-    With u = (x - centre) / (s sqrt(2)) the kernel is exp(-u^2), and its mean over [u0, u1] is
+    With u = (x - cx) / (sx sqrt(2)) the kernel is exp(-u^2), and its mean over [u0, u1] is
     sqrt(pi) / 2 (erf(u1) - erf(u0)) / (u1 - u0)."""
     scale = alpha * (gt[..., 1] - gt[..., 0]) / 2 * math.sqrt(2)
     u = (pred - gt.mean(-1, keepdim=True)) / scale[..., None]
@@ -137,8 +137,8 @@ def positional_term(pred: Tensor, gt: Tensor, size: Tensor, alpha: float = 2.5) 
 
 
 def agreement(pred: Tensor, gt: Tensor) -> Tensor:
-    """How right answers (..., 4) are, in [0, 1]: the term "iou", the weights of groups and the
-    evaluation use it. To train on another kind of answer, put its measure here."""
+    """Scores, in [0, 1], of answers (..., 4) for the term "iou", the weights of groups and the
+    evaluation. To train on another kind of answer, compute its score here."""
     return iou(pred, gt)
 
 

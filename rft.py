@@ -46,7 +46,7 @@ from train.flags import (
     parse, positive, set_steps)
 from train.run import Run, epoch_order, launch, load_records, record_at, trailing
 
-MAX_LOG_RATIO = 20.0              # exp() of a larger log-ratio may overflow, and trains nothing
+MAX_LOG_RATIO = 20.0              # exp() of a larger log-ratio is useless, and may overflow
 COLLAPSED_AFTER = 10              # steps in a row without a learning signal: then warn
 LEAST_ENTROPY = 0.01              # nats per token; below this, answers are nearly identical
 WEIGHTINGS = ("consistency", "mean", "variance", "off", "shuffled")
@@ -61,7 +61,7 @@ RESERVED = set("""
 
 
 class NamedWeights(argparse.Action):
-    """--reward NAME=WEIGHT ... -> dict in TERMS' order: the typed order changes no rounding."""
+    """--reward NAME=WEIGHT ... -> dict in a fixed order, so that sums do not depend on typing."""
 
     def __call__(self, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
         names = (*reward.TERMS, "format")
@@ -151,7 +151,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     """rewards (Q, G) -> (Q, G): (R - mean) / (std + 1e-4) in a group, 0 if all are equal.
 
-    std divides by G - 1. GRPO (arXiv 2402.03300) as in VLM-R1; undivided: Dr. GRPO (2503.20783).
+    std divides by G - 1. Source: GRPO (arXiv 2402.03300), VLM-R1; undivided, Dr. GRPO (2503.20783).
     """
     advantage = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std:
@@ -175,8 +175,8 @@ def policy_loss(
     n_tokens (without masked ones) and completions count the whole optimizer step, over all
     micro-batches and processes, so shares and gradients add up. A token's gain is PPO's clipped
     surrogate (arXiv 1707.06347) minus beta times the KL to the reference (estimator k3). Its loss
-    is -weight * gain; weight is its group's, or 0 if it is masked. That the weight multiplies the
-    KL too is our assumption.
+    is -weight * gain; weight is its group's, or 0 if it is masked. We assume that the weight
+    multiplies the KL too.
     """
     log_ratio = logp - logp_old
     if ratio == "sequence":
@@ -240,7 +240,7 @@ class Policy:
 
 @dataclass
 class Group:
-    """One question, its G sampled answers, and what they earned."""
+    """One question, its G sampled answers, and their rewards."""
 
     record: Record
     prompt: Prompt
@@ -338,7 +338,7 @@ def fresh_records(
 def resample(
         policy: Policy, groups: list[Group], fresh: Callable[[int], list[Record]],
         args: argparse.Namespace, step: int) -> dict[str, float]:
-    """Replaces groups of equal rewards by groups of new questions, in place -> keys for the log.
+    """Replaces groups of equal rewards by groups of new questions, in place -> log entries.
 
     fresh: turn -> one record per group. DAPO's dynamic sampling (arXiv 2503.14476); the limit of
     --resample turns is ours.
@@ -358,7 +358,7 @@ def resample(
             try:
                 prompts.append(policy.prompt(questions[i]))
             except UnreadableImage:
-                continue              # the group stays; Run reports the image when its turn comes
+                continue              # the group stays; Run reports the image when it opens it
             places.append(i)
         seeds = step_seeds(args, step, turn)[places]
         new = sample(policy, [questions[i] for i in places], prompts, seeds, args)
@@ -378,7 +378,7 @@ class MicroBatch:
     lengths: Tensor                   # (completions,) tokens of each
     advantage: Tensor                 # of the token's rollout
     weight: Tensor                    # of the token's group; 0 if masked
-    n_tokens: int                     # not masked, in the optimizer step, over all processes
+    n_tokens: int                     # unmasked ones of the optimizer step, over all processes
     # Set at the first scoring:
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
@@ -622,7 +622,7 @@ def open_policy(
         reference = model
     elif args.beta:
         reference, _ = open_model(init)
-        # Merge in the stored dtype, then cast, as happens to the trained model (lora.fit).
+        # As for the trained model (lora.fit): merge in the stored dtype, then cast.
         lora.merge(reference)
         reference = reference.to(device, dist.compute_dtype(device)).requires_grad_(False)
     lora.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)

@@ -63,8 +63,8 @@ def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Re
 
 
 def launch(main: Callable[[], None], catch_signals: bool = False) -> NoReturn:
-    """Runs a script's main function and exits: 0, 2 (a user's mistake, a full disk), 130 (Ctrl-C),
-    1 (any other error). Only one process prints what went wrong.
+    """Runs a script's main function, then exits with status 0, 2 (a user's mistake, a full disk),
+    130 (Ctrl-C) or 1 (any other error). Only one process prints what went wrong.
 
     catch_signals: STOP_SIGNALS only set STOP_REQUESTED, so that `Run.steps` can finish its step.
     """
@@ -135,7 +135,7 @@ def read_signals(read_end: int) -> None:
                 os._exit(128 + signal.SIGINT)
 
 
-@functools.lru_cache(maxsize=2)        # a batch usually has records of one epoch or two
+@functools.lru_cache(maxsize=2)        # a batch usually has records of one or two epochs
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n records in an epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -170,7 +170,7 @@ class Run:
         self.lines: list[dict[str, Any]] = []     # of metrics.jsonl
         self.unreadable: dict[str, str] = {}      # id -> image of records that were replaced
         if dist.rank():
-            return                  # only one process looks: check_writable makes a trial file
+            return                  # check_writable makes a trial file, which others would find
         dist.check_writable(self.out)
         if (self.out / "latest").exists() and not args.resume:
             dist.fail(f"{self.out} already holds a run, up to "
@@ -181,7 +181,7 @@ class Run:
                       "another --out")
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, processor: Any) -> None:
-        """With --resume, restores the newest checkpoint, and cuts logs. Prints what is trained."""
+        """On --resume, restores the newest checkpoint and cuts logs. Prints what is trained."""
         self.model, self.optimizer, self.processor = model, optimizer, processor
         self.first = checkpoints.restore(self.out, model, optimizer) if self.args.resume else 0
         self.saved = self.first
@@ -328,7 +328,7 @@ class Run:
 
 
 def trailing(lines: Sequence[dict[str, Any]], holds: Callable[[dict[str, Any]], bool]) -> int:
-    """How many lines at the end, in a row, fulfil the predicate."""
+    """The number of lines at the end for which `holds` is true."""
     return sum(1 for _ in itertools.takewhile(holds, reversed(lines)))
 
 
