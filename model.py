@@ -204,7 +204,7 @@ class VisionTower(nn.Module):
         device = pixel_values.device
         joined = c.merge ** 2                                              # patches per token
 
-        # Tokens are ordered by frame, then by window, so each of these is contiguous.
+        # Tokens are ordered by frame, then by window, so every frame and window is contiguous.
         frames, orders, window_patches, frame_patches = [], [], [], []
         start = 0
         for count, height, width in grids:

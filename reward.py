@@ -167,8 +167,8 @@ def consistency_weight(
     m is the mean of a group's IoU, v its population variance: groups that miss or scatter weigh
     more. With the paper's values w is at least 1, so `low` has no effect.
 
-    Section 3.4: formula, 1.2, 1 and the bounds are second-hand (one of the two readers' formulas
-    is garbled in its first term); population variance and "no gradient" are ours."""
+    Section 3.4: formula, 1.2, 1 and the bounds are second-hand (one of the two readers gave a
+    garbled first term); population variance and "no gradient" are ours."""
     iou = iou.detach()
     exponent = mean * (1 - iou.mean(1)) + variance * iou.var(1, unbiased=False)
     return exponent.exp().clamp(low, high)

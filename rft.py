@@ -61,7 +61,7 @@ RESERVED = set("""
 
 
 class NamedWeights(argparse.Action):
-    """--reward NAME=WEIGHT ... -> dict in a fixed order, so that sums do not depend on typing."""
+    """--reward NAME=WEIGHT ... -> dict in a fixed order: sums must not depend on the user's."""
 
     def __call__(self, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
         names = (*reward.TERMS, "format")
