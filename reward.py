@@ -142,10 +142,17 @@ def agreement(pred: Tensor, gt: Tensor) -> Tensor:
     return iou(pred, gt)
 
 
+def hard(agreement: Tensor) -> Tensor:
+    """1 above 0.5, else 0: VLM-R1's first IoU reward. It is unknown whether the paper's weight uses
+    this one or the continuous one."""
+    return (agreement > 0.5).to(agreement.dtype)
+
+
 # pred (Q, G, 4), target (Q, 1, 4), size (Q, 1, 2) -> (Q, G) in [0, 1]. Each is highest at the
 # target, except "positional", which is higher for smaller boxes at the same centre.
 TERMS = {
     "iou": lambda pred, target, size: agreement(pred, target),
+    "iou_hard": lambda pred, target, size: hard(agreement(pred, target)),
     "positional": positional_term,
     "giou": lambda pred, target, size: giou(pred, target),
     "diou": lambda pred, target, size: diou(pred, target),

@@ -93,12 +93,12 @@ def flags() -> FlagParser:
         help="replace groups of equal rewards by new questions, up to N times (DAPO)")
     add("--cuda-graphs", action="store_true", help="decode with CUDA graphs")
     add = parser.add_argument_group("objective").add_argument
-    add("--loss", choices=("dapo", "grpo", "dr-grpo"), default="dapo",
-        help="mean over the step's tokens (dapo); over each completion, then over completions "
-        "(grpo); sum divided by completions times --max-new-tokens (dr-grpo)")
+    add("--loss", choices=("grpo", "dapo", "dr-grpo"), default="grpo",
+        help="mean over each completion's tokens, then over completions (grpo); over the step's "
+        "tokens (dapo); sum divided by completions times --max-new-tokens (dr-grpo)")
     add("--ratio", choices=("token", "sequence"), default="token",
         help="probability ratio to the old policy: one per token, or one per completion, its "
-        "geometric mean (GSPO: with --loss grpo --clip 3e-4 4e-4)")
+        "geometric mean (GSPO: with --clip 3e-4 4e-4)")
     add("--clip", type=not_negative, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"),
         help="clip the ratio to 1 - LOW .. 1 + HIGH; acts only with several optimizer steps")
     add("--beta", type=not_negative, default=0.04,
@@ -125,6 +125,8 @@ def flags() -> FlagParser:
         "of IoU)), clipped to 0.5 .. 3; mean, variance: only that part; off: 1; shuffled: the "
         "consistency weights dealt at random, a control; default: consistency 1.2 1")
     parser.set_defaults(lambdas=(1.2, 1.0))
+    add("--weight-of", choices=("iou", "iou_hard"), default="iou",
+        help="the IoU reward in that formula: the IoU, or 1 for an IoU above 0.5 and 0 otherwise")
     return parser
 
 
@@ -211,6 +213,8 @@ def group_weights(iou: Tensor, args: argparse.Namespace, step: int) -> Tensor:
     if args.weighting == "off":
         return torch.ones(len(iou))
     mean, variance = args.lambdas
+    if args.weight_of == "iou_hard":
+        iou = reward.hard(iou)
     weights = reward.consistency_weight(
         iou, 0.0 if args.weighting == "variance" else mean,
         0.0 if args.weighting == "mean" else variance)

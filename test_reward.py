@@ -197,7 +197,7 @@ def test_what_is_no_box_is_worth_nothing_on_either_side(
         name: str, odd: tuple[float, ...]) -> None:
     target = TARGET[None]
     assert score(name, box(*odd)[None], TARGET).tolist() == [0.0]
-    if name != "iou":
+    if not name.startswith("iou"):
         assert score(name, target, box(*odd)).tolist() == [0.0]
 
 
@@ -209,6 +209,12 @@ def test_a_huge_box_keeps_every_term_finite(name: str) -> None:
 
 
 # ---------------------------------------------------------------- IoU
+
+def test_the_hard_iou_is_1_above_one_half() -> None:
+    # IoU 0.5 exactly, 0.6, 1 and 0.
+    boxes = torch.stack([box(0, 0, 5, 10), box(0, 0, 6, 10), box(0, 0, 10, 10), box(20, 0, 30, 9)])
+    assert score("iou_hard", boxes, box(0, 0, 10, 10)).tolist() == [0, 1, 1, 0]
+
 
 def covered(boxes: Tensor) -> Tensor:
     """(n, 4) -> (n, 40, 40) bool: which pixels a whole-numbered box covers."""

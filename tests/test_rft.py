@@ -406,6 +406,12 @@ def test_lambdas_are_the_users() -> None:
     assert first == pytest.approx(math.exp(0.4 * 0.75 + 2 * 0.0625))
 
 
+def test_weights_of_the_hard_iou_by_hand() -> None:
+    """Above 0.5 counts as 1: the groups have hits 0, 4, 0 and 3 of 4."""
+    computed = rft.group_weights(IOUS, step_flags(weight_of="iou_hard"), step=0)
+    assert computed.tolist() == pytest.approx([3.0, 1.0, 3.0, math.exp(1.2 * 0.25 + 0.1875)])
+
+
 def test_shuffled_weights_are_those_of_consistency_dealt_out_anew() -> None:
     plain = rft.group_weights(IOUS, step_flags(weighting="consistency"), step=0)
     orders = set()
