@@ -106,8 +106,10 @@ def flags() -> FlagParser:
     add("--mask-truncated", action="store_true", help="do not learn from truncated rollouts")
     add("--no-std", action="store_true", help="do not divide advantages by their group's std")
     add = parser.add_argument_group("updates").add_argument
-    add("--lr", type=above_zero, default=1e-6,
-        help="peak learning rate: 1e-6 for a 3B model, about 1e-4 for toy/base")
+    add("--lr", nargs="+", action=Values, default=1e-6, metavar=("LR", "WARMUP"),
+        const=(("lr", above_zero, 1), ("warmup", natural, 1)),
+        help="peak learning rate: 1e-6 for a 3B model, about 1e-4 for toy/base; "
+        "default WARMUP: 3%% of the steps")
     add("--updates", type=positive, default=1, help="passes over a step's rollouts")
     add("--minibatches", type=positive, default=1, metavar="M",
         help="optimizer steps per pass; each uses Q / M questions")
@@ -419,7 +421,7 @@ def train_step(
 
     # 4. Accumulate gradients, which FSDP2 sums over processes in each backward pass. Then update()
     #    clips their norm and steps. Old and reference log-probabilities stay for all passes.
-    lr = dist.lr_at(step, args.steps, args.lr)
+    lr = dist.lr_at(step, args.steps, args.lr, args.warmup)
     sums: Counter[str] = Counter()
     for minibatch in minibatches * args.updates:
         for batch in minibatch:

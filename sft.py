@@ -33,7 +33,8 @@ from qwen.processor import Processor, Prompt, frame_by_coords
 from readers.base import Record
 from train import dist, memory
 from train.checkpoints import open_model
-from train.flags import FlagParser, above_zero, add_common_flags, parse, positive, set_steps
+from train.flags import (
+    FlagParser, Values, above_zero, add_common_flags, natural, parse, positive, set_steps)
 from train.run import Run, launch, load_records
 
 
@@ -42,8 +43,10 @@ def flags() -> FlagParser:
     add_common_flags(parser, "sft", init="toy/base", length="1000", every=200)
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=positive, default=16, help="records per step, over all processes")
-    add("--lr", type=above_zero, default=1e-5,
-        help="peak learning rate: 1e-5 for a 3B model, about 1e-3 for toy/base")
+    add("--lr", nargs="+", action=Values, default=1e-5, metavar=("LR", "WARMUP"),
+        const=(("lr", above_zero, 1), ("warmup", natural, 1)),
+        help="peak learning rate: 1e-5 for a 3B model, about 1e-3 for toy/base; "
+        "default WARMUP: 3%% of the steps")
     add("--cot", metavar="FILE",
         help="JSONL of your own reasoning by record id; default: written from the annotations")
     add("--split", default="sft",
@@ -86,7 +89,7 @@ def train_step(
         loss = -logp.sum() / completion_tokens
         loss.backward()
         loss_sum += loss.item()
-    lr = dist.lr_at(step, args.steps, args.lr)
+    lr = dist.lr_at(step, args.steps, args.lr, args.warmup)
     norm = dist.update(model, optimizer, lr)
     tokens = sum(len(e.prompt.input_ids) + len(e.completion) for e in examples)
     tokens = dist.all_reduce(torch.tensor(tokens)).item()

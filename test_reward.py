@@ -165,8 +165,9 @@ def score(name: str, pred: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", TERMS)
 def test_every_term_lies_in_0_and_1_and_is_best_at_the_target(name: str) -> None:
     boxes = torch.minimum(random_boxes(400) * 8, IMAGE.repeat(2))
-    boxes = boxes[reward.has_area(boxes)]
     target = box(104, 56, 176, 120)
+    # Random boxes are misses; the last one is a hit.
+    boxes = torch.cat((boxes[reward.has_area(boxes)], box(100, 60, 180, 116)[None]))
     scores = score(name, boxes, target)
     assert scores.shape == (len(boxes),)
     assert (scores >= 0).all() and (scores <= 1).all() and scores.std() > 0.01
@@ -179,7 +180,7 @@ def test_every_term_lies_in_0_and_1_and_is_best_at_the_target(name: str) -> None
 def test_an_invalid_box_is_worth_nothing_and_poisons_nothing(name: str) -> None:
     target = box(10, 10, 20, 20)
     boxes = torch.tensor([
-        [10.0, 10, 20, 20], NAN_BOX, [12, 12, 22, 22], [10, 10, 20, math.nan]])
+        [10.0, 10, 20, 20], NAN_BOX, [11, 11, 21, 21], [10, 10, 20, math.nan]])
     scores = score(name, boxes, target)
     assert scores[1] == scores[3] == 0
     assert 0 < scores[2] <= scores[0] <= 1

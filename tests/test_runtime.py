@@ -65,6 +65,8 @@ def test_learning_rate_by_hand() -> None:
     assert math.isclose(dist.lr_at(3 + 97 / 2, 100, 1.0), 0.55)
     assert math.isclose(dist.lr_at(99, 100, 1.0), 0.1, abs_tol=1e-3)
     assert dist.lr_at(0, 1, 1.0) == 1.0
+    assert [dist.lr_at(step, 100, 1.0, 10) for step in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+    assert dist.lr_at(0, 100, 1.0, 0) == 1.0
 
 
 # ---------------------------------------------------------------- the device

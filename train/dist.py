@@ -248,9 +248,11 @@ def optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
-def lr_at(step: int, steps: int, peak: float) -> float:
-    """Learning rate of step 0, ..., steps - 1: linear warm-up, then a cosine to peak / 10."""
-    warmup_steps = max(1, round(0.03 * steps))
+def lr_at(step: int, steps: int, peak: float, warmup_steps: int | None = None) -> float:
+    """Learning rate of step 0, ..., steps - 1: linear warm-up (default: 3% of the steps), then a
+    cosine to peak / 10."""
+    if warmup_steps is None:
+        warmup_steps = max(1, round(0.03 * steps))
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     angle = math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)

@@ -17,7 +17,9 @@ FREE_ON_RESUME = (
     "gradient_checkpointing", "deterministic", "plan", "gpus", "memory", "image", "keep",
     "keep_weights")
 # Names in run.json with a value that another flag sets.
-FLAG_OF = {"lora_alpha": "lora", "keep_weights": "keep", "lambdas": "weighting"}
+FLAG_OF = {"lora_alpha": "lora", "keep_weights": "keep", "lambdas": "weighting", "warmup": "lr"}
+# Values of flags that the run.json of earlier versions lacks.
+NEW_FLAGS = {"warmup": None, "weight_of": "iou"}
 # Flags of earlier versions, which run.json may still hold, and the only value that still works.
 REMOVED_FLAGS = {"kl": "k3", "dual_clip": None, "importance_cap": None}
 DEVICE_FLAG = {"choices": ("cuda", "cpu"),
@@ -139,7 +141,8 @@ def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, len
         help="only print the memory per GPU of a run on GPUS GPUs of GIB each; exit status 2 if it "
         "does not fit. Needs no GPU, and no data if the images' WIDTH HEIGHT follow; "
         "default: 1 80")
-    parser.set_defaults(keep_weights=None, lora_alpha=None, gpus=1, memory=80.0, image=None)
+    parser.set_defaults(
+        keep_weights=None, lora_alpha=None, warmup=None, gpus=1, memory=80.0, image=None)
 
 
 def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
@@ -151,7 +154,9 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
         if run["stage"] != stage:
             dist.fail(f"--resume, but {args.out} holds a run of {run['stage']}.py; "
                       f"name the --out of a run of {stage}.py")
+        new_flags = {k: v for k, v in NEW_FLAGS.items() if k in known}
         old_flags = {k: v for k, v in run["flags"].items() if k not in ("out", "resume", "workers")}
+        old_flags = new_flags | old_flags
         parser.set_defaults(**{k: v for k, v in old_flags.items() if k in known})
         args = parser.parse_args()
         for name in {*known, *old_flags} - {*FREE_ON_RESUME}:
