@@ -566,7 +566,7 @@ class QwenVL(nn.Module):
 
         Each prompt and image is computed once for its whole group."""
         x, positions, prompt_lengths, first_positions, deepstack = self.pack(prompts)
-        lengths = [[len(completion) for completion in group] for group in completions]
+        lengths = [list(map(len, group)) for group in completions]
         fed_lengths, prefix, fed_positions, rows = completion_layout(
             prompt_lengths, first_positions, lengths)
         flat = [c.to(self.device) for c in itertools.chain.from_iterable(completions)]

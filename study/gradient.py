@@ -44,7 +44,9 @@ TARGET = "mean IoU"
 def variants(groups: Sequence[rft.Group], args: argparse.Namespace) -> dict[str, Tensor]:
     """Name of a reward or weighting -> advantages times the weight of their group, (Q, G)."""
     divide = not args.no_std
-    terms = {name: torch.stack([g.terms[name] for g in groups]) for name in groups[0].terms}
+    terms = {}
+    for name in groups[0].terms:
+        terms[name] = torch.stack([g.terms[name] for g in groups])
     total = torch.stack([g.reward for g in groups])                # (Q, G)
     rewards = {"total": total}
     for name, weight in args.reward.items():
@@ -161,7 +163,9 @@ def main() -> None:
     if not any(g.any() for g in flat["total"]):
         fail(f"{args.init}: all answers of each group were rewarded alike, so there is no "
              "gradient; train it longer first")
-    words = [f"{name} {sum(mean[name] for mean in means) / len(means):.3f}" for name in means[0]]
+    words = []
+    for name in means[0]:
+        words.append(f"{name} {sum(mean[name] for mean in means) / len(means):.3f}")
     print(f"{args.init}, {args.data}, T={args.temperature:g}, {args.batches} batches of "
           f"{args.prompts} x {args.group} rollouts: {', '.join(words)}\n")
     print(table({name: torch.stack(parts) for name, parts in flat.items()}))

@@ -199,9 +199,12 @@ def plan(args: argparse.Namespace, step: Step, gpus: int, longest: Prompt,
     adapters = bool(lora.adapted(model))
     reference = bool(getattr(args, "beta", 0))
     modules = (model, *model.model.layers, *model.visual.blocks)
-    total, *layers = [sum(p.numel() for p in m.parameters()) for m in modules]
-    trained, *trained_layers = [
-        sum(p.numel() for p in m.parameters() if p.requires_grad) for m in modules]
+    counts, trained_counts = [], []
+    for module in modules:
+        counts.append(sum(p.numel() for p in module.parameters()))
+        trained_counts.append(sum(p.numel() for p in module.parameters() if p.requires_grad))
+    total, *layers = counts
+    trained, *trained_layers = trained_counts
     always = {
         "trained weights, float32": 4 * trained / gpus,
         # Under adapters the base is stored in the compute dtype.
