@@ -6,6 +6,7 @@ It passes each annotation unchanged to a Collector, and raises NoSplit if the sp
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,19 @@ def read_json(file: Path) -> Any:
         return json.loads(read_text(file)) if file.exists() else None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: unreadable ({error})") from None
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a run's log, a line each; none if there is no file."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    objects = []
+    for line in text.split("\n"):
+        # The last line is incomplete while a run is writing it.
+        with suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                objects.append(value)
+    return objects
 
 
 def read_json_lines(file: str | Path) -> Iterator[tuple[int, dict[str, Any] | None]]:

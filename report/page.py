@@ -5,15 +5,13 @@ It has no script, makes no request and stays under 5 MB. `safe` escapes all fore
 import base64
 import html
 import io
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import open_image
-from readers.base import Record, in_words
+from readers.base import Record, in_words, read_log
 from report.pictures import curve, draw_boxes, draw_rollouts, spread
 
 PICTURES = 200                    # pictures on a page, at most
@@ -64,7 +62,8 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
     by_id = {record.id: record for record in records}
     groups: dict[str, Sequence[tuple[Row, Record]]] = {}
     for name, folder in stages:
-        pairs = [(line, by_id.get(line.get("id"))) for line in log_lines(folder / "rollouts.jsonl")]
+        rollouts = read_log(folder / "rollouts.jsonl")
+        pairs = [(line, by_id.get(line.get("id"))) for line in rollouts]
         # Another data set may have the same id, with another expression.
         known = [(line, r) for line, r in pairs if r and r.text == line.get("expression")]
         groups[name] = spread(known, GROUPS)
@@ -180,20 +179,9 @@ def score_section(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     return section + html_table(head, differences, "Second minus first, the same images")
 
 
-def log_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a JSONL file; none if the file is missing."""
-    if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                # The last line is incomplete while a run is writing it.
-                with suppress(ValueError):
-                    if isinstance(value := json.loads(line), dict):
-                        yield value
-
-
 def training_section(name: str, folder: Path, groups: Sequence[tuple[Row, Record]]) -> str:
     """A run's curves and some of its groups of rollouts; "" without logs."""
-    lines = list(log_lines(folder / "metrics.jsonl"))
+    lines = read_log(folder / "metrics.jsonl")
     # Every term of the reward has a key NAME_group_std next to its own.
     deviations = dict.fromkeys(k for line in lines for k in line if k.endswith("_group_std"))
     rewards = [key.removesuffix("_group_std") for key in deviations]
@@ -201,9 +189,11 @@ def training_section(name: str, folder: Path, groups: Sequence[tuple[Row, Record
     for keys in (rewards, deviations, *CURVES):
         series = []
         for key in keys:
-            pairs = [(line.get("step"), line.get(key)) for line in lines]
-            points = [pair for pair in pairs
-                      if all(type(v) in (int, float) and math.isfinite(v) for v in pair)]
+            points = []
+            for line in lines:
+                point = (line.get("step"), line.get(key))
+                if all(type(v) in (int, float) and math.isfinite(v) for v in point):
+                    points.append(point)
             series.append((safe(key), points))
         curves += curve(series)
     for line, record in groups:

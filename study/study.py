@@ -28,9 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reward  # noqa: E402
 from data import load  # noqa: E402
 from qwen.hub import by_number  # noqa: E402
-from readers.base import Record, read_json  # noqa: E402
+from readers.base import Record, read_json, read_log  # noqa: E402
 from report import metrics  # noqa: E402
-from report.page import log_lines  # noqa: E402
 from report.predictions import read_predictions, strict_boxes  # noqa: E402
 from rft import advantages  # noqa: E402
 from study.ablate import ARMS, REGIMES, TABLES, Table  # noqa: E402
@@ -253,8 +252,10 @@ def kind_table(regime: Path, arms: Sequence[str], split: str) -> str:
     names = sorted({name for kinds in scores.values() for kind in kinds for name in kind})
     rows = []
     for arm, kinds in scores.items():
-        cells = [mean_text([kind[name]["mIoU"] for kind in kinds]) for name in names]
-        rows.append([ARMS[arm].title, *cells])
+        cells = [ARMS[arm].title]
+        for name in names:
+            cells.append(mean_text([kind[name]["mIoU"] for kind in kinds]))
+        rows.append(cells)
     return markdown(["mIoU by kind", *names], rows)
 
 
@@ -268,7 +269,7 @@ def training_table(regime: Path, arms: Sequence[str]) -> str:
     terms: dict[str, None] = {}
     for arm in arms:
         for seed in sorted(regime.iterdir(), key=by_number):
-            log = list(log_lines(seed / arm / "metrics.jsonl"))
+            log = read_log(seed / arm / "metrics.jsonl")
             if (seed / arm / "done").exists() and log and "dispersion" in log[0]:
                 logs.setdefault(arm, []).append(log)
                 for key in log[0]:
@@ -284,8 +285,8 @@ def training_table(regime: Path, arms: Sequence[str]) -> str:
             ends = []
             for log in seeds:
                 tenth = max(1, len(log) // 10)
-                ends.append([np.mean([step[key] for step in part])
-                             for part in (log[:tenth], log[-tenth:])])
+                values = [step[key] for step in log]
+                ends.append([np.mean(values[:tenth]), np.mean(values[-tenth:])])
             cells.append("{:.3f} → {:.3f}".format(*np.mean(ends, 0)))
         rows.append(cells)
     return markdown(["first → last tenth of the steps", *terms, *TRAINED], rows)
@@ -329,12 +330,14 @@ def positional_share(rewards: dict[str, Tensor], weights: dict[str, float], divi
 
 def logged_share(arm: Path) -> float | None:
     """`positional_share` of a whole run, None if it logged no rollouts."""
-    lines = list(log_lines(arm / "rollouts.jsonl"))
+    lines = read_log(arm / "rollouts.jsonl")
     run = read_json(arm / "latest" / "run.json")
     if not lines or not run:
         return None
     weights = {name: weight for name, weight in run["flags"]["reward"].items() if weight}
-    rewards = {name: torch.tensor([line[name] for line in lines]) for name in weights}
+    rewards = {}
+    for name in weights:
+        rewards[name] = torch.tensor([line[name] for line in lines])
     return positional_share(rewards, weights, not run["flags"]["no_std"])
 
 
@@ -347,11 +350,15 @@ def map_row(regime: Path, split: str, seeds: Sequence[Path]) -> tuple[list[objec
     for boxes in sft.boxes.tolist():
         for record, box in zip(records, boxes):
             misses[kind_of_miss(record, None if box[0] != box[0] else box)] += 1
-    logs = [list(log_lines(seed / "positional" / "metrics.jsonl")) for seed in seeds]
+    logs = [read_log(seed / "positional" / "metrics.jsonl") for seed in seeds]
 
     def logged_mean(key: str) -> str:
-        known = [[step[key] for step in log if key in step] for log in logs]
-        return mean_text([sum(values) / len(values) for values in known if values])
+        means = []
+        for log in logs:
+            values = [step[key] for step in log if key in step]
+            if values:
+                means.append(sum(values) / len(values))
+        return mean_text(means)
 
     # Side of a box (root of its area) over the target's, as a logarithm, if the box touches it:
     # the mean of the kernel within a box favours boxes a little smaller than the target.
@@ -457,7 +464,7 @@ def draw(groups: Sequence[tuple[str, Sequence[tuple[str, Effect]]]], path: Path)
 
 
 def main() -> None:
-    parser = FlagParser("Tables and figure of a study that ablate.sh ran")
+    parser = FlagParser(description="Tables and figure of a study that ablate.sh ran")
     parser.add_argument("study", nargs="?", default="ckpt/study", help="its folder")
     study = Path(parser.parse_args().study)
     scores = sorted(study.glob("*/*/*/eval_*/eval.json"))
