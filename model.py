@@ -549,7 +549,6 @@ class QwenVL(nn.Module):
 
     def decode(self, tokens: Tensor, position: Tensor, cache: Cache) -> Tensor:
         """Each rollout's newest token (R,), and its position (R,) -> logits (R, V) of the next."""
-        cache.admit()
         x = self.model.embed_tokens(tokens)
         return self.lm_head(self.model(x, position.expand(3, -1), cache))
 

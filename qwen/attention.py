@@ -218,13 +218,6 @@ class Cache:
         self.place = torch.full((1,), -1, device=device)
         self.block = CPU_BLOCK if device.type == "cpu" else max_tokens
 
-    def admit(self) -> None:
-        """Counts one more token of every rollout, before the first layer writes it."""
-        P = self.prompt_k[0].shape[2]
-        self.filled += 1
-        self.place += 1
-        self.unseen.index_fill_(3, self.place + P, False)
-
     def select(self, questions: Tensor, rollouts: Tensor) -> None:
         """Keeps the questions (Q',) and rollouts (Q' * G',) with these indices."""
         _, KV, G, _, _ = self.completion_k[0].shape
@@ -244,6 +237,10 @@ class Cache:
         """One new token per rollout: q (R, H, hd), k and v (R, KV, hd) -> (R, H, hd)."""
         Q, KV, G, room, hd = self.completion_k[layer].shape
         P = self.prompt_k[layer].shape[2]
+        if layer == 0:                          # one more token of every rollout
+            self.filled += 1
+            self.place += 1
+            self.unseen.index_fill_(3, self.place + P, False)
         blocks = -(-self.filled // self.block)
         T = min(blocks * self.block, room)      # tokens of a rollout that this step reads
 
