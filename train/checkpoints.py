@@ -42,7 +42,7 @@ def open_model(
         folder: Path, device: torch.device | None = None,
         max_pixels: int | None = None) -> tuple[QwenVL, Processor]:
     """With a device: on it, in the dtype for its passes. Without: as stored, on the CPU."""
-    dtype = None if device is None else dist.compute_dtype(device)
+    dtype = None if device is None else dist.COMPUTE_DTYPES[device.type]
     model = QwenVL.from_pretrained(folder, dtype, device or "cpu")
     processor = Processor.from_pretrained(folder, max_pixels=max_pixels)
     processor.check_fits(model.config)

@@ -28,10 +28,12 @@ GROUP_TIMEOUT = timedelta(seconds=2 * STUCK_AFTER)
 # In --micro-tokens, a patch of a trained vision tower counts as this many tokens: the backward
 # pass of the 3B model needs 2.02 MB per patch and 4.68 MB per token.
 PATCH_TOKENS = 0.43
+# bfloat16 is slower than float32 on a CPU.
+COMPUTE_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 # Linux lists NVIDIA GPUs as /dev/nvidia0 ..., and the version of their driver in a file.
 GPU_FILES = Path("/dev")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-# Key-value store of all processes, alive before and after the process group.
+# Key-value store of all processes, which run.launch opens before the process group.
 STORE: dist.Store | None = None
 
 
@@ -48,12 +50,6 @@ def fail(message: object) -> NoReturn:
     if first_to_fail():
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def open_store() -> None:
-    global STORE
-    if world() > 1:
-        STORE, _, _ = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
 
 
 def first_to_fail() -> bool:
@@ -169,10 +165,6 @@ def check_writable(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def prepare(
         model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
     """Makes a loaded model ready for training: float32, on the device, sharded by layers.
@@ -181,7 +173,7 @@ def prepare(
     """
     if not dist.is_initialized():
         return model.float().to(device)
-    dtype = dtype or compute_dtype(device)
+    dtype = dtype or COMPUTE_DTYPES[device.type]
     policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(device.type, (world(),))
     # The frozen base of adapters is never saved, so it can be in the dtype of passes. (FSDP2 asks

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from data import load, refusal_summary
 from qwen.hub import CheckpointError
 from qwen.processor import prompt_hash
-from readers.base import MOST_UNREADABLE, DataError, Record, Records, UnreadableImage
+from readers.base import (
+    MOST_UNREADABLE, DataError, Record, Records, UnreadableImage, read_log)
 from train import checkpoints, dist
 from train.ahead import ahead
 
@@ -79,7 +80,9 @@ def launch(main: Callable[[], None], catch_signals: bool = False) -> NoReturn:
     status = 0
     try:
         try:
-            dist.open_store()
+            if dist.world() > 1:
+                dist.STORE, _, _ = next(torch.distributed.rendezvous(
+                    "env://", timeout=dist.GROUP_TIMEOUT))
             main()
         except (DataError, CheckpointError) as error:
             dist.fail(error)
@@ -338,12 +341,6 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
     if dist.rank() == 0:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; [] if there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
-    return [json.loads(line) for line in lines]
 
 
 def cut_log(path: Path, step: int) -> None:
