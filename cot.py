@@ -43,7 +43,8 @@ from report.pictures import draw_boxes
 from tools.check_data import save_sheet
 from tools.teacher import COORDINATES, PLAIN_NUMBER, check_teacher_flags, run_teacher
 from train.dist import check_writable
-from train.flags import DEVICE_FLAG, FlagParser, above_zero, not_negative, positive
+from train.flags import (
+    DEVICE_FLAG, FlagParser, above_zero, add_reading_flags, not_negative, positive)
 from train.run import launch
 
 REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"),
@@ -226,14 +227,14 @@ def writer(records: Sequence[Record], file: str | Path | None = None,
         think, teacher_frame = given
         if teacher_frame is None or teacher_frame.extent == frame.extent:
             return write(think, box_text)
-
-        def convert(match: re.Match) -> str:
-            """A point or box, in whole numbers of the student's frame."""
+        # Points and boxes become whole numbers of the student's frame. The last one comes first,
+        # so that the places of the others stay.
+        for match in reversed([*COORDINATES.finditer(think)]):
             numbers = [float(number) for number in re.findall(PLAIN_NUMBER, match[0])]
             numbers = frame.to_model(teacher_frame.to_image(numbers))
-            return re.sub(PLAIN_NUMBER, "{}", match[0]).format(*map(round, numbers))
-
-        return write(COORDINATES.sub(convert, think), box_text)
+            converted = re.sub(PLAIN_NUMBER, "{}", match[0]).format(*map(round, numbers))
+            think = think[:match.start()] + converted + think[match.end():]
+        return write(think, box_text)
 
     return write_completion
 
@@ -277,12 +278,13 @@ def load_reasoning(
 
 
 def flags() -> FlagParser:
-    parser = FlagParser("Shows the reasoning that sft.py trains on, or has a teacher write it")
+    parser = FlagParser(
+        description="Shows the reasoning that sft.py trains on, or has a teacher write it")
     add = parser.add_argument
     add("name", help="data set")
     add("--root", help="its folder; default data/<name>")
     add("--split", default="sft", help="split")
-    data.add_reading_flags(add, "--data-coords")
+    add_reading_flags(add, "--data-coords")
     add("--init", metavar="CKPT",
         help="checkpoint that sets the coordinates, as in sft.py (default: image pixels); with "
         "--coords resized, one that resizes images as the teacher does")

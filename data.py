@@ -15,7 +15,6 @@ line in READERS below. Its function reads the splits that the files have; `read_
                           row.get("box"))                      # None: a counted refusal
         return collector.records
 """
-import argparse
 import functools
 import math
 import re
@@ -33,7 +32,7 @@ from PIL import Image
 import reward
 from readers import collect, dior, geopix, images, jsonl, refgeo, rrsisd, rsvg_hr, vrsbench
 from readers.base import (
-    COORDS, DataError, NoSplit, Record, Records, Stretch, UnreadableImage, in_words, sha256)
+    DataError, NoSplit, Record, Records, Stretch, UnreadableImage, in_words, sha256)
 
 # Two boxes in an image belong to the same object if their IoU is at least this.
 SAME_BOX = 0.9
@@ -226,25 +225,6 @@ def find_shared(
         in_image = "image" if len(trained) else None
         shared.append("record" if (iou >= SAME_BOX).any() else in_image)
     return shared
-
-
-class StretchFlag(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        low, high = values
-        if not 0 <= low < high <= 100:
-            raise argparse.ArgumentError(
-                self, f"{low:g} {high:g} are not two percentiles, the lower one first")
-        setattr(namespace, self.dest, [low, high])
-
-
-def add_reading_flags(add: Callable[..., argparse.Action], coords: str = "--coords") -> None:
-    """add: a parser's add_argument. coords: another name for --coords."""
-    add(coords, choices=list(COORDS),
-        help="unit of the boxes, if the data set leaves it open: fractions or thousandths of the "
-        "image's sides, or pixels (the default)")
-    add("--stretch", type=float, nargs=2, action=StretchFlag, metavar=("LOW", "HIGH"),
-        help="percentiles of each band that become black and white in 16-bit or float images, as "
-        "in 2 98; else these are refused")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from train import dist, memory
 from train.ahead import ahead
 from train.checkpoints import open_model
 from train.dist import check_writable, fail, gather_lists, gathered, rank, world
-from train.flags import DEVICE_FLAG, FlagParser, not_negative, positive
+from train.flags import DEVICE_FLAG, FlagParser, add_reading_flags, not_negative, positive
 from train.run import launch
 
 INCLUSIVE = ("opt",)              # data sets that count IoU >= t
@@ -55,7 +55,8 @@ load_once = functools.cache(data.load)           # stages may share training dat
 
 
 def flags() -> FlagParser:
-    parser = FlagParser("Scores every stage in a folder, or predictions: a table, and a report.")
+    parser = FlagParser(
+        description="Scores every stage in a folder, or predictions: a table, and a report.")
     add = parser.add_argument
     add("ckpt", nargs="?", help="folder of a checkpoint, of a stage, or of several stages")
     add("--data", help="data set; default: the one recorded in the checkpoint, else synth")
@@ -79,7 +80,7 @@ def flags() -> FlagParser:
         "predicted boxes and of texts without a frame: pixels of the original image, pixels of it "
         "as CKPT's processor resizes it, 1000ths or fractions of its sides; else as --data-coords")
     # Without these flags, those that the checkpoint was trained with are used.
-    data.add_reading_flags(add, "--data-coords")
+    add_reading_flags(add, "--data-coords")
     add("--seed", type=int, default=0, help="of sampling")
     add("--device", **DEVICE_FLAG)
     return parser

@@ -60,29 +60,28 @@ RESERVED = set("""
     id expression target boxes texts""".split())
 
 
-class NamedWeights(argparse.Action):
-    """--reward NAME=WEIGHT ... -> dict in a fixed order: sums must not depend on the user's."""
-
-    def __call__(self, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
-        names = (*reward.TERMS, "format")
-        weights: dict[str, float] = {}
-        for text in values:
-            name, _, weight = text.partition("=")
-            if name not in names:
-                raise argparse.ArgumentError(
-                    self, f"{text}: no term is called {name!r}; there are {', '.join(names)}")
-            if name in weights:
-                raise argparse.ArgumentError(self, f"{text}: {name} is given twice")
-            try:
-                weights[name] = moderate(weight)
-            except argparse.ArgumentTypeError:
-                raise argparse.ArgumentError(
-                    self, f"{text} is not NAME=WEIGHT with a finite number") from None
-        setattr(namespace, self.dest, {name: weights[name] for name in names if name in weights})
+def named_weights(*texts: str) -> dict[str, float]:
+    """"NAME=WEIGHT" each -> dict in a fixed order: sums must not depend on the user's."""
+    names = (*reward.TERMS, "format")
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, _, weight = text.partition("=")
+        if name not in names:
+            raise argparse.ArgumentTypeError(
+                f"{text}: no term is called {name!r}; there are {', '.join(names)}")
+        if name in weights:
+            raise argparse.ArgumentTypeError(f"{text}: {name} is given twice")
+        try:
+            weights[name] = moderate(weight)
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(
+                f"{text} is not NAME=WEIGHT with a finite number") from None
+    return {name: weights[name] for name in names if name in weights}
 
 
 def flags() -> FlagParser:
-    parser = FlagParser("GRPO with a positional reward and consistency-weighted updates (stage 2)")
+    parser = FlagParser(
+        description="GRPO with a positional reward and consistency-weighted updates (stage 2)")
     add_common_flags(parser, "rft", init="ckpt/sft", length="0.4 epochs", every=50)
     add = parser.add_argument_group("rollouts").add_argument
     add("--prompts", type=positive, default=8, help="questions Q per step, over all processes")
@@ -114,15 +113,16 @@ def flags() -> FlagParser:
     add("--minibatches", type=positive, default=1, metavar="M",
         help="optimizer steps per pass; each uses Q / M questions")
     add = parser.add_argument_group("reward").add_argument
-    add("--reward", nargs="+", action=NamedWeights, default=dict(reward.DEFAULT_REWARD),
-        metavar="NAME=WEIGHT",
+    add("--reward", nargs="+", action=Values, default=dict(reward.DEFAULT_REWARD),
+        metavar="NAME=WEIGHT", const=[("reward", named_weights, None)],
         help=f"terms and their weights: {', '.join(reward.TERMS)}, format; a term of weight 0 is "
         f"only logged; default: {as_typed(reward.DEFAULT_REWARD)}")
     add("--alpha", type=above_zero, default=2.5,
         help="std of the positional term's kernel, in halves of the true box's sides")
     add("--weighting", nargs="+", action=Values, default="consistency",
         metavar=("NAME", "MEAN VARIANCE"),
-        const=(("weighting", WEIGHTINGS, 1), ("lambdas", moderate, 2)),
+        const=(("weighting", WEIGHTINGS, 1),
+               ("lambdas", lambda mean, variance: [moderate(mean), moderate(variance)], 2)),
         help="weight of a group's loss. consistency: exp(MEAN (1 - mean IoU) + VARIANCE (variance "
         "of IoU)), clipped to 0.5 .. 3; mean, variance: only that part; off: 1; shuffled: the "
         "consistency weights dealt at random, a control; default: consistency 1.2 1")
@@ -425,7 +425,9 @@ def train_step(
     sums: Counter[str] = Counter()
     for minibatch in minibatches * args.updates:
         for batch in minibatch:
-            logp, entropy = score(policy.model, batch, args)
+            prompts = [group.prompt for group in batch.groups]
+            completions = [group.completions for group in batch.groups]
+            logp, entropy = policy.model.score(prompts, completions, args.temperature)
             if batch.old_logp is None:
                 # The first scoring sets what ratio and KL compare with. With one optimizer step the
                 # old policy is the one that is scored, so the ratio is 1; sampled log-probabilities
@@ -437,7 +439,8 @@ def train_step(
                 batch.old_logp = sampled_logp if several else logp.detach()
                 if policy.reference is not None:
                     with torch.no_grad(), lora.reference(policy.reference):
-                        batch.ref_logp, _ = score(policy.reference, batch, args)
+                        batch.ref_logp, _ = policy.reference.score(
+                            prompts, completions, args.temperature)
             advantage_, weight_ = batch.advantage.to(logp.device), batch.weight.to(logp.device)
             loss, batch_sums = policy_loss(
                 logp, batch.old_logp, batch.ref_logp, advantage_, weight_, batch.n_tokens,
@@ -471,7 +474,7 @@ def cut(
     weight = weight[:, None].expand_as(advantage)                                      # (Q, G)
     if args.mask_truncated:
         weight = weight.masked_fill(torch.stack([g.truncated for g in groups]), 0.0)
-    lengths = torch.tensor([[len(c) for c in group.completions] for group in groups])  # (Q, G)
+    lengths = torch.tensor([list(map(len, group.completions)) for group in groups])   # (Q, G)
     counted = lengths.masked_fill(weight == 0, 0)
     costs = [dist.memory_tokens(model, group.prompt, int(n))
              for group, n in zip(groups, lengths.sum(1))]
@@ -488,12 +491,6 @@ def cut(
                 weight[s].flatten().repeat_interleave(n), max(1, n_tokens)))
         minibatches.append(minibatch)
     return minibatches
-
-
-def score(model: QwenVL, batch: MicroBatch, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (tokens,) of a micro-batch's completions."""
-    prompts = [group.prompt for group in batch.groups]
-    return model.score(prompts, [group.completions for group in batch.groups], args.temperature)
 
 
 # ---------------------------------------------------------------- the log
@@ -630,7 +627,7 @@ def open_policy(
         reference, _ = open_model(init)
         # As for the trained model (lora.fit): merge in the stored dtype, then cast.
         lora.merge(reference)
-        reference = reference.to(device, dist.compute_dtype(device)).requires_grad_(False)
+        reference = reference.to(device, dist.COMPUTE_DTYPES[device.type]).requires_grad_(False)
     lora.choose_trained(model, args.freeze_vision, args.gradient_checkpointing)
     model = dist.prepare(model, device)
     return Policy(model, processor, dist.optimizer(model, args.lr), reference)

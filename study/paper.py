@@ -42,7 +42,7 @@ def table(tables: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    parser = FlagParser("The table of a run of study/paper.sh")
+    parser = FlagParser(description="The table of a run of study/paper.sh")
     parser.add_argument("out", help="its folder")
     out = Path(parser.parse_args().out)
     tables = read_rows(out)

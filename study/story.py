@@ -64,7 +64,7 @@ def table(
 
 
 def main() -> None:
-    parser = FlagParser("The table, picture and comparison of a run of speedrun.sh")
+    parser = FlagParser(description="The table, picture and comparison of a run of speedrun.sh")
     parser.add_argument("ckpt", nargs="?", default="ckpt", help="its folder")
     ckpt = Path(parser.parse_args().ckpt)
     contents = []

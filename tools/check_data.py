@@ -14,15 +14,15 @@ from tqdm import tqdm
 import data
 from readers.base import MOST_UNREADABLE, SPLITS, DataError, NoSplit, Record, Records
 from report.pictures import contact_sheet, draw_boxes
-from train.flags import FlagParser
+from train.flags import FlagParser, add_reading_flags
 from train.run import launch
 
 
 def main() -> None:
     parser = FlagParser(
-        "Checks a data set: counts next to the published ones, refused and repaired records, sizes "
-        "of the boxes, images that splits share or that can't be decoded, a contact sheet. With "
-        "several: records that are trained on in one and scored in another")
+        description="Checks a data set: counts next to the published ones, refused and repaired "
+        "records, sizes of the boxes, images that splits share or that can't be decoded, a contact "
+        "sheet. With several: records that are trained on in one and scored in another")
     add = parser.add_argument
     add("names", nargs="+", metavar="name",
         help=f"one of {', '.join(data.READERS)}, or a mixture like dior+vrsbench:0.5")
@@ -30,7 +30,7 @@ def main() -> None:
         "folder that holds theirs, default data")
     add("--split", nargs="+", help="default: those of train, val, test that exist; for several "
         "data sets rft, val, test, where rft is train without what is held out as val")
-    data.add_reading_flags(add)
+    add_reading_flags(add)
     add("--places", type=int, default=20, help="places listed for each reason; 0: all")
     add("--show", type=int, default=12, help="records of one data set on its contact sheet")
     add("--out", default="data_check.png", help="file of the contact sheet")

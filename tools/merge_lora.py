@@ -13,7 +13,7 @@ from train.run import launch
 
 
 def main() -> None:
-    parser = FlagParser("Full weights from an adapter and the base that it names")
+    parser = FlagParser(description="Full weights from an adapter and the base that it names")
     parser.add_argument("ckpt", help="folder of an adapter, or of a stage that trained one")
     parser.add_argument("out", help="folder for the whole checkpoint, in hub layout")
     parser.add_argument(

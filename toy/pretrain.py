@@ -757,7 +757,7 @@ def count_parameters(model: QwenVL) -> int:
 
 
 def flags() -> FlagParser:
-    parser = FlagParser("Trains the small base on the embedded world from scratch")
+    parser = FlagParser(description="Trains the small base on the embedded world from scratch")
     add = parser.add_argument
     add("--out", default="ckpt/base", help="folder of the base")
     add("--resume", action="store_true", help="resume the run in --out")

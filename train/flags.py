@@ -4,10 +4,11 @@ import json
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data import add_reading_flags
+from readers.base import COORDS
 from train import dist
 from train.checkpoints import read_run
 
@@ -26,68 +27,88 @@ DEVICE_FLAG = {"choices": ("cuda", "cpu"),
                "help": "where to compute; default: cuda if torch can use it"}
 
 
-class FlagHelp(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with defaults, except for flags that are off or describe their default."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        described = action.default in (None, False) or isinstance(action.default, dict)
-        return action.help if described else super()._get_help_string(action)
-
-
 class FlagParser(argparse.ArgumentParser):
     """Reports a wrong flag in one line, with exit status 2."""
 
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=FlagHelp)
+    def format_help(self) -> str:
+        """With defaults, except for flags that are off or describe their default."""
+        for action in self._actions:
+            described = action.default in (None, False, argparse.SUPPRESS)
+            described = described or isinstance(action.default, dict)
+            if action.help and not described and "%(default)" not in action.help:
+                action.help += " (default: %(default)s)"
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         dist.fail(f"{message}; {self.prog} --help explains every flag")
 
 
-def number(kind: type, in_range: Callable[[Any], bool], words: str) -> Callable[[str], Any]:
-    """The type of a numeric flag; refuses other values as "... is not `words`"."""
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not in_range(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {words}")
-        return value
-    return convert
+def number(kind: type, in_range: Callable[[Any], bool], words: str, text: str) -> Any:
+    """A numeric flag's value; refuses others as "... is not `words`"."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not in_range(value):
+        raise argparse.ArgumentTypeError(f"{text} is not {words}")
+    return value
 
 
 # Seeds are multiplied by a million, and the product must fit in 64 bits.
 MOST = 2 ** 31
-positive = number(int, lambda v: 0 < v < MOST, f"a whole number from 1 to {MOST - 1}")
-natural = number(int, lambda v: 0 <= v < MOST, f"a whole number from 0 to {MOST - 1}")
-above_zero = number(float, lambda v: 1e-12 <= v <= 1e38, "a number from 1e-12 to 1e38")
-not_negative = number(float, lambda v: 0 <= v <= 1e6, "a number from 0 to 1e6")
-moderate = number(float, lambda v: abs(v) <= 1e6, "a number between -1e6 and 1e6")
+positive = partial(number, int, lambda v: 0 < v < MOST, f"a whole number from 1 to {MOST - 1}")
+natural = partial(number, int, lambda v: 0 <= v < MOST, f"a whole number from 0 to {MOST - 1}")
+above_zero = partial(
+    number, float, lambda v: 1e-12 <= v <= 1e38, "a number from 1e-12 to 1e38")
+not_negative = partial(number, float, lambda v: 0 <= v <= 1e6, "a number from 0 to 1e6")
+moderate = partial(number, float, lambda v: abs(v) <= 1e6, "a number between -1e6 and 1e6")
 
 
 class Values(argparse.Action):
     """A flag with several values, each stored under its own name; the last may be left out.
 
-    const: their (name, type or tuple of choices, count of values) in order.
+    const: for each name in order (name, function of its values or tuple of choices, number of
+    values or None for all that are left).
     """
 
     def __call__(self, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
         setattr(namespace, self.dest, True)
         for name, kind, count in self.const:
-            part, values = values[:count], values[count:]
-            if len(part) not in (0, count):
+            part = values[:count]
+            values = values[len(part):]
+            if not part:
+                continue
+            if count and len(part) < count:
                 raise argparse.ArgumentError(self, f"{' '.join(part)}: {count} values belong here")
             try:
-                if isinstance(kind, tuple) and not set(part) <= set(kind):
+                if not isinstance(kind, tuple):
+                    setattr(namespace, name, kind(*part))
+                elif part[0] in kind:
+                    setattr(namespace, name, part[0])
+                else:
                     raise argparse.ArgumentTypeError(f"{part[0]} is not one of {', '.join(kind)}")
-                converted = part if isinstance(kind, tuple) else [kind(text) for text in part]
             except argparse.ArgumentTypeError as error:
                 raise argparse.ArgumentError(self, str(error)) from None
-            if converted:
-                setattr(namespace, name, converted if count > 1 else converted[0])
         if values:
             raise argparse.ArgumentError(self, f"{' '.join(values)}: too many values")
+
+
+def percentiles(low: float, high: float) -> list[float]:
+    if not 0 <= low < high <= 100:
+        raise argparse.ArgumentTypeError(
+            f"{low:g} {high:g} are not two percentiles, the lower one first")
+    return [low, high]
+
+
+def add_reading_flags(add: Callable[..., argparse.Action], coords: str = "--coords") -> None:
+    """add: a parser's add_argument. coords: another name for --coords."""
+    add(coords, choices=list(COORDS),
+        help="unit of the boxes, if the data set leaves it open: fractions or thousandths of the "
+        "image's sides, or pixels (the default)")
+    add("--stretch", type=float, nargs=2, action=Values, metavar=("LOW", "HIGH"),
+        const=[("stretch", percentiles, 2)],
+        help="percentiles of each band that become black and white in 16-bit or float images, as "
+        "in 2 98; else these are refused")
 
 
 def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, length: str,
@@ -137,7 +158,8 @@ def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, len
     add("--lora-vision", action="store_true", help="adapters in the vision tower too")
     add = parser.add_argument_group("plan").add_argument
     add("--plan", nargs="*", action=Values, default=False, metavar=("GPUS", "GIB"),
-        const=(("gpus", positive, 1), ("memory", above_zero, 1), ("image", positive, 2)),
+        const=(("gpus", positive, 1), ("memory", above_zero, 1),
+               ("image", lambda width, height: [positive(width), positive(height)], 2)),
         help="only print the memory per GPU of a run on GPUS GPUs of GIB each; exit status 2 if it "
         "does not fit. Needs no GPU, and no data if the images' WIDTH HEIGHT follow; "
         "default: 1 80")
