@@ -39,7 +39,8 @@ from train.run import Run, launch, load_records
 
 
 def flags() -> FlagParser:
-    parser = FlagParser("Supervised fine-tuning on spatial reasoning that ends in a box (stage 1)")
+    parser = FlagParser(
+        description="Supervised fine-tuning on spatial reasoning that ends in a box (stage 1)")
     add_common_flags(parser, "sft", init="toy/base", length="1000", every=200)
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=positive, default=16, help="records per step, over all processes")
@@ -145,11 +146,8 @@ def main() -> None:
     optimizer = dist.optimizer(model, args.lr)
     run.begin(model, optimizer, processor)
     memory.try_out(model, optimizer, None, processor, records, val, args, step_of_run)
-
-    def example(record: Record) -> Example:
-        return make_example(record, processor, write_completion)
-
-    for step, batch in run.steps(example, args.batch):
+    for step, batch in run.steps(
+            lambda record: make_example(record, processor, write_completion), args.batch):
         line = train_step(model, optimizer, batch.inputs, args, step)
         if run.due(step):
             line |= evaluation.validate(model, processor, val, args)
