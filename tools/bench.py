@@ -110,16 +110,6 @@ def random_prompt(model: QwenVL, side: int, text: int = TEXT) -> Prompt:
     return Prompt(ids, pixels, torch.tensor([[1, 2 * n, 2 * n]]), None)
 
 
-def clock(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that work() takes, until the device is done."""
-    synchronize = torch.get_device_module(device).synchronize
-    synchronize()
-    started = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - started
-
-
 @dataclass
 class Bench:
     """Both models with the same weights, the same inputs for both, and the table of rows."""
@@ -214,8 +204,17 @@ class Bench:
         """Times ours() and theirs() in turn, after a warm-up of each. The rest: see `add`."""
         for model in filter(None, (self.ours, self.theirs)):
             model.zero_grad(set_to_none=True)
-        pairs = [(clock(ours, self.device), clock(theirs, self.device))
-                 for _ in tqdm(range(self.repeats + 1), desc=f"{name}, {peer}", leave=False)]
+        synchronize = torch.get_device_module(self.device).synchronize
+        pairs = []
+        for _ in tqdm(range(self.repeats + 1), desc=f"{name}, {peer}", leave=False):
+            seconds = []
+            for work in (ours, theirs):
+                synchronize()
+                started = time.perf_counter()
+                work()
+                synchronize()
+                seconds.append(time.perf_counter() - started)
+            pairs.append(seconds)
         return self.add(name, peer, pairs[1:], unit, amount)
 
     def add(self, name: str, peer: str, pairs: Sequence[tuple[float, float]], unit: str = "s",
@@ -240,8 +239,8 @@ class Bench:
         os.replace(temporary, self.file)
 
 
-@torch.no_grad()
-def measure_inference(b: Bench, part: str, folder: Path) -> None:
+def measure(b: Bench, part: str, folder: Path) -> None:
+    ours, theirs = b.ours, b.theirs
     if part == "load":
         runs = []                                # seconds and MiB: ours, theirs, ours, ...
         for _ in tqdm(range(b.repeats), desc="load", leave=False):
@@ -276,8 +275,8 @@ def measure_inference(b: Bench, part: str, folder: Path) -> None:
     elif part == "prefill":
         b.train_mode(False)
         b.compare("prefill", "transformers forward, no rollouts yet",
-                  lambda: b.ours.prefill(b.prompts, GROUP, 1),
-                  lambda: b.theirs(**b.padded(b.prompts), logits_to_keep=1, use_cache=True),
+                  lambda: ours.prefill(b.prompts, GROUP, 1),
+                  lambda: theirs(**b.padded(b.prompts), logits_to_keep=1, use_cache=True),
                   "prompt tokens/s", sum(len(p.input_ids) for p in b.prompts))
 
     elif part == "decode":
@@ -294,10 +293,10 @@ def measure_inference(b: Bench, part: str, folder: Path) -> None:
         b.train_mode(False)
         prompts = b.prompts[:2]
         ids, sampled, _ = generate(
-            b.ours, prompts, GROUP, b.tokens, 1.0, torch.arange(len(prompts)))
+            ours, prompts, GROUP, b.tokens, 1.0, torch.arange(len(prompts)))
         completions = [list(group) for group in ids]                   # (Q, G, tokens)
-        scored = b.ours.score(prompts, completions)[0].view(sampled.shape)
-        scored32 = copy.deepcopy(b.ours).float().score(prompts, completions)[0].view(sampled.shape)
+        scored = ours.score(prompts, completions)[0].view(sampled.shape)
+        scored32 = copy.deepcopy(ours).float().score(prompts, completions)[0].view(sampled.shape)
         b.report["numerics"] = {}
         for name, x in (("sampled_scored", sampled), ("dtype_float32", scored32)):
             difference = (x - scored).abs()
@@ -306,10 +305,7 @@ def measure_inference(b: Bench, part: str, folder: Path) -> None:
             print(f"numerics: {name.replace('_', ' or ')}: log-probabilities differ by "
                   f"{largest:.1e} at most, {mean:.1e} on average")
 
-
-def measure_training(b: Bench, part: str) -> None:
-    ours, theirs = b.ours, b.theirs
-    if part == "update":
+    elif part == "update":
         for peer, side in (("ours, prompt repeated for each rollout", "repeated"),
                            ("transformers, prompt repeated", "theirs")):
             b.compare("update", peer, lambda: b.update("ours"), lambda: b.update(side),
@@ -354,7 +350,8 @@ def measure_training(b: Bench, part: str) -> None:
 
 
 def main() -> None:
-    parser = FlagParser("Measures the speed of each part, and of what a user would run instead")
+    parser = FlagParser(
+        description="Measures the speed of each part, and of what a user would run instead")
     add = parser.add_argument
     add("--shape", default="mid",
         help=f"of the model, random weights: {', '.join(SHAPES)}, or a folder with a config.json")
@@ -401,8 +398,8 @@ def main() -> None:
                 try:
                     if b.ours is None and part not in ("load", "images"):
                         b.open_models(folder, SIDES.get(args.shape, 800), args.prompts, tokens)
-                    measure_inference(b, part, folder)
-                    measure_training(b, part)
+                    with torch.set_grad_enabled(part in ("update", "step", "sft")):
+                        measure(b, part, folder)
                 except (torch.OutOfMemoryError, MemoryError):
                     print(f"{part}: out of memory")
                 b.write()
