@@ -1515,6 +1515,17 @@ def test_a_mixture_that_has_no_meaning_is_refused(parent: Path, name: str) -> No
 
 # ---------------------------------------------------------------- python data.py
 
+def test_the_check_says_that_val_is_held_out_of_training(run: Run, tmp_path: Path) -> None:
+    lines = []
+    for i in range(4):
+        Image.new("RGB", (40, 40), (i * 50, 0, 0)).save(tmp_path / f"{i}.png")
+        lines.append({"image": f"{i}.png", "text": "the ship", "box": [5, 5, 20, 20]})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "train.jsonl").write_text(text)
+    done = run("data.py", "jsonl", "--root", tmp_path, "--out", tmp_path / "sheet.png")
+    assert "images in both train and val: 1, held out of sft and rft\n" in done.stdout
+
+
 def test_the_check_of_a_data_set_counts_and_draws(
         folder: Path, run: Run, tmp_path: Path,
 ) -> None:

@@ -1,6 +1,7 @@
 """train/memory.py: bytes counted by hand, plans of real shapes, refusals, a dry run."""
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,6 +212,17 @@ def test_a_plan_is_printed_without_a_gpu_and_its_status_says_whether_it_fits(
     assert "take more GPUs" in tight.stderr
     odd = run(*common, 3, 80, 112, 112)
     assert odd.returncode == 2 and "take a multiple" in odd.stderr
+
+
+def test_a_plan_with_files_of_two_checkpoints_is_refused_in_one_line(
+        tiny_checkpoint: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    mixed = shutil.copytree(tiny_checkpoint, tmp_path / "mixed")
+    config = json.loads((mixed / "config.json").read_text())
+    config["image_token_id"] += 1
+    (mixed / "config.json").write_text(json.dumps(config))
+    done = run("rft.py", "--plan", 1, 80, 112, 112, "--init", mixed)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "<|image_pad|>" in done.stderr and "take all files from one checkpoint" in done.stderr
 
 
 def test_a_plan_of_sft_looks_at_the_data(

@@ -58,7 +58,9 @@ def main() -> None:
     if not several:
         for a, b in itertools.combinations(loaded, 2):
             both = {r.image for r in loaded[a]} & {r.image for r in loaded[b]}
-            print(f"images in both {a[1]} and {b[1]}: {len(both):,}")
+            held_out = b[1] == "val" and "leave out" in loaded[b].note
+            note = ", held out of sft and rft" if held_out else ""
+            print(f"images in both {a[1]} and {b[1]}: {len(both):,}{note}")
 
     # Drawn scenes need no decoding.
     everything = itertools.chain.from_iterable(loaded.values())

@@ -241,6 +241,7 @@ def check_gpu(
 
     device: None for --plan, which names the GPUs, and without records the image's size."""
     gpus, available = args.gpus, args.memory * GIB
+    processor.check_fits(Config.from_json(base_folder(folder(args.init)) / "config.json"))
     if device is None and step.prompts % (gpus * step.updates):
         minibatches = " and the minibatches" if step.updates > 1 else ""
         fail(f"{step.prompts} records per step do not divide among {gpus} GPUs"
