@@ -51,7 +51,7 @@ def centers(boxes: Tensor) -> Tensor:
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """a, b (..., 4), broadcast -> intersection over union (...) in [0, 1]; 0 if either has no area.
 
-    The paper uses this reward of VLM-R1's (second-hand)."""
+    The paper's IoU reward is VLM-R1's (second-hand); docs/method.md has the differences."""
     intersection, union = intersection_union(a, b)
     return torch.where(union > 0, intersection / union, torch.zeros_like(union))
 

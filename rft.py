@@ -18,6 +18,7 @@ counts only this process's questions.
 import argparse
 import functools
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,11 +34,11 @@ import reward
 from data import open_image
 from model import QwenVL
 from qwen import lora
-from qwen.answer import FAILURES, failure, format_ok, locate, parse_box
+from qwen.answer import failure, form, format_ok, locate, parse_box
 from qwen.generate import generate
 from qwen.hub import folder
 from qwen.processor import Processor, Prompt
-from readers.base import Record, UnreadableImage
+from readers.base import Record, UnreadableImage, sha256
 from report.pictures import draw_rollouts
 from train import dist, memory
 from train.checkpoints import open_model
@@ -133,7 +134,7 @@ def flags() -> FlagParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuses flags that do not fit each other."""
+    """Refuses flags that do not fit each other, or warns."""
     if args.prompts % (dist.world() * args.minibatches):
         dist.fail(f"--prompts {args.prompts} is not a multiple of {dist.world()} processes times "
                   f"--minibatches {args.minibatches}")
@@ -148,6 +149,9 @@ def check_flags(args: argparse.Namespace) -> None:
             dist.fail(f"a term cannot be called {name!r}: the logs use that name; rename it")
     if not any(args.reward.values()):
         dist.fail("no term of --reward has a weight; give one a weight other than 0")
+    if args.ratio == "sequence" and args.loss != "grpo" and dist.rank() == 0:
+        print(f"warning: with --ratio sequence, --loss {args.loss} weights a completion by "
+              "its length; GSPO is --loss grpo", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the objective
@@ -295,10 +299,9 @@ def grade(group: Group, args: argparse.Namespace) -> Group:
     target = torch.tensor(group.record.box, dtype=torch.float32)[None, None]           # (1, 1, 4)
     size = torch.tensor(group.record.size, dtype=torch.float32)[None, None]            # (1, 1, 2)
     invalid = group.boxes.isnan().any(-1)
-    group.terms = {}
     for name in args.reward:
         if name == "format":
-            # VLM-R1's format reward: reasoning, then one box, in our tags.
+            # As in VLM-R1: reasoning, then one box. docs/method.md has the differences.
             group.terms[name] = torch.tensor([float(format_ok(text)) for text in group.texts])
             continue
         term = reward.TERMS[name]
@@ -311,9 +314,7 @@ def grade(group: Group, args: argparse.Namespace) -> Group:
         group.terms[name] = value[0].float().masked_fill(invalid, 0.0)
         if not group.terms[name].isfinite().all():
             dist.fail(f"the reward term {name} is not finite for every box; fix it in reward.py")
-    group.reward = torch.zeros(len(boxes))
-    for name, weight in args.reward.items():
-        group.reward = group.reward + weight * group.terms[name]
+    group.reward = sum(weight * group.terms[name] for name, weight in args.reward.items())
     # The weights of groups and the log need the IoU even if it is not rewarded.
     group.terms.setdefault("iou", reward.agreement(pred, target)[0])
     return group
@@ -321,8 +322,12 @@ def grade(group: Group, args: argparse.Namespace) -> Group:
 
 def step_seeds(args: argparse.Namespace, step: int, turn: int = 0) -> Tensor:
     """A seed for each question of this process. turn: of resampling; 0 is the first sampling."""
-    first = ((args.seed + turn) * 1_000_003 + step) * args.prompts
-    return torch.tensor([first + i for i in range(dist.rank(), args.prompts, dist.world())])
+    first = (args.seed * 1_000_003 + step) * args.prompts
+    seeds = range(first + dist.rank(), first + args.prompts, dist.world())
+    if turn:
+        # Seeds of the first sampling are not negative, so these belong to no other run.
+        seeds = [~int.from_bytes(sha256(f"{args.prompts} {s} {turn}")[:7], "big") for s in seeds]
+    return torch.tensor(seeds)
 
 
 def fresh_records(
@@ -587,17 +592,15 @@ def canary(
     seeds = torch.arange(len(records)) + 7_777 * (dist.rank() + 1)
     groups = [grade(group, args) for group in sample(policy, records, prompts, seeds, args)]
     texts = [text for group in groups for text in group.texts]
-    outcomes = Counter(failure(text) or "parsed" for text in texts)
-    own = {name: outcomes[name] for name in ("parsed", *FAILURES)}
-    own |= {"iou": sum(group.terms["iou"].sum() for group in groups),
-            "format": sum(map(format_ok, texts))}
-    counts = sum_over_processes(own)
-    iou, formatted = counts.pop("iou"), counts.pop("format")
-    n = sum(counts.values())
+    outcomes = Counter(dist.gather_lists([failure(text) or form(text) for text in texts]))
+    iou, formatted = sum_over_processes({
+        "iou": sum(group.terms["iou"].sum() for group in groups),
+        "format": sum(map(format_ok, texts))}).values()
+    n = outcomes.total()
     if dist.rank() == 0:
-        parts = ", ".join(f"{count:.0f} {name}" for name, count in counts.items() if count)
-        print(f"before step 1: mean IoU {iou / n:.3f}, format {formatted / n:.3f} "
-              f"over {n:.0f} sampled answers; {parts}")
+        parts = ", ".join(f"{count} {name}" for name, count in outcomes.most_common())
+        print(f"before step 1: mean IoU {iou / n:.3f}, format {formatted / n:.3f} over {n} sampled "
+              f"answers; form of the box, or why there is none: {parts}")
         if iou == 0:
             print("warning: no answer touches its target; the IoU term is 0 until one does")
 

@@ -83,14 +83,17 @@ def write(think: str | None, box_text: str) -> str:
     return f'{reasoning}<answer>{{"bbox_2d": {box_text}}}</answer>'
 
 
-FAILURES = ("no answer", "several answers", "not JSON", "no bbox_2d", "not four numbers", "no area")
+FAILURES = ("no answer", "several answers", "not JSON", "several boxes", "no object",
+            "not four numbers", "no area")
 WHOLE = re.compile(r"\s*<think>(.*)</think>\s*<answer>.*</answer>\s*", re.DOTALL)
+CONTENT = re.compile(r"<answer>(?:\s*```(?:json)?(.*)```\s*|(.*))</answer>", re.DOTALL)
 
 
 def parse_box(text: str) -> Box | None:
-    """The box of a completion, in the model's frame; None unless its one <answer> is a JSON object
-    with one "bbox_2d" of four finite numbers, x2 > x1 and y2 > y1. Ignores other keys and other
-    text. A policy may write anything, so this never raises, and takes linear time."""
+    """The box of a completion, in the model's frame; None unless its one <answer> is a JSON object,
+    or Qwen2.5-VL's list of one object, in a code fence or not. A key of any name has four finite
+    numbers, x2 > x1 and y2 > y1, and the answer has no second list of four. A policy may write
+    anything, so this never raises, and takes linear time."""
     box, why = read_answer(text)
     return None if why else box
 
@@ -98,6 +101,12 @@ def parse_box(text: str) -> Box | None:
 def failure(text: str) -> str | None:
     """Why `parse_box` finds no box: one of FAILURES, or None if it finds one."""
     return read_answer(text)[1]
+
+
+def form(text: str) -> str:
+    """How an answer that has a box is written: "bare", "fenced", "list" or "fenced list"."""
+    fenced, listed = re.search(r"<answer>\s*(```(?:json)?)?\s*(\[)?", text).groups()
+    return " ".join(["fenced"] * bool(fenced) + ["list"] * bool(listed)) or "bare"
 
 
 def format_ok(text: str) -> bool:
@@ -110,29 +119,33 @@ def format_ok(text: str) -> bool:
 def read_answer(text: str) -> tuple[Box | None, str | None]:
     """-> (box, None) or (None, one of FAILURES); (box, "no area") for a line or a point, because
     VRSBench's own metric counts these."""
-    opening, closing = ANSWER
-    if text.count(opening) > 1 or text.count(closing) > 1:
+    if any(text.count(tag) > 1 for tag in ANSWER):
         return None, "several answers"
-    start, end = text.find(opening), text.find(closing)
-    if start < 0 or end < start:
+    written = CONTENT.search(text)
+    if written is None:
         return None, "no answer"
     try:
-        # Pairs, unlike a dict, show a repeated key. NaN and Infinity are not JSON, but Python
-        # accepts them; int("NaN") raises ValueError.
+        # An object becomes a tuple of its values, even those of repeated keys. NaN and Infinity are
+        # not JSON, but Python accepts them; int("NaN") raises ValueError.
         content = json.loads(
-            text[start + len(opening):end],
-            object_pairs_hook=tuple, parse_int=float, parse_constant=int)
+            written[written.lastindex], parse_int=float, parse_constant=int,
+            object_pairs_hook=lambda pairs: tuple(value for _, value in pairs))
     except (ValueError, RecursionError):
         return None, "not JSON"
-    pairs = content if isinstance(content, tuple) else ()
-    boxes = [value for key, value in pairs if key == "bbox_2d"]
-    if len(boxes) != 1:
-        return None, "no bbox_2d"
-    return checked(boxes[0])
+    values = [content]
+    for value in values:                         # appends what is nested, to any depth
+        values += value if isinstance(value, (list, tuple)) else ()
+    boxes = [value for value in values if checked(value)[0]]
+    if len(boxes) > 1:
+        return None, "several boxes"
+    only = content[0] if isinstance(content, list) and len(content) == 1 else content
+    if not isinstance(only, tuple):
+        return None, "no object"
+    return checked(boxes[0] if boxes and boxes[0] in only else None)
 
 
 def checked(value: Any) -> tuple[Box | None, str | None]:
-    """A JSON value, its numbers as floats -> what `read_answer` returns."""
+    """A JSON value, its numbers as floats -> (box, None), (box, "no area"), or None and why."""
     four = isinstance(value, list) and len(value) == 4
     # 1e999 and an integer of 5,000 digits are infinite.
     if not four or not all(isinstance(x, float) and math.isfinite(x) for x in value):
@@ -152,11 +165,10 @@ FOUR_NUMBERS = re.compile(
 def parse_box_lenient(text: str) -> Box | None:
     """The box of `parse_box`, else the first four numbers after the last <answer> (or </think>).
 
-    Used only in reports, for models not trained on our format. It reads Qwen2.5-VL's
-    [{"bbox_2d": [...]}] and Qwen2-VL's <|box_start|>(x1,y1),(x2,y2)<|box_end|>.
+    Used only in reports, for models not trained on our format. It needs no tags, and reads
+    Qwen2-VL's <|box_start|>(x1,y1),(x2,y2)<|box_end|>.
     """
-    box = parse_box(text)
-    if box is not None:
+    if box := parse_box(text):
         return box
     tag = ANSWER[0] if ANSWER[0] in text else THINK[1]
     match = FOUR_NUMBERS.search(text, max(text.rfind(tag), 0))

@@ -15,6 +15,7 @@ from qwen.answer import (
     Frame,
     clamp_box,
     failure,
+    form,
     format_box,
     format_ok,
     locate,
@@ -86,6 +87,13 @@ def test_clamp_by_hand() -> None:
     (answer('{"label": "\ud800", "bbox_2d": [1, 2, 3, 4]}'), (1, 2, 3, 4)),
     (answer('{"bbox_2d": [1e300, 1e300, 2e300, 2e300]}'),
      (1e300, 1e300, 2e300, 2e300)),
+    # Under any key, next to other lists.
+    (answer('{"bbox": [1, 2, 3, 4]}'), (1, 2, 3, 4)),
+    (answer('{"": [1.5, 2.25, 3.5, 4.75], "point": [2, 3]}'), (1.5, 2.25, 3.5, 4.75)),
+    (answer('{"bbox_2d": [1, 2, 3], "bbox_2d": [5, 6, 7, 8]}'), (5, 6, 7, 8)),
+    (answer('{"bbox_2d": [1, 2, 3, "4"], "other": [5, 6, 7, 8]}'), (5, 6, 7, 8)),
+    # Strings are no lists.
+    (answer('{"box": [1, 2, 3, 4], "label": "not [5, 6, 7, 8]"}'), (1, 2, 3, 4)),
 ])
 def test_a_box_is_found(text: str, want: Box) -> None:
     box = parse_box(text)
@@ -94,6 +102,27 @@ def test_a_box_is_found(text: str, want: Box) -> None:
 
 
 GOOD = '{"bbox_2d": [1, 2, 3, 4]}'
+WRITTEN = {
+    GOOD: "bare",
+    f"\n{GOOD} ": "bare",
+    '{"label": "[", "box": [1, 2, 3, 4]}': "bare",
+    f"```json\n{GOOD}\n```": "fenced",
+    f"```{GOOD}```": "fenced",
+    f"\n ```\n{GOOD}```\n": "fenced",
+    f"[{GOOD}]": "list",
+    f" [ {GOOD}\n]\n": "list",
+    f"```\n[{GOOD}]\n```": "fenced list",
+    # As Qwen2.5-VL writes it.
+    '```json\n[\n\t{"bbox_2d": [1, 2, 3, 4], "label": "ship"}\n]\n```': "fenced list",
+}
+
+
+@pytest.mark.parametrize("content", WRITTEN)
+def test_an_answer_may_be_fenced_or_a_list_of_one_object(content: str) -> None:
+    text = answer(content)
+    assert parse_box(text) == parse_box_lenient(text) == (1, 2, 3, 4) and failure(text) is None
+    assert form(text) == WRITTEN[content] and format_ok(text)
+    assert not format_ok(f"```json\n{text}\n```") and not format_ok(f"<answer>{content}</answer>")
 
 
 @pytest.mark.parametrize("text, why", [
@@ -107,20 +136,40 @@ GOOD = '{"bbox_2d": [1, 2, 3, 4]}'
     (answer(GOOD) + "</answer>", "several answers"),
     (answer(""), "not JSON"),
     (answer(f"the box is {GOOD}"), "not JSON"),
-    (answer(f"```json\n{GOOD}\n```"), "not JSON"),
     (answer(GOOD * 2), "not JSON"),
+    (answer(f"```json\n{GOOD}"), "not JSON"),
+    (answer(f"{GOOD}\n```"), "not JSON"),
+    (answer(f"```python\n{GOOD}\n```"), "not JSON"),
+    (answer(f"It is here: ```json\n{GOOD}\n```"), "not JSON"),
+    (answer(f"```json\n{GOOD}\n``` or so"), "not JSON"),
+    (answer(f"```json\n{GOOD}\n```\n```json\n{GOOD}\n```"), "not JSON"),
+    (answer("```"), "not JSON"),
+    (answer("``````"), "not JSON"),
+    (answer("[one, two, three, four]"), "not JSON"),
     (answer('{"bbox_2d": [1, 2, 3, 4,]}'), "not JSON"),
     (answer('{"bbox_2d": [1, 2, 3, NaN]}'), "not JSON"),
     (answer('{"bbox_2d": [1, 2, 3, 4], "score": -Infinity}'), "not JSON"),
     (answer('{"bbox_2d": [01, 2, 3, 4]}'), "not JSON"),
     (answer('{"bbox_2d": [1, 2, 3, 4], "x": ' + "[" * 100_000 + "]" * 100_000 + "}"),
      "not JSON"),
-    (answer("[1, 2, 3, 4]"), "no bbox_2d"),
-    (answer(f"[{GOOD}]"), "no bbox_2d"),
-    (answer("{}"), "no bbox_2d"),
-    (answer('"bbox_2d"'), "no bbox_2d"),
-    (answer('{"answer": {"bbox_2d": [1, 2, 3, 4]}}'), "no bbox_2d"),
-    (answer('{"bbox_2d": [1, 2, 3, 4], "bbox_2d": [5, 6, 7, 8]}'), "no bbox_2d"),
+    (answer("[1, 2, 3, 4]"), "no object"),
+    (answer("[[1, 2, 3, 4]]"), "no object"),
+    (answer("```json\n[1, 2, 3, 4]\n```"), "no object"),
+    (answer(f"[[{GOOD}]]"), "no object"),
+    (answer(f'[{GOOD}, {{"label": "ship"}}]'), "no object"),
+    (answer("[]"), "no object"),
+    (answer('"bbox_2d"'), "no object"),
+    (answer(f"[{GOOD}, {GOOD}]"), "several boxes"),
+    (answer('{"bbox_2d": [1, 2, 3, 4], "bbox_2d": [5, 6, 7, 8]}'), "several boxes"),
+    (answer('{"bbox_2d": [1, 2, 3, 4], "bbox": [5, 6, 7, 8]}'), "several boxes"),
+    (answer('{"bbox_2d": [[1, 2, 3, 4], [5, 6, 7, 8]]}'), "several boxes"),
+    (answer('{"bbox_2d": [1, 2, 3, 4], "or": {"maybe": [[5, 6, 7, 8]]}}'), "several boxes"),
+    (answer('{"bbox_2d": [1, 2, 3, 4], "or": [8, 7, 6, 5]}'), "several boxes"),
+    (answer("{}"), "not four numbers"),
+    (answer("[{}]"), "not four numbers"),
+    (answer('{"answer": {"bbox_2d": [1, 2, 3, 4]}}'), "not four numbers"),
+    (answer('{"bbox_2d": [[1, 2, 3, 4]]}'), "not four numbers"),
+    (answer('{"bbox_2d": ["one", "two", "three", "four"]}'), "not four numbers"),
     (answer('{"bbox_2d": [1, 2, 3]}'), "not four numbers"),
     (answer('{"bbox_2d": [1, 2, 3, 4, 5]}'), "not four numbers"),
     (answer('{"bbox_2d": ["1", 2, 3, 4]}'), "not four numbers"),
@@ -163,6 +212,10 @@ HOSTILE = {
     "points apart": "(1,2)" + " " * 500_000 + "(1,2)" + " " * 500_000,
     "box markers": "<|box_start|>(" * 50_000,
     "newlines": '{"bbox_2d": [1, 2, 3,' + "\n" * 300_000,
+    "backticks": "`" * 300_000,
+    "fences": "```json\n" * 50_000,
+    "fences apart": ("```" + " " * 1000) * 1000,
+    "lists of four": "[" + "[1,2,3,4]," * 30_000 + "0]",
 }
 
 
@@ -194,14 +247,21 @@ def test_any_json_at_all() -> None:
         st.sampled_from(["bbox_2d", "bbox", "label"]), value, max_size=3)
 
     def slow_reading(written: dict[str, Any]) -> Box | None:
+        def is_four(value: Any) -> bool:
+            four = isinstance(value, list) and len(value) == 4
+            return four and all(type(x) in (int, float) for x in value)
+
+        def count(value: Any) -> int:
+            if not isinstance(value, list):
+                return 0
+            return is_four(value) + sum(map(count, value))
         text = json.dumps(written)
-        box = written.get("bbox_2d")
-        if "NaN" in text or "Infinity" in text or not isinstance(box, list) or len(box) != 4:
+        boxes = list(filter(is_four, written.values()))
+        if "NaN" in text or "Infinity" in text or len(boxes) != 1:
             return None
-        if not all(type(x) in (int, float) for x in box):
-            return None
-        x1, y1, x2, y2 = map(float, box)
-        return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
+        x1, y1, x2, y2 = map(float, boxes[0])
+        single = sum(map(count, written.values())) == 1
+        return (x1, y1, x2, y2) if single and x2 > x1 and y2 > y1 else None
 
     @hypothesis.settings(max_examples=1500, deadline=None)
     @hypothesis.given(objects)
@@ -216,7 +276,8 @@ def test_any_json_at_all() -> None:
     ('[{"bbox_2d": [12, 34, 56, 78], "label": "a"}, '
      '{"bbox_2d": [1, 2, 3, 4], "label": "b"}]', (12, 34, 56, 78)),
     ('{"bbox_2d": [12.5, 34, 56, 78]}', (12.5, 34, 56, 78)),
-    (answer('```json\n{"bbox_2d": [12, 34, 56, 78]}\n```'), (12, 34, 56, 78)),
+    (answer('```json\n[12, 34, 56, 78]\n```'), (12, 34, 56, 78)),
+    (answer("[12, 34, 56, 78]"), (12, 34, 56, 78)),
     ("<think>not [1, 2, 3, 4]</think>[12, 34, 56, 78]", (12, 34, 56, 78)),
     ("<think>[1, 2, 3, 4]</think><answer>[12, 34, 56, 78]", (12, 34, 56, 78)),
     ("<answer>[1, 2, 3, 4]</answer><answer>[12, 34, 56, 78]</answer>", (12, 34, 56, 78)),

@@ -15,7 +15,16 @@ from PIL import Image
 
 from conftest import ADDED, byte_tokenizer
 from model import QwenVL
-from qwen.answer import Frame, failure, format_box, format_ok, parse_box, parse_box_lenient, write
+from qwen.answer import (
+    Frame,
+    failure,
+    form,
+    format_box,
+    format_ok,
+    parse_box,
+    parse_box_lenient,
+    write,
+)
 from qwen.hub import CheckpointError
 from qwen.processor import Processor, smart_resize
 from readers.base import DataError
@@ -93,7 +102,7 @@ def one_line(read: Callable[[], Any]) -> Any:
 pieces = st.sampled_from([
     "<think>", "</think>", "<answer>", "</answer>", '{"bbox_2d": [', "1, 2, 3, 4", "]}", "[", "]",
     "(", ")", "(1,2)", "),(", ",", " ", "<|box_start|>", "<|box_end|>", "<|object_ref_start|>",
-    "NaN", "1e999", "-", "true", '{"', "```json\n", "\ud800", '{"bbox_2d": [1, 2, 3, 4]}',
+    "NaN", "1e999", "-", "true", '{"', "```json\n", "```", "\ud800", '{"bbox_2d": [1, 2, 3, 4]}',
     "(1,2),(3,4)"])
 answers = st.lists(
     st.one_of(pieces, st.text(max_size=5), numbers.map(str)), max_size=20).map("".join)
@@ -108,6 +117,7 @@ def test_any_answer_is_a_box_or_a_failure(text: str) -> None:
         assert strict is not None or not format_ok(answer)
         lenient = parse_box_lenient(answer)
         assert strict is None or lenient == strict
+        assert strict is None or form(answer) in ("bare", "fenced", "list", "fenced list")
         if lenient is not None:
             assert all(map(math.isfinite, lenient))
             assert lenient[2] > lenient[0] and lenient[3] > lenient[1]

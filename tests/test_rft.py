@@ -354,6 +354,25 @@ def test_loss_and_gradient_are_those_of_trl(
         assert sums["kl"].item() / n_tokens == pytest.approx(trainer._metrics["train"]["kl"][0])
 
 
+def test_two_minibatches_of_dapo_are_divided_by_other_numbers_than_trls() -> None:
+    """docs/method.md has this exception: the first of two minibatches has 10 of 16 tokens. Here it
+    is divided by these 10, in TRL by 16 / 2 = 8."""
+    lengths = torch.tensor([3, 1, 6])
+    logp, old, reference, advantage, _ = packed_completions(lengths)
+    ours, _ = policy_loss(
+        logp, old, None, advantage, torch.ones(10, dtype=torch.float64), 10, CLIP,
+        lengths=lengths, loss="dapo", completions=3)
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(x.split(lengths.tolist()), batch_first=True)
+    trainer = trl_trainer("dapo", "token", 0.0, padded(logp))
+    trainer.args.steps_per_generation = 2
+    theirs = trl_loss(
+        trainer, padded(torch.ones(10)).long(), 16, padded(old), padded(reference),
+        padded(advantage))
+    assert 10 * ours.item() == pytest.approx(8 * theirs.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_gradients_are_linear_in_the_weights_and_none_flows_into_them(beta: float) -> None:
     random = torch.Generator().manual_seed(0)
@@ -469,6 +488,64 @@ def test_an_invalid_box_earns_no_reward_but_that_of_the_format() -> None:
     terms = graded([outside, "<answer>"]).terms
     assert terms["iou"].tolist() == terms["positional"].tolist() == [0, 0]
     assert terms["format"].tolist() == [1, 0]
+
+
+def fenced_list(box: Sequence[float], think: str = "<think>x</think>") -> str:
+    """A text in our tags whose answer is written as Qwen2.5-VL writes boxes."""
+    listed = f'[\n\t{{"bbox_2d": {list(box)}, "label": "the ship"}}\n]'
+    return f"{think}<answer>\n```json\n{listed}\n```\n</answer>"
+
+
+def test_answers_are_rewarded_as_models_write_them() -> None:
+    """The target is 10 x 10, so the box 10 x 5 has an IoU of 0.5."""
+    bare = '<think>x</think><answer>{}</answer>'
+    terms = graded([
+        fenced_list([0, 0, 10, 10]), fenced_list([0, 0, 10, 5.0]),
+        bare.format('{"box": [0, 0, 10, 10.0]}'), bare.format('[{"": [0.0, 0, 10, 5]}]'),
+        fenced_list([0, 0, 10, 10], think=""),
+        # Two boxes earn nothing, nor do words.
+        bare.format('[{"box": [0, 0, 10, 10]}, {"box": [0, 0, 10, 5]}]'),
+        bare.format('{"box": [0, 0, 10, 10], "other": [0, 0, 10, 5]}'),
+        bare.format('{"box": ["zero", "zero", "ten", "ten"]}')]).terms
+    assert terms["iou"].tolist() == [1, 0.5, 1, 0.5, 1, 0, 0, 0]
+    assert terms["format"].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+
+
+def test_fenced_right_answers_have_the_whole_reward() -> None:
+    for i in range(600):
+        record = SimpleNamespace(box=(i / 10, 1.0, 70.5, 7 + i / 20), size=(100, 100))
+        group = graded([fenced_list(record.box)], record)
+        # IoU, the positional term at its weight, format.
+        assert group.reward.item() == pytest.approx(1 + 0.1 * 0.94860 + 1, abs=1e-4)
+
+
+def test_the_canary_counts_the_forms_of_answers(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    fenced = '<answer>```\n{"box": [0, 0, 10, 10]}\n```</answer>'
+    texts = [answer_text([0, 0, 10, 10])] * 3 + [fenced_list([0, 0, 10, 5])] * 4
+    texts += [fenced] * 2 + ['<answer>[{"box": [20, 20, 30, 30]}]</answer>', "nothing"]
+    group = Group(RECORD, SimpleNamespace(frame=FRAME), [], [], texts, torch.zeros(11))
+    monkeypatch.setattr(rft, "sample", lambda *_: [group])
+    rft.canary(None, [RECORD], [None], step_flags())
+    # IoU (3 + 4 / 2 + 2) / 11, format (3 + 4) / 11.
+    assert capsys.readouterr().out == (
+        "before step 1: mean IoU 0.636, format 0.636 over 11 sampled answers; form of the box, or "
+        "why there is none: 4 fenced list, 3 bare, 2 fenced, 1 list, 1 no answer\n")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_ratio_per_sequence_with_a_loss_over_tokens_is_warned_about_once(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, loss: str, ratio: str,
+) -> None:
+    """TRL warns about the same combinations."""
+    warned = ratio == "sequence" and loss in ("dapo", "dr-grpo")
+    rft.check_flags(step_flags(ratio=ratio, loss=loss))
+    written = capsys.readouterr().err
+    assert written.count("warning") == written.count(f"--loss {loss} ") == warned
+    monkeypatch.setenv("RANK", "1")
+    rft.check_flags(step_flags(ratio=ratio, loss=loss))
+    assert not capsys.readouterr().err
 
 
 def test_a_term_that_forgets_invalid_boxes_rewards_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -816,6 +893,35 @@ def test_seeds_differ_between_places_turns_and_steps() -> None:
     assert len(seeds.unique()) == 3 * 3 * 4
 
 
+def test_seeds_of_the_first_sampling_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(seed * 1,000,003 + step) * Q + place, as in all earlier runs."""
+    assert rft.step_seeds(step_flags(), 0).tolist() == [0, 1, 2, 3]
+    args = step_flags(seed=2)
+    assert rft.step_seeds(args, 5).tolist() == [8_000_044, 8_000_045, 8_000_046, 8_000_047]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert rft.step_seeds(args, 5).tolist() == [8_000_045, 8_000_047]
+
+
+def test_seeds_of_resampled_turns_are_no_other_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turn t of seed s once drew the numbers of seed s + t."""
+    runs = [step_flags(seed=seed, prompts=Q) for seed in (0, 1, 2, 2 ** 31 - 1) for Q in (4, 8)]
+    resampled = []
+    for args, step, turn in itertools.product(runs, range(4), range(1, 4)):
+        seeds = rft.step_seeds(args, step, turn)
+        assert seeds.dtype == torch.long and (seeds < 0).all() and len(seeds) == args.prompts
+        resampled += seeds.tolist()
+    assert len(set(resampled)) == len(resampled) == 4 * 4 * 3 * (4 + 8)
+    for args, step in itertools.product(runs, range(4)):
+        assert (rft.step_seeds(args, step) >= 0).all()
+    # Two processes draw what one does.
+    alone = rft.step_seeds(runs[0], 1, 2).tolist()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert rft.step_seeds(runs[0], 1, 2).tolist() == alone[rank::2]
+
+
 def test_a_group_stays_for_a_turn_whose_fresh_image_cant_be_read(
         monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(record: SimpleNamespace) -> None:
@@ -939,6 +1045,36 @@ def test_a_term_of_ones_own_is_chosen_by_name_and_stands_in_every_log(
     assert re.findall(">([^<>]*)</span>", figure)[:4] == ["reward", "width", "format", "iou"]
     description = json.loads((out / "latest" / "run.json").read_text())
     assert description["flags"]["reward"] == {"width": 0.5, "format": 1.0}
+
+
+def test_direct_grpo_of_a_model_whose_answers_are_fenced_has_a_reward_from_step_1(
+        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tiny_checkpoint: Path,
+        dior_root: Path, tmp_path: Path) -> None:
+    """A checkpoint that no CoT-SFT has trained answers with the whole image, or with its left
+    half: 112 x 84 in the model's frame."""
+    tokenizer = Processor.from_pretrained(tiny_checkpoint).tokenizer
+    texts = [fenced_list([0, 0, 112, 84]), fenced_list([0, 0, 56, 84])]
+
+    def generate_fenced(model: QwenVL, prompts: list, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        rows = [[*tokenizer.encode(text).ids, model.stop_ids[0]] for text in texts]
+        tokens = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
+        tokens = tokens.expand(len(prompts), -1, -1)
+        lengths = torch.tensor([len(row) for row in rows]).expand(len(prompts), -1)
+        return tokens, torch.zeros(tokens.shape), lengths
+    monkeypatch.setattr(rft, "generate", generate_fenced)
+    out = tmp_path / "out"
+    run_main(
+        monkeypatch, "--data", "dior", "--root", dior_root, "--init", tiny_checkpoint, "--out", out,
+        "--prompts", 2, "--group", 2, "--max-new-tokens", 200, "--val", 0, "--steps", 1)
+    assert "4 fenced list\n" in capfd.readouterr().out
+    (line,) = read_log(out)
+    assert line["format"] == 1 and line["unparsable"] == 0 and line["reward"] > 1
+    for row in read_log(out, "rollouts.jsonl"):
+        x1, y1, x2, y2 = row["target"]
+        assert row["texts"] == texts
+        # Images have 120 x 90 pixels.
+        of_whole = (x2 - x1) * (y2 - y1) / (120 * 90)
+        assert row["iou"][0] == pytest.approx(of_whole, abs=1e-4)
 
 
 def test_picture_and_log_come_before_the_checkpoint_and_a_last_gradient_must_be_finite(
