@@ -800,6 +800,11 @@ class FakeHandler(BaseHTTPRequestHandler):
             # The client has gone.
             pass
 
+    def do_CONNECT(self) -> None:
+        """Asked to be a tunnel, as a proxy is for https: refuses."""
+        self.server.paths.add(f"{self.path} {self.headers['Authorization']}")
+        self.reply(Reply(b"", 502))
+
     def reply(self, reply: Reply) -> None:
         if reply.drop:
             self.close_connection = True
@@ -980,6 +985,8 @@ FAILURES: list[Callable[[Request], Reply]] = [
     lambda request: Reply(b"[" * 100_000),
     lambda request: Reply(b'{"choices": []}'),
     lambda request: Reply(b'{"choices": [{"message": {"content": null}}]}'),
+    lambda request: Reply(b'{"error": {"message": "overloaded", "code": 502}, "choices": null}'),
+    lambda request: Reply(b'{"object": "error", "message": "busy", "code": 50001}'),
     lambda request: Reply(chat_completion("<think>it is", "length")),
     lambda request: replace(right_answer(request), delay=3),
 ]
@@ -1067,6 +1074,159 @@ def test_what_never_succeeds_is_left_undone_and_asked_again_by_the_next_call(
     again = teach()
     assert again[:len(lines)] == lines and len(again) == len(lines) + 3
     assert len(server.requests) == before + 3
+
+
+PARTS = ({"type": "text", "text": "<think>by the "},
+         {"type": "text", "text": "pier.</think>{box}"})
+MESSAGES: list[dict[str, Any]] = [
+    # A reasoning parser took the block's text for the model's own thoughts.
+    {"reasoning_content": "by the pier.", "content": "{box}"},
+    {"reasoning": "\nby the pier.\n", "reasoning_content": None, "content": "\n\n{box}"},
+    {"reasoning_content": "<think>by the pier.</think>", "content": "{box}"},
+    # It found no end of the thoughts, or the first of two.
+    {"reasoning_content": "<think>by the pier.</think>{box}", "content": None},
+    {"reasoning": "I see.</think><think>by the pier.</think>{box}", "content": ""},
+    {"reasoning_content": "I write <think> and",
+     "content": "so on.</think><think>by the pier.</think>{box}"},
+    # The thoughts are the model's own, and the block is in the answer.
+    {"reasoning_content": "It lies in {box}.", "content": "<think>by the pier.</think>{box}"},
+    {"reasoning": "I see 99 of them", "content": "<think>by the pier.</think>\n{box}"},
+    # Without a parser: the template has opened the block, or the model thinks first.
+    {"content": "by the pier.</think>{box}"},
+    {"content": "I see.</think>by the pier.</think>{box}"},
+    {"content": "I see.</think>\n\n<think>by the pier.</think>{box}"},
+    {"content": "<think>A draft: {box}</think><think>by the pier.</think>{box}"},
+    {"content": "Well, the box is known. <think>by the pier.</think>{box}"},
+    # In parts.
+    {"content": PARTS},
+    {"content": [{"type": "text", "text": "{box}"}], "reasoning": "by the pier."},
+    {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "by the pier."}]},
+                 {"type": "text", "text": "{box}"}]},
+]
+
+
+def answer_with(request: Request, message: Any, **choice: Any) -> Reply:
+    """A chat completion with this message, "{box}" being the right answer."""
+    answer = completion_of("", requested_box(request.text)).removeprefix("<think></think>")
+    choice = {"message": message, "finish_reason": "stop"} | choice
+    written = json.dumps({"choices": [choice]}).replace("{box}", json.dumps(answer)[1:-1])
+    return Reply(written.encode())
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=range(len(MESSAGES)))
+def test_reasoning_is_read_wherever_servers_put_it(
+        message: dict[str, Any], teach: Teach, server: FakeServer) -> None:
+    server.respond = lambda request: answer_with(request, message)
+    lines = teach("--limit", 2, "--tries", 1)
+    assert [line.get("think") for line in lines] == ["by the pier."] * 2
+
+
+def test_a_checkpoints_own_thoughts_are_dropped_too() -> None:
+    """A Thinking model's template opens the block, and the model writes its end only."""
+    answer = completion_of("by the pier.", RIGHT_BOX)
+    assert teacher.last_block(f"It is given. </think>\n{answer}") == answer
+    assert teacher.last_block(answer.removeprefix("<think>")) == answer
+    for text in ("i can't say", "<think>it is", "<answer>[1, 2", "a </think> b"):
+        assert teacher.last_block(text) == text
+
+
+@pytest.mark.parametrize("message", [
+    {"content": "{box}"}, {"content": "{box}", "reasoning_content": ""},
+    {"content": None, "reasoning": "I know the box"}, {"content": "It is here. {box}"},
+    {"content": "I know.</think>It is by the pier. {box}"},
+    {"content": "[1, 2, 3, 4]", "reasoning": "by the pier."}, {"content": "It is by the pier."}])
+def test_a_server_that_removes_the_reasoning_ends_the_run_at_once(
+        message: dict[str, Any], teach: Teach, server: FakeServer, tmp_path: Path) -> None:
+    server.respond = lambda request: answer_with(request, message)
+    with pytest.raises(base.DataError, match="start the server without a reasoning parser"):
+        teach("--parallel", 1)
+    assert len(server.requests) == 3 and not read_lines(tmp_path / "explained.jsonl")
+    with pytest.raises(SystemExit):
+        teach("--tries", 1, "--limit", 2)
+    assert not read_lines(tmp_path / "explained.jsonl")
+
+
+def test_a_single_answer_without_reasoning_is_asked_again_or_refused(
+        teach: Teach, server: FakeServer, dior_root: Path) -> None:
+    """It is refused once other answers, of this call or another, have shown their reasoning."""
+    def respond(request: Request) -> Reply:
+        with server.lock:
+            first = server.requests[0] is request
+        return answer_with(request, {"content": "{box}"}) if first else right_answer(request)
+    server.respond = respond
+    assert {line["think"] for line in teach("--limit", 5)} == {"by the pier."}
+    server.respond = lambda request: answer_with(request, {"content": "{box}"})
+    assert [line["refused"] for line in teach("--limit", 2)[5:]] == ["incomplete chain"] * 2
+
+
+@pytest.mark.parametrize("reason", [
+    "length", "content_filter", "tool_calls", "abort", "error", "insufficient_system_resource",
+    None])
+def test_an_answer_that_did_not_stop_is_asked_again(
+        reason: str | None, teach: Teach, server: FakeServer) -> None:
+    """Even if it looks whole."""
+    def respond(request: Request) -> Reply:
+        if request.attempt == 0:
+            return answer_with(request, {"content": "<think>it</think>{box}"}, finish_reason=reason)
+        return right_answer(request)
+    server.respond = respond
+    assert [line["think"] for line in teach("--limit", 2)] == ["by the pier."] * 2
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_one_record_that_is_refused_is_left_undone(
+        status: int, teach: Teach, server: FakeServer, dior_root: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """The first of all, with whatever the server says of it."""
+    first: list[str] = []
+
+    def respond(request: Request) -> Reply:
+        first.append(request.key)
+        flagged = Reply(b'{"error": {"message": "it is flagged"}}', status)
+        return flagged if request.key == first[0] else right_answer(request)
+    server.respond = respond
+    lines = teach("--parallel", 1)
+    assert len(lines) == len(data.load("dior", dior_root, "sft")) - 1
+    assert first.count(first[0]) == 1
+    assert f"left undone: 1, the first is '0' ({status}: it is flagged; check " in (
+        capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("body, words", [
+    ({"error": {"message": "no credits", "code": 402}}, "402: no credits"),
+    ({"error": "no such model", "choices": []}, "200: no such model"),
+    ({"object": "error", "message": "too long", "code": 400}, "400: too long"),
+    ({"detail": "not now"}, "200: not now"), ({"status": "Fehler äöü"}, '"Fehler äöü"'),
+    ({"choices": [{"error": {"message": "upstream is gone"}, "finish_reason": "error",
+                   "message": {"content": "<think>"}}]}, "200: upstream is gone"),
+    ({"choices": [{"finish_reason": "stop", "message": {"content": None, "refusal": "I won't"}}]},
+     "I won't")])
+def test_an_error_with_status_200_is_told_in_the_servers_words(
+        body: dict[str, Any], words: str, teach: Teach, server: FakeServer,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    server.respond = lambda request: Reply(json.dumps(body).encode())
+    with pytest.raises(SystemExit):
+        teach("--limit", 2, "--tries", 1)
+    printed = capsys.readouterr()
+    assert words in printed.out and words in printed.err
+
+
+@pytest.mark.parametrize("status, words", [
+    (400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
+    (422, "extra inputs are not permitted: max_tokens"),
+    (200, "use max_completion_tokens")])
+def test_a_server_may_know_max_completion_tokens_only(
+        status: int, words: str, teach: Teach, server: FakeServer, dior_root: Path) -> None:
+    def respond(request: Request) -> Reply:
+        if "max_tokens" in request.body:
+            return Reply(json.dumps({"error": {"message": words}}).encode(), status)
+        assert request.body["max_completion_tokens"] == 400
+        return right_answer(request)
+    server.respond = respond
+    lines = teach("--tries", 1, "--parallel", 2)
+    assert len(lines) == len(data.load("dior", dior_root, "sft"))
+    # It is refused once, or twice at once.
+    assert len(server.requests) <= len(lines) + 2
 
 
 def test_a_request_that_the_server_refuses_is_not_repeated(
@@ -1157,7 +1317,7 @@ def test_a_server_that_is_gone_ends_the_run(
 
 @pytest.mark.parametrize("status, message", [
     (401, "it refuses the key in the environment variable OPENAI_API_KEY"),
-    (404, "check --teacher and --model"), (302, "check --teacher and --model")])
+    (302, "check --teacher and --model")])
 def test_a_server_that_refuses_all_is_asked_no_more(
         status: int, message: str, teach: Teach, server: FakeServer) -> None:
     """A redirect is not followed: the key is for this server alone."""
@@ -1167,6 +1327,99 @@ def test_a_server_that_refuses_all_is_asked_no_more(
         teach("--parallel", 1)
     assert "\n" not in str(error.value)
     assert len(server.requests) == 1 and server.paths == {"/v1/chat/completions"}
+
+
+@pytest.mark.parametrize("status, message", [
+    (403, "check the key in the environment variable OPENAI_API_KEY"),
+    (404, "check --teacher and --model")])
+def test_a_server_that_answers_no_record_ends_the_run(
+        status: int, message: str, teach: Teach, server: FakeServer,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(teacher, "GIVE_UP_AFTER", 4)
+    server.respond = lambda request: Reply(b"no such path", status)
+    with pytest.raises(SystemExit):
+        teach("--parallel", 1)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"({status}: no such path; {message})" in error
+    assert len(server.requests) < 8
+
+
+def test_a_proxy_of_the_environment_is_used(
+        teach: Teach, server: FakeServer, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """The proxy is given the whole address of an http request, or asked for a tunnel."""
+    monkeypatch.setenv("HTTP_PROXY", f"http://me:a%3Ab@127.0.0.1:{server.server_port}")
+    lines = teach("--teacher", "http://teacher.invalid:81/v1/", "--limit", 2)
+    assert [line["think"] for line in lines] == ["by the pier."] * 2
+    assert server.paths == {"http://teacher.invalid:81/v1/chat/completions"}
+    for request in server.requests:
+        assert request.headers["Host"] == "teacher.invalid:81"
+        assert request.headers["Proxy-Authorization"] == "Basic bWU6YTpi"        # me:a:b
+    server.paths.clear()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    monkeypatch.setenv("https_proxy", f"127.0.0.1:{server.server_port}")
+    with pytest.raises(SystemExit):
+        teach("--teacher", "https://teacher.invalid/v1", "--tries", 1, "--limit", 3)
+    assert server.paths == {"teacher.invalid:443 None"}        # the key is not for the proxy
+    assert "by the proxy 127.0.0.1 (see NO_PROXY)" in capsys.readouterr().err
+    # Not for the teacher on this machine, if NO_PROXY says so.
+    server.paths.clear()
+    monkeypatch.setenv("NO_PROXY", "teacher.invalid, 127.0.0.1")
+    assert len(teach("--limit", 2)) == 4 and server.paths == {"/v1/chat/completions"}
+
+
+@pytest.mark.parametrize("listed, direct", [
+    ("*", "a.org b.a.org 10.1.2.3 localhost"), ("b.org, *", "a.org b.a.org 10.1.2.3 localhost"),
+    ("", ""), ("a.org", "a.org b.a.org"), (" A.ORG ,x", "a.org b.a.org"), (".a.org", "b.a.org"),
+    ("*.a.org", "b.a.org"), ("a.org:8000", "a.org b.a.org"), ("a.org:8001,org.", ""),
+    ("g", ""), ("localhost", "localhost"), ("127.0.0.1,::1", "[::1]"), ("[::1]", "[::1]"),
+    ("[::1]:8000", "[::1]"), ("10.1.2.3", "10.1.2.3"), ("10.0.0.0/8", "10.1.2.3")])
+def test_no_proxy_lists_what_is_asked_directly(
+        listed: str, direct: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As OpenAI's client (httpx) has it: without NO_PROXY, even this machine has its proxy."""
+    monkeypatch.setenv("http_proxy", "gate:3128")
+    monkeypatch.setenv("NO_PROXY", listed)
+    hosts = ["a.org", "b.a.org", "xa.org", "10.1.2.3", "localhost", "[::1]"]
+    if listed.endswith("*"):
+        hosts.remove("xa.org")
+        hosts.remove("[::1]")
+    found = [h for h in hosts if teacher.find_proxy(f"http://{h}:8000/v1") is None]
+    assert found == direct.split()
+    assert teacher.find_proxy("https://xa.org/v1") is None
+    monkeypatch.setenv("ALL_PROXY", "http://gate:3129")
+    if not listed.endswith("*"):
+        assert teacher.find_proxy("https://xa.org/v1").port == 3129
+        assert teacher.find_proxy("http://xa.org/v1").netloc == "gate:3128"
+
+
+def test_a_proxy_of_another_kind_is_refused_in_a_line(
+        script: Script, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    for proxy in ("socks5://me:secret@gate:1080", "http://me:secret@gate:x"):
+        monkeypatch.setenv("all_proxy", proxy)
+        with pytest.raises(SystemExit):
+            script("dior", "--teacher", "http://a.org/v1", "--model", "big", "--coords", "1000")
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1 and "NO_PROXY=a.org" in printed
+        assert "secret" not in printed
+
+
+@pytest.mark.parametrize("address, wanted", [
+    ("http://[2001:db8::1]/v1", ("2001:db8::1", 80)),
+    ("https://[2001:db8::1]/v1", ("2001:db8::1", 443)),
+    ("http://[::1]:8000/v1", ("::1", 8000)), ("http://there/v1", ("there", 80))])
+def test_an_address_is_read_with_and_without_a_port(
+        address: str, wanted: tuple[str, int], teach: Teach,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def create_connection(place: tuple[str, int], *args: Any, **kwargs: Any) -> None:
+        called.append(place)
+        raise ConnectionRefusedError
+    monkeypatch.setattr("socket.create_connection", create_connection)
+    with pytest.raises(SystemExit):
+        teach("--teacher", address, "--limit", 1, "--tries", 1)
+    assert called == [wanted]
 
 
 KEY = "sk-Kept/Secret+0123456789abcdef"

@@ -11,7 +11,6 @@ boxes. It also refuses reasoning that contains the box; this rule is ours.
 """
 import base64
 import fcntl
-import http.client
 import io
 import itertools
 import json
@@ -19,13 +18,11 @@ import os
 import random
 import re
 import threading
-import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from email.utils import mktime_tz, parsedate_tz
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import BinaryIO
@@ -37,12 +34,13 @@ from tqdm import tqdm
 import data
 import reward
 from model import QwenVL
-from qwen.answer import EXAMPLE, TAGS, WHOLE, Frame, format_box, parse_box
+from qwen.answer import ANSWER, EXAMPLE, TAGS, THINK, WHOLE, Frame, format_box, parse_box
 from qwen.generate import generate
 from qwen.hub import MALFORMED
 from qwen.processor import Processor, Prompt, frame_by_coords
 from readers.base import DataError, Record, Records, UnreadableImage, sha256
 from readers.images import is_plain
+from tools.chat import Unanswered, find_proxy, post
 from train.checkpoints import open_model
 from train.dist import check_writable, choose_device, fail, start
 
@@ -53,6 +51,7 @@ TEACHER_PROMPT = (
     "this one fits. Write a place as a point (x, y) in the same coordinates; use no other "
     "numbers, but to count objects. Put that into <think> </think> tags and do not write the "
     "box there. Then answer with the box in <answer> </answer> tags, like " + EXAMPLE)
+INCOMPLETE = "incomplete chain"
 INCONSISTENT = "inconsistent coordinate format"
 MIN_TEACHER_IOU = 0.5         # of the teacher's box with the annotation
 REVEALING_DISTANCE = 3        # in units of the model's frame
@@ -70,6 +69,7 @@ FIRST_BACKOFF = 1.0           # seconds before the second try; doubled for each 
 MAX_BACKOFF = 60.0
 MAX_RETRY_AFTER = 3600.0      # seconds; a server may ask for more
 GIVE_UP_AFTER = 20            # records in a row without an answer
+UNREAD = 3                    # tries of a record, if no answer has had its reasoning
 MIN_SECRET_LENGTH = 8         # a shorter key is no secret, such as vLLM's EMPTY
 
 
@@ -91,6 +91,15 @@ def prompt_blanks(record: Record, frame: Frame) -> dict[str, str]:
     return {"text": record.text, "box": format_box(record.box, frame), "units": units}
 
 
+def last_block(text: str) -> str:
+    """Drops a model's own thoughts before the last think block that an answer follows. If the
+    chat template has opened that block, the text contains only its end."""
+    head, _, answer = text.rpartition(ANSWER[0])
+    think, closing, between = head.rpartition(THINK[1])
+    think = re.split("</?think>", think)[-1]
+    return f"<think>{think}</think>{between}<answer>{answer}" if closing else text
+
+
 def filter_explanation(text: str, record: Record, frame: Frame) -> tuple[str | None, str | None]:
     """A teacher's text -> (reasoning, None), or (None, why it is refused)."""
     # 1. There is one think block with some text, then an answer.
@@ -98,7 +107,7 @@ def filter_explanation(text: str, record: Record, frame: Frame) -> tuple[str | N
     blocks = once and WHOLE.fullmatch(text)
     think = blocks[1].strip() if blocks else ""
     if not think or any(tag in think for tag in TAGS):
-        return None, "incomplete chain"
+        return None, INCOMPLETE
 
     # 2. The box is right. If it is right only in other coordinates, the format is inconsistent.
     box = parse_box(text)
@@ -185,7 +194,8 @@ def run_teacher(args: Namespace, records: Records) -> None:
             for r in records if r.id not in finished][:args.limit]
         if args.want is not None and counts[None] >= args.want:
             requests = []
-        answers = (ask_server(args, processor, requests) if args.model
+        readable = any(reason != INCOMPLETE for reason in counts)
+        answers = (ask_server(args, processor, requests, readable) if args.model
                    else ask_checkpoint(args, model, processor, requests))
         undone, in_a_row = [], 0
         with closing(answers), tqdm(total=len(requests), desc="teacher") as bar:
@@ -216,7 +226,9 @@ def run_teacher(args: Namespace, records: Records) -> None:
         print(f"  left undone: {len(undone)}, the first is {undone[0].record.id!r} "
               f"({undone[0].failure}); the same command asks for them again")
         if in_a_row == GIVE_UP_AFTER or len(finished) == done_before:
-            fail(f"no answer from {args.teacher} ({undone[-1].failure}); "
+            proxy = args.model and find_proxy(args.teacher)
+            by = f" by the proxy {proxy.hostname} (see NO_PROXY)" if proxy else ""
+            fail(f"no answer from {args.teacher}{by} ({undone[-1].failure}); "
                  "the same command continues when it answers")
 
 
@@ -244,28 +256,27 @@ def ask_checkpoint(args: Namespace, model: QwenVL, processor: Processor,
             tokens, _, lengths = generate(          # tokens (Q, 1, L), lengths (Q, 1)
                 model, prompts, 1, args.max_new_tokens, args.temperature, seeds)
             for request, ids, length in zip(batch, tokens[:, 0], lengths[:, 0]):
-                request.text = processor.decode(ids[:length])
+                request.text = last_block(processor.decode(ids[:length]))
                 yield request
 
 
-@dataclass(eq=False)
-class Unanswered(Exception):
-    reason: str
-    retry: bool = True
-    wait: float = 0.0             # seconds, as the server asks
-    remedy: str = ""              # what the user must change before any request can succeed
-
-
-def ask_server(args: Namespace, processor: Processor | None,
-               requests: Sequence[Explanation]) -> Iterator[Explanation]:
+def ask_server(args: Namespace, processor: Processor | None, requests: Sequence[Explanation],
+               readable: bool) -> Iterator[Explanation]:
     """Yields the requests with their answers in any order, --parallel at once; DataError if no
-    request can succeed. processor: for --coords resized."""
+    request can succeed. processor: for --coords resized. readable: an earlier call found
+    reasoning in this teacher's answers."""
     key = os.environ.get(args.key_env, "").strip()
     # A server may send the key back, so it is replaced in everything that is printed or written.
     secret = re.compile(re.escape(key) if len(key) >= MIN_SECRET_LENGTH else "(?!)")
     stopped = threading.Event()
+    limit = "max_tokens"
+    remedies = dict.fromkeys((*range(300, 400), 404), "check --teacher and --model") | {
+        0: "start the server without a reasoning parser, or use a model that does not think first",
+        401: f"it refuses the key in the environment variable {args.key_env}, or its absence",
+        403: f"check the key in the environment variable {args.key_env}"}
 
     def ask(request: Explanation) -> Explanation:
+        nonlocal limit, readable
         request.frame = frame_by_coords(request.record.size, args.coords, processor)
         try:
             url = image_data_url(request.record)
@@ -276,24 +287,36 @@ def ask_server(args: Namespace, processor: Processor | None,
         picture = {"type": "image_url", "image_url": {"url": url}}
         message = {"role": "user", "content": [picture, {"type": "text", "text": prompt}]}
         body = {"model": args.model, "messages": [message],
-                "max_tokens": args.max_new_tokens, "temperature": args.temperature}
+                limit: args.max_new_tokens, "temperature": args.temperature}
         for attempt in range(args.tries):
             if stopped.is_set():
                 break
             # Another seed for each try, because the same one gives an answer cut at the same token.
             body["seed"] = (request.seed + attempt) % 2 ** 31
             try:
-                request.text = secret.sub("[key]", post(args, key, json.dumps(body).encode()))
+                text = last_block(secret.sub("[key]", post(args.teacher, key, body, args.timeout)))
+                readable |= re.search(r"</think>\s*<answer>", text) is not None
+                if not readable:
+                    raise Unanswered(f"no reasoning in <think> tags, then <answer>: {text}", 0)
+                request.text = text
                 break
             except Unanswered as error:
+                refuses_name = re.search("max_(completion_)?tokens", error.reason)
+                if refuses_name and error.status in (200, 400, 422) and "max_tokens" in body:
+                    limit = "max_completion_tokens"        # as OpenAI's newer models want it
+                    return ask(request)
                 reason = secret.sub("[key]", error.reason)
                 reason = "".join(c if c.isprintable() else " " for c in reason)
                 request.failure = " ".join(reason.split())[:200]
-                if error.remedy:
+                if error.status in remedies:
+                    request.failure += f"; {remedies[error.status]}"
+                # If no answer has reasoning, the server removes it: no record is at fault.
+                unread = error.status == 0 and not readable and attempt >= UNREAD - 1
+                if unread or error.status == 401 or 300 <= error.status < 400:
                     stopped.set()
-                    failure = f"{args.teacher} answers {request.failure}; {error.remedy}"
-                    raise DataError(failure) from None
-                if not error.retry or attempt + 1 == args.tries:
+                    raise DataError(f"{args.teacher}: {request.failure}") from None
+                again = error.status in (0, 200, 408, 429) or error.status >= 500
+                if not again or attempt + 1 == args.tries:
                     break
                 # Random, so that requests that failed together are not repeated together.
                 backoff = min(MAX_BACKOFF, FIRST_BACKOFF * 2 ** attempt) * random.uniform(0.5, 1)
@@ -307,57 +330,6 @@ def ask_server(args: Namespace, processor: Processor | None,
             yield from pool.imap_unordered(ask, requests)
         finally:
             stopped.set()
-
-
-def post(args: Namespace, key: str, body: bytes) -> str:
-    """Sends one request -> the text of the answer. Raises Unanswered. Follows no redirects."""
-    url = urlsplit(args.teacher)
-    content = b""
-    deadline = time.monotonic() + args.timeout
-    connect = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    connection = connect(url.hostname, url.port, timeout=args.timeout)
-    headers = {"Content-Type": "application/json"}
-    headers |= {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        connection.request("POST", url.path.rstrip("/") + "/chat/completions", body, headers)
-        response = connection.getresponse()
-        # The socket's own timeout begins again with each byte.
-        while piece := response.read1(1 << 16):
-            content += piece
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no whole answer within {args.timeout:g} s")
-    except (OSError, http.client.HTTPException) as error:
-        raise Unanswered(f"{type(error).__name__}: {error}") from None
-    finally:
-        connection.close()
-    if response.length:           # bytes that the server announced but did not send
-        raise Unanswered("the answer was cut")
-    status, retry_after = response.status, response.getheader("Retry-After", "")
-    if status == 200:
-        try:
-            choice = json.loads(content)["choices"][0]
-            # Lone surrogates cannot be encoded.
-            text = choice["message"]["content"].encode("utf-8", "replace").decode()
-        except MALFORMED:
-            raise Unanswered("the answer is not a chat completion with text") from None
-        if choice.get("finish_reason") == "length":
-            raise Unanswered("the explanation was cut at --max-new-tokens")
-        return text
-    # The message of a server that refuses a key may quote the key, so it is not shown.
-    if status in (401, 403):
-        raise Unanswered(str(status), remedy="it refuses the key in the environment variable "
-                                             f"{args.key_env}, or its absence")
-    message = content.decode("utf-8", "replace")
-    with suppress(*MALFORMED):
-        value = json.loads(content)
-        message = json.dumps(value)                    # without escapes that could hide the key
-        message = str(value["error"]["message"])
-    wait = 0.0
-    with suppress(ValueError, TypeError, OverflowError):
-        date = parsedate_tz(retry_after)               # or seconds
-        wait = mktime_tz(date) - time.time() if date else float(retry_after)
-    remedy = "check --teacher and --model" if status == 404 or status < 400 else ""
-    raise Unanswered(f"{status}: {message}", status in (408, 429) or status >= 500, wait, remedy)
 
 
 def image_data_url(record: Record) -> str:
@@ -388,13 +360,19 @@ def check_teacher_flags(args: Namespace) -> None:
         fail("a server needs --model, the model's name there, and --coords")
     if args.coords == "resized" and not args.init:
         fail("--coords resized needs --init, a checkpoint that resizes images as the teacher does")
-    fits = False
+    fits = usable = False
     with suppress(ValueError):
         url = urlsplit(args.teacher)
-        fits = url.hostname and url.port != 0 and not (url.username or url.password or url.query)
+        fits = (url.hostname and url.port != 0 and "@" not in url.netloc
+                and not re.search(r"[?#\s]", args.teacher))
+        proxy = find_proxy(args.teacher)
+        usable = proxy is None or (proxy.scheme == "http" and proxy.hostname and proxy.port != 0)
     if not fits:              # the address may contain a password, so it is not shown
         fail("the address of --teacher must be like http://host:port/v1, without a user, a "
              "password or a query; put a key into the environment variable of --key-env")
+    if not usable:
+        fail("the proxy in the environment must be like http://host:port; without a proxy: "
+             f"NO_PROXY={url.hostname}")
     if not re.fullmatch("[!-~]*", os.environ.get(args.key_env, "").strip()):
         fail(f"the key in the environment variable {args.key_env} holds characters that no "
              "HTTP header can carry; set it again")
