@@ -206,8 +206,7 @@ def find_shared(
     """For each record, what of it is in the training data: "record", "image" or None.
 
     "record": its image, and a box with an IoU of SAME_BOX or more, whatever the expression.
-    Images are compared by name without suffix or, if given, by `pixels` (image -> hash).
-    """
+    Images are compared by name without suffix or, if given, by `pixels` (image -> hash)."""
     keyed = []                    # image key, and box as fractions of the image's sides
     for r in (*training, *records):
         if pixels is not None:

@@ -602,7 +602,6 @@ class QwenVL(nn.Module):
             cls, path: str | Path, dtype: torch.dtype | None = torch.bfloat16,
             device: torch.device | str = "cpu") -> QwenVL:
         """Reads a checkpoint's folder, a stage's (its newest step) or an adapter's (with its base).
-
         dtype None: as stored. CheckpointError if tensors are missing, unexpected or misshaped."""
         path = folder(path)
         base = base_folder(path)

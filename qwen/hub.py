@@ -273,7 +273,6 @@ def read_weights(
         dtype: torch.dtype | None, device: torch.device | str,
 ) -> tuple[dict[str, Tensor], torch.dtype]:
     """Tensors of exactly these names and shapes, and the stored dtype of the embedding.
-
     dtype None: no conversion. A tied checkpoint may also hold the head, equal to the embedding."""
     index = path / WEIGHT_INDEX
     files = {"model.safetensors"}
@@ -334,7 +333,6 @@ def write_tensors(
         file: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype,
         tensors: Iterator[Tensor], metadata: Mapping[str, str]) -> None:
     """Writes the same bytes as safetensors' save_file, but copies only PIECE elements to the host.
-
     tensors: sorted by name, on any device, of any dtype; each is requested when it is written."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -380,7 +378,6 @@ def read_token_ids(path: Path) -> dict[str, int]:
 
 def read_added_tokens(path: Path) -> dict[int, dict[str, Any]]:
     """Tokens added to vocab.json: id -> token, with its text under "content".
-
     From tokenizer_config.json and, in older checkpoints, added_tokens.json; both must agree."""
     added: dict[int, dict[str, Any]] = {}
     if (path / "tokenizer_config.json").exists():

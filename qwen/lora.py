@@ -84,7 +84,6 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def fit(model: nn.Module, args: argparse.Namespace) -> None:
     """With --lora, adds adapters to a loaded model or keeps those it has; without, merges them.
-
     Sets args.lora_alpha and args.lora_vision. CheckpointError if flags contradict the adapter."""
     layers = adapted(model)
     if not args.lora:
@@ -148,7 +147,6 @@ def keep_start(model: nn.Module) -> None:
 @contextmanager
 def reference(model: nn.Module) -> Iterator[None]:
     """Context in which the adapters are those of `keep_start`.
-
     Gradients stay on, so the vision tower runs in one pass, as it does for the policy. So results
     are equal to the bit, and all processes of a sharded model run the same number of passes. All
     tensors used are frozen, so nothing is stored for a backward pass."""

@@ -29,8 +29,7 @@ class Collector:
     Images are found by base name in all of `folder`; if several match, the end of the annotation's
     path decides, then a folder called `preferred_folder`. exact: image paths start in `folder`.
     refuse_swapped: refuses x1 > x2, which may mean x, y, width, height; else it is repaired.
-    kept: records of earlier Collectors, to which this one adds its own.
-    """
+    kept: records of earlier Collectors, to which this one adds its own."""
 
     def __init__(
             self, folder: Path, preferred_folder: str = "", exact: bool = False,
@@ -67,8 +66,7 @@ class Collector:
 
         where: its place, for messages. image: a name or path. box: four numbers, or a text or
         list with one [...] of four. units: of the box, per image side; None: pixels, or --coords.
-        size: the image's according to the file. file: all boxes from it have the same unit.
-        """
+        size: the image's according to the file. file: all boxes from it have the same unit."""
         units = COORDS[self.coords] if self.coords else units
         image_size = None
         try:

@@ -39,8 +39,7 @@ def opened(path: Path) -> Iterator[
     """Yields the image as PIL opens it, not yet decoded; its TIFF tags, or {}; the stored (width,
     height); whether it is deep, which means samples of more than 8 bits, signed samples or floats.
 
-    Any error up to the end of the `with` block becomes ImageError, except FileNotFoundError.
-    """
+    Any error up to the end of the `with` block becomes ImageError, except FileNotFoundError."""
     try:
         with open(path, "rb") as file:
             start = file.read(16)

@@ -34,8 +34,7 @@ def read(root: Path, split: str) -> Records:
     """SPLIT.jsonl; or a single file (root, or in root): "train" unless its lines name a split.
 
     {"image": path from root, "text": ..., "box": [x1, y1, x2, y2] in pixels}, and optional "id",
-    "category", "split".
-    """
+    "category", "split"."""
     files = [root] if root.is_file() else visible_files(root, "*.jsonl")
     if not files:
         raise DataError(
@@ -76,8 +75,7 @@ def expression_and_box(row: dict[str, Any]) -> tuple[Any, Any, int | None, str]:
     """-> expression, box, units as in Collector.add, image named in the question.
 
     A line has "text" and "box"; or a request and an answer with the box: "problem", "solution";
-    "question", "ground_truth"; or one turn each of "conversations" or "messages".
-    """
+    "question", "ground_truth"; or one turn each of "conversations" or "messages"."""
     if "text" in row or "box" in row:
         return row.get("text"), row.get("box"), None, ""
     turns = {}

@@ -181,8 +181,7 @@ def sampled(boxes: Tensor, target: Tensor, size: Tensor, inclusive: bool) -> dic
 
     "pass": chance that the best of j samples has IoU > 0.5, for j = 1, 2, 4, ... and k.
     With c right samples of k it is 1 - C(k - c, j) / C(k, j), unbiased (Chen et al., arXiv
-    2107.03374). "dispersion": mean `reward.dispersion` of records with two boxes or more.
-    """
+    2107.03374). "dispersion": mean `reward.dispersion` of records with two boxes or more."""
     n, k, _ = boxes.shape
     iou = torch.stack([overlaps(boxes[:, j], target, size).iou for j in range(k)])
     right = record_scores(iou, inclusive)["Pr@0.5"]                   # (k, N)

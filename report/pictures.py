@@ -78,8 +78,7 @@ def draw_rollouts(image: Image.Image, boxes: Sequence[Box | None], rewards: Sequ
     """A group's boxes on its image: red for the lowest reward, orange for the highest.
 
     boxes: one per rollout, None or NaN without one. text: of a caption, which adds the range of the
-    rewards. The target is drawn last, in green, which is why the highest reward is not yellow.
-    """
+    rewards. The target is drawn last, in green, which is why the highest reward is not yellow."""
     lowest, highest = min(rewards), max(rewards)
     coloured: list[tuple[Box, Colour]] = []
     for box, reward in zip(boxes, rewards):
@@ -94,8 +93,7 @@ def curve(series: Sequence[tuple[str, Sequence[Point]]], width: int = 320,
           height: int = 170) -> str:
     """One drawing of all curves -> an HTML figure with an SVG; "" if no curve has two points.
 
-    series: (name, points); a name is HTML, and a point is (step, value).
-    """
+    series: (name, points); a name is HTML, and a point is (step, value)."""
     series = [(name, spread(points, CURVE_POINTS)) for name, points in series if len(points) > 1]
     if not series:
         return ""

@@ -180,7 +180,6 @@ class Bench:
 
     def update(self, side: str, q: int = 0) -> Tensor:
         """Forward and backward pass of a group -> its log-probabilities (GROUP * tokens,).
-
         "ours" computes the prompt once; "repeated" (our model) and "theirs" once per rollout."""
         self.train_mode(True)
         prompts = [self.prompts[q]] * GROUP

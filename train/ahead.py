@@ -13,8 +13,7 @@ def ahead(make: Callable[[T], U], items: Iterable[T], threads: int = 2) -> Itera
     """Yields make(item) for each item, in order; an error of make is raised at its item.
 
     While one result is in use, each thread prepares or holds one more. Decoding and resizing an
-    image release the GIL, so threads are enough.
-    """
+    image release the GIL, so threads are enough."""
     items = iter(items)
     pool = ThreadPoolExecutor(threads)
     try:

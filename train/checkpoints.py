@@ -110,8 +110,7 @@ def save(
 
     run: content of run.json, without the line's scores. All files are written to a hidden folder,
     which is renamed and linked when they are on the disk: a run killed at any moment keeps its last
-    checkpoint. Then what --keep does not keep is removed.
-    """
+    checkpoint. Then what --keep does not keep is removed."""
     step = line["step"]
     folder = out / f"step_{step:06d}"
     hidden = out / f".{folder.name}.tmp"
@@ -190,8 +189,7 @@ def training_state(model: nn.Module, opt: torch.optim.Optimizer) -> tuple[dict[s
 
     -> its rows of "master/<parameter>", "exp_avg/<parameter>", "exp_avg_sq/<parameter>", not
     copied; and for each parameter its whole "shape" and the number of this process's "first" row.
-    FSDP2 cuts dimension 0 into equal parts: 10 rows over 4 processes begin at 0, 3, 6 and 9.
-    """
+    FSDP2 cuts dimension 0 into equal parts: 10 rows over 4 processes begin at 0, 3, 6 and 9."""
     tensors, rows = {}, {}
     for name, p in lora.saved_parameters(model):
         sharded = isinstance(p, DTensor)
@@ -205,8 +203,7 @@ def training_state(model: nn.Module, opt: torch.optim.Optimizer) -> tuple[dict[s
 
 def prune(out: Path, keep: int, keep_weights: int | None) -> None:
     """Points `best` at the first step with the highest val_mIoU. Removes the training state of all
-    but the `keep` newest steps, and whole steps except the `keep_weights` newest and the best.
-    """
+    but the `keep` newest steps, and whole steps except the `keep_weights` newest and the best."""
     steps = steps_so_far(out)
     best, highest = None, -math.inf
     for step in reversed(steps):
@@ -231,7 +228,6 @@ def manifest_entry(file: Path) -> dict[str, Any]:
 
 def damage(step: Path, only: str | None = None) -> str | None:
     """What is wrong with a checkpoint's files, in words; None if they are as written.
-
     only: a file that this process checks. Without it, the files are split over all processes."""
     if not only and not (step / "state").is_dir():
         return f"{step / 'state'} is missing"
@@ -266,8 +262,7 @@ def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
 
         file       0        1        2       3
         rows    0 1 2    3 4 5    6 7 8      9
-        read               5      6 7 8      9
-    """
+        read               5      6 7 8      9"""
     damages = []
     for step in steps_so_far(out):
         if damages and not (step / "state").exists():

@@ -84,11 +84,9 @@ def choose_device(asked: str | None) -> str:
 
 
 def start(device: str, deterministic: bool = False) -> torch.device:
-    """Joins the processes that torchrun started -> this process's device.
-
-    On CUDA a single process forms a group as well: only sharded models (FSDP2) have bfloat16
-    copies of float32 parameters to compute with.
-    """
+    """Joins the processes that torchrun started -> this process's device. On CUDA a single process
+    forms a group as well: only sharded models (FSDP2) have bfloat16 copies of float32 parameters
+    to compute with."""
     faulthandler.enable()
     group: dict[str, Any] = {}
     words = f"the CPU, {torch.get_num_threads()} threads per process; torch {torch.__version__}"
@@ -140,10 +138,8 @@ def gather_lists(own: Sequence[Any]) -> list[Any]:
 
 @contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """Waits for all processes at its end. If one has an OSError in the block, all raise one.
-
-    The first process with an error raises its own, the others an OSError without text.
-    """
+    """Waits for all processes at its end. If one has an OSError in the block, all raise one: the
+    first process with an error its own, the others an OSError without text."""
     own = None
     try:
         yield
@@ -167,10 +163,8 @@ def check_writable(folder: str | Path) -> Path:
 
 def prepare(
         model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """Makes a loaded model ready for training: float32, on the device, sharded by layers.
-
-    Set requires_grad first. dtype: that of passes; a single CPU process computes in float32.
-    """
+    """Makes a loaded model ready for training: float32, on the device, sharded by layers. Set
+    requires_grad first. dtype: that of passes; a single CPU process computes in float32."""
     if not dist.is_initialized():
         return model.float().to(device)
     dtype = dtype or COMPUTE_DTYPES[device.type]
@@ -199,10 +193,8 @@ def prepare(
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """The model to sample with: each process has all parameters, so no pass communicates.
-
-    Processes need different numbers of passes. With sharded parameters, the one with most hangs.
-    """
+    """The model to sample with: each process has all parameters, so no pass communicates. Processes
+    need different numbers of passes; with sharded parameters, the one with most would hang."""
     modules = [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
     for module in modules:
         module.unshard()
@@ -214,10 +206,8 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unhooked(module: nn.Module) -> nn.Module:
-    """A copy of a module tree without FSDP2's hooks; parameters and buffers are shared.
-
-    Hooks take a fifth of the host's time in decoding, and cannot be captured in a CUDA graph.
-    """
+    """A copy of a module tree without FSDP2's hooks; parameters and buffers are shared. Hooks take
+    a fifth of the host's time in decoding, and cannot be captured in a CUDA graph."""
     # The module's own class, not the subclass that FSDP2 made of it.
     kind = next(c for c in type(module).__mro__ if not issubclass(c, fsdp.FSDPModule))
     twin = kind.__new__(kind)
@@ -252,10 +242,8 @@ def lr_at(step: int, steps: int, peak: float, warmup_steps: int | None = None) -
 
 
 def update(model: nn.Module, opt: torch.optim.Optimizer, lr: float) -> float:
-    """One optimizer step with the gradient clipped to norm 1 -> its norm before clipping.
-
-    If the norm is not finite, the step is skipped.
-    """
+    """One optimizer step with the gradient clipped to norm 1 -> its norm before clipping. If the
+    norm is not finite, the step is skipped."""
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -68,8 +68,7 @@ class Values(argparse.Action):
     """A flag with several values, each stored under its own name; the last may be left out.
 
     const: for each name in order (name, function of its values or tuple of choices, number of
-    values or None for all that are left).
-    """
+    values or None for all that are left)."""
 
     def __call__(self, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
         setattr(namespace, self.dest, True)

@@ -66,9 +66,7 @@ def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Re
 def launch(main: Callable[[], None], catch_signals: bool = False) -> NoReturn:
     """Runs a script's main function, then exits with status 0, 2 (a user's mistake, a full disk),
     130 (Ctrl-C) or 1 (any other error). Only one process prints what went wrong.
-
-    catch_signals: STOP_SIGNALS only set STOP_REQUESTED, so that `Run.steps` can finish its step.
-    """
+    catch_signals: STOP_SIGNALS only set STOP_REQUESTED, so that `Run.steps` can finish its step."""
     if catch_signals:
         # A thread reads the signals, because the main thread may be in a long library call.
         read_end, write_end = os.pipe()
@@ -147,10 +145,8 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 def record_at(records: Sequence[Record], place: int, seed: int) -> Record:
     """The record at a place in the order, counted from 0 over all epochs.
-
     The order is a pure function of the seed, so a resume restores no sampler, and every process
-    knows the whole batch. With batches of b, step s has the places s * b to s * b + b - 1.
-    """
+    knows the whole batch. With batches of b, step s has the places s * b to s * b + b - 1."""
     epoch, position = divmod(place, len(records))
     return records[epoch_order(len(records), seed, epoch)[position]]
 
@@ -215,8 +211,7 @@ class Run:
         A record with an image that cannot be decoded is replaced by the one `size` places later,
         and so on. So replacements do not depend on the number of processes, and within an epoch
         the records of a batch differ. The search ends when more than MOST_UNREADABLE of the
-        records have failed; `log` then stops the run.
-        """
+        records have failed; `log` then stops the run."""
         batch = Batch([], [], [])
         for first_place in range(step * size + dist.rank(), (step + 1) * size, dist.world()):
             for place in itertools.count(first_place, size):
@@ -253,9 +248,7 @@ class Run:
     def log(self, line: dict[str, Any], batch: Batch, warnings: Sequence[str] = (),
             show: Sequence[str] = ()) -> None:
         """Logs a step, saves a checkpoint if one is due, and stops a run that cannot continue.
-
-        warnings: sentences about the step. show: keys of the line for the progress bar.
-        """
+        warnings: sentences about the step. show: keys of the line for the progress bar."""
         self.lines.append(line)
         self.count_unreadable(line, batch.unreadable)
         warnings = list(warnings)
