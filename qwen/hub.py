@@ -114,8 +114,22 @@ class Config:
         family = FAMILIES[model_type]
         qwen2, qwen25, qwen3 = (family == name for name in FAMILIES.values())
         try:
-            refuse_other_values(path, family, raw)
-            vision = raw["vision_config"]
+            text, vision = raw.get("text_config") or raw, raw["vision_config"]
+            parts = [
+                ("", raw), ("text_config", text), ("rope_parameters", text.get("rope_scaling")),
+                ("rope_parameters", text.get("rope_parameters")), ("vision_config", vision),
+                ("vision_config.rope_parameters", vision.get("rope_parameters"))]
+            found = [("layer_types", x, ("full_attention",)) for x in text.get("layer_types") or ()]
+            for part, content in parts:
+                for name, values in COMPUTED[part].items():
+                    values = COMPUTED_BY_FAMILY.get((family, part, name), values)
+                    found.append((f"{part} {name}".strip(), (content or {}).get(name), values))
+            for name, value, values in found:
+                if value is not None and value not in values:
+                    only = f"only {json.dumps(values[0])}" if values else "no such thing"
+                    raise CheckpointError(f"{path}: {name} is {json.dumps(value)[:60]}, but this "
+                                          f"code computes {only}; take a checkpoint without it")
+
             # Qwen2-VL's hidden_size is the language model's width.
             width = vision["embed_dim"] if qwen2 else vision["hidden_size"]
             mlp_width = int(width * vision.get("mlp_ratio", 4)) if qwen2 else None
@@ -133,7 +147,6 @@ class Config:
                 table_side=math.isqrt(vision["num_position_embeddings"]) if qwen3 else 0,
                 deepstack=tuple(vision["deepstack_visual_indexes"] if qwen3 else ()))
 
-            text = raw.get("text_config") or raw
             # As in transformers, the older name takes precedence.
             rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
             hidden, heads = text["hidden_size"], text["num_attention_heads"]
@@ -161,25 +174,6 @@ class Config:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise CheckpointError(f"{path}: not the config.json of a {family} checkpoint "
                                   f"({reason}); copy it again from where it came from") from None
-
-
-def refuse_other_values(path: str | Path, family: str, raw: dict[str, Any]) -> None:
-    """CheckpointError if a field of config.json has a value that is not supported."""
-    text, vision = raw.get("text_config") or raw, raw["vision_config"]
-    parts = [
-        ("", raw), ("text_config", text), ("rope_parameters", text.get("rope_scaling")),
-        ("rope_parameters", text.get("rope_parameters")), ("vision_config", vision),
-        ("vision_config.rope_parameters", vision.get("rope_parameters"))]
-    found = [("layer_types", x, ("full_attention",)) for x in text.get("layer_types") or ()]
-    for part, content in parts:
-        for name, values in COMPUTED[part].items():
-            values = COMPUTED_BY_FAMILY.get((family, part, name), values)
-            found.append((f"{part} {name}".strip(), (content or {}).get(name), values))
-    for name, value, values in found:
-        if value is not None and value not in values:
-            only = f"only {json.dumps(values[0])}" if values else "no such thing"
-            raise CheckpointError(f"{path}: {name} is {json.dumps(value)[:60]}, but this code "
-                                  f"computes {only}; take a checkpoint without it")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -356,10 +350,9 @@ def write_tensors(
 
 def read_token_ids(path: Path) -> dict[str, int]:
     """Token text -> id, from tokenizer.json, else vocab.json with added tokens; {} without both."""
-    file = path / "tokenizer.json"
-    if not file.exists():
-        file = path / "vocab.json"
-    if not file.exists():
+    choices = (path / "tokenizer.json", path / "vocab.json")
+    file = next(filter(Path.exists, choices), None)
+    if file is None:
         return {}
     content = read_json_object(file)
     try:
