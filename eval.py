@@ -86,32 +86,6 @@ def flags() -> FlagParser:
     return parser
 
 
-def refuse_mistakes(args: Namespace) -> None:
-    files = args.predictions or args.compare
-    several = args.samples > 1 or len(args.temperature) > 1 or world() > 1
-    if args.coords in COORDS and args.data and not files:
-        args.data_coords, args.coords = args.data_coords or args.coords, None
-    mistakes = (
-        (not args.ckpt and not files,
-         "name a checkpoint's folder (python eval.py ckpt/), or a file with --predictions"),
-        (bool(args.image) != bool(args.text), "--image and --text go together; give both of them"),
-        (args.image and (not args.ckpt or files or args.blind or several),
-         "--image asks one checkpoint once: one process, one --temperature, no --predictions, "
-         "--compare, --samples or --blind"),
-        (args.samples > 1 and (files or max(args.temperature) == 0),
-         "--samples needs a checkpoint and a --temperature above 0: greedy answers are the same"),
-        (args.coords == "resized" and not args.ckpt,
-         "--coords resized needs a checkpoint's processor: python eval.py CKPT --predictions ..."),
-        (args.coords and not files, "--coords is about a file given with --predictions, or about "
-         f"the boxes of --data NAME: {', '.join(COORDS)}"),
-        (files and (args.blind or args.temperature != [0.0]),
-         "predictions are scored as they are; --blind and --temperature belong to a checkpoint"),
-        (len(set(args.temperature)) < len(args.temperature), "give each --temperature once"))
-    for is_mistake, message in mistakes:
-        if is_mistake:
-            fail(message)
-
-
 class Stage(NamedTuple):
     name: str
     folder: Path                  # or the path of a predictions file
@@ -407,8 +381,30 @@ def main() -> None:
     args = flags().parse_args()
     # Answers and paths may hold characters that the terminal's encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")
-    refuse_mistakes(args)
     files = args.compare or ([args.predictions] if args.predictions else [])
+    several = args.samples > 1 or len(args.temperature) > 1 or world() > 1
+    if args.coords in COORDS and args.data and not files:
+        args.data_coords, args.coords = args.data_coords or args.coords, None
+    mistakes = (
+        (not args.ckpt and not files,
+         "name a checkpoint's folder (python eval.py ckpt/), or a file with --predictions"),
+        (bool(args.image) != bool(args.text), "--image and --text go together; give both of them"),
+        (args.image and (not args.ckpt or files or args.blind or several),
+         "--image asks one checkpoint once: one process, one --temperature, no --predictions, "
+         "--compare, --samples or --blind"),
+        (args.samples > 1 and (files or max(args.temperature) == 0),
+         "--samples needs a checkpoint and a --temperature above 0: greedy answers are the same"),
+        (args.coords == "resized" and not args.ckpt,
+         "--coords resized needs a checkpoint's processor: python eval.py CKPT --predictions ..."),
+        (args.coords and not files, "--coords is about a file given with --predictions, or about "
+         f"the boxes of --data NAME: {', '.join(COORDS)}"),
+        (files and (args.blind or args.temperature != [0.0]),
+         "predictions are scored as they are; --blind and --temperature belong to a checkpoint"),
+        (len(set(args.temperature)) < len(args.temperature), "give each --temperature once"))
+    for is_mistake, message in mistakes:
+        if is_mistake:
+            fail(message)
+
     device = None if files else dist.start(dist.choose_device(args.device))
     stages = find_stages(args.ckpt) if args.ckpt else []
     if args.image:

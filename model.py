@@ -131,7 +131,6 @@ class VisionBlock(nn.Module):
 
 def merger(c: VisionConfig, deepstack: bool = False) -> nn.Sequential:
     """(tokens, merge * merge, hidden) patches -> (tokens, out).
-
     Qwen3-VL's deepstack mergers normalise a token's joined patches; other mergers, each patch."""
     wide = c.hidden * c.merge ** 2
     qwen3 = c.family == "Qwen3-VL"

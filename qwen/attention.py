@@ -169,7 +169,6 @@ def to_device(numbers: Sequence[Tensor], device: torch.device | str) -> list[Ten
 def attention(
         q: Tensor, k: Tensor, v: Tensor, plan: "Plan | Cache", layer: int = 0) -> Tensor:
     """q (N, H, hd), k and v (N, KV, hd) -> (N, H, hd).
-
     With a Plan: packed sequences. With a Cache: one more token of every rollout, in `layer`."""
     if isinstance(plan, Cache):
         return plan.attend(layer, q, k, v)
@@ -332,7 +331,6 @@ def merge_attended(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """A piece's q (rows, H, hd), k, v (keys, KV, hd) -> out like q, lse (H, rows) float32.
-
     Uses the variable-length kernel, the CPU's, or plain formulas on other devices."""
     if not isinstance(piece.sequences, int):
         return torch.ops.aten._flash_attention_forward(
@@ -353,7 +351,6 @@ def attend_backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         piece: Piece) -> Sequence[Tensor]:
     """A piece's share of the gradients of q, k and v.
-
     grad and out (like q) and lse (H, rows) are of the attention over all keys, not this piece's."""
     if not isinstance(piece.sequences, int):
         no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)

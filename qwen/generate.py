@@ -139,7 +139,6 @@ class Graph:
 
 def draw(logp: Tensor, u: Tensor) -> Tensor:
     """Inverse of the distribution function: logp (R, V), u (R,) in [0, 1) -> ids (R,).
-
     An id of probability 0 is never drawn."""
     cdf = logp.exp().cumsum(-1, dtype=torch.double)
     # Rounding makes the sum differ from 1, so u is scaled to it.

@@ -47,7 +47,6 @@ PLAIN_VALUES = {
 
 class LoRALinear(nn.Linear):
     """A linear layer with an adapter: lora_A (rank, in), lora_B (out, rank).
-
     start_A, start_B: copies from the start of the run, None if B was 0."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> None:

@@ -103,10 +103,9 @@ def first_existing(root: Path, *names: str) -> Path:
 def read_text(file: str | Path) -> str:
     """UTF-8, with "\\n" at line ends."""
     try:
-        text = Path(file).read_bytes().decode("utf-8-sig")
+        return Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: unreadable ({error})") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(file: Path) -> Any:

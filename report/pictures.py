@@ -92,7 +92,6 @@ def draw_rollouts(image: Image.Image, boxes: Sequence[Box | None], rewards: Sequ
 def curve(series: Sequence[tuple[str, Sequence[Point]]], width: int = 320,
           height: int = 170) -> str:
     """One drawing of all curves -> an HTML figure with an SVG; "" if no curve has two points.
-
     series: (name, points); a name is HTML, and a point is (step, value)."""
     series = [(name, spread(points, CURVE_POINTS)) for name, points in series if len(points) > 1]
     if not series:

@@ -26,14 +26,13 @@ from tqdm import tqdm
 
 from model import QwenVL
 from qwen import lora
-from qwen.hub import MANIFEST, CheckpointError, by_number, write_json, write_tensors
+from qwen.hub import (
+    MALFORMED, MANIFEST, CheckpointError, by_number, write_json, write_tensors)
 from qwen.processor import Processor
 from readers.base import read_json
 from train import dist
 from train.dist import fail, gather_lists, raise_on_all_processes, rank, world
 
-# Exceptions from malformed files.
-MALFORMED = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError)
 # Bytes of a checkpoint's small files, at most: tokenizer, settings, manifest.
 SMALL_FILES = 2 ** 24
 
@@ -126,10 +125,10 @@ def save(
                     shutil.rmtree(unfinished, ignore_errors=True)
                 (hidden / "state").mkdir(parents=True)
                 # Weights as stored, float32 parameters, and two moments of each trained one.
-                needed = sum(x.numel() for x in stored.values()) * model.stored_dtype.itemsize
+                needed = SMALL_FILES
+                needed += sum(x.numel() for x in stored.values()) * model.stored_dtype.itemsize
                 for _, p in lora.saved_parameters(model):
                     needed += 4 * p.numel() * (3 if p.requires_grad else 1)
-                needed += SMALL_FILES
                 free = shutil.disk_usage(out).free
                 if free < needed:
                     need = f"{needed / 2 ** 30:.2f} GiB are needed and {free / 2 ** 30:.2f} free"
@@ -237,7 +236,7 @@ def damage(step: Path, only: str | None = None) -> str | None:
         if (step / MANIFEST).exists():
             for name, entry in json.loads((step / MANIFEST).read_bytes()).items():
                 listed[name] = {"bytes": int(entry["bytes"]), "sha256": entry["sha256"]}
-    except MALFORMED as error:
+    except (OSError, *MALFORMED) as error:
         return f"{step / MANIFEST} is unreadable ({error})"
     found = []
     for name in [only] if only else sorted(listed)[rank()::world()]:
@@ -290,7 +289,7 @@ def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
             files.append((file, json.loads(metadata["rows"])))
             saved_step = int(metadata["step"])
             optimizer_steps = float(metadata["optimizer_steps"])
-        except MALFORMED as error:
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{path}: not a whole training state ({error}); point {out / 'latest'} at an "
                 f"earlier step, or start a new run with --init {step}") from None

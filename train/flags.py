@@ -175,9 +175,9 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
         if run["stage"] != stage:
             dist.fail(f"--resume, but {args.out} holds a run of {run['stage']}.py; "
                       f"name the --out of a run of {stage}.py")
-        new_flags = {k: v for k, v in NEW_FLAGS.items() if k in known}
-        old_flags = {k: v for k, v in run["flags"].items() if k not in ("out", "resume", "workers")}
-        old_flags = new_flags | old_flags
+        dropped = ("out", "resume", "workers")
+        old_flags = {k: v for k, v in NEW_FLAGS.items() if k in known}
+        old_flags |= {k: v for k, v in run["flags"].items() if k not in dropped}
         parser.set_defaults(**{k: v for k, v in old_flags.items() if k in known})
         args = parser.parse_args()
         for name in {*known, *old_flags} - {*FREE_ON_RESUME}:

@@ -27,7 +27,7 @@ from qwen import lora
 from qwen.answer import PROMPT
 from qwen.generate import draw
 from qwen.hub import ADAPTER_CONFIG, Config, base_folder, folder
-from qwen.processor import Pixels, Processor, Prompt, smart_resize
+from qwen.processor import Pixels, Processor, Prompt, frame_by_coords
 from readers.base import Record
 from train.checkpoints import fill_moments
 from train.dist import fail, gathered, memory_tokens, peak_memory, rank, world
@@ -115,8 +115,7 @@ def longest_prompt(processor: Processor, records: Sequence[Record],
     if not records and not image:
         return None
     sizes = {record.size for record in records} or {tuple(image)}
-    resized = [smart_resize(*size, processor.patch * processor.merge, processor.min_pixels,
-                            processor.max_pixels) for size in sizes]
+    resized = [frame_by_coords(size, "resized", processor).resized for size in sizes]
     width, height = max(resized, key=lambda size: size[0] * size[1])
     rows, columns = height // processor.patch, width // processor.patch
     text = max((record.text for record in records), key=len, default="")
@@ -238,7 +237,6 @@ def check_gpu(
         val: Sequence[Record], step: Step, device: torch.device | None = None) -> None:
     """Prints what a run needs of each GPU. If a GPU has less, names the first flag that helps, and
     exits with status 2. On a CPU, does nothing.
-
     device: None for --plan, which names the GPUs, and without records the image's size."""
     gpus, available = args.gpus, args.memory * GIB
     processor.check_fits(Config.from_json(base_folder(folder(args.init)) / "config.json"))
