@@ -204,7 +204,6 @@ def find_shared(
         records: Sequence[Record], training: Sequence[Record],
         pixels: dict[Any, Any] | None = None) -> list[str | None]:
     """For each record, what of it is in the training data: "record", "image" or None.
-
     "record": its image, and a box with an IoU of SAME_BOX or more, whatever the expression.
     Images are compared by name without suffix or, if given, by `pixels` (image -> hash)."""
     keyed = []                    # image key, and box as fractions of the image's sides

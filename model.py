@@ -631,7 +631,6 @@ class QwenVL(nn.Module):
             self, path: str | Path, whole: Iterator[Tensor] | None = None,
             shard_bytes: int = 5 * 10 ** 9) -> None:
         """Writes config.json and safetensors in hub layout, or only adapters in PEFT's layout.
-
         whole: if the model is sharded over processes, its full tensors in the order of
         stored_files(); each is requested when it is written."""
         path = Path(path)

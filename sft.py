@@ -126,13 +126,12 @@ def main() -> None:
     args = parse(flags(), "sft")
     if args.batch % dist.world():
         dist.fail(f"--batch {args.batch} is not a multiple of the {dist.world()} processes")
+    init = folder(args.init)
+    records, val = ((), ()) if args.plan and args.image else load_records(args, args.split)
     if args.plan:
-        processor = Processor.from_pretrained(folder(args.init), max_pixels=args.max_pixels)
-        records, val = ((), ()) if args.image else load_records(args, args.split)
+        processor = Processor.from_pretrained(init, max_pixels=args.max_pixels)
         memory.check_gpu(args, processor, records, val, longest_step(args, processor, records))
         return
-    init = folder(args.init)
-    records, val = load_records(args, args.split)
     set_steps(args, len(records), args.batch, steps=1000)
     write_completion = cot.writer(records, args.cot, args.answer_only)
     run = Run(args, "sft", records)

@@ -316,7 +316,6 @@ class PlannedAttention(torch.autograd.Function):
 def merge_attended(
         out: Tensor, lse: Tensor, rows: Rows, more_out: Tensor, more_lse: Tensor) -> None:
     """Merges attention over more keys into these rows of out (N, H, hd), lse (H, N), in place.
-
     more_out (rows, H, hd), more_lse (H, rows): the same queries over other keys. An output's weight
     is exp(lse - total), its share of the sum of exponentials."""
     row_lse = lse[:, rows]

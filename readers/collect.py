@@ -63,7 +63,6 @@ class Collector:
             file: Path | None = None, kind: str = "", unique: bool | None = None,
             grid: tuple[int, ...] | None = None) -> None:
         """One annotation, unvalidated -> a record, or a refusal.
-
         where: its place, for messages. image: a name or path. box: four numbers, or a text or
         list with one [...] of four. units: of the box, per image side; None: pixels, or --coords.
         size: the image's according to the file. file: all boxes from it have the same unit."""

@@ -178,7 +178,6 @@ def breakdowns(values: Properties, iou: Tensor, inclusive: bool) -> dict[str, di
 
 def sampled(boxes: Tensor, target: Tensor, size: Tensor, inclusive: bool) -> dict[str, Any]:
     """boxes (N, k, 4), NaN for no box; target (N, 4).
-
     "pass": chance that the best of j samples has IoU > 0.5, for j = 1, 2, 4, ... and k.
     With c right samples of k it is 1 - C(k - c, j) / C(k, j), unbiased (Chen et al., arXiv
     2107.03374). "dispersion": mean `reward.dispersion` of records with two boxes or more."""

@@ -55,7 +55,6 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
                stages: Sequence[tuple[str, Path]], records: Sequence[Record] = (),
                summary: Mapping[str, Any] | None = None) -> None:
     """Writes the page of an evaluation: its scores, then the stages, the last one first.
-
     rows: of eval.json; cases: those of each row; stages: (name, folder with metrics.jsonl);
     records: for the images of rollouts; summary: the rest of eval.json (centre_box, comparison)."""
     by_id = {record.id: record for record in records}

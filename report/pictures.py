@@ -76,7 +76,6 @@ def overlay(image: Image.Image, boxes: Sequence[tuple[Box, str, Colour]]) -> Ima
 def draw_rollouts(image: Image.Image, boxes: Sequence[Box | None], rewards: Sequence[float],
                   target: Box, text: str = "", width: int = 336) -> Image.Image:
     """A group's boxes on its image: red for the lowest reward, orange for the highest.
-
     boxes: one per rollout, None or NaN without one. text: of a caption, which adds the range of the
     rewards. The target is drawn last, in green, which is why the highest reward is not yellow."""
     lowest, highest = min(rewards), max(rewards)

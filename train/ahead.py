@@ -3,15 +3,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
-
-T = TypeVar("T")
-U = TypeVar("U")
+from typing import Any
 
 
-def ahead(make: Callable[[T], U], items: Iterable[T], threads: int = 2) -> Iterator[U]:
+def ahead(make: Callable[[Any], Any], items: Iterable[Any], threads: int = 2) -> Iterator[Any]:
     """Yields make(item) for each item, in order; an error of make is raised at its item.
-
     While one result is in use, each thread prepares or holds one more. Decoding and resizing an
     image release the GIL, so threads are enough."""
     items = iter(items)

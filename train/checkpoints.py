@@ -106,7 +106,6 @@ def save(
         out: Path, line: Mapping[str, Any], model: QwenVL, opt: torch.optim.Optimizer,
         processor: Processor, run: Mapping[str, Any], args: argparse.Namespace) -> bool:
     """Writes the checkpoint of the step that logged this line -> False if the disk is full.
-
     run: content of run.json, without the line's scores. All files are written to a hidden folder,
     which is renamed and linked when they are on the disk: a run killed at any moment keeps its last
     checkpoint. Then what --keep does not keep is removed."""
@@ -185,7 +184,6 @@ def save(
 
 def training_state(model: nn.Module, opt: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
     """This process's part of what a resume needs.
-
     -> its rows of "master/<parameter>", "exp_avg/<parameter>", "exp_avg_sq/<parameter>", not
     copied; and for each parameter its whole "shape" and the number of this process's "first" row.
     FSDP2 cuts dimension 0 into equal parts: 10 rows over 4 processes begin at 0, 3, 6 and 9."""

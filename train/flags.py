@@ -66,7 +66,6 @@ moderate = partial(number, float, lambda v: abs(v) <= 1e6, "a number between -1e
 
 class Values(argparse.Action):
     """A flag with several values, each stored under its own name; the last may be left out.
-
     const: for each name in order (name, function of its values or tuple of choices, number of
     values or None for all that are left)."""
 
