@@ -68,8 +68,7 @@ READERS: dict[str, Callable[[Path, str], Records]] = {
     "synth-tiny": functools.partial(read_synth, name="synth-tiny")}
 # Data sets in which the unit of each box is known.
 OWN_UNIT = ("synth", "synth-small", "synth-one", "synth-tiny", "vrsbench")
-# Published numbers of expressions per split.
-PUBLISHED = {
+PUBLISHED = {                     # number of expressions in each split
     "dior": {"train": 26_991, "val": 3_829, "test": 7_500},
     "opt": {"train": 19_580, "val": 4_895, "test": 24_477},
     "rsvg-hr": {"train": 2_151, "test": 499},

@@ -61,7 +61,6 @@ def flags() -> FlagParser:
 @dataclass
 class Example:
     """What the model learns from one record."""
-
     prompt: Prompt             # image and expression
     completion: Tensor         # (L,) ids of reasoning, answer and end of turn
 

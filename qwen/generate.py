@@ -109,7 +109,6 @@ class Graph:
     A graph works on fixed memory of fixed shapes: weights, cache, input tokens. The cache's shapes
     stay the same for all steps, so each batch size needs one capture. Only the latest graph is
     kept: batches never grow, and the next call has another cache."""
-
     model: QwenVL
     tokens: Tensor | None = None  # the captured step's input
 

@@ -29,7 +29,6 @@ WEIGHT_INDEX = "model.safetensors.index.json"         # lists the files of shard
 MANIFEST = "manifest.json"                            # lists a step's files and their hashes
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PIECE = 2 ** 20                   # elements of a tensor that are copied to the host at a time
-# Exceptions from files with unexpected content.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 

@@ -81,7 +81,6 @@ def cut_patches(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
 @dataclass(frozen=True)
 class Pixels:
     """An image's patches as bytes: the model's floats would take eight times as long to send."""
-
     values: Tensor                # (patches, channels, patch, patch) uint8
     table: Tensor                 # (channels, 256) float32: normalised value of each byte
     frames: int                   # per temporal patch; a still image is repeated in each
@@ -118,7 +117,6 @@ def prompt_hash() -> str:
 @dataclass(eq=False)
 class Processor:
     """Image and expression -> Prompt, completion <-> ids. Threads may share one."""
-
     tokenizer: Tokenizer
     ordinary: Tokenizer           # has no added tokens: reads "<|im_end|>" as letters
     source: Path                  # folder of the tokenizer's files

@@ -113,7 +113,6 @@ def random_prompt(model: QwenVL, side: int, text: int = TEXT) -> Prompt:
 @dataclass
 class Bench:
     """Both models with the same weights, the same inputs for both, and the table of rows."""
-
     file: Path                         # bench.json
     device: torch.device
     dtype: torch.dtype

@@ -45,7 +45,6 @@ VALIDATION_TOKENS = 2 ** 14
 @dataclass(frozen=True)
 class Step:
     """The size of a training step, over all processes."""
-
     prompts: int               # questions of RFT, records of SFT
     group: int                 # completions of each prompt; 1 in SFT
     tokens: int                # the longest completion
@@ -56,7 +55,6 @@ class Step:
 @dataclass(frozen=True)
 class Pass:
     """A pass over `prompts` copies of a prompt, each with `group` completions of `tokens`."""
-
     prompt: Prompt
     prompts: int
     group: int
