@@ -137,10 +137,8 @@ def read_split(name: str, root: Path, split: str) -> Records:
 
 def mixture(names: str, root: Path, split: str) -> Records:
     """Records of several data sets, "dior+vrsbench:0.5", shuffled in a fixed order.
-
     A weight of 2.5 takes all records twice and half of them again. In splits that are not for
-    training, weights are 1. The choice depends only on ids: a larger share contains a smaller one.
-    """
+    training, weights are 1. The choice depends on ids: a larger share contains a smaller one."""
     mixed = Records([], {})
     notes: dict[str, str] = {}
     for part in names.split("+"):

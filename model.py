@@ -181,7 +181,6 @@ class VisionTower(nn.Module):
 
     def learned_positions(self, frames: Sequence[Tensor]) -> Tensor:
         """Qwen3-VL: row and column of each frame's patches, (patches, 2) -> (patches, hidden).
-
         The table of side x side positions is stretched over the frame, corner to corner, and
         interpolated bilinearly."""
         side = self.config.table_side

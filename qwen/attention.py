@@ -269,7 +269,6 @@ class Cache:
 
 class PlannedAttention(torch.autograd.Function):
     """Exact attention by pieces, merged for a token in two pieces: own sequence and prompt.
-
     In the backward pass each piece's kernel gets the merged output and log-sum-exp. So
     exp(score - lse) is the weight in the softmax over all keys, and gradients of pieces add up."""
 

@@ -88,7 +88,6 @@ def generate(
 def unfinished(done: Tensor, share: float) -> Tensor | None:
     """done (Q', G') bool -> rows (Q'', G'') of the batch to keep; empty if all are done, None if
     more than this share of them would remain.
-
     The batch stays a rectangle: finished questions are dropped, and each other question keeps as
     many rows as the question with the most unfinished rollouts."""
     live = (~done).sum(1)                                                  # (Q',)
@@ -105,7 +104,6 @@ def unfinished(done: Tensor, share: float) -> Tensor | None:
 @dataclass
 class Graph:
     """QwenVL.decode as a CUDA graph: one launch per token instead of a thousand.
-
     A graph works on fixed memory of fixed shapes: weights, cache, input tokens. The cache's shapes
     stay the same for all steps, so each batch size needs one capture. Only the latest graph is
     kept: batches never grow, and the next call has another cache."""
@@ -146,7 +144,6 @@ def draw(logp: Tensor, u: Tensor) -> Tensor:
 
 def uniform(seeds: Tensor, places: Tensor, k: Tensor | int) -> Tensor:
     """One double in [0, 1) for each (seed, place in the group, token k); broadcasts.
-
     SplitMix64's finaliser (Steele, Lea, Flood 2014) over a counter, with its 64-bit constants
     written as int64; products are modulo 2^64, and the masks make shifts logical."""
     x = seeds * -7046029254386353131

@@ -92,10 +92,8 @@ def centre_box(records: Sequence[Record]) -> Scores:
 
 def vrsbench_iou(pred: Tensor, gt: Tensor, size: Tensor, grid: Tensor | None = None) -> Tensor:
     """IoU as VRSBench's evaluation computes it: pred, gt (N, 4), size (N, 2) -> (N,).
-
     Coordinates are rounded down to whole hundredths of the image's sides, and both ends count (+1),
-    so a line or a point has an area. grid (N, 4): the targets as the data set rounds them, or NaN.
-    """
+    so a line or a point has an area. grid (N, 4): targets as the data set rounds them, or NaN."""
     corner = size.double().repeat(1, 2)                               # (N, 4)
     cells = []
     for boxes in (pred, gt):

@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 from qwen.answer import Box
 
 Colour = str | tuple[int, int, int]
-Point = tuple[float, float]
 CURVE_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 CURVE_POINTS = 300                # at most: a drawing is too narrow for more
 
@@ -88,7 +87,7 @@ def draw_rollouts(image: Image.Image, boxes: Sequence[Box | None], rewards: Sequ
     return draw_boxes(image, [*coloured, (target, "lime")], caption, width)
 
 
-def curve(series: Sequence[tuple[str, Sequence[Point]]], width: int = 320,
+def curve(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], width: int = 320,
           height: int = 170) -> str:
     """One drawing of all curves -> an HTML figure with an SVG; "" if no curve has two points.
     series: (name, points); a name is HTML, and a point is (step, value)."""

@@ -207,7 +207,6 @@ class Run:
 
     def batch(self, make: Callable[[Record], Any], size: int, step: int) -> Batch:
         """This process's records of a step (every dist.world()th), and what `make` makes of them.
-
         A record with an image that cannot be decoded is replaced by the one `size` places later,
         and so on. So replacements do not depend on the number of processes, and within an epoch
         the records of a batch differ. The search ends when more than MOST_UNREADABLE of the
