@@ -153,14 +153,14 @@ def frame_layout(height: int, width: int, c: VisionConfig) -> tuple[Tensor, Tens
     Patches are in the order of pixel_values: tokens row by row, and the patches of a token next to
     each other. Windows consist of whole tokens; at the right and lower edge they may be smaller."""
     m = c.merge
-    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    grid = torch.stack((row, column), -1).view(height // m, m, width // m, m, 2)
+    grid = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    grid = grid.view(height // m, m, width // m, m, 2)
     patch_positions = grid.transpose(1, 2).reshape(-1, 2)
     # Windows are numbered row by row. Without windows, the whole frame is one window.
     side = c.window // c.patch // m if c.window else max(height, width)    # in tokens
     windows_per_row = -(-(width // m) // side)
-    row, column = torch.meshgrid(torch.arange(height // m), torch.arange(width // m), indexing="ij")
-    window = (row // side * windows_per_row + column // side).flatten()    # (tokens,)
+    row, column = patch_positions[::m * m].T // m                          # (tokens,) each
+    window = row // side * windows_per_row + column // side
     return patch_positions, window.argsort(stable=True), window.bincount().tolist()
 
 
@@ -280,9 +280,8 @@ class Layer(nn.Module):
         self.self_attn = Attention(c, index)
         self.mlp = MLP(c.hidden, c.intermediate, bias=False)
 
-    def forward(
-            self, x: Tensor, rotation: Rotation, plan: Plan | Cache,
-            output_rows: Rows = ALL_ROWS) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, plan: Plan | Cache,
+                output_rows: Rows = ALL_ROWS) -> Tensor:
         """(N, D) -> (output rows, D). Attention needs all rows, the MLP only the output rows."""
         x = (x + self.self_attn(self.input_layernorm(x), rotation, plan))[output_rows]
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -299,9 +298,8 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.layers))
         self.norm = nn.RMSNorm(c.hidden, c.eps)
 
-    def forward(
-            self, x: Tensor, positions: Tensor, plan: Plan | Cache,
-            output_rows: Rows = ALL_ROWS, deepstack: Deepstack | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, plan: Plan | Cache,
+                output_rows: Rows = ALL_ROWS, deepstack: Deepstack | None = None) -> Tensor:
         """x (N, D) embeddings, positions (3, N) of time, height, width -> (output rows, D)."""
         c = self.config
         half = c.head_dim // 2
@@ -310,8 +308,7 @@ class LanguageModel(nn.Module):
         if c.family == "Qwen3-VL":
             # The axes alternate until the sections of height and width are full; then time.
             axes = [i % 3 if i < 3 * c.mrope_section[i % 3] else 0 for i in range(half)]
-            by_axis = positions.unbind()
-            rows = torch.stack([by_axis[axis] for axis in axes])           # (hd / 2, N)
+            rows = torch.stack([positions[axis] for axis in axes])         # (hd / 2, N)
         else:
             # One section after the other.
             rows = torch.cat([axis.expand(n, -1) for axis, n in zip(positions, c.mrope_section)])
@@ -334,9 +331,8 @@ class LanguageModel(nn.Module):
 
 # ---------------------------------------------------------------- layout of a pack
 
-def mrope_positions(
-        sequences: Sequence[Tensor], grids: Sequence[Grid], image_id: int, merge: int,
-        refused_id: int | None = None) -> list[Tensor]:
+def mrope_positions(sequences: Sequence[Tensor], grids: Sequence[Grid], image_id: int, merge: int,
+                    refused_id: int | None = None) -> list[Tensor]:
     """M-RoPE positions: ids (T,) of each sequence -> (3, T) time, height, width of each.
 
     grids: the images of all sequences; ValueError if they do not match the image tokens.
@@ -461,9 +457,8 @@ class QwenVL(nn.Module):
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
-    def embed(
-            self, input_ids: Tensor, pixel_values: Tensor | None,
-            grids: Sequence[Grid]) -> tuple[Tensor, Deepstack | None]:
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None,
+              grids: Sequence[Grid]) -> tuple[Tensor, Deepstack | None]:
         """(N,) packed ids and the images' patches -> embeddings (N, D), Qwen3-VL's deepstack."""
         x = self.model.embed_tokens(input_ids)
         if pixel_values is None or not len(pixel_values):
@@ -491,9 +486,8 @@ class QwenVL(nn.Module):
         # The size is given, so the host need not wait for the device to count.
         return x, (torch.nonzero_static(is_image, size=len(images))[:, 0], features)
 
-    def forward(
-            self, input_ids: Tensor, attention_mask: Tensor | None = None,
-            pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None) -> Tensor:
         """As in transformers: (B, T) ids and mask (padding on either side), pixel_values (patches,
         D) and image_grid_thw (images, 3) of all sequences -> (B, T, V) logits, 0 at padding.
         Our scripts call score, prefill and decode instead."""
@@ -511,9 +505,8 @@ class QwenVL(nn.Module):
 
     # ---------------------------------------------------------------- sampling and scoring
 
-    def pack(
-            self, prompts: Sequence[Prompt],
-    ) -> tuple[Tensor, Tensor, list[int], list[int], Deepstack | None]:
+    def pack(self, prompts: Sequence[Prompt]) -> tuple[
+            Tensor, Tensor, list[int], list[int], Deepstack | None]:
         """Q prompts -> embeddings (N, D), positions (3, N), the length of each prompt, the position
         after each prompt, Qwen3-VL's deepstack."""
         c = self.config
@@ -533,9 +526,8 @@ class QwenVL(nn.Module):
         x, deepstack = self.embed(ids, pixels, grids)
         return x, positions, lengths, first_positions, deepstack
 
-    def prefill(
-            self, prompts: Sequence[Prompt], group: int,
-            max_new_tokens: int) -> tuple[Tensor, Cache, Tensor]:
+    def prefill(self, prompts: Sequence[Prompt], group: int,
+                max_new_tokens: int) -> tuple[Tensor, Cache, Tensor]:
         """Q prompts -> logits (Q, V) of the first new token, a Cache for G rollouts of each prompt,
         the position (Q,) of that token."""
         x, positions, lengths, first_positions, deepstack = self.pack(prompts)
@@ -555,9 +547,8 @@ class QwenVL(nn.Module):
         scaled = logits.float() / temperature
         return scaled.masked_fill(self.banned, NEVER).log_softmax(-1)
 
-    def score(
-            self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]],
-            temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]],
+              temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Q prompts, each with G completions (L,), end-of-turn included -> logp (tokens,) and
         entropy (tokens,), float32, packed by question, rollout, token. Entropy has no gradient.
 
@@ -596,9 +587,8 @@ class QwenVL(nn.Module):
     # ---------------------------------------------------------------- checkpoints
 
     @classmethod
-    def from_pretrained(
-            cls, path: str | Path, dtype: torch.dtype | None = torch.bfloat16,
-            device: torch.device | str = "cpu") -> QwenVL:
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = torch.bfloat16,
+                        device: torch.device | str = "cpu") -> QwenVL:
         """Reads a checkpoint's folder, a stage's (its newest step) or an adapter's (with its base).
         dtype None: as stored. CheckpointError if tensors are missing, unexpected or misshaped."""
         path = folder(path)
@@ -609,9 +599,8 @@ class QwenVL(nn.Module):
                 model = cls(config)
         except Exception as error:               # torch raises several types about sizes
             reason = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{base / 'config.json'}: no model has these sizes ({reason}); copy the file "
-                "again from where it came from") from None
+            raise CheckpointError(f"{base / 'config.json'}: no model has these sizes ({reason}); "
+                                  "copy the file again from where it came from") from None
         shapes = {name: p.shape for name, p in model.state_dict().items()}
         if config.tied:
             shapes.pop("lm_head.weight")
@@ -626,9 +615,8 @@ class QwenVL(nn.Module):
             lora.load_adapter(model, path, dtype, device)
         return model
 
-    def save_pretrained(
-            self, path: str | Path, whole: Iterator[Tensor] | None = None,
-            shard_bytes: int = 5 * 10 ** 9) -> None:
+    def save_pretrained(self, path: str | Path, whole: Iterator[Tensor] | None = None,
+                        shard_bytes: int = 5 * 10 ** 9) -> None:
         """Writes config.json and safetensors in hub layout, or only adapters in PEFT's layout.
         whole: if the model is sharded over processes, its full tensors in the order of
         stored_files(); each is requested when it is written."""
@@ -671,7 +659,6 @@ class QwenVL(nn.Module):
             shards[-1][stored_name] = tensor
             size += n
         n = len(shards)
-        names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-        if n == 1:
-            names = ["model.safetensors"]
+        names = ["model.safetensors"] if n == 1 else [
+            f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
         return {name: dict(sorted(shard.items())) for name, shard in zip(names, shards)}
