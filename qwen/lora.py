@@ -40,9 +40,8 @@ PLAIN_FIELDS = {
     "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
     "eva_config", "megatron_core", "qalora_group_size", "runtime_config"}
 # Supported values of some of these fields. (Other initialisations also change the base.)
-PLAIN_VALUES = {
-    "peft_type": ("LORA",), "bias": ("none",),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal")}
+PLAIN_VALUES = {"peft_type": ("LORA",), "bias": ("none",),
+                "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
 
 
 class LoRALinear(nn.Linear):
@@ -164,8 +163,7 @@ def reference(model: nn.Module) -> Iterator[None]:
 def merge(model: nn.Module) -> None:
     """Merges adapters into weights, in float32: bfloat16 would round small adapters away."""
     for name, layer in adapted(model).items():
-        plain = nn.Linear(
-            layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
         product = layer.lora_B.float() @ layer.lora_A.float()              # (out, in)
         plain.weight = nn.Parameter(layer.weight.float() + product * (layer.alpha / layer.rank))
         plain.bias = layer.bias
@@ -185,28 +183,21 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
         "target_modules": [nested_name(name) for name in layers]}
 
 
-def read_adapter_config(path: Path) -> dict[str, Any]:
-    """A folder's adapter_config.json; CheckpointError unless it is plain LoRA's."""
+def load_adapter(model: nn.Module, path: Path, dtype: torch.dtype | None,
+                 device: torch.device | str) -> None:
+    """Adds the adapter in a folder to its loaded base, in this dtype (None: as stored).
+    CheckpointError unless it is plain LoRA and fits the base."""
     file = path / ADAPTER_CONFIG
     config = read_json_object(file)
     for name, value in config.items():
         plain = name in PLAIN_FIELDS and value in PLAIN_VALUES.get(name, (value,))
         if value and not plain:
-            raise CheckpointError(
-                f"{file}: {name} is {value!r}, a kind of adapter that is not implemented; "
-                "merge it with PEFT, and start from the result")
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
-        raise CheckpointError(f"{file}: r is {r!r} and lora_alpha {alpha!r}; is this the "
+            raise CheckpointError(f"{file}: {name} is {value!r}, a kind of adapter that is not "
+                                  "implemented; merge it with PEFT, and start from the result")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise CheckpointError(f"{file}: r is {rank!r} and lora_alpha {alpha!r}; is this the "
                               "adapter_config.json of a LoRA adapter?")
-    return config
-
-
-def load_adapter(
-        model: nn.Module, path: Path, dtype: torch.dtype | None,
-        device: torch.device | str) -> None:
-    """Adds the adapter in a folder to its loaded base, in this dtype (None: as stored)."""
-    config = read_adapter_config(path)
     file = path / WEIGHTS
     modules = dict(model.named_modules())
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -220,14 +211,12 @@ def load_adapter(
         pairs.setdefault(name, {})[match[2]] = tensor.to(device, dtype)
     if not pairs:
         raise CheckpointError(f"{file}: it holds no adapter; copy it again")
-    rank, alpha = config["r"], config["lora_alpha"]
     for name, pair in pairs.items():
         linear = modules[name]
         shapes = {"A": (rank, linear.in_features), "B": (linear.out_features, rank)}
         for part, shape in shapes.items():
             there = tuple(pair[part].shape) if part in pair else "missing"
             if there != shape:
-                raise CheckpointError(
-                    f"{file}: lora_{part} of {name} is {there}, but base and rank ask for "
-                    f"{shape}; is it an adapter of another base?")
+                raise CheckpointError(f"{file}: lora_{part} of {name} is {there}, but base and "
+                                      f"rank ask for {shape}; is it an adapter of another base?")
         model.set_submodule(name, LoRALinear(linear, pair["A"], pair["B"], alpha))

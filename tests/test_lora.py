@@ -537,7 +537,7 @@ def test_a_second_model_is_opened_for_a_reference_without_adapters_alone(
     for rank, models in ((4, 1), (None, 2)):
         opened.clear()
         args = rft.flags().parse_args(["--device", "cpu"])
-        args.lora = rank
+        args.lora, args.init = rank, str(adapter)
         policy = rft.open_policy(adapter, args, [])
         assert len(opened) == models
         assert (policy.reference is policy.model) == (rank is not None)

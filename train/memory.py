@@ -26,7 +26,7 @@ from model import QwenVL
 from qwen import lora
 from qwen.answer import PROMPT
 from qwen.generate import draw
-from qwen.hub import ADAPTER_CONFIG, Config, base_folder, folder
+from qwen.hub import ADAPTER_CONFIG, Config, base_folder, folder, read_json_object
 from qwen.processor import Pixels, Processor, Prompt, frame_by_coords
 from readers.base import Record
 from train.checkpoints import fill_moments
@@ -230,9 +230,8 @@ def plan(args: argparse.Namespace, step: Step, gpus: int, longest: Prompt,
     return peaks[0] + max(peaks[1:]), phases
 
 
-def check_gpu(
-        args: argparse.Namespace, processor: Processor, records: Sequence[Record],
-        val: Sequence[Record], step: Step, device: torch.device | None = None) -> None:
+def check_gpu(args: argparse.Namespace, processor: Processor, records: Sequence[Record],
+              val: Sequence[Record], step: Step, device: torch.device | None = None) -> None:
     """Prints what a run needs of each GPU. If a GPU has less, names the first flag that helps, and
     exits with status 2. On a CPU, does nothing.
     device: None for --plan, which names the GPUs, and without records the image's size."""
@@ -263,7 +262,7 @@ def check_gpu(
     # What costs only speed comes first, then what changes the run.
     init = folder(args.init)
     adapter = (init / ADAPTER_CONFIG).exists()
-    lora_rank = lora.read_adapter_config(init)["r"] if adapter else 64
+    lora_rank = read_json_object(init / ADAPTER_CONFIG)["r"] if adapter else 64
     remedies = {
         "--gradient-checkpointing": {"gradient_checkpointing": True},
         "--micro-tokens 1024": {"micro_tokens": 1024},
@@ -280,10 +279,9 @@ def check_gpu(
     fail(f"{needs}; take more GPUs, or smaller images with --max-pixels")
 
 
-def try_out(
-        model: QwenVL, optimizer: torch.optim.Optimizer, reference: QwenVL | None,
-        processor: Processor, records: Sequence[Record], val: Sequence[Record],
-        args: argparse.Namespace, step: Step) -> None:
+def try_out(model: QwenVL, optimizer: torch.optim.Optimizer, reference: QwenVL | None,
+            processor: Processor, records: Sequence[Record], val: Sequence[Record],
+            args: argparse.Namespace, step: Step) -> None:
     """On GPUs, runs the largest passes once before step 1. If memory runs out, prints one line and
     exits with status 2. Does not change weights; allocates the optimizer's moments as zeros."""
     if model.device.type == "cpu":
