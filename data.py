@@ -48,9 +48,8 @@ def read_synth(root: Path, split: str, name: str = "synth") -> Records:
     split = {"train": "rft"}.get(split, split)
     if split not in splits:
         raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(splits)}")
-    return Records([
-        Record(f"{split}-{i}", scene, text, box, category, scene.size, kind)
-        for i, scene, text, box, category, kind in scenes.records(splits[split])], {})
+    return Records([Record(f"{split}-{i}", scene, text, box, category, scene.size, kind)
+                    for i, scene, text, box, category, kind in scenes.records(splits[split])], {})
 
 
 READERS: dict[str, Callable[[Path, str], Records]] = {
@@ -76,9 +75,8 @@ PUBLISHED = {                     # number of expressions in each split
     "rrsisd": {"train": 12_181, "val": 1_740, "test": 3_481}}
 
 
-def load(
-        name: str, root: str | Path | None = None, split: str = "train",
-        coords: str | None = None, stretch: Stretch | None = None) -> Records:
+def load(name: str, root: str | Path | None = None, split: str = "train",
+         coords: str | None = None, stretch: Stretch | None = None) -> Records:
     """A split of a data set. root: its folder, by default data/<name>; for a mixture such as
     "dior+vrsbench:0.5" the folder that holds dior/ and vrsbench/. coords, stretch: the flags.
     DataError if there is no such data set or split, or its files are not as expected."""
@@ -137,8 +135,8 @@ def read_split(name: str, root: Path, split: str) -> Records:
 
 def mixture(names: str, root: Path, split: str) -> Records:
     """Records of several data sets, "dior+vrsbench:0.5", shuffled in a fixed order.
-    A weight of 2.5 takes all records twice and half of them again. In splits that are not for
-    training, weights are 1. The choice depends on ids: a larger share contains a smaller one."""
+    A weight of 2.5 takes all records twice and half of them again. In splits not for training,
+    weights are 1. The choice depends only on ids: a larger share contains a smaller one."""
     mixed = Records([], {})
     notes: dict[str, str] = {}
     for part in names.split("+"):
@@ -148,10 +146,9 @@ def mixture(names: str, root: Path, split: str) -> Records:
         except ValueError:
             weight = 0
         if name not in READERS or name in notes or not 0 < weight < 1000:
-            raise DataError(
-                f"{part!r} can't be a part of the mixture {names!r}; give each data set's name "
-                "once, then :WEIGHT if not 1, above 0 and below 1000; there are "
-                f"{', '.join(READERS)}")
+            raise DataError(f"{part!r} can't be a part of the mixture {names!r}; give each data "
+                            "set's name once, then :WEIGHT if not 1, above 0 and below 1000; there "
+                            f"are {', '.join(READERS)}")
         weight = weight if TRAINING.fullmatch(split) else 1.0
         records = read_split(name, root / name, split)
         ordered = sorted(records, key=lambda r: sha256(f"{name}/{r.id}"))
@@ -197,24 +194,22 @@ def open_image(record: Record, or_blank: bool = False) -> Image.Image:
                               "repair or remove it") from None
 
 
-def find_shared(
-        records: Sequence[Record], training: Sequence[Record],
-        pixels: dict[Any, Any] | None = None) -> list[str | None]:
+def find_shared(records: Sequence[Record], training: Sequence[Record],
+                pixels: dict[Any, Any] | None = None) -> list[str | None]:
     """For each record, what of it is in the training data: "record", "image" or None.
     "record": its image, and a box with an IoU of SAME_BOX or more, whatever the expression.
     Images are compared by name without suffix or, if given, by `pixels` (image -> hash)."""
-    keyed = []                    # image key, and box as fractions of the image's sides
-    for r in (*training, *records):
+    by_image = defaultdict(list)  # boxes trained on, as fractions of the image's sides
+    shared: list[str | None] = []
+    for i, r in enumerate([*training, *records]):
         if pixels is not None:
             key = pixels.get(r.image, r.image)
         else:
             key = r.image.stem if isinstance(r.image, Path) else r.image
-        keyed.append((key, [v / side for v, side in zip(r.box, (*r.size, *r.size))]))
-    by_image = defaultdict(list)
-    for key, box in keyed[:len(training)]:
-        by_image[key].append(box)
-    shared: list[str | None] = []
-    for key, box in keyed[len(training):]:
+        box = [v / side for v, side in zip(r.box, (*r.size, *r.size))]
+        if i < len(training):
+            by_image[key].append(box)
+            continue
         trained = torch.tensor(by_image.get(key, []), dtype=torch.float64).view(-1, 4)
         iou = reward.iou(torch.tensor(box, dtype=torch.float64), trained)          # (N,)
         in_image = "image" if len(trained) else None

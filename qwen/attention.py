@@ -92,15 +92,14 @@ class Plan:
     kv_cache: a list to which every layer appends its keys and values, each (N, KV, hd).
     starts:   cumulative(lengths), if already on the device."""
 
-    def __init__(
-            self, lengths: Iterable[int], causal: bool = True,
-            prefix: Iterable[tuple[int, int]] = (),
-            kv_cache: list[tuple[Tensor, Tensor]] | None = None,
-            device: torch.device | str = "cpu", starts: Tensor | None = None) -> None:
+    def __init__(self, lengths: Iterable[int], causal: bool = True,
+                 prefix: Sequence[tuple[int, int]] = (),
+                 kv_cache: list[tuple[Tensor, Tensor]] | None = None,
+                 device: torch.device | str = "cpu", starts: Tensor | None = None) -> None:
         # A completion of a single token has length 0 here: its last token is not fed.
         self.lengths = [n for n in lengths if n]
         self.causal = causal
-        self.prefix = list(prefix)
+        self.prefix = prefix
         self.kv_cache = kv_cache
         self.device = device
         self.starts = starts
@@ -140,15 +139,13 @@ class Plan:
         rows = slice(0, sum(self.lengths))
         boundaries = (starts, starts, longest, longest)
         own = Piece(rows, rows, boundaries, self.causal, written_before=False)
-        prompts = [prompt for prompt, _ in self.prefix]
-        completions = [tokens for _, tokens in self.prefix]
-        if not any(completions):
+        if not any(tokens for _, tokens in self.prefix):
             return [own]
         # All completions of a prompt are one sequence of queries here.
+        prompts, completions = zip(*self.prefix)
         starts = to_device([cumulative(completions), cumulative(prompts)], self.device)
         # An upper bound, at least 2: for 1 the kernel would assume that no sequence is empty.
-        query_starts, key_starts = (x.int() for x in starts)
-        boundaries = (query_starts, key_starts, max([2, *completions]), max(prompts))
+        boundaries = (*(x.int() for x in starts), max(2, *completions), max(prompts))
         P = sum(prompts)
         shared = Piece(slice(P, rows.stop), slice(0, P), boundaries, False, written_before=True)
         return [own, shared]
@@ -166,8 +163,7 @@ def to_device(numbers: Sequence[Tensor], device: torch.device | str) -> list[Ten
     return [part.view(x.shape) for part, x in zip(parts, numbers)]
 
 
-def attention(
-        q: Tensor, k: Tensor, v: Tensor, plan: "Plan | Cache", layer: int = 0) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, plan: "Plan | Cache", layer: int = 0) -> Tensor:
     """q (N, H, hd), k and v (N, KV, hd) -> (N, H, hd).
     With a Plan: packed sequences. With a Cache: one more token of every rollout, in `layer`."""
     if isinstance(plan, Cache):
@@ -345,9 +341,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> tuple[Tensor, Tenso
     return out.transpose(1, 2).flatten(0, 1), lse.transpose(0, 1).flatten(1)
 
 
-def attend_backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        piece: Piece) -> Sequence[Tensor]:
+def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                    piece: Piece) -> Sequence[Tensor]:
     """A piece's share of the gradients of q, k and v.
     grad and out (like q) and lse (H, rows) are of the attention over all keys, not this piece's."""
     if not isinstance(piece.sequences, int):
@@ -377,8 +372,7 @@ def attend_backward(
     return [share.transpose(1, 2).flatten(0, 1) for share in shares]
 
 
-def plain_scores(
-        q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def plain_scores(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """-> scaled scores (S, H, L, M), -inf if masked; k and v (S, H, M, hd); all float32."""
     shared = q.shape[1] // k.shape[1]             # query heads of one key head
     k, v = (x.float().repeat_interleave(shared, 1) for x in (k, v))

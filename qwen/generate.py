@@ -26,10 +26,9 @@ SHRINK_TO_WITH_GRAPHS = 0.5
 
 
 @torch.no_grad()
-def generate(
-        model: QwenVL, prompts: Sequence[Prompt], group: int, max_new_tokens: int,
-        temperature: float, seeds: Tensor,
-        cuda_graphs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def generate(model: QwenVL, prompts: Sequence[Prompt], group: int, max_new_tokens: int,
+             temperature: float, seeds: Tensor,
+             cuda_graphs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Q prompts, G rollouts of each (group), temperature (0 is greedy), seeds (Q,) long
     -> tokens (Q, G, L) long, logprobs (Q, G, L) float32, lengths (Q, G) long.
 
