@@ -360,16 +360,13 @@ def mrope_positions(sequences: Sequence[Tensor], grids: Sequence[Grid], image_id
                 height, width = height // merge, width // merge
                 count = frames * height * width
                 if count == 0 or ids[place:place + count] != [image_id] * count:
-                    raise ValueError(
-                        f"the image tokens from place {place} on do not match image_grid_thw, "
-                        f"{frames} x {height} x {width} tokens")
+                    raise ValueError(f"the image tokens from place {place} on do not match "
+                                     f"image_grid_thw, {frames} x {height} x {width} tokens")
                 axes = (torch.arange(frames), torch.arange(height), torch.arange(width))
                 parts.append(torch.cartesian_prod(*axes).view(-1, 3).T + start)
                 start += max(height, width)
             else:
-                count = 1
-                while place + count < len(ids) and ids[place + count] != image_id:
-                    count += 1
+                count = [*ids[place:], image_id].index(image_id)
                 parts.append((torch.arange(count) + start).expand(3, count))
                 start += count
             place += count
@@ -516,13 +513,10 @@ class QwenVL(nn.Module):
         first_positions = [int(part.max()) + 1 for part in parts]
         lengths = [len(part) for part in ids]
         ids, positions = to_device((torch.cat(ids), torch.cat(parts, 1)), self.device)
-        if hasattr(prompts[0], "pixels"):
-            # Prompts of a Processor hold bytes; they are normalised on the device.
-            values = torch.cat([prompt.pixels.values for prompt in prompts])
-            dtype = self.visual.patch_embed.proj.weight.dtype
-            pixels = replace(prompts[0].pixels, values=values).normalised(self.device, dtype)
-        else:
-            pixels = torch.cat([prompt.pixel_values for prompt in prompts]).to(self.device)
+        # Prompts hold bytes, which are normalised on the device.
+        values = torch.cat([prompt.pixels.values for prompt in prompts])
+        dtype = self.visual.patch_embed.proj.weight.dtype
+        pixels = replace(prompts[0].pixels, values=values).normalised(self.device, dtype)
         x, deepstack = self.embed(ids, pixels, grids)
         return x, positions, lengths, first_positions, deepstack
 
@@ -551,7 +545,6 @@ class QwenVL(nn.Module):
               temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Q prompts, each with G completions (L,), end-of-turn included -> logp (tokens,) and
         entropy (tokens,), float32, packed by question, rollout, token. Entropy has no gradient.
-
         Each prompt and image is computed once for its whole group."""
         x, positions, prompt_lengths, first_positions, deepstack = self.pack(prompts)
         lengths = [list(map(len, group)) for group in completions]
@@ -577,10 +570,7 @@ class QwenVL(nn.Module):
         size = max(1, limit // self.config.vocab)
         scores = []
         for chunk in zip(hidden.split(size), targets.split(size)):
-            if torch.is_grad_enabled():
-                scores.append(checkpoint(score_chunk, *chunk, use_reentrant=False))
-            else:
-                scores.append(score_chunk(*chunk))
+            scores.append(checkpoint(score_chunk, *chunk, use_reentrant=False))
         logps, entropies = zip(*scores)
         return torch.cat(logps), torch.cat(entropies)
 

@@ -99,6 +99,16 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return QwenVL.from_pretrained(path, dtype=torch.float32), theirs
 
 
+@dataclasses.dataclass
+class FloatPixels:
+    """Patches as they are, in place of the bytes of a Processor."""
+
+    values: Tensor
+
+    def normalised(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return self.values.to(device)
+
+
 def prompt(
         grids: Sequence[tuple[int, int, int]], text: list[int],
         seed: int = 0) -> SimpleNamespace:
@@ -108,9 +118,9 @@ def prompt(
     for t, h, w in grids:
         ids += [START, *[IMAGE] * (t * h * w // 4), END, 9]
     patches = sum(t * h * w for t, h, w in grids)
+    pixels = torch.randn(patches, 1176, generator=torch.Generator().manual_seed(seed))
     return SimpleNamespace(
-        input_ids=torch.tensor(ids + text),
-        pixel_values=torch.randn(patches, 1176, generator=torch.Generator().manual_seed(seed)),
+        input_ids=torch.tensor(ids + text), pixels=FloatPixels(pixels), pixel_values=pixels,
         image_grid_thw=torch.tensor(grids, dtype=torch.long).view(-1, 3))
 
 
