@@ -662,7 +662,7 @@ def test_a_teacher_can_be_stopped_and_goes_on_and_what_it_failed_at_is_written_f
     records = data.load("dior", dior_root, "sft")
     out = tmp_path / "explained.jsonl"
     explainer = EverySecondRight(Processor.from_pretrained(tiny_checkpoint))
-    monkeypatch.setattr(teacher, "generate", explainer)
+    monkeypatch.setattr("eval.generate", explainer)
     for limit in (3, 1000, 1000):
         # Stopped in the middle of a line.
         if len(explainer.requests) == 3:
@@ -694,7 +694,7 @@ def test_a_checkpoint_is_asked_in_its_own_tokens(
     """Tags of ours that are tokens are such in the request, those of an expression are not."""
     processor = Processor.from_pretrained(tiny_family)
     explainer = EverySecondRight(processor)
-    monkeypatch.setattr(teacher, "generate", explainer)
+    monkeypatch.setattr("eval.generate", explainer)
     record = replace(data.load("dior", dior_root, "sft")[0], text="a <think>{box}</think> ship")
     args = argparse.Namespace(batch=2, max_new_tokens=8, temperature=0)
     explanation, = teacher.ask_checkpoint(args, None, processor, [Explanation(record, 0)])
@@ -1059,7 +1059,7 @@ def test_what_never_succeeds_is_left_undone_and_asked_again_by_the_next_call(
     def respond(request: Request) -> Reply:
         key = request.key
         if len(bad) < 3:
-            bad.setdefault(key, FAILURES[2 + 9 * (len(bad) % 2)])
+            bad.setdefault(key, FAILURES[2 + 11 * (len(bad) % 2)])
         return bad[key](request) if key in bad else right_answer(request)
     server.respond = respond
     lines = teach("--tries", 3)

@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 import data
 import reward
+from eval import sample_texts
 from model import QwenVL
 from qwen.answer import ANSWER, EXAMPLE, TAGS, THINK, WHOLE, Frame, format_box, parse_box
-from qwen.generate import generate
 from qwen.hub import MALFORMED
 from qwen.processor import Processor, Prompt, frame_by_coords
 from readers.base import DataError, Record, Records, UnreadableImage, sha256
@@ -165,8 +165,7 @@ def open_explanations(out: Path) -> Iterator[tuple[BinaryIO, dict[str, str | Non
                 finished[str(row["id"])] = row.get("refused")
             except MALFORMED:
                 # A killed call may leave the start of a line; remove it.
-                is_start = line.startswith(LINE_START) or LINE_START.startswith(line)
-                if line.endswith(b"\n") or not is_start:
+                if line.endswith(b"\n") or not LINE_START.startswith(line[:len(LINE_START)]):
                     raise DataError(f"{out}, line {number}: not written by a teacher; "
                                     f"{advice}") from None
                 file.truncate(end)
@@ -189,11 +188,10 @@ def run_teacher(args: Namespace, records: Records) -> None:
     with open_explanations(out) as (file, finished):
         counts = Counter(finished.values())        # reason -> lines; None: kept
         done_before = len(finished)
+        limit = 0 if args.want and counts[None] >= args.want else args.limit
         requests = [
             Explanation(r, int.from_bytes(sha256(f"{args.seed} {r.id}")[:4], "big"))
-            for r in records if r.id not in finished][:args.limit]
-        if args.want is not None and counts[None] >= args.want:
-            requests = []
+            for r in records if r.id not in finished][:limit]
         readable = any(reason != INCOMPLETE for reason in counts)
         answers = (ask_server(args, processor, requests, readable) if args.model
                    else ask_checkpoint(args, model, processor, requests))
@@ -251,13 +249,12 @@ def ask_checkpoint(args: Namespace, model: QwenVL, processor: Processor,
                 TEACHER_PROMPT, image_tokens, **prompt_blanks(request.record, request.frame))
             prompts.append(Prompt(torch.tensor(ids), pixels, grid, request.frame))
             batch.append(request)
-        if batch:
-            seeds = torch.tensor([request.seed for request in batch])
-            tokens, _, lengths = generate(          # tokens (Q, 1, L), lengths (Q, 1)
-                model, prompts, 1, args.max_new_tokens, args.temperature, seeds)
-            for request, ids, length in zip(batch, tokens[:, 0], lengths[:, 0]):
-                request.text = last_block(processor.decode(ids[:length]))
-                yield request
+        seeds = [request.seed for request in batch]
+        texts = sample_texts(
+            model, processor, prompts, seeds, 1, args.max_new_tokens, args.temperature)
+        for request, [text] in zip(batch, texts):
+            request.text = last_block(text)
+            yield request
 
 
 def ask_server(args: Namespace, processor: Processor | None, requests: Sequence[Explanation],
