@@ -9,7 +9,6 @@ A prediction is a line of a JSONL file, as a dict. If it has a frame, its text c
     samples    all texts, if there are several; text is the first
     failure    "unreadable image": the model could not be asked
 """
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from torch import Tensor
 from qwen import answer
 from qwen.answer import Box, Frame, locate
 from qwen.processor import Processor, frame_by_coords
-from readers.base import DataError, Record, in_words, read_text
+from readers.base import DataError, Record, in_words, read_json_lines
 from readers.collect import refuse_other_unit
 from report.metrics import box_tensor
 
@@ -31,20 +30,16 @@ Prediction = dict[str, Any]
 Predictions = Sequence[Prediction | None]        # of N records; None if a record has none
 
 
-def read_predictions(
-        path: str | Path, records: Sequence[Record], coords: str | None = None,
-        processor: Processor | None = None) -> dict[str, Prediction]:
+def read_predictions(path: str | Path, records: Sequence[Record], coords: str | None = None,
+                     processor: Processor | None = None) -> dict[str, Prediction]:
     """-> record id -> prediction; each text has its frame. processor: for --coords resized.
     DataError if the file does not fit the records."""
     by_id = {record.id: record for record in records}
     predictions: dict[str, Prediction] = {}
     boxes = []                                   # of lines without text, with image sizes
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, value in read_json_lines(path):
         try:
-            value = json.loads(line)
-            if not isinstance(value, dict) or type(value.get("id")) not in (str, int):
+            if value is None or type(value.get("id")) not in (str, int):
                 raise ValueError('not a JSON object with an "id" that is a text or whole number')
             key = str(value["id"])
             if key not in by_id:
@@ -55,7 +50,7 @@ def read_predictions(
             if key in predictions:
                 raise ValueError(f"the id {key!r} comes a second time; give each record one line")
             predictions[key] = parse_prediction(value, by_id[key], coords, processor)
-        except (ValueError, OverflowError, RecursionError) as error:
+        except (ValueError, OverflowError) as error:
             raise DataError(f"{path}, line {number}: {error}") from None
         box = predictions[key].get("box")
         if box and not coords and all(map(math.isfinite, box)):
@@ -64,9 +59,8 @@ def read_predictions(
     return predictions
 
 
-def parse_prediction(
-        value: dict[str, Any], record: Record, coords: str | None,
-        processor: Processor | None) -> Prediction:
+def parse_prediction(value: dict[str, Any], record: Record, coords: str | None,
+                     processor: Processor | None) -> Prediction:
     """value: a line's JSON object. A ValueError has the mistake in it."""
     text, frame = value.get("text"), value.get("frame")
     if coords and not (isinstance(text, str) and frame):
@@ -92,9 +86,8 @@ def parse_prediction(
             prediction["samples"] = samples
         return prediction
     if "box" not in value:
-        raise ValueError(
-            'a text without a "frame" needs --coords original, resized, 1000 or fraction'
-            if isinstance(text, str) else 'neither a "text" nor a "box"')
+        needs = 'a text without a "frame" needs --coords original, resized, 1000 or fraction'
+        raise ValueError(needs if isinstance(text, str) else 'neither a "text" nor a "box"')
     box = value["box"]
     if box is not None:
         # A boolean is an int by isinstance, but no number here.
@@ -130,18 +123,16 @@ def read_prediction(
     return box, lenient, failure
 
 
-def strict_boxes(
-        records: Sequence[Record], predictions: Predictions, flat: bool = False) -> Tensor:
+def strict_boxes(records: Sequence[Record], predictions: Predictions, flat: bool = False) -> Tensor:
     """-> (N, 4), double, NaN for no box. flat: lines and points in the image count as boxes."""
     boxes = []
     for prediction, record in zip(predictions, records, strict=True):
         box, _, failure = read_prediction(prediction, record)
         if flat and failure == "no area":
+            box = prediction.get("box")
             if "text" in prediction:
                 box, _ = answer.read_answer(prediction["text"])
                 box = Frame(**prediction["frame"]).to_image(box)
-            else:
-                box, _ = answer.checked(prediction["box"])
             x1, y1, x2, y2 = box
             width, height = record.size
             if not (0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height):
