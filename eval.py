@@ -141,9 +141,8 @@ def load_split(
     return records, train, stretch
 
 
-def training_overlap(
-        stage: Stage, records: Sequence[Record], answers: predictions.Predictions,
-        inclusive: bool) -> dict[str, Any]:
+def training_overlap(stage: Stage, records: Sequence[Record], answers: predictions.Predictions,
+                     inclusive: bool) -> dict[str, Any]:
     """How many records the stage, or one it started from, was trained on; scores of the rest."""
     training, unread, seen = [], [], set()
     folder, run_json = stage.folder, stage.run
@@ -232,9 +231,8 @@ def sample_texts(
     return groups
 
 
-def validate(
-        model: QwenVL, processor: Processor, records: Sequence[Record],
-        args: Namespace) -> dict[str, float]:
+def validate(model: QwenVL, processor: Processor, records: Sequence[Record],
+             args: Namespace) -> dict[str, float]:
     """Greedy scores during training, for the stage's log line; {} without records."""
     if not records:
         return {}
@@ -247,9 +245,8 @@ def validate(
     return {"val_mIoU": row["mIoU"], "val_Pr@0.5": row["Pr@0.5"], "val_failed": failed}
 
 
-def score_predictions(
-        records: Sequence[Record], answers: predictions.Predictions,
-        inclusive: bool = False) -> dict[str, Any]:
+def score_predictions(records: Sequence[Record], answers: predictions.Predictions,
+                      inclusive: bool = False) -> dict[str, Any]:
     strict, lenient, failures = zip(*map(predictions.read_prediction, answers, records))
     target, size = metrics.targets(records)
     return {
@@ -258,9 +255,8 @@ def score_predictions(
         "lenient": metrics.metrics(metrics.box_tensor(lenient), target, size, inclusive)}
 
 
-def details(
-        records: Sequence[Record], answers: predictions.Predictions, name: str,
-        train: Sequence[Record] | None, split: Sequence[Record]) -> dict[str, Any]:
+def details(records: Sequence[Record], answers: predictions.Predictions, name: str,
+            train: Sequence[Record] | None, split: Sequence[Record]) -> dict[str, Any]:
     """The other keys of a row. name: of the data set; train, split: as in `metrics.properties`."""
     inclusive = name in INCLUSIVE
     target, size = metrics.targets(records)
@@ -358,9 +354,8 @@ def ask(stage: Stage, device: torch.device, args: Namespace) -> None:
           f"{'' if strict else ' (read leniently)'}\ndrawn: {drawing}")
 
 
-def stage_answers(
-        args: Namespace, stages: Sequence[Stage], records: Sequence[Record],
-        stretch: Stretch | None, device: torch.device) -> Iterator[tuple[Any, ...]]:
+def stage_answers(args: Namespace, stages: Sequence[Stage], records: Sequence[Record],
+                  stretch: Stretch | None, device: torch.device) -> Iterator[tuple[Any, ...]]:
     """Yields stage, temperature, the records as the stage sees them, its answers."""
     for stage in stages:
         # A stage gets images stretched as in its training.
@@ -452,13 +447,11 @@ def main() -> None:
         row |= details(scored, answers, args.data, train, records)
         rows.append(row)
         (out / "eval.json").write_text(json.dumps({"rows": rows, **summary}, indent=2) + "\n")
-        cases.append([])
         drawn = []
-        pred = predictions.strict_boxes(scored, answers)
-        ious = metrics.overlaps(pred, target, size).iou.tolist()
-        for record, p, iou in zip(scored, answers, ious):
-            box, _, _ = predictions.read_prediction(p, record)
-            cases[-1].append(page.Case(record, box, iou, (p or {}).get("text", "")))
+        answered, _, _ = zip(*map(predictions.read_prediction, answers, scored))
+        ious = metrics.overlaps(metrics.box_tensor(answered), target, size).iou.tolist()
+        texts = [(prediction or {}).get("text", "") for prediction in answers]
+        cases.append(list(map(page.Case, scored, answered, ious, texts)))
         for record, box, iou, _ in pictures.spread(cases[-1], 12):
             boxes = [(record.box, "lime"), (box, "red")] if box else [(record.box, "lime")]
             caption = f"{record.text}: {f'IoU {iou:.2f}' if box else 'no box'}"
