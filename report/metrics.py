@@ -59,9 +59,8 @@ def metrics(pred: Tensor, gt: Tensor, size: Tensor, inclusive: bool = False) -> 
     """The scores of an eval.json row (docs/logs.md). mIoU, cIoU and Pr@t follow DIOR-RSVG's own
     evaluation, without its letterbox; center_error is ours."""
     overlap = overlaps(pred, gt, size)
-    row: Scores = {}
-    for name, values in record_scores(overlap.iou, inclusive).items():
-        row[name] = values.sum().item() / max(len(gt), 1)
+    scores = record_scores(overlap.iou, inclusive)
+    row: Scores = {name: x.sum().item() / max(len(gt), 1) for name, x in scores.items()}
     row["cIoU"] = overlap.intersection.sum().item() / max(overlap.union.sum().item(), 1e-12)
     distance = overlap.distance[overlap.valid]
     row["center_error"] = distance.mean().item() if len(distance) else None
@@ -108,9 +107,8 @@ def vrsbench_iou(pred: Tensor, gt: Tensor, size: Tensor, grid: Tensor | None = N
     return (intersection / union).nan_to_num(0.0)
 
 
-def vrsbench(
-        pred: Tensor, gt: Tensor, size: Tensor, unique: Sequence[bool | None],
-        grid: Tensor | None = None) -> dict[str, Scores]:
+def vrsbench(pred: Tensor, gt: Tensor, size: Tensor, unique: Sequence[bool | None],
+             grid: Tensor | None = None) -> dict[str, Scores]:
     """-> {"n", "Acc@0.5", "Acc@0.7"} of "all", "unique" and "non_unique" records, if there are any.
     unique: is the target the only object of its category in its image?"""
     iou = vrsbench_iou(pred, gt, size, grid)
@@ -119,15 +117,13 @@ def vrsbench(
     for part, values in parts.items():
         rows = [i for i, value in enumerate(unique) if value in values]
         if rows:
-            scores[part] = {"n": len(rows)}
-            for t in (0.5, 0.7):
-                scores[part][f"Acc@{t}"] = (iou[rows] >= t).double().mean().item()
+            right = {f"Acc@{t}": (iou[rows] >= t).double().mean().item() for t in (0.5, 0.7)}
+            scores[part] = {"n": len(rows), **right}
     return scores
 
 
-def properties(
-        records: Sequence[Record], train: Sequence[Record] | None,
-        split: Sequence[Record]) -> Properties:
+def properties(records: Sequence[Record], train: Sequence[Record] | None,
+               split: Sequence[Record]) -> Properties:
     """train: the records trained on, or None; split: all records of the scored split. Other objects
     in either, of the same category and image, are distractors."""
     # Only annotated objects are known; a drawn scene lists all of its objects.
@@ -211,9 +207,8 @@ def bootstrap(
     return drawn
 
 
-def paired(
-        records: Sequence[Record], a: Tensor, b: Tensor,
-        inclusive: bool = False) -> dict[str, dict[str, Any]]:
+def paired(records: Sequence[Record], a: Tensor, b: Tensor,
+           inclusive: bool = False) -> dict[str, dict[str, Any]]:
     """Is B better than A? a, b (N,): their IoU on the same records.
     -> score -> {"difference": B - A, "ci": its 95% interval [low, high], "p": two-sided}."""
     of_a, of_b = record_scores(a, inclusive), record_scores(b, inclusive)
