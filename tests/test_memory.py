@@ -324,8 +324,9 @@ def test_a_refusal_names_no_flag_that_does_not_help(
         args.lora, args.beta = 8, 0.0
         available = needed(gpus=2)
     args.memory = available / GIB
+    any_processor = SimpleNamespace(check_fits=lambda config: None)
     with pytest.raises(SystemExit) as leaving:
-        memory.check_gpu(args, None, [None], [], step)
+        memory.check_gpu(args, any_processor, [None], [], step)
     line = capsys.readouterr().err.strip()
     assert leaving.value.code == 2 and "\n" not in line
     assert proposed in line if proposed else "--lora" not in line and "more GPUs" in line
