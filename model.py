@@ -615,8 +615,15 @@ class QwenVL(nn.Module):
         files = self.stored_files(shard_bytes)
         if whole is None:
             whole = itertools.chain.from_iterable(x.values() for x in files.values())
-        if lora.adapted(self):
-            write_json(path / ADAPTER_CONFIG, lora.adapter_config(self))
+        if layers := lora.adapted(self):
+            layer = next(iter(layers.values()))
+            alpha = int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha
+            write_json(path / ADAPTER_CONFIG, {
+                "peft_type": "LORA", "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": str(self.base.resolve()), "inference_mode": True,
+                "r": layer.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+                # Full names, because "gate_proj" would also match layers of the vision tower.
+                "target_modules": [nested_name(name) for name in layers]})
         else:
             write_json(path / "config.json", self.config.raw)
         weight_map, total = {}, 0

@@ -20,14 +20,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen.hub import (
-    ADAPTER_CONFIG, CheckpointError, nested_name, own_name, read_json_object, read_tensors)
+from qwen.hub import ADAPTER_CONFIG, CheckpointError, own_name, read_json_object, read_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 # Linear layers under these names can have adapters; the head cannot.
@@ -168,19 +166,6 @@ def merge(model: nn.Module) -> None:
         plain.weight = nn.Parameter(layer.weight.float() + product * (layer.alpha / layer.rank))
         plain.bias = layer.bias
         model.set_submodule(name, plain)
-
-
-def adapter_config(model: nn.Module) -> dict[str, Any]:
-    layers = adapted(model)
-    layer = next(iter(layers.values()))
-    return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model.base.resolve()), "inference_mode": True,
-        "r": layer.rank,
-        "lora_alpha": int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha,
-        "lora_dropout": 0.0, "bias": "none",
-        # Full names, because "gate_proj" would also match layers of the vision tower.
-        "target_modules": [nested_name(name) for name in layers]}
 
 
 def load_adapter(model: nn.Module, path: Path, dtype: torch.dtype | None,
