@@ -163,7 +163,8 @@ def to_device(numbers: Sequence[Tensor], device: torch.device | str) -> list[Ten
     return [part.view(x.shape) for part, x in zip(parts, numbers)]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, plan: "Plan | Cache", layer: int = 0) -> Tensor:
+def attention(
+        q: Tensor, k: Tensor, v: Tensor, plan: "Plan | Cache", layer: int = 0) -> Tensor:
     """q (N, H, hd), k and v (N, KV, hd) -> (N, H, hd).
     With a Plan: packed sequences. With a Cache: one more token of every rollout, in `layer`."""
     if isinstance(plan, Cache):
@@ -372,7 +373,8 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     return [share.transpose(1, 2).flatten(0, 1) for share in shares]
 
 
-def plain_scores(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def plain_scores(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """-> scaled scores (S, H, L, M), -inf if masked; k and v (S, H, M, hd); all float32."""
     shared = q.shape[1] // k.shape[1]             # query heads of one key head
     k, v = (x.float().repeat_interleave(shared, 1) for x in (k, v))
