@@ -1,9 +1,9 @@
 """Stage 0: reasoning for CoT-SFT, written from the annotations or by a teacher.
 
 A text repeats the expression and, if that refers to another object (the anchor), says where it is.
-Then it lists the candidates in the order that the expression asks about ("the topmost": from top to
-bottom): where each is, what tells it apart (size, side of or distance to the anchor), whether it
-fits. The box comes last, so that the model reasons before it answers.
+Then it lists the candidates, always from left to right: where each is and what the expression asks
+about (part of the image, size, side of or distance to the anchor, "leftmost so far"). It ends with
+the choice. The box comes last, because a model writes from left to right.
 
 Each fact has one wording, because in RFT a token with equally good alternatives adds noise to the
 gradient. Data sets annotate only some objects, so a text mentions only objects with an expression
@@ -60,17 +60,15 @@ SIDE_WORDS = re.compile(
 RELATION_WORDS = re.compile(
     r"\b(?:left of|right of|above|below|over|under|beside|near|nearest|closest|next|of"
     r"|higher|further)\b")
-# Words that ask for an order; how the text announces it; the sort key; whether it descends.
-ORDERS = (
-    ("leftmost|farthest to the left", "from left to right: ", "x", False),
-    ("rightmost|farthest to the right", "from right to left: ", "x", True),
-    ("topmost|uppermost|highest|nearest to the top|closest to the top",
-     "from top to bottom: ", "y", False),
-    ("lowest|bottommost|nearest to the bottom|closest to the bottom",
-     "from bottom to top: ", "y", True),
-    ("nearest|closest|next to", "from near to far: ", "distance", False),
-    ("largest|biggest", "from large to small: ", "area", True),
-    ("smallest|tiniest", "from small to large: ", "area", False))
+# Words that ask for an extreme, its name in the text, what it compares, whether the most is meant.
+EXTREMES = (
+    ("leftmost|farthest to the left", "leftmost", "x", False),
+    ("rightmost|farthest to the right", "rightmost", "x", True),
+    ("topmost|uppermost|highest|nearest to the top|closest to the top", "topmost", "y", False),
+    ("lowest|bottommost|nearest to the bottom|closest to the bottom", "lowest", "y", True),
+    ("nearest|closest|next to", "nearest", "distance", False),
+    ("largest|biggest", "largest", "area", True),
+    ("smallest|tiniest", "smallest", "area", False))
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,9 @@ def noun_phrase(neighbor: Neighbor) -> str:
 
 
 def find_anchor(record: Record, others: Sequence[Neighbor],
-                candidates: Sequence[Neighbor]) -> Neighbor | None:
-    """The object, other than the candidates, to which the expression refers."""
+                candidates: Sequence[Neighbor]) -> tuple[Neighbor | None, str]:
+    """The object other than the candidates that the expression refers to, and the word "largest"
+    or "smallest" if that tells it from others."""
     text = record.text.lower()
     mentioned = []
     for o in others:
@@ -118,13 +117,33 @@ def find_anchor(record: Record, others: Sequence[Neighbor],
         if o in candidates or not noun or words not in text:
             continue
         # Prefer the named color, then the named size: "the largest red tank".
-        named, size_rank = rf" (?:[a-z]+ )?{re.escape(noun)}", 0.0
+        named, size_rank, extreme = rf" (?:[a-z]+ )?{re.escape(noun)}", 0.0, ""
         if re.search(rf"\b(?:largest|biggest){named}", text):
-            size_rank = -box_area(o.box)
+            size_rank, extreme = -box_area(o.box), "largest"
         elif re.search(rf"\b(?:smallest|tiniest){named}", text):
-            size_rank = box_area(o.box)
-        mentioned.append((f"{o.color} {noun}" not in text, size_rank, o))
-    return min(mentioned, key=lambda entry: entry[:2])[2] if mentioned else None
+            size_rank, extreme = box_area(o.box), "smallest"
+        mentioned.append((f"{o.color} {noun}" not in text, size_rank, o, extreme))
+    return min(mentioned, key=lambda entry: entry[:2])[2:] if mentioned else (None, "")
+
+
+def choice(objects: Sequence[Neighbor], chosen: Neighbor, frame: Frame,
+           facts: Callable[[Neighbor], str], extreme: str = "",
+           key: Callable[[Neighbor], float] | None = None) -> list[str]:
+    """Sentences that choose one of several objects: each from left to right, then the choice.
+
+    facts: text that follows an object's place. extreme: how the chosen one compares ("leftmost"),
+    which makes its key the smallest; every object that leads so far is called so."""
+    if len(objects) == 1:
+        return [f"{noun_phrase(chosen)} near {point_text(chosen.box, frame)}{facts(chosen)}."]
+    sentences = []
+    best = math.inf
+    for o in sorted(objects, key=lambda o: box_center(o.box)):
+        line = f"{noun_phrase(o)} near {point_text(o.box, frame)}{facts(o)}"
+        if extreme and key(o) < best:
+            best = key(o)
+            line += f", {extreme} so far"
+        sentences.append(f"{line}.")
+    return [*sentences, f"so it is the one near {point_text(chosen.box, frame)}."]
 
 
 def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str = "") -> str:
@@ -139,53 +158,67 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
     alike = [o for o in others if o.category == record.category]
     if color and f"{color} {record.category.lower() or 'object'}" in text:
         alike = [o for o in alike if o.color == color]
-    anchor = find_anchor(record, others, alike)
+    anchor, anchor_extreme = find_anchor(record, others, alike)
     nearest = sorted(alike, key=lambda o: math.dist(box_center(o.box), center))
+    candidates = [target, *nearest[:MAX_OTHER_CANDIDATES]]
+    origin = box_center(anchor.box) if anchor else None
 
-    # 2. Sort them as the expression asks, or from left to right without saying so.
-    for order in ORDERS:
-        words, introduction, measure, descending = order
-        possible = measure != "distance" or anchor is not None
-        if possible and re.search(rf"\b(?:{words})\b", head if measure == "area" else text):
-            break
-    else:
-        introduction, measure, descending = "", "center", False
-    candidates = []
-    for o in [target, *nearest[:MAX_OTHER_CANDIDATES]]:
-        x, y = box_center(o.box)
-        values = {"x": x, "y": y, "center": (x, y), "area": box_area(o.box)}
-        if anchor is not None:
-            values["distance"] = math.dist((x, y), box_center(anchor.box))
-        candidates.append((values[measure], o))
-    candidates.sort(key=lambda entry: entry[0], reverse=descending)
+    def size(o: Neighbor) -> str:
+        return f", of size {round(math.sqrt(box_area(frame.to_model(o.box))))}"
 
-    # 3. Write the expression, the anchor, then a sentence for each candidate.
+    # 2. The anchor, chosen by size if there are several of its kind.
     sentences = [f"{record.text}."]
     if anchor is not None:
-        sentences.append(f"{noun_phrase(anchor)} near {point_text(anchor.box, frame)}.")
-    for _, o in candidates:
+        same = [anchor]
+        if anchor_extreme:
+            named_color = f"{anchor.color} {anchor.category.lower()}" in text
+            same = [o for o in others if o.category == anchor.category
+                    and (o.color == anchor.color or not named_color)]
+        sign = -1 if anchor_extreme == "largest" else 1
+        sentences += choice(same, anchor, frame, size if len(same) > 1 else lambda o: "",
+                            anchor_extreme, lambda o: sign * box_area(o.box))
+
+    # 3. The extreme that the expression asks for, if the annotations agree that the target is it.
+    measures = {
+        "x": lambda o: box_center(o.box)[0], "y": lambda o: box_center(o.box)[1],
+        "area": lambda o: box_area(o.box),
+        "distance": lambda o: math.dist(box_center(o.box), origin)}
+    extreme, measure, most = "", "x", False
+    for words, *asked in EXTREMES:
+        possible = asked[1] != "distance" or anchor is not None
+        where = head if asked[1] == "area" else text
+        if possible and re.search(rf"\b(?:{words})\b", where):
+            extreme, measure, most = asked
+            break
+
+    def key(o: Neighbor) -> float:
+        return -measures[measure](o) if most else measures[measure](o)
+
+    if key(target) > min(map(key, candidates)):
+        extreme = ""
+
+    # 4. A sentence per candidate, with what the expression asks about.
+    def facts(o: Neighbor) -> str:
         x, y = box_center(o.box)
-        region = REGIONS[min(2, int(3 * y / record.size[1]))][min(2, int(3 * x / record.size[0]))]
-        line = f"{introduction}{noun_phrase(o)} near {point_text(o.box, frame)}, at the {region}"
-        introduction = ""
-        if SIZE_WORDS.search(head):
-            line += f", of size {round(math.sqrt(box_area(frame.to_model(o.box))))}"
-        if anchor is not None:
-            # Give the side or the distance, as the expression asks; both, if it asks for neither.
-            asks_side, asks_distance = SIDE_WORDS.search(text), DISTANCE_WORDS.search(text)
-            origin = box_center(anchor.box)
-            if abs(x - origin[0]) >= abs(y - origin[1]):
-                side = "left of" if x < origin[0] else "right of"
-            else:
-                side = "above" if y < origin[1] else "below"
-            distance = round_coarsely(
-                math.dist(frame.to_model((x, y)), frame.to_model(origin)), frame)
-            if not distance:          # such as a field in a stadium
-                line += ", about where it is"
-            else:
-                line += f", {side} it" if asks_side or not asks_distance else ""
-                line += f", {distance} away" if asks_distance or not asks_side else ""
-        sentences.append(line + (": it fits." if o is target else "."))
+        line = size(o) if SIZE_WORDS.search(head) else ""
+        if anchor is None:
+            if not extreme:
+                row, column = (min(2, int(3 * v / s)) for v, s in zip((y, x), record.size[::-1]))
+                line = f", at the {REGIONS[row][column]}{line}"
+            return line
+        # Give the side or the distance; both if the expression asks for both or neither.
+        asks_side, asks_distance = SIDE_WORDS.search(text), DISTANCE_WORDS.search(text)
+        if abs(x - origin[0]) >= abs(y - origin[1]):
+            side = "left of" if x < origin[0] else "right of"
+        else:
+            side = "above" if y < origin[1] else "below"
+        distance = round_coarsely(math.dist(frame.to_model((x, y)), frame.to_model(origin)), frame)
+        if not distance:          # such as a field in its stadium
+            return line + ", about where it is"
+        line += f", {side} it" if asks_side or not asks_distance else ""
+        return line + (f", {distance} away" if asks_distance or not asks_side else "")
+
+    sentences += choice(candidates, target, frame, facts, extreme, key)
     # A tag in an expression must not look like one of the answer format.
     think = " ".join(sentences).replace("<", "(").replace(">", ")")
     return write(think, format_box(record.box, frame))
