@@ -1,9 +1,11 @@
 """Trains the small base, with the architecture of Qwen2.5-VL, from scratch on the embedded world.
 
 The repository cannot contain real weights; this base replaces them. In the end it knows what a
-pretrained model would know about this world: the objects, their colors and positions. It answers
-the request for one box in the answer format if only one object has the name. It has seen no
-expression that needs reasoning: no choice by position, size or relation.
+pretrained model would know about this world: the objects, their colors and positions, and the
+words of place (left, above, nearest to, ...). It answers the request for one box in the answer
+format if only one object has the name. Expressions that need reasoning (a choice by position, size
+or relation) it has only met in questions for a point: never in the answer format, never with the
+candidates listed.
 
 There are two losses in one loop. The dense ones ask each image token for the object there, its
 color and its box; without them the language model finds nothing to read. Language starts after
@@ -72,7 +74,8 @@ SPECIAL_TOKENS = (
 VOCABULARY = 768
 # Images of this world are not resized, so the model's frame is in their pixels.
 FRAME = Frame((scenes.SIDE, scenes.SIDE), (scenes.SIDE, scenes.SIDE), "absolute")
-PATCHES = scenes.SIDE // 14    # per image side
+PATCH = 8                      # pixels: small objects and crowded scenes need fine patches
+PATCHES = scenes.SIDE // PATCH    # per image side
 IMAGE_TOKENS = PATCHES ** 2 // 4
 
 
@@ -89,13 +92,13 @@ TEXT_SHAPE = {
 }
 VISION_SHAPE = {
     "depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4,
-    "out_hidden_size": 128, "in_chans": 3, "patch_size": 14, "temporal_patch_size": 2,
-    "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1, 3],
+    "out_hidden_size": 128, "in_chans": 3, "patch_size": PATCH, "temporal_patch_size": 2,
+    "spatial_merge_size": 2, "window_size": 64, "fullatt_block_indexes": [1, 3],
     "hidden_act": "silu", "tokens_per_second": 2,
 }
 PROCESSOR_CONFIG = {
     "processor_class": "Qwen2_5_VLProcessor", "image_processor_type": "Qwen2VLImageProcessor",
-    "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 56 * 56,
+    "patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 56 * 56,
     "max_pixels": 448 * 448, "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
@@ -178,6 +181,7 @@ def corpus(seed: int) -> Iterator[str]:
         for pair in question_answer_pairs(record.image, random.Random(seed + i)):
             yield from pair
         yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
+        yield f"the leftmost so far, not. so it is the one near {point_text(record.box, FRAME)}."
 
 
 def fresh_model(out: Path, seed: int) -> QwenVL:
@@ -209,9 +213,14 @@ REQUESTS = ("{}",) * 12 + (
 )
 BOX_QUESTIONS = ("{}", "where is {}?", "locate {}.", "i look for {}.")
 POINT_QUESTIONS = ("point to {}.", "about where is {}?")
+# Axis of the center, and the sign for which the farther object has the larger coordinate.
+COMPARISONS = {
+    "farther left": (0, -1), "farther right": (0, 1), "farther up": (1, -1), "farther down": (1, 1),
+}
 # At most this many question and answer pairs of a scene.
 MAX_LISTS = 3
 MAX_OTHERS = 3
+MAX_PLACES = 3
 # Tokens of an answer in the format, enough for the reasoning of CoT-SFT.
 MAX_NEW_TOKENS = 160
 
@@ -247,6 +256,7 @@ def question_answer_pairs(scene: scenes.Scene, rng: random.Random) -> list[Pair]
         others.append((f"what is {near_text(o.box)}?", answer))
     pairs = rng.sample(lists, min(MAX_LISTS, len(lists)))
     pairs += rng.sample(others, min(MAX_OTHERS, len(others)))
+    pairs += place_pairs(scene, rng)
     pairs = [(rng.choice(REQUESTS).format(question), answer) for question, answer in pairs]
     return pairs + grounding_pairs(scene, rng)
 
@@ -288,6 +298,42 @@ def list_pairs(scene: scenes.Scene, rng: random.Random) -> list[Pair]:
         answer = ", ".join(f"{noun_phrase(o)} {place_text(o.box)}" for o in pool)
         pairs.append((f"list every {phrase}{manner}.", answer))
     return pairs
+
+
+def place_pairs(scene: scenes.Scene, rng: random.Random) -> list[Pair]:
+    """The words of place: parts of the image, comparisons, relations, and points of expressions.
+
+    No answer is in the answer format or lists candidates: reasoning is left to CoT-SFT.
+    """
+    names = unique_names(scene)
+    pairs = []
+    for name, o in rng.sample(names, min(2, len(names))):
+        for region in scenes.REGIONS:
+            if scenes.in_region(o, region, 0):
+                pairs.append((f"in which part of the image is {name}?", f"at the {region}"))
+    for _ in range(3 if len(names) > 1 else 0):
+        (name, o), (other_name, other) = rng.sample(names, 2)
+        if o is other:             # by category and with its color
+            continue
+        word = rng.choice((*COMPARISONS, "larger", "smaller"))
+        if word in COMPARISONS:
+            axis, sign = COMPARISONS[word]
+            lead = sign * (o.center[axis] - other.center[axis])
+            clear = abs(lead) > scenes.MARGIN
+        else:
+            lead = o.size - other.size if word == "larger" else other.size - o.size
+            clear = scenes.sizes_distinct(o.size, other.size)
+        if clear:
+            answer = name if lead > 0 else other_name
+            pairs.append((f"which is {word}, {name} or {other_name}?", answer))
+        for relation in scenes.RELATIONS:
+            if scenes.lies_on_side(o, other, relation, -scenes.MARGIN):
+                pairs.append((f"how does {name} lie to {other_name}?", f"{relation} it"))
+    asked = [e for e in scenes.expressions(scene, rng) if e.kind != "category"]
+    for e in rng.sample(asked, min(3, len(asked))):
+        question = rng.choice(POINT_QUESTIONS).format(e.text)
+        pairs.append((question, f"{e.text} {near_text(e.target.box)}"))
+    return rng.sample(pairs, min(MAX_PLACES, len(pairs)))
 
 
 class Answer(NamedTuple):
@@ -722,10 +768,10 @@ on scenes of the `pretrain` split of toy/scenes.py that draw themselves: \
 {steps:,} steps of {batch} scenes. {parameters:,} parameters,
 bfloat16, hub layout, its own tokenizer with single-digit numbers.
 
-It names things, lists them, and gives their boxes and points. \
-Asked as the stages ask it has only been for things by a name that is theirs alone.
-It has seen neither expressions that need reasoning, nor snow, \
-nor the pairs of category and colour that `scenes.unseen` keeps for the novel split.
+It names objects, lists them, gives their boxes and points, and knows the words of place: which part
+of the image, which of two is farther left, how one lies to the other, about where an expression's
+object is. With the prompt of the stages it was only asked for objects with a unique name. \
+What the `novel` split holds out of SFT and RFT, it has seen.
 
 On scenes of the val split, asked for things by a name that is theirs alone ({pointed}): \
 mean IoU of the box {pointing_mIoU:.3f}, IoU above

@@ -68,7 +68,8 @@ ROAD_LINE = (200, 200, 190)
 TREE = (58, 84, 50)
 SHADOW = (60, 60, 56)
 RIVER_WIDTH = 13               # pixels; a road has 8
-# Terrain of the novel split only, like the pairs of category and color for which `unseen` is true.
+# Terrain of the base and the novel split only, like the pairs of category and color for which
+# `unseen` is true: SFT and RFT never meet them.
 HELD_OUT_TERRAIN = "snow"
 
 
@@ -82,10 +83,11 @@ class Split:
     max_objects: int
     scale: float = 1.0         # of all lengths
     novel: bool = False        # held-out terrain, and targets of held-out category and color
+    everything: bool = False   # what is held out among the rest
 
 
 SPLITS = {
-    "pretrain": Split(0, 400_000, 1, 9),
+    "pretrain": Split(0, 400_000, 1, 12, everything=True),
     "sft": Split(10_000_000, 4_000, 2, 8),
     "rft": Split(20_000_000, 10_000, 2, 12),
     "val": Split(30_000_000, 500, 2, 12),
@@ -119,7 +121,7 @@ WORLDS = {"synth": SPLITS, "synth-small": SMALL, "synth-one": ONE, "synth-tiny":
 
 
 def unseen(category: str, color: str) -> bool:
-    """Whether this pair is only in the novel split; each category has one such color."""
+    """Whether SFT and RFT never meet this pair; each category has one such color."""
     color_index = list(COLORS).index(color)
     category_index = list(CATEGORIES).index(category)
     return (color_index - category_index) % len(COLORS) == 0
@@ -392,7 +394,7 @@ def make_scene(seed: int, split: Split) -> Scene:
     strip = Strip(strip_kind, rng.uniform(-34, 34), rng.uniform(0, 2 * math.pi))
     terrain = HELD_OUT_TERRAIN
     if not split.novel:
-        terrain = rng.choice([t for t in TERRAINS if t != HELD_OUT_TERRAIN])
+        terrain = rng.choice([t for t in TERRAINS if split.everything or t != HELD_OUT_TERRAIN])
     # With few categories and colors in a scene, distractors are common.
     categories = scene_categories(strip, rng)
     colors = rng.sample(list(COLORS), 3)
@@ -446,7 +448,7 @@ def random_object(
         return None
     if not strip.allows(category.ground, (x, y), max(width, height) / 2):
         return None
-    if unseen(name, color) and not split.novel:
+    if unseen(name, color) and not (split.novel or split.everything):
         return None
     return Object(name, color, box, angle, length)
 
