@@ -222,7 +222,7 @@ MAX_LISTS = 3
 MAX_OTHERS = 3
 MAX_PLACES = 3
 # Tokens of an answer in the format, enough for the reasoning of CoT-SFT.
-MAX_NEW_TOKENS = 160
+MAX_NEW_TOKENS = 192
 
 Pair = tuple[str, str]         # question, answer
 
