@@ -63,7 +63,7 @@ from readers.base import Record, Records  # noqa: E402
 from report import metrics  # noqa: E402
 from report.predictions import sampled_boxes  # noqa: E402
 from toy import scenes  # noqa: E402
-from train.dist import fail, lr_at  # noqa: E402
+from train.dist import fail  # noqa: E402
 from train.flags import FlagParser, natural, positive  # noqa: E402
 from train.run import append_line, commit, cut_log, launch  # noqa: E402
 
@@ -650,6 +650,15 @@ def train(model: QwenVL, processor: Processor, args: argparse.Namespace, out: Pa
                     f"text {line.get('language', math.nan):.3f}")
             if (step + 1) % args.every == 0:
                 save_pretraining(out, pretraining, step + 1)
+
+
+def lr_at(step: int, steps: int, peak: float) -> float:
+    """Warm-up, constant, linear to 0 over the last quarter.
+
+    Runs of different --steps are equal up to the decay, so --resume can end one early or late.
+    """
+    warmup_steps = max(1, min(240, round(0.03 * steps)))
+    return peak * min(1.0, (step + 1) / warmup_steps, (steps - step) / (0.25 * steps))
 
 
 def save_pretraining(out: Path, pretraining: Pretraining, step: int) -> None:
