@@ -16,7 +16,7 @@ import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -84,11 +84,12 @@ class Split:
     scale: float = 1.0         # of all lengths
     novel: bool = False        # held-out terrain, and targets of held-out category and color
     everything: bool = False   # what is held out among the rest
+    names: float | None = None    # share of the kinds in NAMES; None: as many as of other kinds
 
 
 SPLITS = {
     "pretrain": Split(0, 400_000, 1, 12, everything=True),
-    "sft": Split(10_000_000, 4_000, 2, 8),
+    "sft": Split(10_000_000, 6_000, 2, 8, names=0.2),
     "rft": Split(20_000_000, 10_000, 2, 12),
     "val": Split(30_000_000, 500, 2, 12),
     "test": Split(40_000_000, 2_020, 2, 12),
@@ -96,6 +97,9 @@ SPLITS = {
     # For published figures: no design is chosen on it.
     "final": Split(90_000_000, 2_000, 2, 12),
 }
+# More sets of records like "sft", one for each seed of a study.
+SPLITS |= {f"sft-{k}": replace(SPLITS["sft"], first_seed=10_000_000 + 100_000 * k)
+           for k in range(1, 10)}
 SMALL = {
     "rft": Split(60_000_000, 10_000, 2, 12, scale=0.5),
     "val": Split(70_000_000, 500, 2, 12, scale=0.5),
@@ -487,6 +491,10 @@ WORDINGS = {
 }
 
 
+# Kinds that name the object by what it is; the others ("places") say where it is.
+NAMES = ("category", "attribute")
+
+
 class Expression(NamedTuple):
     """A text that fits one object of a scene."""
 
@@ -657,10 +665,11 @@ def expressions(scene: Scene, rng: random.Random) -> list[Expression]:
 def records(split: Split) -> list[SceneRecord]:
     """One expression for each scene of a split, with kinds in equal shares if scenes allow it.
 
-    Scenes with too few objects, or without an expression (in the novel split: of an unseen pair),
-    are left out.
+    Scenes with too few objects, or without an expression (in the novel split: of an unseen pair; if
+    `split.names` is given: of the kind that is due), are left out.
     """
     split_records = []
+    names = 0
     for number in range(split.scenes):
         scene = make_scene(split.first_seed + number, split)
         # Not the scene's own generator: changes of expressions leave scenes unchanged.
@@ -670,7 +679,14 @@ def records(split: Split) -> list[SceneRecord]:
             choices = [e for e in choices if unseen(e.target.category, e.target.color)]
         if not choices or len(scene.objects) < split.min_objects:
             continue
-        kind = rng.choice(sorted({e.kind for e in choices}))
+        kinds = sorted({e.kind for e in choices})
+        if split.names is not None:
+            name_due = names < split.names * (len(split_records) + 1)
+            kinds = [kind for kind in kinds if (kind in NAMES) == name_due]
+            if not kinds:
+                continue
+        kind = rng.choice(kinds)
+        names += kind in NAMES
         chosen = rng.choice([e for e in choices if e.kind == kind])
         target = chosen.target
         split_records.append(
