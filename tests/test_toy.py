@@ -114,6 +114,7 @@ ALL_SPLITS = {**SPLITS, **{f"small {name}": split for name, split in SMALL.items
 for world, splits in (("one", scenes.ONE), ("tiny", scenes.TINY)):
     ALL_SPLITS |= {f"{world} {name}": split for name, split in splits.items()}
 # Splits that have their own hashes, because they are newer than the others.
+TRAINED = {"pretrain": "4b3c518825363776", "sft": "811cc699e6093909"}
 FINAL = {"final": "5bfe550b31f0b001", "small final": "b480d142de3ea601"}
 ALONE = {"one": "6d48abb0d4a6d037", "tiny": "c907e52b9f7da3a3"}
 KINDS = {"category", "attribute", "position", "extreme", "relation", "two-step"}
@@ -145,12 +146,27 @@ def test_many_targets_are_small_and_scenes_differ_in_crowding() -> None:
     assert len({r.category for r in records}) == len(CATEGORIES) >= 12
 
 
-def test_the_novel_split_shows_what_no_other_does() -> None:
+@pytest.mark.parametrize("name", ["sft", "sft-1", "sft-9"])
+def test_a_fifth_of_the_sft_records_are_names(name: str) -> None:
+    records = data.load("synth", None, name)
+    assert len(records) >= 4000
+    kinds = collections.Counter(r.kind for r in records)
+    names = kinds["category"] + kinds["attribute"]
+    assert abs(names - 0.2 * len(records)) <= 1
+    assert set(kinds) == KINDS and max(len(r.image.objects) for r in records) == 8
+
+
+def test_the_novel_split_shows_what_sft_and_rft_never_see() -> None:
     for name, split in ALL_SPLITS.items():
         split_scenes = [make_scene(split.first_seed + i, split) for i in range(300)]
         terrains = {s.terrain for s in split_scenes}
         if split.novel:
             assert terrains == {scenes.HELD_OUT_TERRAIN}
+            continue
+        if split.everything:           # the base
+            assert terrains == set(scenes.TERRAINS)
+            objects = [o for s in split_scenes for o in s.objects]
+            assert any(scenes.unseen(o.category, o.color) for o in objects)
             continue
         assert scenes.HELD_OUT_TERRAIN not in terrains
         for s in split_scenes:
@@ -175,11 +191,9 @@ def test_the_world_has_not_changed() -> None:
 
     Records of every split, and roughly the pixels of a few: libraries may round differently.
     """
-    worlds = {**FINAL, **ALONE}
-    others = [name for name in sorted(ALL_SPLITS) if name.split()[0] not in worlds
-              and name not in worlds]
-    assert world_hash(others) == "afeb24b0594afbc7"
-    for name, expected in FINAL.items():
+    others = ["novel", "rft", "small rft", "small test", "small val", "test", "val"]
+    assert world_hash(others) == "edebf963646e19e9"
+    for name, expected in {**TRAINED, **FINAL}.items():
         assert world_hash([name]) == expected, name
     for world, expected in ALONE.items():
         assert world_hash([n for n in sorted(ALL_SPLITS) if n.split()[0] == world]) == expected
@@ -278,13 +292,51 @@ def test_training_answers_of_the_base_are_true_and_end_their_turn(tmp_path: Path
         s = make_scene(seed, SPLITS["pretrain"])
         pairs = pretrain.question_answer_pairs(s, random.Random(seed))
         # The request for a box in the answer format is one more.
-        assert 0 < len(pairs) <= pretrain.MAX_LISTS + pretrain.MAX_OTHERS + 1
+        most = pretrain.MAX_LISTS + pretrain.MAX_OTHERS + pretrain.MAX_PLACES + 1
+        assert 0 < len(pairs) <= most
         encoded = pretrain.encode_answers(processor, pairs, pretrain.digit_targets(), 1024)
         for (_, answer), (ids, targets) in zip(pairs, encoded):
             assert_true_of(answer, s)
             assert targets[-1].argmax() == ids[-1] == processor.end_id
             assert torch.allclose(targets.sum(1), torch.ones(len(targets)))
             assert processor.decode(ids[-len(targets):]) == answer
+
+
+def test_answers_about_places_are_true() -> None:
+    """Each is read word by word; none has the answer format or a list."""
+    kinds: collections.Counter[str] = collections.Counter()
+    for seed in range(200):
+        s = make_scene(seed, SPLITS["pretrain"])
+        pairs = pretrain.place_pairs(s, random.Random(seed))
+        assert len(pairs) <= pretrain.MAX_PLACES
+        for question, answer in pairs:
+            words = re.fullmatch(r"(in which part of the image is|how does|which is (.+), "
+                                 r"|point to|about where is) ?(.+?)[.?]", question)
+            asked = words[1].split(",")[0]
+            kinds[asked] += 1
+            assert "<answer>" not in answer and answer.count("near (") <= 1
+            if asked.startswith("in which"):
+                [o] = resolve(words[3], s.objects)
+                assert NINTHS[answer.removeprefix("at the ")] == ninth(o)
+            elif asked == "how does":
+                [a], [b] = (resolve(name, s.objects) for name in words[3].split(" lie to "))
+                assert is_on_side(a, b, SIDES[answer.removesuffix(" it")])
+            elif asked.startswith("which is"):
+                names = words[3].split(" or ")
+                values = [compared(words[2], resolve(name, s.objects)[0]) for name in names]
+                assert answer == names[values.index(max(values))]
+            else:
+                [o] = resolve(words[3], s.objects)
+                x, y = map(int, re.search(r"near \((\d+), (\d+)\)", answer).groups())
+                assert math.dist((x, y), middle(o)) < 4 and answer.startswith(words[3])
+    assert len(kinds) == 10 and min(kinds.values()) > 5, kinds
+
+
+def compared(word: str, o: Object) -> float:
+    """The larger, the more the word applies to the object."""
+    x, y = middle(o)
+    return {"farther left": -x, "farther right": x, "farther up": -y, "farther down": y,
+            "larger": surface(o), "smaller": -surface(o)}[word]
 
 
 def test_the_base_is_asked_for_a_box_only_if_one_object_has_the_name(tmp_path: Path) -> None:
