@@ -50,7 +50,7 @@ from train.run import launch
 REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"),
            ("lower left", "bottom", "lower right"))
 ROUNDING = 0.02               # of places and distances, as a fraction of the longer side
-MAX_OTHER_CANDIDATES = 5
+MAX_OTHER_CANDIDATES = 5      # beside the chosen object
 SIZE_WORDS = re.compile(
     r"\b(?:large|larger|largest|big|bigger|biggest|huge"
     r"|small|smaller|smallest|tiny|tinier|tiniest|little)\b")
@@ -60,15 +60,16 @@ SIDE_WORDS = re.compile(
 RELATION_WORDS = re.compile(
     r"\b(?:left of|right of|above|below|over|under|beside|near|nearest|closest|next|of"
     r"|higher|further)\b")
-# Words that ask for an extreme, its name in the text, what it compares, whether the most is meant.
-EXTREMES = (
-    ("leftmost|farthest to the left", "leftmost", "x", False),
-    ("rightmost|farthest to the right", "rightmost", "x", True),
-    ("topmost|uppermost|highest|nearest to the top|closest to the top", "topmost", "y", False),
-    ("lowest|bottommost|nearest to the bottom|closest to the bottom", "lowest", "y", True),
-    ("nearest|closest|next to", "nearest", "distance", False),
-    ("largest|biggest", "largest", "area", True),
-    ("smallest|tiniest", "smallest", "area", False))
+# Name of an extreme in the text -> words that ask for it.
+EXTREMES = {
+    "leftmost": "leftmost|farthest to the left",
+    "rightmost": "rightmost|farthest to the right",
+    "topmost": "topmost|uppermost|highest|nearest to the top|closest to the top",
+    "lowest": "lowest|bottommost|nearest to the bottom|closest to the bottom",
+    "nearest": "nearest|closest|next to",
+    "largest": "largest|biggest",
+    "smallest": "smallest|tiniest",
+}
 
 
 @dataclass(frozen=True)
@@ -109,35 +110,40 @@ def find_anchor(record: Record, others: Sequence[Neighbor],
     """The object other than the candidates that the expression refers to, and the word "largest"
     or "smallest" if that tells it from others."""
     text = record.text.lower()
+    # In "the red ship next to the largest ship", a size after the target's noun is the anchor's.
+    after = text.split(record.category.lower() or "object", 1)[-1]
     mentioned = []
     for o in others:
         noun = o.category.lower()
-        # One of the target's category counts only with its color: "the ship next to the red ship".
-        words = f"{o.color} {noun}" if o.category == record.category else noun
-        if o in candidates or not noun or words not in text:
+        if o in candidates or not noun or noun not in text:
             continue
         # Prefer the named color, then the named size: "the largest red tank".
-        named, size_rank, extreme = rf" (?:[a-z]+ )?{re.escape(noun)}", 0.0, ""
-        if re.search(rf"\b(?:largest|biggest){named}", text):
+        sized, size_rank, extreme = rf" (?:{o.color or '[a-z]+'} )?{re.escape(noun)}", 0.0, ""
+        if re.search(rf"\b(?:{EXTREMES['largest']}){sized}", after):
             size_rank, extreme = -box_area(o.box), "largest"
-        elif re.search(rf"\b(?:smallest|tiniest){named}", text):
+        elif re.search(rf"\b(?:{EXTREMES['smallest']}){sized}", after):
             size_rank, extreme = box_area(o.box), "smallest"
-        mentioned.append((f"{o.color} {noun}" not in text, size_rank, o, extreme))
+        named = bool(o.color) and f"{o.color} {noun}" in text
+        # One of the target's category needs a color or size: "the ship next to the red ship".
+        if o.category != record.category or named or extreme:
+            mentioned.append((not named, size_rank, o, extreme))
     return min(mentioned, key=lambda entry: entry[:2])[2:] if mentioned else (None, "")
 
 
 def choice(objects: Sequence[Neighbor], chosen: Neighbor, frame: Frame,
            facts: Callable[[Neighbor], str], extreme: str = "",
            key: Callable[[Neighbor], float] | None = None) -> list[str]:
-    """Sentences that choose one of several objects: each from left to right, then the choice.
+    """Sentences that choose an object: it and nearby ones from left to right, then the choice.
 
     facts: text that follows an object's place. extreme: how the chosen one compares ("leftmost"),
     which makes its key the smallest; every object that leads so far is called so."""
     if len(objects) == 1:
         return [f"{noun_phrase(chosen)} near {point_text(chosen.box, frame)}{facts(chosen)}."]
+    center = box_center(chosen.box)
+    nearest = sorted(objects, key=lambda o: math.dist(box_center(o.box), center))
     sentences = []
     best = math.inf
-    for o in sorted(objects, key=lambda o: box_center(o.box)):
+    for o in sorted(nearest[:1 + MAX_OTHER_CANDIDATES], key=lambda o: box_center(o.box)):
         line = f"{noun_phrase(o)} near {point_text(o.box, frame)}{facts(o)}"
         if extreme and key(o) < best:
             best = key(o)
@@ -154,14 +160,18 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
 
     # 1. Candidates have the target's category, and its color if the expression names it.
     target = Neighbor(record.category, record.box, color)
-    center = box_center(record.box)
     alike = [o for o in others if o.category == record.category]
     if color and f"{color} {record.category.lower() or 'object'}" in text:
         alike = [o for o in alike if o.color == color]
     anchor, anchor_extreme = find_anchor(record, others, alike)
-    nearest = sorted(alike, key=lambda o: math.dist(box_center(o.box), center))
-    candidates = [target, *nearest[:MAX_OTHER_CANDIDATES]]
+    candidates = [target, *alike]
     origin = box_center(anchor.box) if anchor else None
+    # An extreme's key is the smallest for the object that it means.
+    keys = {
+        "leftmost": lambda o: box_center(o.box)[0], "rightmost": lambda o: -box_center(o.box)[0],
+        "topmost": lambda o: box_center(o.box)[1], "lowest": lambda o: -box_center(o.box)[1],
+        "nearest": lambda o: math.dist(box_center(o.box), origin),
+        "largest": lambda o: -box_area(o.box), "smallest": lambda o: box_area(o.box)}
 
     def size(o: Neighbor) -> str:
         return f", of size {round(math.sqrt(box_area(frame.to_model(o.box))))}"
@@ -171,31 +181,21 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
     if anchor is not None:
         same = [anchor]
         if anchor_extreme:
-            named_color = f"{anchor.color} {anchor.category.lower()}" in text
-            same = [o for o in others if o.category == anchor.category
-                    and (o.color == anchor.color or not named_color)]
-        sign = -1 if anchor_extreme == "largest" else 1
+            named = anchor.color and f"{anchor.color} {anchor.category.lower()}" in text
+            same = [o for o in (target, *others) if o.category == anchor.category
+                    and (o.color == anchor.color or not named)]
         sentences += choice(same, anchor, frame, size if len(same) > 1 else lambda o: "",
-                            anchor_extreme, lambda o: sign * box_area(o.box))
+                            anchor_extreme, keys.get(anchor_extreme))
 
     # 3. The extreme that the expression asks for, if the annotations agree that the target is it.
-    measures = {
-        "x": lambda o: box_center(o.box)[0], "y": lambda o: box_center(o.box)[1],
-        "area": lambda o: box_area(o.box),
-        "distance": lambda o: math.dist(box_center(o.box), origin)}
-    extreme, measure, most = "", "x", False
-    for words, *asked in EXTREMES:
-        possible = asked[1] != "distance" or anchor is not None
-        where = head if asked[1] == "area" else text
-        if possible and re.search(rf"\b(?:{words})\b", where):
-            extreme, measure, most = asked
+    extreme = ""
+    for name, words in EXTREMES.items():
+        possible = name != "nearest" or anchor is not None
+        where = head if name in ("largest", "smallest") else text
+        if (possible and re.search(rf"\b(?:{words})\b", where)
+                and keys[name](target) == min(map(keys[name], candidates))):
+            extreme = name
             break
-
-    def key(o: Neighbor) -> float:
-        return -measures[measure](o) if most else measures[measure](o)
-
-    if key(target) > min(map(key, candidates)):
-        extreme = ""
 
     # 4. A sentence per candidate, with what the expression asks about.
     def facts(o: Neighbor) -> str:
@@ -218,7 +218,7 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
         line += f", {side} it" if asks_side or not asks_distance else ""
         return line + (f", {distance} away" if asks_distance or not asks_side else "")
 
-    sentences += choice(candidates, target, frame, facts, extreme, key)
+    sentences += choice(candidates, target, frame, facts, extreme, keys.get(extreme))
     # A tag in an expression must not look like one of the answer format.
     think = " ".join(sentences).replace("<", "(").replace(">", ")")
     return write(think, format_box(record.box, frame))

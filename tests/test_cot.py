@@ -6,6 +6,7 @@ a real HTTP server on the loopback that errs.
 import argparse
 import base64
 import io
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from email.utils import formatdate
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -42,13 +44,13 @@ from tools.teacher import Explanation
 Script = Callable[..., None]
 Teach = Callable[..., list[dict[str, Any]]]
 
-SENTENCES = {
-    "order": r"from (\w+) to (\w+):",
-    "candidate": r"(an? [a-z ]+) near \((\d+), (\d+)\), at the ([a-z ]+)(?:, of size (\d+))?"
-                 r"((?:, (?:left of|right of|above|below) it)?(?:, \d+ away)?"
-                 r"|, about where it is)(\.|: it fits\.)",
-    "anchor": r"(an? [a-z ]+) near \((\d+), (\d+)\)\.",
-}
+OBJECT = re.compile(
+    r"(?P<phrase>an? [a-z ]+) near (?P<point>\(\d+, \d+\))"
+    r"(?:, at the (?P<region>[a-z ]+))?(?:, of size (?P<size>\d+))?"
+    r"(?:(?:, (?P<side>left of|right of|above|below) it)?(?:, (?P<distance>\d+) away)?"
+    r"|(?P<same_place>, about where it is))(?:, (?P<extreme>[a-z]+) so far)?\.")
+CHOICE = re.compile(r"so it is the one near (?P<point>\(\d+, \d+\))\.")
+MOST_LISTED = 6
 
 
 # ---------------------------------------------------------------- what the words mean
@@ -89,12 +91,17 @@ def scale_of(frame: Frame) -> list[float]:
     return [extent / original for extent, original in zip(frame.extent, frame.original)]
 
 
-def is_near(numbers: Sequence[str], box: Box, frame: Frame) -> bool:
-    """Whether a point is the box's center to within half of the rounding step."""
-    for number, value, scale in zip(numbers, middle(box), scale_of(frame)):
+def is_near(point: str, box: Box, frame: Frame) -> bool:
+    """Whether "(45, 60)" is the box's center to within half of the rounding step."""
+    for number, value, scale in zip(re.findall(r"\d+", point), middle(box), scale_of(frame)):
         if abs(int(number) - value * scale) > half_step(frame):
             return False
     return True
+
+
+def is_of_size(number: str, box: Box, frame: Frame) -> bool:
+    """Whether the number is the square root of the box's area in the model's frame, rounded."""
+    return abs(int(number) - math.sqrt(surface(box) * math.prod(scale_of(frame)))) <= 0.51
 
 
 def is_away(number: str | int, box: Box, other: Box, frame: Frame) -> bool:
@@ -113,31 +120,21 @@ def holds(direction: str, box: Box, other: Box) -> bool:
     return abs(dy) >= abs(dx) and (dy < 0 if direction == "above" else dy > 0)
 
 
-def relation_holds(relation: str, box: Box, other: Box, frame: Frame) -> bool:
-    """Whether ", left of it, 40 away" holds of a box and the other object's."""
-    if relation == ", about where it is":
-        return is_away(0, box, other, frame)
-    for part in relation.split(", ")[1:]:
-        if part.endswith("away"):
-            true = is_away(part.split()[0], box, other, frame)
-        else:
-            true = holds(part.removesuffix(" it"), box, other)
-        if not true:
-            return False
-    return True
-
-
-ASKS_SIDE = re.compile(r"left of|right of|above|below")
-ASKS_DISTANCE = re.compile(r"next to|nearest to the (?!top|bottom)")
-# An order in a text -> the number that grows in it, of a box and the anchor's.
-GROWING = {
-    ("left", "right"): lambda box, anchor: middle(box)[0],
-    ("right", "left"): lambda box, anchor: -middle(box)[0],
-    ("top", "bottom"): lambda box, anchor: middle(box)[1],
-    ("bottom", "top"): lambda box, anchor: -middle(box)[1],
-    ("near", "far"): lambda box, anchor: math.dist(middle(box), middle(anchor)),
-    ("large", "small"): lambda box, anchor: -surface(box),
-    ("small", "large"): lambda box, anchor: surface(box),
+# The expressions here name the anchor after one of these.
+RELATION = re.compile(
+    r"(?P<side>left of|right of|above|below|higher up than|further down than)"
+    r"|(?P<distance>next to|nearest to)")
+SIZES = {"largest": "largest|biggest", "smallest": "smallest|tiniest"}
+# Name of an extreme -> words that ask for it, and a function of a box and the anchor's box that has
+# the lowest value for the object that is meant.
+EXTREMES = {
+    "leftmost": ("leftmost|farthest to the left", lambda box, anchor: middle(box)[0]),
+    "rightmost": ("rightmost|farthest to the right", lambda box, anchor: -middle(box)[0]),
+    "topmost": ("topmost|uppermost|nearest to the top edge", lambda box, anchor: middle(box)[1]),
+    "lowest": ("lowest|nearest to the bottom edge", lambda box, anchor: -middle(box)[1]),
+    "nearest": ("next to|nearest to", lambda box, anchor: math.dist(middle(box), middle(anchor))),
+    "largest": ("^the (?:largest|biggest)", lambda box, anchor: -surface(box)),
+    "smallest": ("^the (?:smallest|tiniest)", lambda box, anchor: surface(box)),
 }
 
 
@@ -153,34 +150,49 @@ class Case:
     color: str = ""            # of the target
 
     @property
-    def same_kind(self) -> list[Neighbor]:
-        """The other candidates."""
-        category = self.record.category
-        colored = bool(self.color) and f"{self.color} {category}" in self.record.text
-        return [o for o in self.others
-                if o.category == category and (not colored or o.color == self.color)]
+    def objects(self) -> list[Neighbor]:
+        """All objects, the target first."""
+        return [Neighbor(self.record.category, self.record.box, self.color), *self.others]
 
     @property
     def candidates(self) -> list[Box]:
-        return [self.record.box, *(o.box for o in self.same_kind)]
+        category = self.record.category
+        colored = bool(self.color) and f"{self.color} {category}" in self.record.text
+        return [o.box for o in self.objects
+                if o.category == category and (not colored or o.color == self.color)]
 
     @property
-    def mentioned(self) -> list[Neighbor]:
-        """Objects other than the candidates that the expression names."""
-        mentioned = []
-        for o in self.others:
-            own_category = o.category == self.record.category
-            words = f"{o.color} {o.category}" if own_category else o.category
-            if o not in self.same_kind and words in self.record.text:
-                mentioned.append(o)
-        return mentioned
+    def relation(self) -> re.Match | None:
+        return RELATION.search(self.record.text)
+
+    @property
+    def anchor_words(self) -> str:
+        """The expression after the relation: "the largest red tank"."""
+        return self.record.text[self.relation.end():].strip() if self.relation else ""
+
+    @property
+    def anchor_size(self) -> str | None:
+        """"largest", "smallest" or None."""
+        for size, words in SIZES.items():
+            if re.match(rf"the (?:{words}) ", self.anchor_words):
+                return size
+        return None
+
+    @property
+    def anchors(self) -> list[Box]:
+        """Objects that fit the anchor's noun and color; candidates too if a size tells it."""
+        mentioned = [o for o in self.objects if o.category in self.anchor_words]
+        colored = [o for o in mentioned
+                   if o.color and f"{o.color} {o.category}" in self.anchor_words]
+        boxes = [o.box for o in colored or mentioned]
+        apart = [box for box in boxes if box not in self.candidates]
+        return boxes if apart and self.anchor_size else apart
 
     @property
     def phrases(self) -> dict[Box, str]:
         """What each object is called: "a red ship"."""
-        target = Neighbor(self.record.category, self.record.box, self.color)
         phrases = {}
-        for o in [*self.others, target]:
+        for o in self.objects:
             words = f"{o.color} {o.category}".strip()
             phrases[o.box] = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
         return phrases
@@ -196,88 +208,133 @@ def check_text(text: str, case: Case) -> None:
     # The answer is not given away before it is reasoned for.
     assert str([int(v) for v in box])[1:-1] not in think
     sentences = read_sentences(think, case.record.text)
-    kinds = " ".join(kind for kind, _ in sentences)
-    assert re.fullmatch(r"(anchor )?(order )?(candidate ?)+", kinds), kinds
-    # What the expression names is placed.
-    assert ("anchor" in kinds) == bool(case.mentioned)
-    order = ("left", "right")
-    anchors: list[Box] = []
-    candidates: list[list[Box]] = []           # boxes that each candidate's sentence fits
-    verdicts = []
-    for kind, words in sentences:
-        if kind == "order":
-            order = words
-        elif kind == "anchor":
-            anchors = anchor_boxes(words, case)
-        else:
-            candidates.append(candidate_boxes(words, anchors, case))
-            verdicts.append(words[-1])
-    assert len(candidates) == min(6, len(case.candidates))
-    assert verdicts.count(": it fits.") == 1
-    assert case.record.box in candidates[verdicts.index(": it fits.")]
-    assert any(grows(candidates, order, anchor) for anchor in anchors or [None]), think
+    if not case.anchors:
+        assert candidates_are_true(sentences, None, case), think
+        return
+    # What the expression names is placed first.
+    count = 1
+    if case.anchor_size is not None and len(case.anchors) > 1:
+        count = min(MOST_LISTED, len(case.anchors)) + 1
+    anchors = [a for a in case.anchors if anchor_is_true(sentences[:count], a, case)]
+    assert anchors, think
+    # The sentence fits several objects if they lie close together.
+    assert any(candidates_are_true(sentences[count:], a, case) for a in anchors), think
 
 
-def read_sentences(think: str, expression: str) -> list[tuple[str, tuple[str, ...]]]:
-    """The reasoning after the expression -> kind of each sentence, and what its pattern reads."""
+def read_sentences(think: str, expression: str) -> list[re.Match]:
+    """The sentences after the expression: matches of OBJECT and CHOICE."""
     said = expression.replace("<", "(").replace(">", ")") + "."
     assert think.startswith(said)
-    rest = think[len(said):].strip()
+    rest = think[len(said):]
     sentences = []
     while rest:
-        matches = {kind: re.match(pattern, rest) for kind, pattern in SENTENCES.items()}
-        matching = [kind for kind, match in matches.items() if match]
-        assert matching, f"no sentence that can be checked: {rest!r}"
-        match = matches[matching[0]]
-        sentences.append((matching[0], match.groups()))
-        rest = rest[match.end():].strip()
+        assert rest[0] == " "
+        match = OBJECT.match(rest, 1) or CHOICE.match(rest, 1)
+        assert match, f"no sentence that can be checked: {rest!r}"
+        sentences.append(match)
+        rest = rest[match.end():]
     return sentences
 
 
-def anchor_boxes(words: tuple[str, ...], case: Case) -> list[Box]:
-    """The boxes that the anchor's sentence fits."""
-    phrase, *point = words
-    boxes = []
-    for o in case.others:
-        may_be_anchor = o not in case.same_kind and o.category in case.record.text
-        if may_be_anchor and case.phrases[o.box] == phrase and is_near(point, o.box, case.frame):
-            boxes.append(o.box)
-    assert boxes, (words, case.phrases)
-    return boxes
-
-
-def candidate_boxes(words: tuple[str, ...], anchors: list[Box], case: Case) -> list[Box]:
-    """The boxes that a candidate's sentence fits."""
-    phrase, x, y, region, size, relation, _ = words
-    assert bool(anchors) == bool(relation)
-    boxes = []
-    for box in case.candidates:
-        fits = [case.phrases[box] == phrase, is_near((x, y), box, case.frame),
-                lies_in(region, box, case.record.size)]
-        if size is not None:
-            side = math.sqrt(surface(box) * math.prod(scale_of(case.frame)))
-            fits.append(abs(int(size) - side) <= 0.51)
-        if relation:
-            fits.append(any(relation_holds(relation, box, a, case.frame) for a in anchors))
-        if all(fits):
-            boxes.append(box)
-    assert boxes, (words, case.phrases)
-    # The text gives what is asked for.
-    if relation and "it is" not in relation:
-        gives_side = "of it" in relation or "above" in relation or "below" in relation
-        assert gives_side or not ASKS_SIDE.search(case.record.text)
-        assert "away" in relation or not ASKS_DISTANCE.search(case.record.text)
-    return boxes
-
-
-def grows(candidates: list[list[Box]], order: tuple[str, ...], anchor: Box | None) -> bool:
-    """Whether the candidates may stand in this order, where a sentence fits several boxes."""
-    for before, after in zip(candidates, candidates[1:]):
-        least = min(GROWING[order](box, anchor) for box in before)
-        most = max(GROWING[order](box, anchor) for box in after)
-        if least > most:
+def anchor_is_true(sentences: Sequence[re.Match], anchor: Box, case: Case) -> bool:
+    """Whether the sentences place this anchor: in one, or as the largest or smallest of several."""
+    several = len(sentences) > 1
+    extremes = {}
+    if case.anchor_size is not None:
+        measure = partial(EXTREMES[case.anchor_size][1], anchor=None)
+        if measure(anchor) > min(map(measure, case.anchors)):
             return False
-    return True
+        extremes[case.anchor_size] = measure
+
+    def fits(sentence: re.Match, box: Box) -> bool:
+        given = {name for name, words in sentence.groupdict().items() if words is not None}
+        return given - {"extreme"} == {"phrase", "point"} | ({"size"} if several else set())
+
+    boxes = case.anchors if several else [anchor]
+    return choice_is_true(sentences, boxes, anchor, extremes, fits, case)
+
+
+def candidates_are_true(sentences: Sequence[re.Match], anchor: Box | None, case: Case) -> bool:
+    """Whether the sentences describe the candidates by what is asked for, and choose the target."""
+    text = case.record.text
+    # The extremes that are asked for, if the target is it among all that are annotated.
+    extremes = {}
+    for name, (words, value) in EXTREMES.items():
+        if not re.search(words, text) or (name == "nearest" and anchor is None):
+            continue
+        measure = partial(value, anchor=anchor)
+        if measure(case.record.box) == min(map(measure, case.candidates)):
+            extremes[name] = measure
+    asks_size = any(re.match(rf"the (?:{words}) ", text) for words in SIZES.values())
+    asks_side = anchor is not None and case.relation["side"] is not None
+
+    def fits(sentence: re.Match, box: Box) -> bool:
+        gives = {name: words is not None for name, words in sentence.groupdict().items()}
+        if gives["size"] != asks_size:
+            return False
+        if anchor is None:
+            return (gives["region"] == (not extremes)
+                    and not any(gives[name] for name in ("side", "distance", "same_place")))
+        if gives["same_place"]:
+            return not gives["region"] and is_away(0, box, anchor, case.frame)
+        if (gives["region"], gives["side"], gives["distance"]) != (False, asks_side, not asks_side):
+            return False
+        if asks_side:
+            return holds(sentence["side"], box, anchor)
+        return int(sentence["distance"]) > 0 and is_away(
+            sentence["distance"], box, anchor, case.frame)
+
+    return choice_is_true(sentences, case.candidates, case.record.box, extremes, fits, case)
+
+
+def choice_is_true(
+        sentences: Sequence[re.Match], boxes: Sequence[Box], chosen: Box,
+        extremes: dict[str, Callable[[Box], float]], fits: Callable[[re.Match, Box], bool],
+        case: Case) -> bool:
+    """Whether the sentences list the boxes from left to right and, of several, choose one.
+
+    extremes: name -> number that is the least for the chosen box; the sentences use one of them.
+    fits: whether what else a sentence says is asked for, and true of a box.
+    """
+    count = min(MOST_LISTED, len(boxes))
+    several = count > 1
+    if [s.re for s in sentences] != [OBJECT] * count + [CHOICE] * several:
+        return False
+    objects = sentences[:count]
+    names = {s["extreme"] for s in objects} - {None}
+    if len(names) != (several and len(extremes) > 0) or not names <= set(extremes):
+        return False
+    measure = extremes[names.pop()] if names else None
+    # A sentence may fit several boxes that lie close together.
+    fitting = []
+    for s in objects:
+        fitting.append([b for b in boxes if object_is_true(s, b, case) and fits(s, b)])
+    return any(order_is_true(order, sentences, chosen, measure)
+               for order in itertools.product(*fitting))
+
+
+def object_is_true(sentence: re.Match, box: Box, case: Case) -> bool:
+    """Whether the phrase, the point, the region and the size are the box's."""
+    region, size = sentence["region"], sentence["size"]
+    return (case.phrases[box] == sentence["phrase"]
+            and is_near(sentence["point"], box, case.frame)
+            and (region is None or lies_in(region, box, case.record.size))
+            and (size is None or is_of_size(size, box, case.frame)))
+
+
+def order_is_true(
+        order: Sequence[Box], sentences: Sequence[re.Match], chosen: Box,
+        measure: Callable[[Box], float] | None) -> bool:
+    """Whether the sentences may be about these boxes, in this order."""
+    across = [middle(box)[0] for box in order]
+    if len(set(order)) < len(order) or chosen not in order or across != sorted(across):
+        return False
+    for i, box in enumerate(order):
+        leads = measure is not None and all(measure(box) < measure(b) for b in order[:i])
+        if leads != (sentences[i]["extreme"] is not None):
+            return False
+    # The last sentence is the choice, or the only object.
+    return sentences[-1]["point"] == sentences[order.index(chosen)]["point"]
 
 
 # ---------------------------------------------------------------- texts from annotations
@@ -337,22 +394,79 @@ def test_every_sentence_is_true_of_the_embedded_world() -> None:
         check_text(write_completion(record, frame), Case(record, others, frame, target.color))
 
 
-def test_a_checker_that_accepts_anything_would_be_no_test() -> None:
-    record = Record("1", None, "the largest ship left of the bridge", (10.0, 10.0, 30.0, 30.0),
-                    "ship", (300, 300))
-    others = [Neighbor("ship", (200.0, 20.0, 210.0, 30.0)),
+BRIDGE = "a bridge near (130, 30), of size 60, smallest so far."
+LARGER_BRIDGE = "a bridge near (260, 240), of size 80."
+SHIPS = ("a ship near (5, 105), of size 8, left of it, largest so far.",
+         "a ship near (20, 20), of size 20, left of it, largest so far.",
+         "a ship near (205, 25), of size 10, right of it.")
+TWO_STEP = "the largest ship left of the smallest bridge"
+
+
+@pytest.mark.parametrize("expression, right, wrong", [
+    # The phrase, the point, the size, the side, the distance, the region.
+    (TWO_STEP, "a ship near", "a bridge near"), (TWO_STEP, "a bridge near", "a ship near"),
+    (TWO_STEP, "(20, 20)", "(20, 40)"), (TWO_STEP, "(130, 30)", "(130, 50)"),
+    (TWO_STEP, "of size 20", "of size 23"), (TWO_STEP, "of size 80", "of size 83"),
+    (TWO_STEP, ", of size 20", ""), (TWO_STEP, ", of size 60", ""),
+    (TWO_STEP, "right of it", "left of it"), (TWO_STEP, ", right of it", ""),
+    (TWO_STEP, ", right of it", ", right of it, 75 away"),
+    ("the ship next to the bridge", "75 away", "95 away"),
+    ("the ship next to the bridge", ", 75 away", ""),
+    ("the ship in the upper left", "upper left.", "upper right."),
+    ("the ship in the upper left", ", at the upper left.", "."),
+    # "so far" at the wrong object, missing, of another extreme, though the target is not nearest.
+    (TWO_STEP, SHIPS[2], SHIPS[2].replace("it.", "it, largest so far.")),
+    (TWO_STEP, SHIPS[0], SHIPS[0].replace(", largest so far", "")),
+    (TWO_STEP, SHIPS[1], SHIPS[1].replace(", largest so far", "")),
+    (TWO_STEP, ", largest so far", ""), (TWO_STEP, "largest so far", "leftmost so far"),
+    (TWO_STEP, ", smallest so far", ""), (TWO_STEP, "80.", "80, smallest so far."),
+    ("the ship next to the bridge", "75 away", "75 away, nearest so far"),
+    # The choice is missing, or another candidate's.
+    (TWO_STEP, " so it is the one near (20, 20).", ""),
+    (TWO_STEP, "so it is the one near (20, 20)", "so it is the one near (5, 105)"),
+    (TWO_STEP, " so it is the one near (130, 30).", ""),
+    (TWO_STEP, "so it is the one near (130, 30)", "so it is the one near (260, 240)"),
+    # From right to left.
+    (TWO_STEP, " ".join(SHIPS), " ".join(SHIPS[::-1])),
+    (TWO_STEP, f"{BRIDGE} {LARGER_BRIDGE}", f"{LARGER_BRIDGE} {BRIDGE}"),
+    # A sentence is missing, comes twice or says something else.
+    (TWO_STEP, f" {SHIPS[2]}", ""), (TWO_STEP, f" {LARGER_BRIDGE}", ""),
+    (TWO_STEP, SHIPS[2], f"{SHIPS[2]} {SHIPS[2]}"),
+    (TWO_STEP, SHIPS[2], f"{SHIPS[2]} there are no others."),
+])
+def test_a_checker_that_accepts_anything_would_be_no_test(
+        expression: str, right: str, wrong: str) -> None:
+    record = Record("1", None, expression, (10.0, 10.0, 30.0, 30.0), "ship", (300, 300))
+    others = [Neighbor("ship", (0.0, 100.0, 8.0, 108.0)),
+              Neighbor("ship", (200.0, 20.0, 210.0, 30.0)),
               Neighbor("bridge", (100.0, 0.0, 160.0, 60.0))]
+    if expression == TWO_STEP:
+        others.append(Neighbor("bridge", (220.0, 200.0, 300.0, 280.0)))
     case = Case(record, others, Frame((300, 300), (300, 300), "absolute"))
     text = explain(record, others, case.frame)
     check_text(text, case)
-    for right, wrong in [
-            ("left of it", "right of it"), ("upper left", "upper right"),
-            ("(20, 20)", "(20, 40)"), ("of size 20", "of size 23"),
-            ("a ship near", "a bridge near"), ("large to small", "small to large"),
-            (": it fits.", "."), (", left of it", "")]:
-        assert right in text, (right, text)
-        with pytest.raises(AssertionError):
-            check_text(text.replace(right, wrong), case)
+    assert right in text, (right, text)
+    with pytest.raises(AssertionError):
+        check_text(text.replace(right, wrong), case)
+
+
+@pytest.mark.parametrize("expression, count, leading", [
+    ("the leftmost ship", 6, 0), ("the ship next to the largest tank", 12, 6)])
+def test_of_many_objects_six_are_listed(expression: str, count: int, leading: int) -> None:
+    """Of nine ships and nine tanks. The target is not the leftmost ship of all, only of those
+    that are listed, so it is not called so."""
+    frame = Frame((1000, 1000), (1000, 1000), "absolute")
+    edges = (0.0, *range(500, 900, 50))
+    ships = [Neighbor("ship", (x, 0.0, x + 20, 20.0)) for x in edges]
+    # They grow from left to right, so each of those that are listed leads.
+    tanks = [Neighbor("tank", (100.0 * i, 500.0, 100.0 * i + 20 + i, 520.0)) for i in range(9)]
+    target = ships.pop(1 if "leftmost" in expression else 8)
+    record = Record("1", None, expression, target.box, "ship", (1000, 1000))
+    case = Case(record, ships + tanks, frame)
+    text = explain(record, case.others, frame)
+    check_text(text, case)
+    assert text.count("near (") - text.count("so it is") == count
+    assert text.count("largest so far") == leading and "leftmost so far" not in text
 
 
 def test_reasoning_for_training_speaks_of_training_records_only(
@@ -391,7 +505,8 @@ def test_what_shares_the_centre_lies_in_no_direction() -> None:
                     (800, 800))
     others = [Neighbor("stadium", (50.0, 50.0, 250.0, 250.0))]
     text = explain(record, others, Frame((800, 800), (800, 800), "absolute"))
-    assert ", about where it is: it fits." in text
+    assert text.startswith("<think>the field in the stadium. a stadium near (150, 150). "
+                           "a field near (150, 150), about where it is.</think>")
     assert " of it" not in text and "away" not in text
 
 
@@ -405,9 +520,34 @@ def test_of_several_anchors_the_one_that_the_words_mean_is_placed(words: str, me
     record = Record("0", None, f"the truck nearest to {words}", (50.0, 50.0, 60.0, 60.0), "truck",
                     (112, 112))
     frame = Frame((112, 112), (112, 112), "absolute")
+    phrase = f"a {tanks[meant].color} tank"
     point = cot.point_text(tanks[meant].box, frame)
     text = explain(record, tanks, frame)
-    assert f"a {tanks[meant].color} tank near {point}." in text
+    # A size tells it from others, so these are listed too.
+    if "est" in words:
+        assert f"{phrase} near {point}, of size" in text
+        assert f"so it is the one near {point}. a truck" in text
+        assert ("red" in text) == ("blue" not in words)
+    else:
+        assert f". {phrase} near {point}. a truck" in text
+    check_text(text, Case(record, tanks, frame))
+
+
+def test_an_anchor_of_the_targets_category_is_told_by_its_size() -> None:
+    record = Record("0", None, "the white tank left of the largest tank", (10.0, 10.0, 20.0, 20.0),
+                    "tank", (112, 112))
+    others = [Neighbor("tank", (80.0, 70.0, 100.0, 90.0), "white"),
+              Neighbor("tank", (40.0, 0.0, 70.0, 30.0), "red")]
+    frame = Frame((112, 112), (112, 112), "absolute")
+    text = explain(record, others, frame, "white")
+    assert text.startswith(
+        "<think>the white tank left of the largest tank. "
+        "a white tank near (15, 15), of size 10, largest so far. "
+        "a red tank near (55, 15), of size 30, largest so far. "
+        "a white tank near (90, 80), of size 20. so it is the one near (55, 15). "
+        "a white tank near (15, 15), left of it. a white tank near (90, 80), below it. "
+        "so it is the one near (15, 15).</think>")
+    check_text(text, Case(record, others, frame, "white"))
 
 
 # ---------------------------------------------------------------- reasoning of one's own
