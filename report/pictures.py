@@ -26,19 +26,25 @@ def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, Colour]], caption:
     for box, colour in boxes:
         pen.rectangle([v * scale for v in box], outline=colour, width=2)
     font = ImageFont.load_default(13)
-    lines = [""]
-    # The font has only ASCII letters.
-    for word in caption.encode("ascii", "replace").decode().split():
-        longer = f"{lines[-1]} {word}"
-        if font.getlength(longer) < width - 8:
-            lines[-1] = longer.strip()
-        else:
-            lines.append(word)
+    lines = wrap(caption, font, width - 8)
     captioned = Image.new("RGB", (width, picture.height + 16 * len(lines) + 6), "white")
     captioned.paste(picture)
     ImageDraw.Draw(captioned).text(
         (4, picture.height + 2), "\n".join(lines), fill="black", font=font, spacing=2)
     return captioned
+
+
+def wrap(text: str, font: Any, width: float) -> list[str]:
+    """The text in lines of at most `width` pixels, unless a word is longer."""
+    lines = [""]
+    # The font has only ASCII letters.
+    for word in text.encode("ascii", "replace").decode().split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) < width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 4) -> Image.Image:
