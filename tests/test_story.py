@@ -1,4 +1,4 @@
-"""The end of speedrun.sh (study/story.py) against cases worked by hand, and speedrun.sh itself."""
+"""The end of speedrun.sh (study/story.py, picture.py) against cases worked by hand; speedrun.sh."""
 import json
 import math
 import os
@@ -17,7 +17,7 @@ import rft
 from data import load
 from readers.base import Record
 from report import metrics
-from study import story
+from study import picture, story
 from toy import scenes
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ PLACES = [r for r in RECORDS if r.kind not in ("category", "attribute")]
 NAMES = [r for r in RECORDS if r.kind in ("category", "attribute")]
 # What speedrun.sh leaves for story.py.
 FILES = {
-    **{stage: f"eval/predictions_{stage}.jsonl" for stage in story.STAGES},
+    **{stage: f"eval/predictions_{stage}.jsonl" for stage in picture.STAGES},
     "blind": "eval_blind/predictions_rft_blind.jsonl",
     "sft sampled": "eval_samples_sft/predictions_sft_T1.jsonl",
     "rft sampled": "eval_samples_rft/predictions_rft_T1.jsonl"}
@@ -122,39 +122,39 @@ def test_candidates_have_the_category_and_a_named_colour() -> None:
     def record(text: str, target: scenes.Object) -> Record:
         return Record("a", scene, text, target.box, target.category, scene.size, "extreme")
 
-    assert story.candidates(record("the leftmost car", things[0])) == 3
-    assert story.candidates(record("the leftmost red car", things[0])) == 2
-    assert story.candidates(record("the car left of the red ship", things[0])) == 3
-    assert story.candidates(record("the ship", things[3])) == 1
+    assert picture.candidates(record("the leftmost car", things[0])) == 3
+    assert picture.candidates(record("the leftmost red car", things[0])) == 2
+    assert picture.candidates(record("the car left of the red ship", things[0])) == 3
+    assert picture.candidates(record("the ship", things[3])) == 1
 
 
 def test_the_explaining_scene_is_the_first_that_fits_the_rule() -> None:
     # Scenes 0 to 2 break the rule in their expression: a name, too few candidates.
-    many = [r for r in PLACES if story.candidates(r) >= 3]
-    few = [r for r in PLACES if story.candidates(r) < 3]
+    many = [r for r in PLACES if picture.candidates(r) >= 3]
+    few = [r for r in PLACES if picture.candidates(r) < 3]
     records = [NAMES[0], few[0], few[1], *many[:6]]
     n = len(records)
     ious = {"base": torch.zeros(n), "rft": torch.full((n,), 0.8)}
     mixed = torch.tensor([0.9, 0.0]).repeat(n, 1)
-    assert story.explaining_scene(records, ious, mixed) == 3
+    assert picture.explaining_scene(records, ious, mixed) == 3
     # Only the first scenes were sampled.
-    assert story.explaining_scene(records, ious, mixed[:3]) is None
+    assert picture.explaining_scene(records, ious, mixed[:3]) is None
     ious["base"][3] = 0.6
     ious["rft"][4] = 0.5          # a miss
     mixed[5] = 0.9
     mixed[6] = 0.1
-    assert story.explaining_scene(records, ious, mixed) == 7
+    assert picture.explaining_scene(records, ious, mixed) == 7
     assert records[7] == many[4]
 
 
 def ious_of(patterns: Sequence[str]) -> dict[str, torch.Tensor]:
     columns = zip(*[map(float, pattern) for pattern in patterns])
-    return {stage: torch.tensor(column) for stage, column in zip(story.STAGES, columns)}
+    return {stage: torch.tensor(column) for stage, column in zip(picture.STAGES, columns)}
 
 
 def test_scenes_below_are_the_first_of_each_pattern() -> None:
     patterns = ["1111", "0001", "0000", "1110", "0001", "0010", "1100", "0111", "0011", "0001"]
-    chosen = story.contrasting_scenes(ious_of(patterns), taken=1)
+    chosen = picture.contrasting_scenes(ious_of(patterns), taken=1)
     assert [i for i, _ in chosen] == [4, 8, 7, 3, 6, 5]
     assert chosen[0][1] == "only RSGround-R1 hits, as in 3 of 10 scenes"
     # Gains as well as losses: RSGround-R1 misses in three of them.
@@ -164,11 +164,11 @@ def test_scenes_below_are_the_first_of_each_pattern() -> None:
 def test_missing_patterns_are_replaced_and_named() -> None:
     # Scene 1 is a gain that no pattern of the list has, scene 3 such a loss.
     patterns = ["1111", "1001", "0000", "0100", "0011", "1111"]
-    chosen = story.contrasting_scenes(ious_of(patterns), taken=0)
+    chosen = picture.contrasting_scenes(ious_of(patterns), taken=0)
     assert [i for i, _ in chosen] == [1, 4, 3, 2, 5]
     assert chosen[0][1] == 'no scene with "only RSGround-R1 hits"; this is another one'
     assert chosen[1][1].startswith("CoT-SFT and RSGround-R1 hit, as in 1 of 6")
-    assert story.contrasting_scenes(ious_of(["0000"]), taken=0) == []
+    assert picture.contrasting_scenes(ious_of(["0000"]), taken=0) == []
 
 
 # ---------------------------------------------------------------- what is drawn
@@ -177,22 +177,22 @@ def test_points_are_numbered_as_the_thought_names_them() -> None:
     text = ("<think>the left car. a car near (40, 60), leftmost so far. a car near (80, 20). "
             "so it is the one near (40, 60).</think><answer>(1, 2)</answer>")
     frame = {"original": [50, 50], "resized": [100, 100], "convention": "absolute"}
-    pieces, points = story.split_thought({"id": "a", "text": text, "frame": frame})
+    pieces, points = picture.split_thought({"id": "a", "text": text, "frame": frame})
     assert points == [(20, 30), (40, 10)]
     assert [number for _, number in pieces] == [1, 2, 1, 0]
     assert pieces[0][0] == "the left car. a car near (40, 60)" and pieces[3][0] == "."
-    assert story.split_thought(None) == ([("", 0)], [])
+    assert picture.split_thought(None) == ([("", 0)], [])
 
 
 def test_points_are_joined_in_order_and_the_last_one_is_orange() -> None:
-    panel = story.Panel(Image.new("RGB", (100, 100), (90, 90, 90)), 400)
-    panel.numbers([(20, 50), (80, 50), (50, 90)], [1, 2, 1])
+    panel = picture.Panel(Image.new("RGB", (100, 100), (90, 90, 90)), 400)
+    panel.numbers([(20, 50), (80, 50), (50, 90)], [2, 1, 2])
 
     def pixel(x: float, y: float) -> tuple[int, ...]:
         return panel.image.getpixel((4 * x, 4 * y))
 
-    assert pixel(20, 50) == story.HIT and pixel(80, 50) == story.TRUTH
-    assert pixel(50, 50) == story.TRUTH         # between the first two
+    assert pixel(80, 50) == picture.HIT and pixel(20, 50) == picture.TRUTH
+    assert pixel(50, 50) == picture.TRUTH         # between the first two
     assert pixel(65, 70) == pixel(35, 70) == (90, 90, 90)             # the third is not named
     panel.numbers([], [])
 
@@ -205,7 +205,7 @@ def test_rewards_are_the_papers() -> None:
                          dtype=torch.float64)
     texts = [text_of(record, True), text_of(record, True).replace("<think>", ""),
              text_of(record, True), "nothing"]
-    exact, no_format, beside, none = story.rewards(record, boxes, texts)
+    exact, no_format, beside, none = picture.rewards(record, boxes, texts)
     # P of a perfect box is 0.9486; a width to the side, the mean of K from 0.5 to 1.5 widths.
     assert exact == pytest.approx(2 + 0.1 * 0.9486, abs=1e-5)
     assert no_format == pytest.approx(exact - 1) and none == 0
@@ -216,16 +216,16 @@ def test_rewards_are_the_papers() -> None:
 
 
 def test_colours_run_from_a_miss_to_a_hit() -> None:
-    colours = [story.reward_colour(v) for v in (0, 1, 1.55, 2.1, 3)]
-    assert colours == [story.MISS, story.MISS, story.MIDDLE, story.HIT, story.HIT]
-    between = [(a + b) / 2 for a, b in zip(story.MISS, story.MIDDLE)]
-    assert story.reward_colour(1.275) == pytest.approx(between, abs=1)
+    colours = [picture.reward_colour(v) for v in (0, 1, 1.55, 2.1, 3)]
+    assert colours == [picture.MISS, picture.MISS, picture.MIDDLE, picture.HIT, picture.HIT]
+    between = [(a + b) / 2 for a, b in zip(picture.MISS, picture.MIDDLE)]
+    assert picture.reward_colour(1.275) == pytest.approx(between, abs=1)
 
 
 def test_contours_lie_where_the_kernel_has_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
     rings = []
-    monkeypatch.setattr(story.Panel, "line", lambda self, points, *_: rings.append(points))
-    story.Panel(Image.new("RGB", (100, 100)), 400).contours((40, 40, 60, 50))
+    monkeypatch.setattr(picture.Panel, "line", lambda self, points, *_: rings.append(points))
+    picture.Panel(Image.new("RGB", (100, 100)), 400).contours((40, 40, 60, 50))
     assert len(rings) == 3
     for level, ring in zip((0.8, 0.5, 0.2), rings):
         for x, y in ring:
@@ -253,10 +253,10 @@ class Texts(list):
 
 def hit_by_pattern(name: str, i: int, k: int) -> bool:
     """Scene i has the pattern i of the list, over and over; samples are right by turns."""
-    patterns = list(story.PATTERNS)
+    patterns = list(picture.PATTERNS)
     if "sampled" in name:
         return k < (3 if name.startswith("sft") else 7)
-    return name in story.STAGES and patterns[i % 6][list(story.STAGES).index(name)] == "1"
+    return name in picture.STAGES and patterns[i % 6][list(picture.STAGES).index(name)] == "1"
 
 
 def test_a_run_becomes_a_table_a_picture_and_a_last_line(
@@ -274,12 +274,12 @@ def test_a_run_becomes_a_table_a_picture_and_a_last_line(
     assert (tmp_path / "table.md").read_text().splitlines() == lines[:8]
     assert lines[-1].startswith("RSGround-R1 - GRPO from the base, Pr@0.5 on the same")
 
-    with Image.open(tmp_path / "story.png") as picture:
-        assert picture.width == 1400
+    with Image.open(tmp_path / "story.png") as drawn:
+        assert drawn.width == 1400
     words = [text for text, _ in texts]
     # The scene that the rule chooses, its rollouts, and a legend.
     fitting = next(i for i, r in enumerate(RECORDS[:40])
-                   if r in PLACES and story.candidates(r) >= 3 and i % 6 < 3)
+                   if r in PLACES and picture.candidates(r) >= 3 and i % 6 < 3)
     assert words[0] == f'Question: "{RECORDS[fitting].text}"'
     assert "3 of 8 hit, mean reward " in " ".join(words) and words.count("2.09") == 10
     assert any(text.startswith("7 of 8 hit") for text in words)
@@ -300,7 +300,7 @@ def test_a_look_without_fitting_scenes_still_has_a_picture(
     tell(tmp_path, monkeypatch)
     words = [text for text, _ in texts]
     assert words[0] == f'Question: "{RECORDS[0].text}"'
-    assert any("The first of all scenes, for none of 2 fits" in text for text in words)
+    assert any("the first of all, for none of the 2 that" in text for text in words)
     assert "Answer: no box" in words and "2 other scenes" in words
     assert "none of the 3 scenes has an expression of a place" in capsys.readouterr().out
 
@@ -395,7 +395,7 @@ def test_the_speedrun_leaves_the_files_that_the_story_reads(tmp_path: Path) -> N
         assert args.samples == (8 if sampled else 1)
         suffix = "_T1" * sampled + "_blind" * args.blind
         stage = Path(args.ckpt).name
-        for name in story.STAGES if stage == "ckpt" else [stage]:
+        for name in picture.STAGES if stage == "ckpt" else [stage]:
             files.add(f"{Path(args.out).name}/predictions_{name}{suffix}.jsonl")
     assert files == set(FILES.values())
 
