@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study of one table, hours on two cores; the same command resumes. See study/ablate.py.
-#   bash study/ablate.sh start|reward|weight|stability|map
+# The study of one table, many hours on two cores; the same command resumes. See study/ablate.py.
+#   bash study/ablate.sh settings|ladder|curve|weights
 cd "$(dirname "$0")/.."
 exec ${PY:-.venv/bin/python} study/ablate.py "$@"

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 import eval as evaluation
 import rft
+import sft
 from conftest import Run
 from data import load, open_image
 from model import QwenVL
@@ -27,21 +29,75 @@ from toy import scenes
 
 ROOT = Path(__file__).parents[1]
 FRAME = {"original": [scenes.SIDE] * 2, "resized": [scenes.SIDE] * 2, "convention": "absolute"}
+NAN = float("nan")
+
+
+# ---------------------------------------------------------------- statistics
+
+def test_the_quantiles_are_students() -> None:
+    def area(t: float, freedom: int) -> float:
+        """Of the density from 0 to t."""
+        x = np.linspace(0, t, 20_001)
+        constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+        density = constant / math.sqrt(freedom * math.pi) * (1 + x * x / freedom) ** (
+            -(freedom + 1) / 2)
+        return float(((density[1:] + density[:-1]) / 2).sum() * (x[1] - x[0]))
+
+    assert len(study.T_975) == len(study.T_80) == 30
+    for freedom in range(1, 31):
+        assert area(study.T_975[freedom - 1], freedom) == pytest.approx(0.475, abs=5e-5)
+        assert area(study.T_80[freedom - 1], freedom) == pytest.approx(0.3, abs=2e-4)
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    effect = study.Effect(dict(zip("01234", (0.1, 0.2, 0.3, 0.4, 0.5))), (0.0, 0.0))
+    # The deviation is sqrt(0.1 / 4), the error of the mean sqrt(0.005); t is 2.776 and 0.941.
+    error = math.sqrt(0.005)
+    assert effect.mean == pytest.approx(0.3)
+    assert effect.interval == pytest.approx((0.3 - 2.776 * error, 0.3 + 2.776 * error))
+    assert effect.smallest == pytest.approx((2.776 + 0.941) * error)
+    assert study.mean_text([0.1, 0.2, 0.3, 0.4, 0.5]) == "0.300 ± 0.196"
+
+    alone = study.Effect({"0": 0.1}, (0.0, 0.2))
+    assert alone.interval == (-math.inf, math.inf) and alone.smallest == math.inf
+    assert study.interval_text(alone.interval) == "-" and study.mean_text([0.1]) == "0.100"
 
 
 # ---------------------------------------------------------------- the tables
 
+def answer(box: Sequence[float]) -> str:
+    return f'<think>a</think><answer>{{"bbox_2d": {list(box)}}}</answer>'
+
+
+def write_texts(folder: Path, records: Sequence[Record], texts: Sequence[Sequence[str]]) -> None:
+    """Scores of an arm whose samples are these texts; the first of each record is its answer."""
+    folder.mkdir(parents=True)
+    lines = []
+    for record, samples in zip(records, texts):
+        line = {"id": record.id, "text": samples[0], "frame": FRAME}
+        lines.append(json.dumps(line | ({"samples": samples} if len(samples) > 1 else {})) + "\n")
+    (folder / "predictions_x.jsonl").write_text("".join(lines))
+    (folder / "done").touch()
+
+
+def write_boxes(folder: Path, records: Sequence[Record], exact: Sequence[bool]) -> None:
+    """Exact boxes, or boxes that are 0.4 times as wide as the target."""
+    texts = []
+    for record, right in zip(records, exact):
+        x1, y1, x2, y2 = record.box
+        texts.append([answer([x1, y1, x2 if right else 0.6 * x1 + 0.4 * x2, y2])])
+    write_texts(folder, records, texts)
+
+
 def write_scores(folder: Path, records: list[Record], exact: bool) -> None:
-    """An arm's scores: exact boxes; or of forty 29 that are 0.4 times as wide as the target, one
-    that touches nothing, and ten answers without a box.
+    """Predictions and eval.json: exact boxes; or of forty 29 that are 0.4 times as wide as the
+    target, one that touches nothing, and ten answers without a box.
     """
     texts = []
     for i, record in enumerate(records):
         x1, y1, x2, y2 = record.box
         box = [x1, y1, x2, y2] if exact else [x1, y1, 0.6 * x1 + 0.4 * x2, y2]
-        if not exact and i == 29:
-            box = [0, 0, 1, 1]
-        texts.append(f'<think>a</think><answer>{{"bbox_2d": {box}}}</answer>')
+        texts.append(answer([0, 0, 1, 1] if not exact and i == 29 else box))
     if not exact:
         texts[30:] = ["nothing"] * 10
     predictions = []
@@ -55,128 +111,232 @@ def write_scores(folder: Path, records: list[Record], exact: bool) -> None:
     (folder / "eval.json").write_text(json.dumps({"rows": [row]}))
 
 
-def write_log(arm: Path, name: str) -> None:
-    """One step of training; the positional arm has a term that no other has."""
-    step = {"step": 1, **dict.fromkeys(study.TRAINED, 0.25)}
-    step |= {"reward": 0.1, "reward_group_std": 0.2}
-    if name == "positional":
-        step |= {"diamond": 0.5, "diamond_group_std": 0.125}
-    if name == "sft":
-        step = {"step": 1, "loss": 1.0}
-    (arm / "done").touch()
-    (arm / "metrics.jsonl").write_text(json.dumps(step) + "\n")
-
-
 @pytest.fixture(scope="module")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A study of two seeds, and the lines that study.py prints about it.
-
-    Without the positional term the arm is exact in seed 0 and as SFT in seed 1; with it, in both.
-    """
-    out = tmp_path_factory.mktemp("study")
-    records = list(load("synth-tiny", None, "test"))[:40]
-    arms = ((0, "sft", False), (0, "iou", True), (1, "sft", False), (1, "iou", False),
-            (0, "positional", True), (1, "positional", True))
-    for seed, name, exact in arms:
-        arm = out / "tiny" / str(seed) / name
-        write_scores(arm / "eval_test", records, exact)
-        write_log(arm, name)
-    script = subprocess.run(
-        [sys.executable, "study/study.py", out], capture_output=True, text=True, cwd=ROOT)
-    assert script.returncode == 0, script.stderr
-    return out, script.stdout.splitlines()
+def few() -> Iterator[dict[str, list[Record]]]:
+    """Score -> its records, of worlds with few scenes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "scored_records", study.functools.cache(
+            study.scored_records.__wrapped__))
+        for world in scenes.WORLDS.values():
+            for split in ("final", "val"):
+                patch.setitem(world, split, replace(world[split], scenes=50))
+        yield {name: study.scored_records(name)[:40] for name in ("final", "val", "tiny")}
 
 
-def cells_of(lines: list[str], name: str) -> list[str]:
-    """The cells of the table's row that begins with this name."""
-    row, = [line for line in lines if line.startswith(f"| {name} |")]
-    return row.strip("| ").split(" | ")[1:]
+def report(folder: Path, patch: pytest.MonkeyPatch) -> tuple[str, list[dict]]:
+    """study.py's Markdown and differences."""
+    patch.setattr(sys, "argv", ["study.py", str(folder)])
+    study.main()
+    return (folder / "study.md").read_text(), json.loads((folder / "study.json").read_text())
 
 
-def test_each_arm_is_compared_with_its_own_start(tables: tuple[Path, list[str]]) -> None:
-    lines = tables[1]
-    rows = [line for line in lines if line.startswith("| GRPO: IoU + format | 0 1 |")]
-    # Over the seeds 1 and 0.29: as SFT, 29 of forty boxes have an IoU of 0.4.
-    assert rows[0].startswith("| GRPO: IoU + format | 0 1 | 0.645 ±")
-    assert "+0.710 [" in rows[0] and "; +0.000 [+0.000, +0.000]" in rows[0]
-    assert "| 0.355 ± 0.502 |" in rows[0]
+def cells_of(text: str, *names: str) -> list[str]:
+    """The cells of the row that begins with these cells."""
+    begin = f"| {' | '.join(names)} | "
+    row, = [line for line in text.splitlines() if line.startswith(begin)]
+    return row.removeprefix(begin).removesuffix(" |").split(" | ")
 
 
-def test_what_a_term_adds_is_taken_over_all_seeds(tables: tuple[Path, list[str]]) -> None:
-    cells = cells_of(tables[1], "+ positional minus GRPO: IoU + format")
-    seeds, iou, hits, given, distance, _, missed, distance_missed = cells
-    # One seed in two gains all that SFT lacked.
-    assert seeds == "2"
-    assert iou.startswith("+0.355 [") and iou.endswith("± 0.502")
-    assert hits.startswith("+0.500 [") and given.startswith("+0.125 [")
-    assert missed.startswith("+0.500 [") and missed.endswith("± 0.707")
-    # Distances are over 70 pairs of boxes, of which 30 differ: 29 by 0.3 widths, one by a walk
-    # to the corner.
-    records = list(load("synth-tiny", None, "test"))[:40]
-    narrow = sum(0.3 * (r.box[2] - r.box[0]) for r in records[:29])
-    x1, y1, x2, y2 = records[29].box
-    corner = math.dist(((x1 + x2) / 2, (y1 + y2) / 2), (0.5, 0.5))
-    unit = scenes.SIDE * 2 ** 0.5
-    assert abs(float(distance.split()[0]) + (narrow + corner) / 70 / unit) < 6e-4
-    assert abs(float(distance_missed.split()[0]) + corner / 2 / unit) < 6e-4
+def test_differences_are_by_seed_on_places_and_names(
+        tmp_path: Path, few: dict[str, list[Record]], monkeypatch: pytest.MonkeyPatch) -> None:
+    records = few["final"]
+    names = [record.kind in ("category", "attribute") for record in records]
+    assert 5 < sum(names) < 35
+    # CoT-SFT knows names. GRPO after it knows all in seed 0, half of the places in seed 1, and
+    # nothing new in seed 2. In seed 3 it was not scored.
+    places = [i for i, named in enumerate(names) if not named]
+    half = [named or i in places[::2] for i, named in enumerate(names)]
+    for seed, exact in enumerate((names, [True] * 40, half, names)):
+        write_boxes(tmp_path / str(seed) / "cot/eval_final", records, names)
+        if seed:
+            write_boxes(tmp_path / str(seed - 1) / "cot-rft/eval_final", records, exact)
+    write_boxes(tmp_path / "0/paper/eval_final", records, [True] * 40)
+    # The ladder has five seeds, whatever other tables ran.
+    for arm in ("cot", "cot-rft"):
+        write_boxes(tmp_path / "7" / arm / "eval_final", records, [False] * 40)
+    text, found = report(tmp_path, monkeypatch)
+    gain = len(places[::2]) / len(places)
+    assert "## ladder" in text and "## settings" not in text
+
+    row = cells_of(text, "Pr@0.5, places", "CoT-SFT, GRPO minus CoT-SFT")
+    means = [1.0, gain, 0.0]
+    error = np.std(means, ddof=1) / math.sqrt(3)
+    low, high = np.mean(means) - 4.303 * error, np.mean(means) + 4.303 * error
+    assert row[0] == f"{np.mean(means):+.3f}" and row[1] == f"[{low:+.3f}, {high:+.3f}]"
+    assert row[2] == f"+1.000, {gain:+.3f}, +0.000"
+    assert row[4] == f"{(4.303 + 1.061) * error:.3f}"
+    # Scenes alone leave the mean of three trained models almost certain.
+    over_scenes = [float(v) for v in row[3].strip("[]").split(", ")]
+    assert over_scenes[0] < np.mean(means) < over_scenes[1]
+    assert over_scenes[1] - over_scenes[0] < 0.4 < high - low
+    assert cells_of(text, "Pr@0.5, names", "CoT-SFT, GRPO minus CoT-SFT")[0] == "+0.000"
+    # A box of 0.4 times the width has an IoU of 0.4.
+    wrong = len(places) / 40
+    assert cells_of(text, "mIoU", "CoT-SFT, GRPO minus CoT-SFT")[2].startswith(
+        f"{0.6 * wrong:+.3f}, ")
+    assert cells_of(text, "no box", "CoT-SFT, GRPO minus CoT-SFT")[2] == "+0.000, +0.000, +0.000"
+    alone = cells_of(text, "Pr@0.5, places", "RSGround-R1 minus CoT-SFT")
+    assert alone[:3] == ["+1.000", "-", "+1.000"] and alone[4] == "-"
+
+    scores = text.split("### ladder, final")[1]
+    assert cells_of(scores, "CoT-SFT", "4")[:3] == [
+        "0.000 ± 0.000", "1.000 ± 0.000", f"{sum(names) / 40:.3f} ± 0.000"]
+    entry, = [e for e in found if e["metric"] == "Pr@0.5, places"
+              and e["contrast"] == ["cot-rft", "cot"]]
+    assert entry["seeds"] == pytest.approx({"0": 1.0, "1": gain, "2": 0.0})
+    assert entry["table"] == "ladder" and entry["score"] == "final"
+    assert (tmp_path / "study.png").exists()
 
 
-def test_terms_that_only_one_arm_has_are_in_the_table(tables: tuple[Path, list[str]]) -> None:
-    text = "\n".join(tables[1])
-    assert "| reward | reward_group_std | diamond | diamond_group_std | no_overlap_groups |" in text
-    assert ("| GRPO: IoU + format | 0.100 → 0.100 | 0.200 → 0.200 | - | - | 0.250 → 0.250 |"
-            in text)
-    assert ("| + positional | 0.100 → 0.100 | 0.200 → 0.200 | 0.500 → 0.500 | 0.125 → 0.125 "
-            "| 0.250 → 0.250 |" in text)
+def test_errors_are_by_kind_and_by_the_number_of_things(few: dict[str, list[Record]]) -> None:
+    records = few["final"]
+    many = np.array([len(record.image.objects) >= 4 for record in records])
+    relation = np.array([record.kind == "relation" for record in records])
+    assert many.any() and not many.all() and relation.any()
+    scored = {"cot": [{"Pr@0.5": ~many * 1.0}], "paper": [{"Pr@0.5": relation * 1.0}] * 2}
+    text = study.part_table(records, scored)
+    heads = [line.strip("| ").split(" | ") for line in text.splitlines()
+             if line.startswith(("| Pr@0.5 ", "| errors "))]
+    assert heads[0] == ["Pr@0.5", *sorted({record.kind for record in records})]
+    assert heads[1][:3] == ["errors", "2 to 3 things", "4 to 6 things"]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "---" not in line]
+    of_kinds = dict(zip(heads[0], next(row for row in rows if row[0] == "RSGround-R1")))
+    assert of_kinds["relation"] == "1.000 ± 0.000" and of_kinds["category"] == "0.000 ± 0.000"
+    errors = [row for row in rows if row[0] == "CoT-SFT"][1]
+    assert errors[1:3] == ["0.000", "1.000"]
 
 
-def test_a_study_leaves_its_differences_and_a_figure(tables: tuple[Path, list[str]]) -> None:
-    out = tables[0]
-    assert (out / "study.png").exists() and (out / "study.md").exists()
-    differences = json.loads((out / "study.json").read_text())
-    assert [row[:4] for row in differences] == [
-        ["tiny", "test", "iou", "0"], ["tiny", "test", "iou", "1"],
-        ["tiny", "test", "positional", "0"], ["tiny", "test", "positional", "1"]]
+def test_the_medoid_is_the_sample_with_the_most_overlap(few: dict[str, list[Record]]) -> None:
+    def iou(a: list[float], b: list[float]) -> float:
+        width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+        height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+        union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
+        return 0.0 if math.isnan(union) else width * height / union
+
+    random = torch.Generator().manual_seed(3)
+    corner = torch.rand(30, 8, 2, generator=random, dtype=torch.float64) * 4
+    boxes = torch.cat((corner, corner + 5), -1)
+    boxes[torch.rand(30, 8, generator=random) < 0.3] = NAN
+    boxes[0] = NAN
+    boxes[1, 1:] = NAN
+    chosen = study.medoid(boxes)
+    assert chosen[0].isnan().all() and torch.equal(chosen[1], boxes[1, 0])
+    for samples, box in zip(boxes[1:].tolist(), chosen[1:].tolist()):
+        means = {}
+        for j, sample in enumerate(samples):
+            if not math.isnan(sample[0]):
+                others = [iou(sample, other) for k, other in enumerate(samples) if k != j]
+                means[j] = sum(others) / 7
+        assert box == samples[max(means, key=means.get)]
+
+
+def test_eight_samples_have_pass_8_and_a_medoid(
+        tmp_path: Path, few: dict[str, list[Record]], monkeypatch: pytest.MonkeyPatch) -> None:
+    records = few["final"]
+    texts = []
+    for i, record in enumerate(records):
+        # Of eight samples two are right for each fourth record, and six are one wrong box.
+        right = [answer(record.box)] * (2 if i % 4 == 0 else 0)
+        texts.append(right + [answer([0, 0, 1, 1])] * (8 - len(right)))
+    write_texts(tmp_path / "0/cot/eval_final-8", records, texts)
+    write_boxes(tmp_path / "0/cot/eval_final", records, [True] * 40)
+    write_boxes(tmp_path / "0/paper/eval_final", records, [True] * 40)
+    write_boxes(tmp_path / "0/paper/eval_final-blind", records, [False] * 40)
+    scores = report(tmp_path, monkeypatch)[0].split("### ladder, final")[1].split("## weights")[0]
+    head = cells_of(scores, "40 scenes", "seeds")
+    assert head == ["Pr@0.5, places", "Pr@0.5, names", "Pr@0.5", "mIoU", "no box", "pass@1",
+                    "pass@8"]
+    assert cells_of(scores, "CoT-SFT", "1")[2:] == ["1.000", "1.000", "0.000", "0.062", "0.250"]
+    assert cells_of(scores, "CoT-SFT, medoid of eight samples", "1")[2] == "0.000"
+    assert cells_of(scores, "RSGround-R1, without the image", "1")[2:4] == ["0.000", "0.400"]
+    centre = metrics.centre_box(records)
+    assert cells_of(scores, "a box of the median size in the middle", "")[3] == (
+        f"{centre['mIoU']:.3f}")
+
+
+def test_term_and_weights_have_an_interaction(
+        tmp_path: Path, few: dict[str, list[Record]]) -> None:
+    records = few["final"]
+    # Right answers of paper, positional, consistency, cot-rft: (0.75 - 0.5) - (0.5 - 0.1).
+    pair = ("paper", "positional", "consistency", "cot-rft")
+    for arm, right in zip(pair, (30, 20, 20, 4)):
+        write_boxes(tmp_path / "0" / arm / "eval_final", records, [i < right for i in range(40)])
+    assert pair in ablate.TABLES["weights"].contrasts
+    effects = study.differences((tmp_path / "0",), pair, "final")
+    assert effects["Pr@0.5"].mean == pytest.approx(-0.15)
+
+
+def test_deviations_are_compared_at_equal_rewards(tmp_path: Path) -> None:
+    def log(arm: str, *steps: tuple[float, float], more: str = "format") -> None:
+        lines = [{"iou": mean, "iou_group_std": std, "reward": 2 * mean,
+                  "reward_group_std": 2 * std, f"{more}_group_std": 0.0} for mean, std in steps]
+        (tmp_path / "0" / arm).mkdir(parents=True)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "0" / arm / "metrics.jsonl").write_text(text)
+
+    log("cot-rft", (0.3, 0.9), (0.4, 0.2), (0.5, 0.1))
+    log("mean", (0.4, 0.3), (0.5, 0.2), (0.6, 0.0))
+    log("paper", (0.45, 0.5), (0.7, 0.6), more="positional")
+    (tmp_path / "0/cot").mkdir()
+    (tmp_path / "0/cot/metrics.jsonl").write_text('{"loss": 1.0}\n')
+    text = study.deviation_table((tmp_path / "0",))
+    # Equal rewards: 0.8 to 1 for the two with the same terms. Equal IoU: 0.45 to 0.5.
+    assert cells_of(text, "CoT-SFT, GRPO") == ["0.300", "0.100"]
+    assert cells_of(text, "mean weight") == ["0.500", "0.200"]
+    assert cells_of(text, "RSGround-R1") == ["1.100", "0.500"]
+
+
+def test_the_curve_is_the_effect_by_the_share_of_groups_that_miss(
+        tmp_path: Path, few: dict[str, list[Record]], monkeypatch: pytest.MonkeyPatch) -> None:
+    records = few["tiny"]
+    for spread, right in ((0.5, 10), (1.5, 20)):
+        for seed in "01":
+            for term, exact in (("iou", 0), ("positional", right), ("hard", 4)):
+                arm = tmp_path / seed / f"coarse-{spread}-{term}"
+                write_boxes(arm / "eval_tiny", records, [i < exact for i in range(40)])
+                steps = [{"no_overlap_groups": spread / 10}, {"no_overlap_groups": spread / 5}]
+                lines = "".join(json.dumps(step) + "\n" for step in steps)
+                (arm / "metrics.jsonl").write_text(lines)
+    seeds = (tmp_path / "0", tmp_path / "1")
+    points = study.curve_points(seeds, "mIoU")
+    assert list(points) == ["positional", "hard"]
+    assert [share for share, _ in points["positional"]] == pytest.approx([0.075, 0.225])
+    # A box 0.4 times as wide becomes exact.
+    gains = [effect.mean for _, effect in points["positional"]]
+    assert gains == pytest.approx([0.6 * 10 / 40, 0.6 * 20 / 40])
+    text, found = report(tmp_path, monkeypatch)
+    assert cells_of(text, "+ positional minus IoU", "0.225", "2", "+0.300") == ["[+0.300, +0.300]"]
+    assert {entry["metric"] for entry in found} == {"mIoU", "touched"}
+    assert (tmp_path / "study.png").exists()
 
 
 def test_mistakes_about_a_study_are_one_line(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:
+        tmp_path: Path, few: dict[str, list[Record]], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
     def refusal(folder: Path) -> str:
-        monkeypatch.setattr(sys, "argv", ["study.py", str(folder)])
         with pytest.raises(SystemExit) as leaving:
-            study.main()
+            report(folder, monkeypatch)
         message = capsys.readouterr().err
         assert leaving.value.code == 2 and message.count("\n") == 1, message
         return message
 
     assert "run ablate.sh first" in refusal(tmp_path / "nowhere")
-    (tmp_path / "empty" / "little").mkdir(parents=True)
-    assert "no scores in" in refusal(tmp_path / "empty")
-
-    records = list(load("synth-tiny", None, "test"))[:40]
-    write_scores(tmp_path / "a" / "teeny" / "0" / "iou" / "eval_test", records, exact=True)
-    assert "no regime teeny; there are tiny, little, wide" in refusal(tmp_path / "a")
-    write_scores(tmp_path / "b" / "tiny" / "0" / "riou" / "eval_test", records, exact=True)
-    assert "no arm riou; there are base, sft, boxes" in refusal(tmp_path / "b")
-
-    write_scores(tmp_path / "c" / "tiny" / "0" / "sft" / "eval_test", records, exact=True)
-    scores = tmp_path / "c" / "tiny" / "0" / "iou" / "eval_test"
-    write_scores(scores, records[:30], exact=True)
-    assert "scores of 30 and 40 scenes cannot be compared" in refusal(tmp_path / "c")
-    (scores / "eval.json").write_text((scores.parents[1] / "sft/eval_test/eval.json").read_text())
-    (scores / "predictions_x.jsonl").unlink()
-    assert "0 files predictions_*.jsonl" in refusal(tmp_path / "c")
-    (scores / "eval.json").write_text("{}")
-    assert "has no row of scores" in refusal(tmp_path / "c")
+    records = few["final"]
+    write_boxes(tmp_path / "a/0/cot/eval_final", records, [True] * 40)
+    write_boxes(tmp_path / "a/0/boxes/eval_final", records[:30], [True] * 30)
+    assert "scores of 30 and 40 scenes cannot be compared" in refusal(tmp_path / "a")
+    write_boxes(tmp_path / "b/0/cot/eval_final", records, [True] * 40)
+    (tmp_path / "b/0/cot/eval_final/predictions_x.jsonl").unlink()
+    assert "0 files predictions_*.jsonl" in refusal(tmp_path / "b")
 
 
 def test_contrasts_are_of_their_tables_arms() -> None:
     for table in ablate.TABLES.values():
-        assert set(table.arms) <= set(ablate.ARMS) and set(table.regimes) <= set(ablate.REGIMES)
-        assert table.blind in table.arms
-        for pair in table.contrasts:
-            assert set(pair) <= {"sft", "own", *table.arms}
+        assert set(table.arms) <= set(ablate.ARMS) and set(table.scores) <= set(ablate.SCORES)
+        for contrast in table.contrasts:
+            assert len(contrast) in (2, 4) and set(contrast) <= {"own", *table.arms}
+        for arm, score in table.more:
+            assert arm in table.arms and score in ablate.SCORES
 
 
 def test_the_papers_table_has_a_row_a_stage_and_columns_a_data_set(tmp_path: Path) -> None:
@@ -198,15 +358,16 @@ def test_the_papers_table_has_a_row_a_stage_and_columns_a_data_set(tmp_path: Pat
 
 def run_table(
         monkeypatch: pytest.MonkeyPatch, folder: Path, *names: str, stop: int = 1,
-        **settings: str) -> list[str]:
-    """ablate.main with scripts that train nothing -> their command lines.
+        **settings: str) -> list[list[str]]:
+    """ablate.main with scripts that train nothing -> their commands, as lists of words.
 
     A stage leaves the run.json of all its steps, or of one in `stop`.
     """
     commands = []
 
     def command(*words: object) -> None:
-        commands.append(" ".join(map(str, words)))
+        words = [str(word) for word in words]
+        commands.append(words)
         if words[0] == "study/study.py":
             return
         out = Path(words[words.index("--out") + 1])
@@ -214,19 +375,19 @@ def run_table(
         if words[0] != "eval.py":
             (out / "step_1").mkdir(exist_ok=True)
             steps = int(words[words.index("--steps") + 1])
-            run = {"step": steps // stop, "steps": steps}
+            run = {"step": steps // stop, "flags": {"steps": steps}}
             (out / "step_1" / "run.json").write_text(json.dumps(run))
             if not (out / "latest").exists():
                 (out / "latest").symlink_to("step_1")
 
-    for name in ("ARMS", "REGIMES", "SEEDS", "SFT", "RFT", "TEST", "OWN"):
+    for name in ("ARMS", "BASES", "SEEDS", "SFT", "RFT", "TEST", "OWN"):
         monkeypatch.setenv(name, settings.get(name, ""))
     monkeypatch.setenv("STUDY", str(folder / "a study"))
     monkeypatch.setenv("GOMP_SPINCOUNT", "1")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["ablate.py", *names])
     monkeypatch.setattr(ablate, "command", command)
-    monkeypatch.setattr(ablate, "write_coarse", lambda out: None)
+    monkeypatch.setattr(ablate, "write_coarse", lambda *_: None)
     monkeypatch.setattr(ablate.signal, "signal", lambda *_: None)
     try:
         ablate.main()
@@ -236,42 +397,162 @@ def run_table(
     return commands
 
 
+def trained(commands: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """SEED/ARM -> the command that trained it. Each arm of a seed is trained once."""
+    found = {}
+    for words in commands:
+        if words[0] in ("sft.py", "rft.py"):
+            out = Path(words[words.index("--out") + 1])
+            key = f"{out.parent.name}/{out.name}"
+            assert key not in found
+            found[key] = words
+    return found
+
+
+def parsed(words: Sequence[str]) -> dict[str, object]:
+    """The flags of a stage's command. --warmup is about to come to both stages."""
+    flags = {"sft.py": sft.flags, "rft.py": rft.flags}[words[0]]()
+    args, unknown = flags.parse_known_args(words[1:])
+    assert unknown in ([], ["--warmup", "10"])
+    return vars(args) | {"unknown": unknown}
+
+
 def test_every_arm_is_trained_as_its_name_says(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arms = [arm for arm in ablate.ARMS if arm != "sft"]
-    done = run_table(monkeypatch, tmp_path, ARMS=" ".join(arms), REGIMES="small", SEEDS="3",
-                     SFT="7", RFT="5", TEST="9", OWN="--alpha 10 --lr 1")
-    commands = {}    # folder of the arm -> the command that trained it
-    for line in done:
-        command, _, out = line.partition(" --out ")
-        if command.startswith(("sft.py", "rft.py")):
-            commands[Path(out).relative_to(tmp_path / "a study").as_posix()] = command
-    folders = {f"small/3/{arm}" for arm in arms if arm != "base"}    # the base is only scored
-    assert set(commands) == folders | {"sft_synth_0.1/3"}
-    assert "--data synth:0.1 --init toy/base --steps 7 " in commands["sft_synth_0.1/3"]
-    assert "--init toy/base --steps 5 --data synth-small" in commands["small/3/direct"]
-    assert commands["small/3/giou"].endswith("--reward iou=1 format=1 giou=0.1 --weighting off")
-    assert commands["small/3/iou"].endswith("--reward iou=1 format=1 --weighting off")
-    assert commands["small/3/variance"].endswith("--seed 3 --weighting variance")
-    assert commands["small/3/own"].endswith("--weighting off --alpha 10 --lr 1")
-    for arm in ("longer", "consistency-longer"):
-        init = f"--init {tmp_path}/a study/sft_synth_0.1/3 --steps 10 "
-        assert init in commands[f"small/3/{arm}"]
-    assert "--split rft --answer-only" in commands["small/3/boxes"]
-    assert "--steps 50 " in commands["small/3/boxes"]
-    for arm, command in commands.items():
-        assert "--seed 3" in command, arm
-        if command.startswith("rft.py"):    # rft.py accepts the flags
-            rft.flags().parse_args(command.replace("a study", "study").split()[1:])
+    """All tables in one folder: what they share is trained once."""
+    commands = []
+    for name, table in ablate.TABLES.items():
+        seeds = "0 3" if table.seeds > 3 else "0"
+        commands += run_table(monkeypatch, tmp_path, name, SEEDS=seeds)
+    commands += run_table(monkeypatch, tmp_path, "ladder", ARMS="own", SEEDS="3",
+                          OWN="--alpha 10 --lr 1")
+    of_arms = trained(commands)
+    arms = [name for name, arm in ablate.ARMS.items() if arm.command]
+    three = [name for name in arms
+             if ablate.ARMS[name].seeds > 3 and not name.startswith("first")]
+    assert set(of_arms) == {f"0/{a}" for a in arms if a != "own"} | {f"3/{a}" for a in three}
+
+    out = tmp_path / "a study"
+    flags = {name: parsed(words) for name, words in of_arms.items()}
+    for name, own in flags.items():
+        seed, arm = name.split("/")
+        start = ablate.ARMS[arm].start
+        assert own["init"] == ("toy/base" if start == "base" else str(out / seed / start)), name
+        assert own["seed"] == int(seed) and own["max_new_tokens"] == 192 and own["freeze_vision"]
+    for seed, split in (("0", "sft"), ("3", "sft-3")):
+        for arm in ("cot", "boxes"):
+            own = flags[f"{seed}/{arm}"]
+            assert own["split"] == split and own["data"] == "synth" and own["steps"] == 1000
+            assert own["answer_only"] == (arm == "boxes") and own["lr"] == 1.5e-3
+
+    def differing(arm: str, than: str) -> dict[str, object]:
+        """The flags of an arm that are not those of another, folders aside."""
+        mine, other = flags[f"0/{arm}"], flags[f"0/{than}"]
+        return {k: v for k, v in mine.items() if v != other[k] and k not in ("init", "out")}
+
+    rewards = flags["0/cot-rft"]
+    assert rewards["reward"] == {"iou": 1, "format": 1} and rewards["weighting"] == "off"
+    assert rewards["steps"] == 90 and rewards["prompts"] == 32 and rewards["data"] == "synth"
+    for arm in ("direct", "boxes-rft", "first"):
+        assert not differing(arm, "cot-rft")
+    paper = {"iou": 1, "positional": 0.1, "format": 1}
+    assert differing("paper", "cot-rft") == {"reward": paper, "weighting": "consistency"}
+    assert differing("positional", "cot-rft") == {"reward": paper}
+    for weighting in ("mean", "variance", "consistency", "shuffled"):
+        assert differing(weighting, "cot-rft") == {"weighting": weighting}
+    for weighting in ("mean", "variance", "shuffled"):
+        assert differing(f"positional-{weighting}", "positional") == {"weighting": weighting}
+    assert differing("weight-hard", "paper") == {"weight_of": "iou_hard"}
+    assert differing("hard", "weight-hard") == {
+        "reward": {"iou_hard": 1, "positional": 0.1, "format": 1}}
+
+    lr = rewards["lr"]
+    changes = {
+        "std": {"no_std": False}, "lr-half": {"lr": lr / 2}, "lr-2": {"lr": 2 * lr},
+        "lr-4": {"lr": 4 * lr}, "longer": {"steps": 180}, "g16": {"group": 16, "prompts": 16},
+        "g4": {"group": 4, "prompts": 64}, "kl": {"beta": 0.04}}
+    for name, change in changes.items():
+        assert differing(f"first-{name}", "first") == pytest.approx(change), name
+    assert "--warmup" in of_arms["0/first-warmup"]
+    assert set(ablate.SETTINGS) == {"first", "first-warmup", *(f"first-{c}" for c in changes)}
+
+    for spread in (0.5, 1, 1.5, 2, 3):
+        start = flags[f"0/coarse-{spread}"]
+        assert start["steps"] == 100 and start["data"] == "jsonl" and not start["answer_only"]
+        assert start["root"] == str(out / "0" / f"coarse-{spread}-boxes")
+        arm = flags[f"0/coarse-{spread}-iou"]
+        assert arm["data"] == "synth-tiny" and arm["steps"] == 20 and arm["lr"] == 3e-4
+        assert not arm["no_std"] and arm["weighting"] == "off"
+        assert arm["reward"] == {"iou": 1, "format": 1}
+        for term, weights in (
+                ("giou", {"iou": 1, "giou": 0.1}), ("diou", {"iou": 1, "diou": 0.1}),
+                ("center", {"iou": 1, "center": 0.1}), ("hard", {"iou_hard": 1}),
+                ("positional", {"iou": 1, "positional": 0.1}),
+                ("hard-positional", {"iou_hard": 1, "positional": 0.1})):
+            assert differing(f"coarse-{spread}-{term}", f"coarse-{spread}-iou") == {
+                "reward": weights | {"format": 1}}
+    own = flags["3/own"]
+    assert own["alpha"] == 10 and own["lr"] == 1 and own["reward"] == rewards["reward"]
+
+
+def test_a_table_scores_its_arms_on_its_splits(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, table in ablate.TABLES.items():
+        scored = {}    # (arm, folder) -> flags
+        for words in run_table(monkeypatch, tmp_path / name, name, SEEDS="1", TEST="600"):
+            if words[0] == "eval.py":
+                out = Path(words[words.index("--out") + 1])
+                assert (out.parent.name, out.name) not in scored
+                scored[out.parent.name, out.name] = evaluation.flags().parse_args(words[1:])
+                if out.parent.name == "base":
+                    assert words[1] == "toy/base"
+                else:
+                    assert words[1] == str(out.parent)
+        expected = {(arm, f"eval_{score}") for arm in table.arms for score in table.scores}
+        assert set(scored) == expected | {(arm, f"eval_{score}") for arm, score in table.more}
+        for (_, folder), args in scored.items():
+            data = {"small": "synth-small", "tiny": "synth-tiny"}.get(folder[5:], "synth")
+            assert args.data == data and args.max_new_tokens == 192
+            assert args.split == {"val": "val", "novel": "novel"}.get(folder[5:8], args.split)
+            if folder[5:10] in ("final", "small", "tiny"):
+                assert args.split == "final"
+            assert args.limit == (500 if folder[5:8] in ("val", "tin") else 600)
+            eight = folder.endswith("-8")
+            assert args.samples == (8 if eight else 1) and args.temperature == [float(eight)]
+            assert args.blind == folder.endswith("blind")
+    assert ("cot", "eval_final-8") not in scored    # of the last table, weights
+
+
+def test_seeds_have_bases_and_arms_of_their_own(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> None:
+    commands = run_table(monkeypatch, tmp_path, "ladder", BASES=f"3={tiny_checkpoint}")
+    inits = {name: parsed(words)["init"] for name, words in trained(commands).items()}
+    assert {name.split("/")[0] for name in inits} == set("01234")
+    assert inits["3/cot"] == inits["3/direct"] == str(tiny_checkpoint)
+    assert inits["2/cot"] == inits["4/boxes"] == "toy/base"
+    # Seed by seed, so a study that is stopped has whole seeds.
+    seeds = [name.split("/")[0] for name in trained(commands)]
+    assert seeds == sorted(seeds)
+
+    commands = run_table(monkeypatch, tmp_path / "curve", "curve")
+    spreads = {}
+    for name in trained(commands):
+        seed, arm = name.split("/")
+        spreads.setdefault(seed, set()).add(arm.split("-")[1])
+    assert set(spreads) == set("0123456789")
+    for seed, found in spreads.items():
+        assert found == ({"0.5", "1", "1.5", "2", "3"} if seed in "012" else {"1.5", "2"})
 
 
 @pytest.mark.parametrize("names, settings, message", [
-    ((), {"ARMS": "iou riou"}, "ARMS: there is no riou; use some of base, boxes, direct, iou"),
-    ((), {"REGIMES": "teeny"}, "REGIMES: there is no teeny; use some of tiny, little, wide"),
-    ((), {"ARMS": "own"}, "the arm own needs OWN: flags of rft.py"),
-    ((), {"SFT": "few"}, "SFT=few is not a whole number"),
-    (("rewards",), {}, "no table rewards; give one of start, reward, weight"),
-    (("start", "map"), {}, "no table start map; give one of"),
+    (("ladder",), {"ARMS": "cot riou"}, "ARMS: there is no riou; use some of base, direct, boxes"),
+    (("ladder",), {"ARMS": "own"}, "the arm own needs OWN: flags of rft.py"),
+    (("ladder",), {"SEEDS": "0 10"}, "SEEDS: 10 is not a seed of this table, which has 0 to 4"),
+    (("ladder",), {"BASES": "3"}, "BASES: 3 is not SEED=FOLDER with a model in the folder"),
+    (("ladder",), {"SFT": "few"}, "SFT=few is not a whole number"),
+    (("rewards",), {}, "name one table: ladder, settings, curve, weights"),
+    (("ladder", "curve"), {}, "name one table"),
+    ((), {}, "name one table"),
 ])
 def test_mistakes_are_refused_before_training(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -283,170 +564,73 @@ def test_mistakes_are_refused_before_training(
     assert not (tmp_path / "a study").exists()
 
 
-def test_a_table_trains_and_scores_its_arms(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, table in ablate.TABLES.items():
-        scored = {}    # (regime, arm, folder) -> the command that scored it
-        for command in run_table(monkeypatch, tmp_path / name, name, SEEDS="1", TEST="30"):
-            if command.startswith("eval.py"):
-                folder = Path(command.rpartition(" --out ")[2])
-                regime, _, arm, kind = folder.relative_to(tmp_path / name / "a study").parts
-                scored[regime, arm, kind] = command
-        assert {regime for regime, _, _ in scored} == set(table.regimes)
-        assert {arm for _, arm, _ in scored} == {"sft", *table.arms}
-        for regime in table.regimes:
-            for arm in table.arms:
-                final = scored[regime, arm, "eval_final"]
-                assert f"--data {ablate.REGIMES[regime].data} --split final --limit 30 " in final
-                assert "--temperature" not in final
-                assert "--temperature 1 " in scored[regime, arm, "eval_final_T1"]
-                assert "--data synth --split novel " in scored[regime, arm, "eval_novel"]
-            assert "--temperature 0.6 " in scored[regime, "sft", "eval_final_T0.6"]
-            blind = [key for key in scored if key[0] == regime and key[2] == "eval_final_blind"]
-            assert blind == [(regime, table.blind, "eval_final_blind")]
-            assert "--blind " in scored[blind[0]]
-
-
-def test_arms_of_a_table_have_the_same_questions_and_steps(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Except for those with twice the steps and for SFT on boxes."""
-    flags = set()
-    for command in run_table(monkeypatch, tmp_path, SEEDS="2", REGIMES="small"):
-        if command.startswith("rft.py") and "longer" not in command:
-            args = rft.flags().parse_args(command.replace("a study", "study").split()[1:])
-            flags.add((args.steps, args.prompts, args.group, args.data, args.seed, args.lr))
-    assert len(flags) == 1
-
-
 def test_an_arm_that_was_stopped_resumes_and_finished_work_is_not_repeated(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = {"SEEDS": "0", "REGIMES": "small", "ARMS": "iou", "RFT": "4", "TEST": "9"}
-    stopped = run_table(monkeypatch, tmp_path, stop=2, **settings)
+    settings = {"SEEDS": "0", "ARMS": "cot-rft", "RFT": "4", "TEST": "9"}
+    stopped = run_table(monkeypatch, tmp_path, "ladder", stop=2, **settings)
     # A stage that is stopped exits with status 0, but is not finished.
     assert "the same command resumes" in capsys.readouterr().err and len(stopped) == 1
-    assert not (tmp_path / "a study/sft_synth_0.1/0/done").exists()
-    whole = run_table(monkeypatch, tmp_path, **settings)
-    assert whole[0].startswith("sft.py") and whole[0].endswith("--resume")
-    assert not any("--resume" in command for command in whole[1:])
-    again = run_table(monkeypatch, tmp_path, **settings)
-    assert len(again) == 1 and again[0].startswith("study/study.py")
+    assert not (tmp_path / "a study/0/cot/done").exists()
+    whole = run_table(monkeypatch, tmp_path, "ladder", **settings)
+    assert whole[0][0] == "sft.py" and whole[0][-1] == "--resume"
+    assert not any("--resume" in words for words in whole[1:])
+    assert [words[0] for words in whole] == ["sft.py", "rft.py", *["eval.py"] * 3, "study/study.py"]
+    again = run_table(monkeypatch, tmp_path, "ladder", **settings)
+    assert [words[0] for words in again] == ["study/study.py"]
     # More scenes are scored without training.
-    more = run_table(monkeypatch, tmp_path, **{**settings, "TEST": "10"})
-    assert len(more) == len([c for c in whole if c.startswith("eval.py")]) + 1
-    assert all("--limit 10 " in command for command in more[:-1])
+    more = run_table(monkeypatch, tmp_path, "ladder", **{**settings, "TEST": "10"})
+    assert [words[0] for words in more] == [*["eval.py"] * 3, "study/study.py"]
+    assert all(words[words.index("--limit") + 1] == "10" for words in more[:-1])
+
+
+@pytest.mark.parametrize("changed", [{"RFT": "5"}, {"SFT": "9"}])
+def test_a_name_means_one_setting_in_a_study(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        changed: dict[str, str]) -> None:
+    """An arm's folder remembers its own settings, and those of what it started from."""
+    settings = {"SEEDS": "0", "ARMS": "cot-rft", "RFT": "4", "SFT": "8"}
+    run_table(monkeypatch, tmp_path, "ladder", **settings)
+    with pytest.raises(AssertionError):    # exit status 2, not 130
+        run_table(monkeypatch, tmp_path, "ladder", **settings | changed)
+    assert "was trained with other settings; remove it" in capsys.readouterr().err
 
 
 def test_ablate_sh_runs_ablate_py() -> None:
     done = subprocess.run(
         ["bash", "study/ablate.sh", "rewards"], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PY": sys.executable})
-    assert done.returncode == 2 and done.stderr.startswith("ablate.py: no table rewards")
+    assert done.returncode == 2 and done.stderr.startswith("ablate.py: name one table")
 
 
-def test_boxes_of_the_coarse_sft_are_moved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spread", [0.5, 3])
+def test_boxes_of_the_coarse_sft_are_moved(spread: float) -> None:
     rng = random.Random(0)
     shifts = []
     for _ in range(2000):
-        x1, y1, x2, y2 = ablate.moved((400.0, 300.0, 410.0, 320.0), (1000, 1000), rng)
+        box = ablate.moved((400.0, 300.0, 410.0, 320.0), (1000, 1000), spread, rng)
+        x1, y1, x2, y2 = box
         assert x2 - x1 == pytest.approx(10, abs=0.02) and y2 - y1 == pytest.approx(20, abs=0.02)
         shifts.append(((x1 - 400) / 10, (y1 - 300) / 20))
-    assert np.mean(shifts, 0) == pytest.approx([0, 0], abs=0.05)
-    assert np.std(shifts, 0) == pytest.approx([ablate.SPREAD] * 2, rel=0.05)
+    assert np.mean(shifts, 0) == pytest.approx([0, 0], abs=0.1 * spread)
+    assert np.std(shifts, 0) == pytest.approx([spread] * 2, rel=0.05)
     for _ in range(100):
-        x1, y1, x2, y2 = ablate.moved((0.0, 40.0, 90.0, 112.0), (112, 112), rng)
+        x1, y1, x2, y2 = ablate.moved((0.0, 40.0, 90.0, 112.0), (112, 112), spread, rng)
         assert 0 <= x1 < x2 <= 112 and 0 <= y1 < y2 <= 112
 
-    ablate.write_coarse(tmp_path / "coarse")
-    written = load("jsonl", tmp_path / "coarse", "train")
-    true = load("synth:0.1", None, "sft")
-    assert [r.text for r in written] == [r.text for r in true] and not written.refused
-    assert sum(r.box == t.box for r, t in zip(written, true)) == 0
+
+def test_coarse_records_are_a_tenth_of_the_seeds_own(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = replace(scenes.SPLITS["sft-3"], scenes=100)
+    monkeypatch.setitem(scenes.WORLDS["synth"], "sft-3", few)
+    ablate.write_coarse(tmp_path / "coarse", 1.5, "3")
+    written = load("jsonl", tmp_path / "coarse", "sft")
+    true = load("synth", None, "sft-3")
+    assert len(written) == len(true) // 10 > 5 and not written.refused
+    for record, original in zip(written, true):
+        assert record.text == original.text and record.box != original.box
     picture = np.asarray(open_image(written[0]))
     assert np.array_equal(picture, np.asarray(open_image(true[0])))
-
-
-# ---------------------------------------------------------------- the map
-
-def test_a_map_is_in_the_figure(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:
-    records = list(load("synth-one", None, "final"))[:40]
-    for arm, exact in (("sft", False), ("iou", False), ("positional", True)):
-        write_scores(tmp_path / "one/0" / arm / "eval_final", records, exact)
-    monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path)])
-    study.main()
-    titles = re.findall("^## (.*)$", capsys.readouterr().out, re.MULTILINE)
-    assert titles == ["map"] and (tmp_path / "study.png").exists()
-
-
-def test_guesses_are_in_the_table(tmp_path: Path) -> None:
-    records = list(load("synth", None, "final"))[:40]
-    for arm in ("sft", "iou", "direct"):
-        write_scores(tmp_path / "little/0" / arm / "eval_final", records, exact=True)
-    write_scores(tmp_path / "little/0/direct/eval_final_blind", records, exact=False)
-    text, bars, _ = study.chapter("start", ablate.TABLES["start"], tmp_path / "little")
-    blind = cells_of(text.splitlines(), "GRPO from the base, without seeing the image")
-    assert blind[1] == "0.290"
-    centre = cells_of(text.splitlines(), "a box of the median size in the middle")
-    assert centre[1] == f"{metrics.centre_box(records)['mIoU']:.3f}"
-    assert [label for label, _ in bars] == [
-        "GRPO: IoU + format minus GRPO from the base, final",
-        "GRPO: IoU + format minus CoT-SFT, final"]
-
-
-def test_misses_are_near_another_thing_or_elsewhere() -> None:
-    record = next(r for r in load("synth", None, "val") if len(r.image.objects) > 3)
-    x1, y1, x2, y2 = record.box
-    width = x2 - x1
-    other = next(o for o in record.image.objects if o.box != record.box)
-    assert study.kind_of_miss(record, record.box) is None
-    assert study.kind_of_miss(record, None) == "no box"
-    assert study.kind_of_miss(record, other.box) == "another thing"
-
-    alone = replace(record, image=replace(record.image, objects=()))
-    # The kernel's deviation is 1.25 widths: two of them are 2.5 widths.
-    for widths, kind in ((0.6, "near"), (2.4, "near"), (2.6, "elsewhere")):
-        shifted = (x1 + widths * width, y1, x2 + widths * width, y2)
-        assert study.kind_of_miss(alone, shifted) == kind
-
-
-def test_the_terms_share_of_the_update_is_what_changes_without_it() -> None:
-    iou = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
-    positional = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    rewards = {"iou": iou, "positional": positional, "format": torch.ones(2, 2)}
-    weights = {"iou": 1.0, "positional": 0.2, "format": 1.0}
-    # Undivided, advantages are -0.1, 0.1 with the term and 0, 0 without in the first group,
-    # -0.4, 0.4 and -0.5, 0.5 in the second.
-    share = study.positional_share(rewards, weights, divide=False)
-    assert share == pytest.approx((0.2 + 0.2) / (0.2 + 0.8))
-    # Divided, the first group moves as much as the second, in which advantages stay.
-    assert study.positional_share(rewards, weights, divide=True) == pytest.approx(0.5, abs=1e-3)
-    assert study.positional_share({"iou": iou, "positional": iou}, {"iou": 1.0, "positional": 0.0},
-                                   divide=True) == 0
-
-
-def test_the_map_has_a_row_for_each_regime(tmp_path: Path) -> None:
-    records = list(load("synth-one", None, "final"))[:40]
-    for arm, exact in (("sft", False), ("iou", False), ("positional", True)):
-        write_scores(tmp_path / "one/0" / arm / "eval_final", records, exact)
-    arm = tmp_path / "one/0/positional"
-    write_log(arm, "positional")
-    rollouts = {"iou": [0.0, 0.0], "positional": [0.0, 0.5], "format": [1.0, 1.0]}
-    (arm / "rollouts.jsonl").write_text(json.dumps(rollouts) + "\n")
-    (arm / "latest").mkdir()
-    reward = {"iou": 1.0, "positional": 0.1, "format": 1.0}
-    run = {"flags": {"reward": reward, "no_std": False}}
-    (arm / "latest/run.json").write_text(json.dumps(run))
-    text, [(label, effect)] = study.map_chapter([tmp_path / "one"])
-    assert effect.mean == pytest.approx(0.71) and label.startswith("one: one thing alone")
-    cells = cells_of(text.splitlines(), "one: one thing alone")
-    assert cells[0] == "1" and cells[1] == "0.290"
-    # 29 boxes 0.4 as wide as their target, one in the corner, ten answers without a box.
-    assert cells[2] == "0.72 / 0.00 / 0.03 / 0.25"
-    assert cells[3] == "0.250" and cells[4] == "1.000" and cells[5] == "0.250"
-    assert cells[6].startswith("+0.710 [")
-    assert cells[7] == "0.632" and cells[8] == "1.000" and cells[9].startswith("x 1.58")
 
 
 # ---------------------------------------------------------------- the figure
@@ -454,15 +638,18 @@ def test_the_map_has_a_row_for_each_regime(tmp_path: Path) -> None:
 def test_the_figure_is_gray_and_shows_every_group(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     bars = [("a rather long name of an arm minus another arm, final",
-             study.Effect(0.005, -0.01, 0.02, [0.0, 0.01])),
-            ("short", study.Effect(0.07, 0.05, 0.09, [0.07]))]
+             study.Effect({"0": 0.0, "1": 0.01}, (-0.01, 0.02))),
+            ("short", study.Effect({"0": 0.07}, (0.05, 0.09)))]
+    curve = {"positional": [(0.1, bars[0][1]), (0.3, bars[1][1])], "giou": [(0.1, bars[0][1])]}
     heights = []
-    for groups in ([("reward, small", bars)], [("reward, small", bars), ("weight, small", bars)]):
-        study.draw(groups, tmp_path / "1.png")
+    for groups, points in (([("ladder", bars)], {}), ([("ladder", bars), ("weights", bars)], {}),
+                           ([("ladder", bars)], curve), ([], curve)):
+        study.draw(groups, points, tmp_path / "1.png")
         pixels = np.asarray(Image.open(tmp_path / "1.png").convert("RGB")).astype(int)
         assert np.ptp(pixels, 2).max() == 0 and pixels.min() == 0
         heights.append(len(pixels))
-    assert heights[1] > heights[0] + 80
+    assert heights[1] > heights[0] + 80 and heights[2] > heights[1] > heights[0]
+    assert heights[3] < heights[2]
 
 
 # ---------------------------------------------------------------- signal and noise

@@ -104,11 +104,11 @@ for a, b in zip(whole, resumed, strict=True):
 PYTHON
 }
 
-# A regime of study/ablate.sh in which the positional term carries 11% of the update, with more
-# steps than two cores can run. A second call continues the first.
+# Three arms of study/ablate.sh with longer RFT than two cores allow. A second call continues the
+# first.
 study() {
-  limited env PY=python STUDY="$out/study" REGIMES=small SEEDS=0 RFT="${STEPS:-1000}" \
-    ARMS="iou positional consistency" bash study/ablate.sh
+  limited env PY=python STUDY="$out/study" SEEDS=0 RFT="${STEPS:-1000}" \
+    ARMS="cot-rft positional paper" bash study/ablate.sh ladder
 }
 
 case ${1:-} in
