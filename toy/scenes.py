@@ -662,6 +662,7 @@ def expressions(scene: Scene, rng: random.Random) -> list[Expression]:
     return scene_expressions
 
 
+@functools.cache
 def records(split: Split) -> list[SceneRecord]:
     """One expression for each scene of a split, with kinds in equal shares if scenes allow it.
 
