@@ -37,7 +37,7 @@ from readers.base import (
 # Two boxes in an image belong to the same object if their IoU is at least this.
 SAME_BOX = 0.9
 # Splits to train on. refGeo has "rsvg_train" and "rsvg_train_v2".
-TRAINING = re.compile("sft|rft|.*train(_v2)?")
+TRAINING = re.compile(r"sft(-\d)?|rft|.*train(_v2)?")
 
 
 def read_synth(root: Path, split: str, name: str = "synth") -> Records:

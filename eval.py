@@ -133,7 +133,7 @@ def load_split(
         raise DataError(f"no usable record in the split {args.split} of {args.data}: "
                         f"{refused or 'it is empty'}")
     train = None
-    if args.split not in ("train", "sft", "rft"):
+    if not data.TRAINING.fullmatch(args.split):
         # "train" may contain the validation records; "sft" does not.
         split = "sft" if args.split == "val" else "train"
         with suppress(DataError):

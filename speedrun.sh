@@ -42,8 +42,8 @@ ln -sfn "$PWD/toy/base" "$CKPT/base"
 #    answers are rewarded for overlap and format. Step 5 has the same number of steps and the same
 #    settings, apart from its start, its reward and its weights. As in the study, there is no
 #    reference model.
-sample="--data synth --prompts 32 --group 8 --temperature 0.8 --beta 0 --lr 1e-4 --freeze-vision"
-sample+=" --micro-tokens 16384 --max-new-tokens 192 --every 15"
+sample="--data synth --prompts 32 --group 8 --temperature 0.8 --beta 0 --no-std --freeze-vision"
+sample+=" --lr 2e-4 3 --micro-tokens 16384 --max-new-tokens 192 --every 15"
 train "$CKPT/direct" rft.py --init toy/base --steps "$DIRECT" $sample \
   --reward iou=1 format=1 --weighting off
 

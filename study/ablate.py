@@ -97,7 +97,7 @@ for name, title, flags in (
         ("first-g4", "G 4, Q 64", f"{FIRST} --group 4 --prompts 64"),
         ("first-kl", "KL 0.04", f"{FIRST} --beta 0.04"),
         ("first-longer", "twice the steps", FIRST),
-        ("first-warmup", "warm-up of 10 steps", f"{FIRST} --warmup 10")):
+        ("first-warmup", "warm-up of 10 steps", f"{FIRST} --lr {LR} 10")):
     ARMS[name] = Arm(title, "cot", f"{flags} {IOU} {OFF}", 2 if name == "first-longer" else 1)
 SETTINGS = tuple(name for name in ARMS if name.startswith("first"))
 # All after CoT-SFT; `cot-rft` has no weights and no term, `paper` has both of both.

@@ -61,7 +61,7 @@ def gain(records: Sequence[Record], ious: dict[str, Tensor]) -> str:
 
 
 def main() -> None:
-    parser = FlagParser("The table, last line and picture of a run of speedrun.sh")
+    parser = FlagParser(description="The table, last line and picture of a run of speedrun.sh")
     parser.add_argument("ckpt", nargs="?", default="ckpt", help="its folder")
     ckpt = Path(parser.parse_args().ckpt)
     content = read_json(ckpt / "eval" / "eval.json")

@@ -405,7 +405,7 @@ def draw(
 
 
 def main() -> None:
-    parser = FlagParser("Tables and figure of a study that ablate.sh ran")
+    parser = FlagParser(description="Tables and figure of a study that ablate.sh ran")
     parser.add_argument("study", nargs="?", default="ckpt/study", help="its folder")
     study = Path(parser.parse_args().study)
     done = study.glob("[0-9]/*/eval_*/done")

@@ -303,7 +303,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = FlagParser("Which sentences of a model's reasoning are true of the drawn scene?")
+    parser = FlagParser(
+        description="Which sentences of a model's reasoning are true of the drawn scene?")
     add = parser.add_argument
     add("files", nargs="+", type=Path, help="predictions_STAGE.jsonl of eval.py")
     add("--data", default="synth", help=f"one of {', '.join(scenes.WORLDS)}")

@@ -3,7 +3,6 @@ import json
 import math
 import os
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -410,11 +409,9 @@ def trained(commands: Sequence[Sequence[str]]) -> dict[str, list[str]]:
 
 
 def parsed(words: Sequence[str]) -> dict[str, object]:
-    """The flags of a stage's command. --warmup is about to come to both stages."""
+    """The flags of a stage's command."""
     flags = {"sft.py": sft.flags, "rft.py": rft.flags}[words[0]]()
-    args, unknown = flags.parse_known_args(words[1:])
-    assert unknown in ([], ["--warmup", "10"])
-    return vars(args) | {"unknown": unknown}
+    return vars(flags.parse_args(words[1:]))
 
 
 def test_every_arm_is_trained_as_its_name_says(
@@ -470,11 +467,11 @@ def test_every_arm_is_trained_as_its_name_says(
     changes = {
         "std": {"no_std": False}, "lr-half": {"lr": lr / 2}, "lr-2": {"lr": 2 * lr},
         "lr-4": {"lr": 4 * lr}, "longer": {"steps": 180}, "g16": {"group": 16, "prompts": 16},
-        "g4": {"group": 4, "prompts": 64}, "kl": {"beta": 0.04}}
+        "g4": {"group": 4, "prompts": 64}, "kl": {"beta": 0.04},
+        "warmup": {"warmup": 10}}
     for name, change in changes.items():
         assert differing(f"first-{name}", "first") == pytest.approx(change), name
-    assert "--warmup" in of_arms["0/first-warmup"]
-    assert set(ablate.SETTINGS) == {"first", "first-warmup", *(f"first-{c}" for c in changes)}
+    assert set(ablate.SETTINGS) == {"first", *(f"first-{c}" for c in changes)}
 
     for spread in (0.5, 1, 1.5, 2, 3):
         start = flags[f"0/coarse-{spread}"]

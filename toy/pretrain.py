@@ -76,7 +76,6 @@ VOCABULARY = 768
 FRAME = Frame((scenes.SIDE, scenes.SIDE), (scenes.SIDE, scenes.SIDE), "absolute")
 PATCH = 8                      # pixels: small objects and crowded scenes need fine patches
 PATCHES = scenes.SIDE // PATCH    # per image side
-IMAGE_TOKENS = PATCHES ** 2 // 4
 
 
 # ---------------------------------------------------------------- shape and tokenizer
@@ -475,7 +474,7 @@ def scene_batch(
     seeds = [split.first_seed + rng.randrange(split.scenes) for _ in range(args.batch)]
     batch_scenes = [scenes.make_scene(seed, split) for seed in seeds]
     # The part that a scene's questions share: the turn up to the end of the image.
-    ids = processor.turns("", IMAGE_TOKENS)
+    ids = processor.turns("", PATCHES ** 2 // 4)
     image_ids = torch.tensor(ids[:ids.index(processor.ids["<|vision_end|>"]) + 1])
     prompts = []
     answers: list[list[Answer]] = []
@@ -711,7 +710,7 @@ def answer_questions(
     prompts = []
     for question in questions:
         pixels, grid, _ = processor.patches(question.scene.draw())
-        ids = torch.tensor(processor.turns(question.text, IMAGE_TOKENS))
+        ids = torch.tensor(processor.turns(question.text, int(grid.prod()) // 4))
         prompts.append(Prompt(ids, pixels, grid, None))
     seeds = torch.zeros(len(prompts), dtype=torch.long)
     tokens, _, lengths = generate(model, prompts, 1, 32, 0.0, seeds)       # (Q, 1, L), (Q, 1)
