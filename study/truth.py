@@ -48,7 +48,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reward  # noqa: E402
-from cot import EXTREMES, MAX_OTHER_CANDIDATES, REGIONS  # noqa: E402
+from cot import MAX_OTHER_CANDIDATES, REGIONS  # noqa: E402
 from data import load  # noqa: E402
 from qwen.answer import ANSWER, THINK, Box, Frame  # noqa: E402
 from readers.base import Record  # noqa: E402
@@ -65,7 +65,10 @@ COLUMNS = (
     "distance", "order", "so far", "so it is", "follows", "count", "anchor", "choice", "box",
     "choice off", "box off")
 NEAR = 10                         # pixels by which a point or a distance may be wrong
-MEASURES = {name: (measure, most) for _, name, measure, most in EXTREMES}
+# What an extreme compares, and whether the most is meant.
+MEASURES = {"leftmost": ("x", False), "rightmost": ("x", True), "topmost": ("y", False),
+            "lowest": ("y", True), "nearest": ("distance", False), "largest": ("area", True),
+            "smallest": ("area", False)}
 
 
 def one_of(words: Sequence[str]) -> str:
