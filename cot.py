@@ -173,8 +173,9 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
         "nearest": lambda o: math.dist(box_center(o.box), origin),
         "largest": lambda o: -box_area(o.box), "smallest": lambda o: box_area(o.box)}
 
-    def size(o: Neighbor) -> str:
-        return f", of size {round(math.sqrt(box_area(frame.to_model(o.box))))}"
+    sizes = {}
+    for o in (target, *others):
+        sizes[o] = f", of size {round(math.sqrt(box_area(frame.to_model(o.box))))}"
 
     # 2. The anchor, chosen by size if there are several of its kind.
     sentences = [f"{record.text}."]
@@ -184,7 +185,7 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
             named = anchor.color and f"{anchor.color} {anchor.category.lower()}" in text
             same = [o for o in (target, *others) if o.category == anchor.category
                     and (o.color == anchor.color or not named)]
-        sentences += choice(same, anchor, frame, size if len(same) > 1 else lambda o: "",
+        sentences += choice(same, anchor, frame, sizes.get if len(same) > 1 else lambda o: "",
                             anchor_extreme, keys.get(anchor_extreme))
 
     # 3. The extreme that the expression asks for, if the annotations agree that the target is it.
@@ -200,7 +201,7 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
     # 4. A sentence per candidate, with what the expression asks about.
     def facts(o: Neighbor) -> str:
         x, y = box_center(o.box)
-        line = size(o) if SIZE_WORDS.search(head) else ""
+        line = sizes[o] if SIZE_WORDS.search(head) else ""
         if anchor is None:
             if not extreme:
                 row, column = (min(2, int(3 * v / s)) for v, s in zip((y, x), record.size[::-1]))

@@ -39,11 +39,6 @@ def intersection_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return intersection, area_a + area_b - intersection
 
 
-def hull_sides(a: Tensor, b: Tensor) -> Tensor:
-    """a, b (..., 4), broadcast -> sides (..., 2) of the smallest box around both."""
-    return torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
-
-
 def centers(boxes: Tensor) -> Tensor:
     return (boxes[..., :2] + boxes[..., 2:]) / 2
 
@@ -63,7 +58,8 @@ def giou(pred: Tensor, gt: Tensor) -> Tensor:
     compares the positional term with it (second-hand); the mapping to [0, 1] is ours."""
     a, b = pred.double(), gt.double()
     _, union = intersection_union(a, b)
-    hull = hull_sides(a, b).prod(-1)
+    hull_sides = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    hull = hull_sides.prod(-1)
     value = iou(a, b) - (hull - union) / hull
     return where_boxes((1 + value) / 2, pred, gt)
 
@@ -75,7 +71,8 @@ def diou(pred: Tensor, gt: Tensor) -> Tensor:
     (arXiv 1911.08287). The paper compares it too (second-hand); the mapping is ours."""
     a, b = pred.double(), gt.double()
     distance = (centers(a) - centers(b)).square().sum(-1)
-    diagonal = hull_sides(a, b).square().sum(-1)
+    hull_sides = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    diagonal = hull_sides.square().sum(-1)
     value = iou(a, b) - distance / diagonal
     return where_boxes((1 + value) / 2, pred, gt)
 
