@@ -17,10 +17,11 @@ from data import open_image
 from qwen.answer import POINT, Box, Frame, format_ok
 from readers.base import Record
 from report import metrics
-from report.pictures import Colour, Point, wrap
+from report.pictures import Colour, wrap
 from report.predictions import Prediction, Predictions, sampled_boxes
 from toy.scenes import NAMES
 
+Point = tuple[float, float]
 STAGES = {
     "base": "base", "direct": "GRPO from the base", "sft": "CoT-SFT", "rft": "RSGround-R1"}
 # Which stages hit (1), in the order of STAGES; a scene below the large one for each.

@@ -775,8 +775,8 @@ def test_what_is_truncated_can_be_left_out(
         n_tokens["left"] = lengths[~cut].sum().item()
     with monkeypatch.context() as patch:
         with_groups(patch, cut_some)
-        _, line = train_one_step()
-        gradients, line_of_left = train_one_step(mask_truncated=True)
+        _, line = train_one_step(loss="dapo")
+        gradients, line_of_left = train_one_step(mask_truncated=True, loss="dapo")
         assert line["truncated"] == line_of_left["truncated"] == 0.5
         assert 0 < n_tokens["left"] < n_tokens["all"]
 
@@ -784,14 +784,14 @@ def test_what_is_truncated_can_be_left_out(
     advantages = rft.advantages
     monkeypatch.setattr(
         rft, "advantages", lambda *args: advantages(*args).masked_fill(cut, 0.0))
-    expected, _ = train_one_step()
+    expected, _ = train_one_step(loss="dapo")
     assert_close_gradients(gradients, expected, n_tokens["all"] / n_tokens["left"])
 
     def cut_all(groups: list[Group]) -> None:
         for group in groups:
             group.truncated = torch.ones_like(group.truncated)
     with_groups(monkeypatch, cut_all)
-    gradients, line = train_one_step(mask_truncated=True)
+    gradients, line = train_one_step(mask_truncated=True, loss="dapo")
     assert line["loss"] == line["entropy"] == 0
     for gradient in gradients.values():
         assert (gradient == 0).all()
