@@ -121,15 +121,15 @@ def flags() -> FlagParser:
     add("--alpha", type=above_zero, default=2.5,
         help="std of the positional term's kernel, in halves of the true box's sides")
     add("--weighting", nargs="+", action=Values, default="consistency",
-        metavar=("NAME", "MEAN VARIANCE"),
+        metavar=("NAME", "MEAN VARIANCE IOU"),
         const=(("weighting", WEIGHTINGS, 1),
-               ("lambdas", lambda mean, variance: [moderate(mean), moderate(variance)], 2)),
+               ("lambdas", lambda mean, variance: [moderate(mean), moderate(variance)], 2),
+               ("weight_of", ("iou", "iou_hard"), 1)),
         help="weight of a group's loss. consistency: exp(MEAN (1 - mean IoU) + VARIANCE (variance "
         "of IoU)), clipped to 0.5 .. 3; mean, variance: only that part; off: 1; shuffled: the "
-        "consistency weights dealt at random, a control; default: consistency 1.2 1")
-    parser.set_defaults(lambdas=(1.2, 1.0))
-    add("--weight-of", choices=("iou", "iou_hard"), default="iou",
-        help="the IoU reward in that formula: the IoU, or 1 for an IoU above 0.5 and 0 otherwise")
+        "consistency weights dealt at random, a control. With iou_hard as IOU, an IoU counts as 1 "
+        "above 0.5, else as 0; default: consistency 1.2 1 iou")
+    parser.set_defaults(lambdas=(1.2, 1.0), weight_of="iou")
     return parser
 
 

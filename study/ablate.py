@@ -62,6 +62,7 @@ SPREADS = {0.5: 3, 1: 3, 1.5: 10, 2: 10, 3: 3}      # of the curve's boxes -> se
 # Without --reward and --weighting: the paper's, IoU + 0.1 positional + format, both weights.
 IOU = "--reward iou=1 format=1"
 HARD = "--reward iou_hard=1 format=1"
+HARD_WEIGHT = "--weighting consistency 1.2 1 iou_hard"
 TERM = "positional=0.1"
 OFF = "--weighting off"
 
@@ -107,9 +108,9 @@ ARMS["positional"] = Arm("positional", "cot", f"{RFT} {IOU} {TERM} {OFF}")
 ARMS |= {f"positional-{name}": Arm(f"positional, {name} weight", "cot", f"{RFT} --weighting {name}")
          for name in WEIGHTS if name != "consistency"}
 ARMS |= {
-    "weight-hard": Arm("RSGround-R1, weight of hard IoU", "cot", f"{RFT} --weight-of iou_hard"),
+    "weight-hard": Arm("RSGround-R1, weight of hard IoU", "cot", f"{RFT} {HARD_WEIGHT}"),
     "hard": Arm("RSGround-R1, hard IoU in reward and weight", "cot",
-                f"{RFT} {HARD} {TERM} --weight-of iou_hard"),
+                f"{RFT} {HARD} {TERM} {HARD_WEIGHT}"),
 }
 # Their names in the curve are coarse-SPREAD-NAME; they start from coarse-SPREAD.
 TERMS = {

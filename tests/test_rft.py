@@ -1330,6 +1330,7 @@ def test_an_output_that_stands_is_not_overwritten(
     ("--steps many", "--steps"),
     ("--weighting sometimes", "--weighting: sometimes is not one of consistency, mean"),
     ("--weighting mean 1", "--weighting: 1: 2 values belong here"),
+    ("--weighting mean 1 0 soft", "--weighting: soft is not one of iou, iou_hard"),
     ("--weighting mean nan 0", "--weighting: nan is not a number"),
     ("--unknown", "--unknown"),
     ("--resume", "--resume"),
@@ -1380,7 +1381,9 @@ def test_a_flag_of_several_values_keeps_the_defaults_of_those_that_are_left_out(
     assert (given.weighting, given.lambdas) == ("off", (1.2, 1.0))
     sized = rft.flags().parse_args("--plan 1 24 800 600 --weighting mean 0.4 0".split())
     assert sized.plan is True and sized.image == [800, 600]
-    assert (sized.weighting, sized.lambdas) == ("mean", [0.4, 0])
+    assert (sized.weighting, sized.lambdas, sized.weight_of) == ("mean", [0.4, 0], "iou")
+    hard = rft.flags().parse_args("--weighting consistency 1.2 1 iou_hard".split())
+    assert (hard.lambdas, hard.weight_of) == ([1.2, 1], "iou_hard")
 
 
 def test_weights_are_kept_in_one_order_whatever_the_users() -> None:

@@ -411,7 +411,9 @@ def trained(commands: Sequence[Sequence[str]]) -> dict[str, list[str]]:
 def parsed(words: Sequence[str]) -> dict[str, object]:
     """The flags of a stage's command."""
     flags = {"sft.py": sft.flags, "rft.py": rft.flags}[words[0]]()
-    return vars(flags.parse_args(words[1:]))
+    values = vars(flags.parse_args(words[1:]))
+    # Given and default values may be a list and a tuple.
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def test_every_arm_is_trained_as_its_name_says(

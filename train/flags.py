@@ -18,7 +18,8 @@ FREE_ON_RESUME = (
     "gradient_checkpointing", "deterministic", "plan", "gpus", "memory", "image", "keep",
     "keep_weights")
 # Names in run.json with a value that another flag sets.
-FLAG_OF = {"lora_alpha": "lora", "keep_weights": "keep", "lambdas": "weighting", "warmup": "lr"}
+FLAG_OF = {"lora_alpha": "lora", "keep_weights": "keep", "lambdas": "weighting",
+           "weight_of": "weighting", "warmup": "lr"}
 # Values of flags that the run.json of earlier versions lacks.
 NEW_FLAGS = {"warmup": None, "weight_of": "iou"}
 # Flags of earlier versions, which run.json may still hold, and the only value that still works.
