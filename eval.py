@@ -453,10 +453,10 @@ def main() -> None:
         texts = [(prediction or {}).get("text", "") for prediction in answers]
         cases.append(list(map(page.Case, scored, answered, ious, texts)))
         for record, box, iou, _ in pictures.spread(cases[-1], 12):
-            boxes = [(record.box, "lime"), (box, "red")] if box else [(record.box, "lime")]
+            boxes = [(record.box, pictures.TARGET)] + [(box, pictures.ANSWER)] * bool(box)
             caption = f"{record.text}: {f'IoU {iou:.2f}' if box else 'no box'}"
             image = data.open_image(record, or_blank=True)
-            drawn.append(pictures.draw_boxes(image, boxes, caption))
+            drawn.append(pictures.draw_boxes(image, boxes, caption, legend=pictures.LEGEND))
         pictures.contact_sheet(drawn).save(out / f"overlays_{suffix}.png")
     if rank() > 0:
         return

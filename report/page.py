@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from data import open_image
 from readers.base import Record, in_words, read_log
-from report.pictures import curve, draw_boxes, draw_rollouts, spread
+from report.pictures import (
+    ANSWER, LEGEND, TARGET, curve, draw_boxes, draw_rollouts, spread)
 
 PICTURES = 200                    # pictures on a page, at most
 PICTURE_BYTES = 12_000            # bytes of a picture, at most
@@ -24,19 +25,23 @@ VALUES = 60                       # lines of a breakdown, at most; values with m
 GROUPS = 4                        # groups of rollouts shown for a run
 CASES = 6                         # best, median and worst cases of a row, at most this many each
 BOXLESS = 3                       # cases shown for a row in which no answer has a box
-# Keys of metrics.jsonl that share a drawing.
-CURVES = (
-    ("consistency_weight_min", "consistency_weight", "consistency_weight_max"), ("dispersion",),
-    ("length",), ("kl",), ("loss",), ("val_mIoU", "val_Pr@0.5"))
+# What is drawn, with its unit -> keys of metrics.jsonl that share the drawing.
+CURVES = {
+    "weight of a group": ("consistency_weight_min", "consistency_weight", "consistency_weight_max"),
+    "scatter of a group's boxes (image sides)": ("dispersion",), "length (tokens)": ("length",),
+    "KL (nats per token)": ("kl",), "loss": ("loss",),
+    "validation (share)": ("val_mIoU", "val_Pr@0.5")}
 STYLE = """
-body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 12px;max-width:1000px;color:#222}
+body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 12px;max-width:1200px;color:#222}
 h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}h4{font-size:.9em;
 margin:.8em 0 .4em}.row{display:flex;flex-wrap:wrap;gap:12px}
 h1,h2,h3,p,nav{overflow-wrap:anywhere}nav a{display:inline-block;padding:6px 12px 6px 0}
+summary{margin-top:2em;cursor:pointer}summary h2{display:inline}div[id]{scroll-margin-top:3em}
 .wide{overflow-x:auto;max-width:100%}table{border-collapse:collapse;font-size:.85em}
 td,th{white-space:nowrap;padding:3px 8px;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:#fff;
-max-width:9em;white-space:normal;overflow-wrap:anywhere}small{color:#666}
+min-width:7em;max-width:min(24em,36vw);white-space:normal;overflow-wrap:break-word}small{color:#666}
+span{display:inline-block;max-width:100%;margin-left:.8em}
 figure{margin:0;width:min(320px,100%);overflow-wrap:anywhere}img,svg{max-width:100%;height:auto}
 figcaption{font-size:.85em}pre{white-space:pre-wrap;font-size:.75em;background:#f4f4f4;padding:6px;
 margin:4px 0;max-height:14em;overflow:auto}
@@ -94,7 +99,9 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
     contents = body = ""
     for i, (title, section) in enumerate(section for section in sections if section[1]):
         contents += f'<a href="#s{i}">{title}</a>'
-        body += f'<h2 id="s{i}">{title}</h2>{section}'
+        # The scores and the last stage are open. A link opens what its anchor is folded in.
+        body += (f"<details{' open' * (i < 2)}><summary><h2>{title}</h2></summary>"
+                 f'<div id="s{i}">{section}</div></details>')
 
     # The headline is for the last stage's first temperature.
     row = next(row for row in rows if row["stage"] == rows[-1]["stage"])
@@ -184,7 +191,8 @@ def training_section(name: str, folder: Path, groups: Sequence[tuple[Row, Record
     deviations = dict.fromkeys(k for line in lines for k in line if k.endswith("_group_std"))
     rewards = [key.removesuffix("_group_std") for key in deviations]
     curves = figures = section = ""
-    for keys in (rewards, deviations, *CURVES):
+    drawings = {"reward and its terms": rewards, "standard deviation in a group": deviations}
+    for title, keys in (drawings | CURVES).items():
         series = []
         for key in keys:
             points = []
@@ -193,7 +201,7 @@ def training_section(name: str, folder: Path, groups: Sequence[tuple[Row, Record
                 if all(type(v) in (int, float) and math.isfinite(v) for v in point):
                     points.append(point)
             series.append((safe(key), points))
-        curves += curve(series)
+        curves += curve(title, series)
     for line, record in groups:
         caption = f"<b>step {safe(line['step'])}</b> {safe(record.text)}<br>rewards "
         caption += ", ".join(f"{reward:.2f}" for reward in line["reward"])
@@ -201,8 +209,7 @@ def training_section(name: str, folder: Path, groups: Sequence[tuple[Row, Record
     if curves:
         section = f"<h3>Training: {safe(name)}</h3><div class=row>{curves}</div>"
     if figures:
-        section += (f"<h3>Groups of rollouts: {safe(name)}</h3><p>Green: the target; the redder a "
-                    f"box, the lower its reward.</p><div class=row>{figures}</div>")
+        section += f"<h3>Groups of rollouts: {safe(name)}</h3><div class=row>{figures}</div>"
     return section
 
 
@@ -216,7 +223,7 @@ def case_section(row: Row, cases: Sequence[Case], each: int) -> str:
     if any(case.box for case in cases):
         choices = {"Best": ranked[:each], "Worst": ranked[::-1][:each],
                    "Median": ranked[middle:middle + each]}
-    section = f"<h3>Cases: {label(row)}</h3><p>Green: the target; red: the answer.</p>"
+    section = f"<h3>Cases: {label(row)}</h3>"
     shown: set[int] = set()
     for title, chosen in choices.items():
         figures = ""
@@ -237,8 +244,8 @@ def html_figure(record: Record, boxes: Sequence[Any], rewards: Sequence[float] |
     image = open_image(record, or_blank=True)
     width = max(16, round(PICTURE_SIDE * min(1, image.width / image.height)))
     if rewards is None:
-        coloured = [(record.box, "lime")] + [(box, "red") for box in boxes if box]
-        picture = draw_boxes(image, coloured, width=width)
+        coloured = [(record.box, TARGET)] + [(box, ANSWER) for box in boxes if box]
+        picture = draw_boxes(image, coloured, width=width, legend=LEGEND[:len(coloured)])
     else:
         picture = draw_rollouts(image, boxes, rewards, record.box, width=width)
     for quality in QUALITIES:

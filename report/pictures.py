@@ -11,26 +11,38 @@ from PIL import Image, ImageDraw, ImageFont
 from qwen.answer import Box
 
 Colour = str | tuple[int, int, int]
-CURVE_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+TARGET, ANSWER, BEST = (86, 180, 233), (213, 94, 0), (240, 228, 66)
+LEGEND = (("target", TARGET), ("answer", ANSWER))
+CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 CURVE_POINTS = 300                # at most: a drawing is too narrow for more
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, Colour]], caption: str = "",
-               width: int = 336) -> Image.Image:
-    """A copy of the image, `width` pixels wide, with boxes on it and the caption below."""
+               width: int = 336, legend: Sequence[tuple[str, Colour]] = ()) -> Image.Image:
+    """A copy of the image, `width` pixels wide, with boxes on it; the legend and caption below."""
     scale = width / image.width
     # Enlarged pixels stay square, so the picture adds no detail to the image.
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
     picture = image.resize((width, max(1, round(image.height * scale))), method)
     pen = ImageDraw.Draw(picture)
     for box, colour in boxes:
-        pen.rectangle([v * scale for v in box], outline=colour, width=2)
+        x1, y1, x2, y2 = (v * scale for v in box)
+        # The dark edge is seen where the image has the colour of the line.
+        pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=4)
+        pen.rectangle((x1, y1, x2, y2), outline=colour, width=2)
     font = ImageFont.load_default(13)
-    lines = wrap(caption, font, width - 8)
-    captioned = Image.new("RGB", (width, picture.height + 16 * len(lines) + 6), "white")
+    lines = wrap(caption, font, width - 8) if caption else []
+    height = picture.height + 16 * len(lines) + 22 * bool(legend) + 6 * bool(lines)
+    captioned = Image.new("RGB", (width, height), "white")
     captioned.paste(picture)
-    ImageDraw.Draw(captioned).text(
-        (4, picture.height + 2), "\n".join(lines), fill="black", font=font, spacing=2)
+    pen = ImageDraw.Draw(captioned)
+    x, y = 4, picture.height + 2
+    for name, colour in legend:
+        pen.rectangle((x, y + 5, x + 16, y + 12), fill=colour, outline="black")
+        pen.text((x + 22, y), name, fill="black", font=font)
+        x += 34 + font.getlength(name)
+    pen.text((4, y + 22 * bool(legend)), "\n".join(lines), fill="black", font=font, spacing=2)
     return captioned
 
 
@@ -80,49 +92,56 @@ def overlay(image: Image.Image, boxes: Sequence[tuple[Box, str, Colour]]) -> Ima
 
 def draw_rollouts(image: Image.Image, boxes: Sequence[Box | None], rewards: Sequence[float],
                   target: Box, text: str = "", width: int = 336) -> Image.Image:
-    """A group's boxes on its image: red for the lowest reward, orange for the highest.
-    boxes: one per rollout, None or NaN without one. text: of a caption, which adds the range of the
-    rewards. The target is drawn last, in green, which is why the highest reward is not yellow."""
+    """A group's boxes on its image, from ANSWER for the lowest reward to BEST for the highest.
+    boxes: one per rollout, None or NaN without one. text: of a caption. The target is drawn last.
+    """
     lowest, highest = min(rewards), max(rewards)
     coloured: list[tuple[Box, Colour]] = []
     for box, reward in zip(boxes, rewards):
         if box and box[0] == box[0]:
-            green = int(200 * (reward - lowest) / (highest - lowest + 1e-6))
-            coloured.append((box, (255, green, 0)))
-    caption = f"{text} (reward {lowest:.2f} to {highest:.2f})" if text else ""
-    return draw_boxes(image, [*coloured, (target, "lime")], caption, width)
+            share = (reward - lowest) / (highest - lowest + 1e-6)
+            colour = tuple(round(low + share * (high - low)) for low, high in zip(ANSWER, BEST))
+            coloured.append((box, colour))
+    legend = (LEGEND[0], (f"reward {lowest:.2f}", ANSWER), (f"to {highest:.2f}", BEST))
+    return draw_boxes(image, [*coloured, (target, TARGET)], text, width, legend)
 
 
-def curve(series: Sequence[tuple[str, Sequence[tuple[float, float]]]], width: int = 320,
-          height: int = 170) -> str:
+def curve(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+          x_name: str = "step", width: int = 320, height: int = 180) -> str:
     """One drawing of all curves -> an HTML figure with an SVG; "" if no curve has two points.
-    series: (name, points); a name is HTML, and a point is (step, value)."""
+    title: what is drawn and its unit; series: (name, points), a point is (x, value). Title and
+    names are HTML."""
     series = [(name, spread(points, CURVE_POINTS)) for name, points in series if len(points) > 1]
     if not series:
         return ""
-    steps = [step for _, points in series for step, _ in points]
+    xs = [x for _, points in series for x, _ in points]
     values = [value for _, points in series for _, value in points]
-    first, last = min(steps), max(steps)
+    first, last = min(xs), max(xs)
     low, high = min(values), max(values)
-    x_scale = (width - 8) / (last - first or 1)
-    y_scale = (height - 36) / (high - low or 1)
-    names = []
-    drawing = ""
+    left, bottom = 56, height - 32
+    x_scale = (width - left - 8) / (last - first or 1)
+    y_scale = (bottom - 8) / (high - low or 1)
+    drawing = names = ""
+    for value in sorted({low, (low + high) / 2, high}):
+        y = bottom - y_scale * (value - low)
+        drawing += (f'<path stroke="#ddd" d="M{left} {y:.1f}H{width - 8}"/><text x="{left - 6}" '
+                    f'y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for x, anchor, words in ((left, "start", f"{first:.4g}"), (width - 8, "end", f"{last:.4g}"),
+                             ((left + width - 8) / 2, "middle", x_name)):
+        drawing += f'<text x="{x}" y="{bottom + 16}" text-anchor="{anchor}">{words}</text>'
+    drawing += f'<path stroke="#444" fill="none" d="M{left} 8V{bottom}H{width - 8}"/>'
     for i, (name, points) in enumerate(series):
         turn, place = divmod(i, len(CURVE_COLOURS))
         # Curves that repeat a colour are dashed.
         dashes = f' stroke-dasharray="{3 * turn} 3"' if turn else ""
-        at = " ".join(
-            f"{4 + x_scale * (x - first):.1f},{height - 18 - y_scale * (y - low):.1f}"
-            for x, y in points)
+        at = " ".join(f"{left + x_scale * (x - first):.1f},{bottom - y_scale * (y - low):.1f}"
+                      for x, y in points)
         drawing += (f'<polyline fill="none" stroke="{CURVE_COLOURS[place]}" stroke-width="1.5"'
                     f'{dashes} points="{at}"/>')
-        names.append(f'<span style="color:{CURVE_COLOURS[place]}">{name}</span>')
-    for x, y, words in ((4, 12, f"{high:.4g}"), (4, height - 4, f"{low:.4g}"),
-                        (width / 2, height - 4, f"step {first} to {last}")):
-        drawing += f'<text x="{x}" y="{y}" font-size="11" fill="#666">{words}</text>'
-    return (f'<figure><figcaption>{" ".join(names)}</figcaption>'
-            f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        line = "dashed" if turn else "solid"
+        names += f' <span style="border-bottom:3px {line} {CURVE_COLOURS[place]}">{name}</span>'
+    return (f'<figure><figcaption><b>{title}</b>{names}</figcaption><svg viewBox="0 0 {width} '
+            f'{height}" width="{width}" height="{height}" font-size="11" fill="#444">'
             f"{drawing}</svg></figure>")
 
 

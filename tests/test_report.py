@@ -71,7 +71,7 @@ def make_row(
 class Tags(HTMLParser):
     """Every tag and attribute of a page, and whether open tags are closed in order."""
 
-    void = {"meta", "img", "br", "polyline"}
+    void = {"meta", "img", "br", "polyline", "path"}
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def page(tmp_path: Path) -> str:
 def test_hostile_texts_stay_texts(page: str) -> None:
     tags = Tags(page)
     ours = ("html head meta title style body h1 h2 h3 h4 p div table tr th td small figure "
-            "figcaption img b br pre svg polyline text span nav a")
+            "figcaption img b br pre svg polyline path text span nav a details summary")
     assert tags.open == []
     assert tags.seen <= set(ours.split())
     for name, value in tags.attributes:
@@ -146,7 +146,7 @@ def test_the_page_shows_every_part(page: str) -> None:
     for words in (
             "20 records; 1,234 more are refused (&lt;script&gt;", "Scores",
             "in the middle of each image: mIoU 0.0", "Breakdowns", "VRSBench", "By size",
-            "By region", "By distractors", "By train image", "Training: ", "step 1 to 499",
+            "By region", "By distractors", "By train image", "Training: ", "length (tokens)",
             "Groups of rollouts", "Best", "Median", "Worst", "IoU", "no box",
             "width=device-width"):
         assert words in page, words
@@ -180,16 +180,16 @@ def stages_page(tmp_path: Path) -> str:
 def test_the_page_opens_on_the_last_stage(stages_page: str) -> None:
     first, *_ = re.findall(r"<p><b>(\w+) ?T?=?0?</b>: mIoU (\d\.\d+)", stages_page)
     assert first[0] == "rft" and float(first[1]) > 0
-    titles = re.findall(r'<h2 id="s\d">(.*?)</h2>', stages_page)
-    assert titles == ["Scores", "rft", "base", "Breakdowns"]
+    titles = re.findall(r"<details( open)?><summary><h2>(.*?)</h2></summary>", stages_page)
+    assert titles == [(" open", "Scores"), (" open", "rft"), ("", "base"), ("", "Breakdowns")]
     # A stage's cases come before its training, under the same heading.
-    of_rft = stages_page.split('<h2 id="s1">', 1)[1].split("<h2", 1)[0]
+    of_rft = stages_page.split('<div id="s1">', 1)[1].split("<h2", 1)[0]
     parts = re.findall(r"<h3>(\w+).*?: (\w+)", of_rft)
     assert parts == [("Cases", "rft"), ("Training", "rft"), ("Groups", "rft")]
 
 
 def test_a_stage_that_answers_no_box_is_not_shown_at_length(stages_page: str) -> None:
-    of_base = stages_page.split('<h2 id="s2">', 1)[1].split("<h3>Training", 1)[0]
+    of_base = stages_page.split('<div id="s2">', 1)[1].split("<h3>Training", 1)[0]
     assert "No answer has a box" in of_base and of_base.count("<img") == report_page.BOXLESS
     assert "Best" not in of_base
 
@@ -197,7 +197,10 @@ def test_a_stage_that_answers_no_box_is_not_shown_at_length(stages_page: str) ->
 def test_the_contents_lead_to_every_section(stages_page: str) -> None:
     nav = re.search(r"<nav>(.*?)</nav>", stages_page)[1]
     links = re.findall(r'<a href="#(s\d)">(.*?)</a>', nav)
-    assert links == re.findall(r'<h2 id="(s\d)">(.*?)</h2>', stages_page) and len(links) == 4
+    # The anchor lies within what is folded, so a browser opens that to show it.
+    sections = re.findall(
+        r'<summary><h2>([^<]*)</h2></summary><div id="(s\d)">', stages_page)
+    assert links == [(anchor, title) for title, anchor in sections] and len(links) == 4
     assert stages_page.index("<nav>") < stages_page.index("<h2")
 
 
@@ -208,6 +211,9 @@ def test_a_narrow_screen_scrolls_tables_in_their_boxes(stages_page: str) -> None
     assert stages_page.count("<table>") == stages_page.count("<div class=wide><table>") > 3
     assert ".wide{overflow-x:auto;max-width:100%}" in report_page.STYLE
     assert "h1,h2,h3,p,nav{overflow-wrap:anywhere}" in report_page.STYLE
+    # With "anywhere", the narrowest a cell may be is one letter, and it is made that narrow.
+    cells = re.search(r"td:first-child,th:first-child{([^}]*)}", report_page.STYLE)[1]
+    assert "min-width:7em" in cells and "overflow-wrap:break-word" in cells
     assert "img,svg{max-width:100%" in report_page.STYLE
     assert "pre{white-space:pre-wrap" in report_page.STYLE
     without_limits = re.sub(r"max-width:\d+px|min\(\d+px,100%\)", "", report_page.STYLE)
@@ -241,7 +247,7 @@ def test_texts_that_swell_in_html_and_a_thousand_categories_stay_under_5_mb(
     row = make_row(records, make_predictions(records)) | {"breakdowns": {"category": values}}
     report_page.write_page(tmp_path / "report.html", [row], [[]], [], records)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    section = page.split(">Breakdowns</h2>", 1)[1]
+    section = page.split("<h2>Breakdowns</h2>", 1)[1]
     assert len(section) < 50_000
     assert "category 999 " in section and "category 10 " not in section
     assert "940 more" in section
@@ -261,15 +267,49 @@ def test_cases_are_best_worst_and_median_and_none_twice(tmp_path: Path) -> None:
     assert report_page.case_section(row, cases, 0) == ""
 
 
-def test_rollouts_are_red_to_orange_and_the_target_is_green() -> None:
-    """The worst box red, the best orange, the target drawn last; nothing for no box."""
+def test_rollouts_are_vermillion_to_yellow_and_the_target_is_sky_blue() -> None:
+    """The worst box and the best in their colours, the target drawn last; nothing for no box."""
     image = Image.new("RGB", (100, 100))
-    boxes = [[10.0, 10.0, 30.0, 30.0], None, [50.0, 50.0, 90.0, 90.0]]
+    boxes = [[10.0, 10.0, 30.0, 30.0], None, [50.0, 50.0, 90.0, 90.0], [2.0, 2.0, 9.0, 9.0]]
     target = (40.0, 10.0, 60.0, 30.0)
+    blue, vermillion, yellow = (86, 180, 233), (213, 94, 0), (240, 228, 66)
+    # Half way: (213 + 240) / 2, (94 + 228) / 2, (0 + 66) / 2.
+    middle = (226, 161, 33)
     expected = pictures.draw_boxes(
-        image, [(boxes[0], (255, 0, 0)), (boxes[2], (255, 199, 0)), (target, "lime")],
-        "a ship (reward 0.00 to 2.00)")
+        image, [(boxes[0], vermillion), (boxes[2], yellow), (boxes[3], middle), (target, blue)],
+        "a ship", legend=(
+            ("target", blue), ("reward 0.00", vermillion), ("to 2.00", yellow)))
     for no_box in (None, [float("nan")] * 4):
         boxes[1] = no_box
-        drawn = pictures.draw_rollouts(image, boxes, [0.0, 0.2, 2.0], target, "a ship")
+        drawn = pictures.draw_rollouts(image, boxes, [0.0, 0.2, 2.0, 1.0], target, "a ship")
         assert drawn.tobytes() == expected.tobytes()
+
+
+def test_the_legend_is_in_the_picture_and_lines_have_a_dark_edge() -> None:
+    """Colours of Okabe and Ito's palette, in hexadecimal as published."""
+    palette = ["56b4e9", "d55e00", "f0e442"]
+    assert [bytes(colour).hex() for colour in (pictures.TARGET, pictures.ANSWER, pictures.BEST)] \
+        == palette
+    published = "e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7".split()
+    assert {colour.removeprefix("#") for colour in pictures.CURVE_COLOURS} < set(published)
+    image = Image.new("RGB", (200, 100), pictures.TARGET)
+    picture = np.asarray(pictures.draw_boxes(
+        image, [((20, 30, 120, 80), pictures.TARGET)], width=200, legend=pictures.LEGEND))
+    assert picture.shape == (122, 200, 3)
+    # From the outside of the left side inwards: image, edge, two pixels of the line, edge.
+    row = ["".join(f"{v:02x}" for v in pixel) for pixel in picture[50, 18:24]]
+    assert row == ["56b4e9", "000000", "56b4e9", "56b4e9", "000000", "56b4e9"]
+    below = {bytes(pixel).hex() for pixel in picture[100:].reshape(-1, 3)}
+    assert {"56b4e9", "d55e00", "000000"} <= below
+
+
+def test_a_curve_has_axes_with_numbers_and_its_unit() -> None:
+    drawn = pictures.curve("length (tokens)", [("length", [(5, 30.0), (10, 40.0), (25, 60.0)])])
+    assert "<figcaption><b>length (tokens)</b>" in drawn
+    # Lowest, middle and highest value, first and last step, the name of the x axis.
+    assert re.findall(r">([^<>]+)</text>", drawn) == ["30", "45", "60", "5", "25", "step"]
+    # The plot is 256 x 140 from (56, 8): step 10 is a quarter of the way, 40 a third.
+    assert 'points="56.0,148.0 120.0,101.3 312.0,8.0"' in drawn
+    assert pictures.curve("loss", [("loss", [(1, 2.0)])]) == ""
+    flat = pictures.curve("loss", [("loss", [(1, 2.0), (2, 2.0)])])
+    assert re.findall(r">([^<>]+)</text>", flat) == ["2", "1", "2", "step"]
