@@ -23,6 +23,7 @@ sft.py --cot FILE reads reasoning from a JSONL and adds the answer from the anno
 Points (x, y) and boxes [x1, y1, x2, y2] in "think" are converted from "frame" to the student's
 frame; without "frame", "think" is used as it is.
 """
+import argparse
 import math
 import re
 import sys
@@ -42,7 +43,7 @@ from readers.base import DataError, Record, read_json_lines
 from report.pictures import draw_boxes
 from tools.check_data import save_sheet
 from tools.teacher import COORDINATES, PLAIN_NUMBER, check_teacher_flags, run_teacher
-from train.dist import check_writable
+from train.dist import check_writable, fail
 from train.flags import (
     DEVICE_FLAG, FlagParser, above_zero, add_reading_flags, not_negative, positive)
 from train.run import launch
@@ -315,10 +316,11 @@ def flags() -> FlagParser:
     parser = FlagParser(
         description="Shows the reasoning that sft.py trains on, or has a teacher write it")
     add = parser.add_argument
-    add("name", help="data set")
+    add("name", nargs="?", default=argparse.SUPPRESS, help="data set")
+    add("--data", dest="name", metavar="NAME", help="the same")
     add("--root", help="its folder; default data/<name>")
     add("--split", default="sft", help="split")
-    add_reading_flags(add, "--data-coords")
+    add_reading_flags(add)
     add("--init", metavar="CKPT",
         help="checkpoint that sets the coordinates, as in sft.py (default: image pixels); with "
         "--coords resized, one that resizes images as the teacher does")
@@ -351,6 +353,8 @@ def flags() -> FlagParser:
 def main() -> None:
     args = flags().parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")        # characters that it cannot show
+    if not args.name:
+        fail("name a data set: python cot.py dior")
     check_teacher_flags(args)
     records = data.load(args.name, args.root, args.split, args.data_coords, args.stretch)
     if not records:

@@ -45,11 +45,16 @@ def read_synth(root: Path, split: str, name: str = "synth") -> Records:
     from toy import scenes
 
     splits = scenes.WORLDS[name]
-    split = {"train": "rft"}.get(split, split)
+    note = ""
+    if split == "train":
+        split, note = "rft", "train is rft, the split that rft.py trains on; sft.py trains on "
+        note += "the split sft, other scenes" if "sft" in splits else "it too"
     if split not in splits:
-        raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(splits)}")
+        raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(splits)}; sft.py trains "
+                      "on sft, rft.py on rft")
     return Records([Record(f"{split}-{i}", scene, text, box, category, scene.size, kind)
-                    for i, scene, text, box, category, kind in scenes.records(splits[split])], {})
+                    for i, scene, text, box, category, kind in scenes.records(splits[split])],
+                   {}, {}, note)
 
 
 READERS: dict[str, Callable[[Path, str], Records]] = {
@@ -82,8 +87,8 @@ def load(name: str, root: str | Path | None = None, split: str = "train",
     DataError if there is no such data set or split, or its files are not as expected."""
     is_mixture = "+" in name or ":" in name
     if coords and (is_mixture or name in OWN_UNIT):
-        raise DataError(f"--coords {coords} is for a data set that leaves the unit of its boxes "
-                        f"open, which {name} does not; leave it out")
+        raise DataError(f"--data-coords {coords} is for a data set that leaves the unit of its "
+                        f"boxes open, which {name} does not; leave it out")
     if not is_mixture and name not in READERS:
         raise DataError(f"no data set is called {name!r}; there are {', '.join(READERS)}, and "
                         "mixtures like dior+vrsbench:0.5")
@@ -125,8 +130,8 @@ def read_split(name: str, root: Path, split: str) -> Records:
         raise NoSplit(f"{split} needs two usable images in train, one to hold out for validation, "
                       f"and {root} has {len(by_name)}{refused}; add images, or a split val")
     held_out = set(by_name[:max(len(by_name) // 20, 1)])
-    note = (f"validation is {len(held_out):,} of train's {len(by_name):,} images, which sft and "
-            "rft leave out")
+    note = (f"validation is {len(held_out):,} of train's {len(by_name):,} images, which the splits "
+            "sft and rft, on which sft.py and rft.py train, leave out")
     if split == "val":
         return Records([r for r in train if r.image in held_out], {}, {}, note)
     rest = [r for r in train if r.image not in held_out]

@@ -80,7 +80,7 @@ def flags() -> FlagParser:
         "predicted boxes and of texts without a frame: pixels of the original image, pixels of it "
         "as CKPT's processor resizes it, 1000ths or fractions of its sides; else as --data-coords")
     # Without these flags, those that the checkpoint was trained with are used.
-    add_reading_flags(add, "--data-coords")
+    add_reading_flags(add)
     add("--seed", type=int, default=0, help="of sampling")
     add("--device", **DEVICE_FLAG)
     return parser

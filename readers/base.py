@@ -16,7 +16,7 @@ from qwen.answer import Box
 SPLITS = ("train", "val", "test")
 ASPECT = 200                      # largest ratio of sides that the model families accept
 MOST_UNREADABLE = 0.01            # share of records with undecodable images that ends a run
-# --coords: units per image side; None: a unit is a pixel.
+# --data-coords: units per image side; None: a unit is a pixel.
 COORDS = {"fraction": 1, "1000": 1000, "original": None}
 LONGEST_OBJECT = 100              # lines; if an object of a JSONL file is longer, it is broken
 Stretch = tuple[float, float]     # percentiles of each band that become black and white

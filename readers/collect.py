@@ -64,7 +64,7 @@ class Collector:
             grid: tuple[int, ...] | None = None) -> None:
         """One annotation, unvalidated -> a record, or a refusal.
         where: its place, for messages. image: a name or path. box: four numbers, or a text or
-        list with one [...] of four. units: of the box, per image side; None: pixels, or --coords.
+        list with one [...] of four. units: of the box, per side; None: pixels, or --data-coords.
         size: the image's according to the file. file: all boxes from it have the same unit."""
         units = COORDS[self.coords] if self.coords else units
         image_size = None
@@ -145,8 +145,9 @@ class Collector:
 
 
 def refuse_other_unit(
-        boxes: Sequence[tuple[Sequence[float], Size | None]], subject: str) -> None:
-    """DataError, which names --coords, if these (box, size of its image) can't be in pixels."""
+        boxes: Sequence[tuple[Sequence[float], Size | None]], subject: str,
+        flag: str = "--data-coords") -> None:
+    """DataError, which names the flag, if these (box, size of its image) can't be in pixels."""
     values = np.array([box for box, _ in boxes]).reshape(-1, 4)
     sides = np.array([size or (np.inf, np.inf) for _, size in boxes]).reshape(-1, 2)
     low, high = values[:, :2], values[:, 2:]
@@ -168,8 +169,8 @@ def refuse_other_unit(
             return
         unit, sign = "1000", "all lie in 0..1000, and some outside their images"
     raise DataError(
-        f"{subject} {sign}: are they fractions or thousandths of the image's sides? Give --coords "
-        f"{unit} (--data-coords in eval.py and cot.py), or --coords original if they are pixels")
+        f"{subject} {sign}: are they fractions or thousandths of the image's sides? Give {flag} "
+        f"{unit}, or {flag} original if they are pixels")
 
 
 def repair_box(values: Any, size: Size, units: int | None = None) -> tuple[Box, list[str]]:

@@ -55,7 +55,7 @@ def read_predictions(path: str | Path, records: Sequence[Record], coords: str | 
         box = predictions[key].get("box")
         if box and not coords and all(map(math.isfinite, box)):
             boxes.append((box, by_id[key].size))
-    refuse_other_unit(boxes, f"{path}: its boxes")
+    refuse_other_unit(boxes, f"{path}: its boxes", "--coords")
     return predictions
 
 

@@ -145,7 +145,7 @@ def main() -> None:
     rft.check_flags(args)
     if args.batches < 3:
         fail(f"--batches {args.batches} leaves no pairs when one is left out; use 3 or more")
-    records = load(args.data, args.root, "rft")
+    records = load(args.data, args.root, "rft", args.coords, args.stretch)
     # No reference model: this measures the gradient of the reward.
     args.beta = 0.0
     policy = rft.open_policy(Path(args.init), args, records)

@@ -1300,7 +1300,7 @@ def test_boxes_in_another_unit_are_refused_with_the_flag_and_read_with_it(
     (tmp_path / "Annotations").mkdir()
     annotate(tmp_path, "1", *(TAG.format(*box, "a ship") for box in boxes))
     split(tmp_path, train=[], val=[], test=[0, 1, 2])
-    says = f"--coords {coords} .*or --coords original"
+    says = f"--data-coords {coords}, or --data-coords original"
     with pytest.raises(DataError, match=says) as error:
         load(name, tmp_path, "test")
     assert "\n" not in str(error.value)
@@ -1331,13 +1331,14 @@ def test_each_file_of_your_own_has_its_own_unit(tmp_path: Path) -> None:
     image(tmp_path / "1.jpg")
     lines(tmp_path / "a.jsonl", own("1.jpg", split="test"))
     lines(tmp_path / "b.jsonl", own("1.jpg", box=(0.1, 0.2, 0.3, 0.4), split="test"))
-    with pytest.raises(DataError, match="b.jsonl: its boxes all lie in .0, 1.*--coords fraction"):
+    says = "b.jsonl: its boxes all lie in .0, 1.*--data-coords fraction"
+    with pytest.raises(DataError, match=says):
         load("jsonl", tmp_path, "test")
 
 
 @pytest.mark.parametrize("name", ["synth", "vrsbench", "jsonl+dior", "jsonl:0.5"])
 def test_a_unit_is_not_asked_of_what_says_its_own(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--coords fraction is for a data set that leaves"):
+    with pytest.raises(DataError, match="--data-coords fraction is for a data set that leaves"):
         load(name, tmp_path, "val", "fraction")
 
 
@@ -1355,12 +1356,29 @@ def test_data_py_takes_the_flags_on_reading(
             check(*flags, *more)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1
-        assert ("two percentiles" if more else "--coords fraction") in error
-    out = check(*flags, "--coords", "fraction", "--stretch", 2, 98)
+        assert ("two percentiles" if more else "--data-coords fraction") in error
+    out = check("--data", *flags, "--data-coords", "fraction", "--stretch", 2, 98)
     assert "jsonl test: 1 records, 0 refused" in out and "unreadable: 0" in out
 
 
 # ---------------------------------------------------------------- where an image lies
+
+def test_the_splits_that_are_trained_on_are_explained(
+        tmp_path: Path, check: Callable[..., str], capsys: pytest.CaptureFixture) -> None:
+    for i in range(20):
+        image(tmp_path / f"{i}.jpg")
+    lines(tmp_path / "train.jsonl", *(own(f"{i}.jpg") for i in range(20)))
+    out = check("jsonl", "--root", tmp_path, "--split", "rft", "--show", 0)
+    assert "jsonl rft: 19 records" in out
+    assert "rft is the split that rft.py trains on\n" in out
+    assert "which the splits sft and rft, on which sft.py and rft.py train, leave out\n" in out
+    out = check("synth-tiny", "--split", "train", "--show", 0)
+    assert "train is rft, the split that rft.py trains on; sft.py trains on it too\n" in out
+    with pytest.raises(SystemExit) as stop:
+        check()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "data.py: name a data set: python data.py dior\n"
+
 
 def test_only_what_is_outside_is_said_to_be(tmp_path: Path) -> None:
     root = tmp_path / "root"
@@ -1523,7 +1541,7 @@ def test_the_check_says_that_val_is_held_out_of_training(run: Run, tmp_path: Pat
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "train.jsonl").write_text(text)
     done = run("data.py", "jsonl", "--root", tmp_path, "--out", tmp_path / "sheet.png")
-    assert "images in both train and val: 1, held out of sft and rft\n" in done.stdout
+    assert "images in both train and val: 1, held out of the splits sft and rft\n" in done.stdout
 
 
 def test_the_check_of_a_data_set_counts_and_draws(

@@ -127,6 +127,37 @@ def test_every_flag_that_is_mentioned_exists(known_flags: Callable[[str], set[st
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", text)) <= known, page
 
 
+@pytest.mark.parametrize("script", PARSERS)
+def test_no_flag_can_be_abbreviated(script: str, capsys: pytest.CaptureFixture) -> None:
+    parser = PARSERS[script]()
+    assert parser.parse_args(["--root", "y"]).root == "y"
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--roo", "y"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --roo" in capsys.readouterr().err
+    # Every script has this parser.
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")):
+        if file.parent.name != "tests":
+            expected = 1 if file.name == "flags.py" else 0
+            assert file.read_text().count("ArgumentParser)") == expected, file
+            assert "ArgumentParser(" not in file.read_text(), file
+
+
+def test_the_unit_of_a_data_sets_boxes_has_one_name(
+        known_flags: Callable[[str], set[str]]) -> None:
+    for script in (*PARSERS, "data.py"):
+        assert {"--data", "--data-coords", "--root"} <= known_flags(script), script
+    # What already took --coords still does.
+    for parser in (sft.flags(), rft.flags()):
+        for flag in ("--coords", "--data-coords"):
+            assert parser.parse_args([flag, "1000"]).coords == "1000"
+    for parser in (evaluation.flags(), cot.flags()):
+        args = parser.parse_args(["x", "--coords", "1000", "--data-coords", "fraction"])
+        assert (args.coords, args.data_coords) == ("1000", "fraction")
+    for words in (["dior"], ["--data", "dior"]):
+        assert cot.flags().parse_args(words).name == "dior"
+
+
 # ---------------------------------------------------------------- names
 
 def defined(file: Path) -> set[str]:

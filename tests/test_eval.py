@@ -902,7 +902,7 @@ def test_the_unit_of_the_data_sets_own_boxes_is_as_in_training_or_by_its_flag(
     (folder / "theirs.jsonl").write_text(json.dumps({"id": 1, "box": [100, 200, 500, 800]}))
     flags = ("--data", "jsonl", "--root", tmp_path)
     files = ("--predictions", folder / "theirs.jsonl", "--coords", "1000")
-    with pytest.raises(DataError, match="--coords fraction .--data-coords in eval.py"):
+    with pytest.raises(DataError, match="Give --data-coords fraction, or --data-coords original"):
         fakes(*files, *flags)
     fakes(*files, *flags, "--data-coords", "fraction")
     assert rows(folder / "theirs")[0]["mIoU"] == pytest.approx(1)

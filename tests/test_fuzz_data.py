@@ -388,6 +388,6 @@ def test_the_unit_is_recognised_from_the_boxes(drawn: list[tuple[tuple[float, ..
         pixels.append(((x1 * width, y1 * height, x2 * width, y2 * height), (width, height)))
         thousandths.append(((1000 * x1, 1000 * y1, 1000 * x2, 1000 * y2), (width, height)))
     for boxes, unit in ((fractions, "fraction"), (thousandths, "1000")):
-        with pytest.raises(DataError, match=f"--coords {unit} "):
+        with pytest.raises(DataError, match=f"--data-coords {unit}, "):
             collect.refuse_other_unit(boxes, "a.jsonl: its boxes")
     collect.refuse_other_unit(pixels, "a.jsonl: its boxes")

@@ -201,9 +201,9 @@ def test_a_stage_needs_a_record_and_says_what_was_refused(
     records, val = runtime.load_records(args("jsonl", tmp_path), "train")
     assert len(records) == 1 and not val
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "1 records of train"
+    assert printed[0] == "1 records of train, the split to train on"
     assert printed[1].startswith(
-        "0 records of val; 1 of 1 records are refused (missing image: 1)")
+        "0 records of val, the split to validate on; 1 of 1 records are refused (missing image: 1)")
 
 
 # ---------------------------------------------------------------- model and optimizer

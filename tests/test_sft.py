@@ -187,6 +187,19 @@ def test_one_and_two_processes_and_a_resume_agree(
     assert description["prompt_hash"] == prompt_hash()
 
 
+def test_a_relative_root_is_recorded_so_that_another_folder_finds_it(
+        run: Run, tiny_checkpoint: Path, dior_root: Path, tmp_path: Path) -> None:
+    script = run(
+        "sft.py", "--data", "dior", "--root", dior_root.name, "--init", tiny_checkpoint,
+        "--out", tmp_path / "out", "--steps", 1, "--batch", 1, "--val", 0, "--device", "cpu",
+        cwd=dior_root.parent)
+    assert script.returncode == 0, script.stderr
+    description = json.loads((tmp_path / "out" / "latest" / "run.json").read_text())
+    assert description["root"] == description["flags"]["root"] == str(dior_root)
+    script = run("eval.py", tmp_path / "out", "--limit", 1, "--max-new-tokens", 2, cwd=tmp_path)
+    assert script.returncode == 0, script.stderr
+
+
 def test_frozen_vision_stays_what_it_was(
         train: Callable, tiny_checkpoint: Path, tmp_path: Path) -> None:
     train(tmp_path / "out", "--freeze-vision")

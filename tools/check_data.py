@@ -1,4 +1,5 @@
 """`python data.py NAME...`: what is in a data set, or what several data sets share."""
+import argparse
 import hashlib
 import itertools
 import sys
@@ -24,19 +25,22 @@ def main() -> None:
         "records, sizes of the boxes, images that splits share or that can't be decoded, a contact "
         "sheet. With several: records that are trained on in one and scored in another")
     add = parser.add_argument
-    add("names", nargs="+", metavar="name",
+    add("names", nargs="*", default=argparse.SUPPRESS, metavar="name",
         help=f"one of {', '.join(data.READERS)}, or a mixture like dior+vrsbench:0.5")
+    add("--data", dest="names", nargs="+", metavar="NAME", help="the same")
     add("--root", help="its folder, default data/<name>; for a mixture or several data sets the "
         "folder that holds theirs, default data")
     add("--split", nargs="+", help="default: those of train, val, test that exist; for several "
         "data sets rft, val, test, where rft is train without what is held out as val")
-    add_reading_flags(add)
+    add_reading_flags(add, "--coords")
     add("--places", type=int, default=20, help="places listed for each reason; 0: all")
     add("--show", type=int, default=12, help="records of one data set on its contact sheet")
     add("--out", default="data_check.png", help="file of the contact sheet")
     args = parser.parse_args()
     # A name in a data set may hold characters that no encoding has.
     sys.stdout.reconfigure(errors="backslashreplace")
+    if not args.names:
+        raise DataError("name a data set: python data.py dior")
     several = len(args.names) > 1
     if len(set(args.names)) < len(args.names):
         raise DataError(f"{' '.join(args.names)}: a data set comes twice; name each once")
@@ -59,7 +63,7 @@ def main() -> None:
         for a, b in itertools.combinations(loaded, 2):
             both = {r.image for r in loaded[a]} & {r.image for r in loaded[b]}
             held_out = b[1] == "val" and "leave out" in loaded[b].note
-            note = ", held out of sft and rft" if held_out else ""
+            note = ", held out of the splits sft and rft" if held_out else ""
             print(f"images in both {a[1]} and {b[1]}: {len(both):,}{note}")
 
     # Drawn scenes need no decoding.
@@ -116,6 +120,8 @@ def print_split(name: str, split: str, records: Records, places: int) -> None:
         elif n > published:
             comparison = f"{published:,} are published; more than published: another version?"
         print(f"  expressions found: {n:,}, {comparison}")
+    if split in ("sft", "rft"):
+        print(f"  {split} is the split that {split}.py trains on")
     if records.note:
         print(f"  {records.note}")
     for verb, reasons in (("refused", records.refused), ("repaired", records.repaired)):

@@ -19,7 +19,7 @@ FREE_ON_RESUME = (
     "keep_weights")
 # Names in run.json with a value that another flag sets.
 FLAG_OF = {"lora_alpha": "lora", "keep_weights": "keep", "lambdas": "weighting",
-           "weight_of": "weighting", "warmup": "lr"}
+           "weight_of": "weighting", "warmup": "lr", "coords": "data-coords"}
 # Values of flags that the run.json of earlier versions lacks.
 NEW_FLAGS = {"warmup": None, "weight_of": "iou"}
 # Flags of earlier versions, which run.json may still hold, and the only value that still works.
@@ -29,7 +29,11 @@ DEVICE_FLAG = {"choices": ("cuda", "cpu"),
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Reports a wrong flag in one line, with exit status 2."""
+    """Reports a wrong flag in one line, with exit status 2. Flags are not abbreviated, or a new one
+    could change what a command means."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def format_help(self) -> str:
         """With defaults, except for flags that are off or describe their default."""
@@ -99,9 +103,10 @@ def percentiles(low: float, high: float) -> list[float]:
     return [low, high]
 
 
-def add_reading_flags(add: Callable[..., argparse.Action], coords: str = "--coords") -> None:
-    """add: a parser's add_argument. coords: another name for --coords."""
-    add(coords, choices=list(COORDS),
+def add_reading_flags(add: Callable[..., argparse.Action], *other: str) -> None:
+    """add: a parser's add_argument. other: --coords, in scripts that have no other flag of this
+    name; runs record it as coords."""
+    add("--data-coords", *other, dest="coords" if other else "data_coords", choices=list(COORDS),
         help="unit of the boxes, if the data set leaves it open: fractions or thousandths of the "
         "image's sides, or pixels (the default)")
     add("--stretch", type=float, nargs=2, action=Values, metavar=("LOW", "HIGH"),
@@ -117,7 +122,7 @@ def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, len
     add = run.add_argument
     add("--data", default="synth", help="data set: a name that data.py knows")
     add("--root", help="its folder; default data/<name>")
-    add_reading_flags(add)
+    add_reading_flags(add, "--coords")
     add("--init", default=init, help="folder to start from: a checkpoint in hub layout, or a stage")
     add("--out", default=f"ckpt/{stage}", help="folder for checkpoints, log and pictures")
     either = run.add_mutually_exclusive_group()
@@ -169,6 +174,8 @@ def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, len
 def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
     """The command line. With --resume, defaults are run.json's, and few of them may change."""
     args = parser.parse_args()
+    # run.json has it, and eval.py may run in another folder.
+    args.root = args.root and os.path.abspath(args.root)
     if args.resume:
         known = vars(args).keys()
         run = read_run(Path(args.out))

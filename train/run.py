@@ -59,7 +59,9 @@ def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Re
                   "another run with another --out")
     if dist.rank() == 0:
         for name, refused in refusals.items():
-            print(f"{len(loaded[name]):,} records of {name}" + (f"; {refused}" if refused else ""))
+            use = "validate" if name == "val" else "train"
+            print(f"{len(loaded[name]):,} records of {name}, the split to {use} on"
+                  + (f"; {refused}" if refused else ""))
     return records, loaded.get("val", [])[:args.val]
 
 
