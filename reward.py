@@ -91,10 +91,11 @@ def center(pred: Tensor, gt: Tensor, size: Tensor) -> Tensor:
     return where_boxes((1 - distance).clamp(min=0), pred, gt)
 
 
-def positional(pred: Tensor, gt: Tensor, alpha: float = 2.5) -> Tensor:
+def positional(pred: Tensor, gt: Tensor, size: Tensor | None = None, alpha: float = 2.5) -> Tensor:
     """The mean over the predicted box of a Gaussian kernel around the true centre.
 
-    pred, gt (..., 4), broadcast -> (...) in [0, 1]. For a true box of W by H, centred at (cx, cy):
+    pred, gt (..., 4), broadcast -> (...) in [0, 1]; size is not used, and `rft.py --alpha` sets
+    alpha. For a true box of W by H, centred at (cx, cy):
 
         K(x, y) = exp(-(x - cx)^2 / (2 sx^2) - (y - cy)^2 / (2 sy^2))
         sx = alpha W / 2,  sy = alpha H / 2
@@ -103,34 +104,24 @@ def positional(pred: Tensor, gt: Tensor, alpha: float = 2.5) -> Tensor:
     perfect box scores 0.9486; a smaller box at the same centre scores more, up to 1.
 
     Section 3.3: the kernel (equation 2), alpha 2.5 and the mean are partial; the closed form,
-    which replaces a grid of pixels, is ours."""
-    across = axis_mean(pred[..., 0::2].double(), gt[..., 0::2].double(), alpha)
-    along = axis_mean(pred[..., 1::2].double(), gt[..., 1::2].double(), alpha)
-    return where_boxes(across * along, pred, gt)
-
-
-def axis_mean(pred: Tensor, gt: Tensor, alpha: float) -> Tensor:
-    """Mean of the kernel over an interval of one axis: pred, gt (..., 2) double -> (...).
-
-    With u = (x - cx) / (sx sqrt(2)) the kernel is exp(-u^2), and its mean over [u0, u1] is
+    which replaces a grid of pixels, is ours. On an axis, with u = (x - cx) / (sx sqrt(2)), the
+    kernel is exp(-u^2), and its mean over [u0, u1] is
     sqrt(pi) / 2 (erf(u1) - erf(u0)) / (u1 - u0)."""
-    scale = alpha * (gt[..., 1] - gt[..., 0]) / 2 * math.sqrt(2)
-    u = (pred - gt.mean(-1, keepdim=True)) / scale[..., None]
+    start, end = pred[..., :2].double(), pred[..., 2:].double()            # (..., 2): x, y
+    gt_start, gt_end = gt[..., :2].double(), gt[..., 2:].double()
+    scale = alpha * (gt_end - gt_start) / 2 * math.sqrt(2)
+    gt_center = (gt_start + gt_end) / 2
+    start, end = (start - gt_center) / scale, (end - gt_center) / scale
     # The kernel is even, so an interval left of the centre is mirrored to the right, where erfc
     # is accurate (erf is so close to 1 that differences are lost).
-    mirrored = u.sum(-1) < 0
-    u0 = torch.where(mirrored, -u[..., 1], u[..., 0])
-    u1 = torch.where(mirrored, -u[..., 0], u[..., 1])
+    mirrored = start + end < 0
+    u0 = torch.where(mirrored, -end, start)
+    u1 = torch.where(mirrored, -start, end)
     integral = torch.special.erfc(u0) - torch.special.erfc(u1)
     mean = math.sqrt(math.pi) / 2 * integral / (u1 - u0)
     # Over a very short interval the difference is mostly rounding, and the kernel is constant.
     middle = torch.exp(-((u0 + u1) / 2).square())
-    return torch.where(u1 - u0 < 1e-4, middle, mean)
-
-
-def positional_term(pred: Tensor, gt: Tensor, size: Tensor, alpha: float = 2.5) -> Tensor:
-    """`positional` with a term's arguments; `rft.py --alpha` sets alpha."""
-    return positional(pred, gt, alpha)
+    return where_boxes(torch.where(u1 - u0 < 1e-4, middle, mean).prod(-1), pred, gt)
 
 
 def agreement(pred: Tensor, gt: Tensor) -> Tensor:
@@ -150,7 +141,7 @@ def hard(agreement: Tensor) -> Tensor:
 TERMS = {
     "iou": lambda pred, target, size: agreement(pred, target),
     "iou_hard": lambda pred, target, size: hard(agreement(pred, target)),
-    "positional": positional_term,
+    "positional": positional,
     "giou": lambda pred, target, size: giou(pred, target),
     "diou": lambda pred, target, size: diou(pred, target),
     "center": center,

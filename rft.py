@@ -305,7 +305,7 @@ def grade(group: Group, args: argparse.Namespace) -> Group:
             group.terms[name] = torch.tensor([float(format_ok(text)) for text in group.texts])
             continue
         term = reward.TERMS[name]
-        if term is reward.positional_term:
+        if term is reward.positional:
             term = functools.partial(term, alpha=args.alpha)
         value = torch.as_tensor(term(pred, target, size))
         if value.shape != (1, len(boxes)):

@@ -259,8 +259,8 @@ def test_positional_beside_a_fine_grid(alpha: float) -> None:
     targets = random_boxes(40, seed=1).double() * 3.7
     for pred, target in zip(preds, targets):
         expected = pytest.approx(mean_of_kernel_on_a_grid(pred, target, alpha), 1e-4, 1e-12)
-        assert positional(pred, target, alpha).item() == expected
-        assert positional(pred.float(), target.float(), alpha).item() == expected
+        assert positional(pred, target, alpha=alpha).item() == expected
+        assert positional(pred.float(), target.float(), alpha=alpha).item() == expected
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
