@@ -138,19 +138,18 @@ def choice(objects: Sequence[Neighbor], chosen: Neighbor, frame: Frame,
 
     facts: text that follows an object's place. extreme: how the chosen one compares ("leftmost"),
     which makes its key the smallest; every object that leads so far is called so."""
-    if len(objects) == 1:
-        return [f"{noun_phrase(chosen)} near {point_text(chosen.box, frame)}{facts(chosen)}."]
     center = box_center(chosen.box)
     nearest = sorted(objects, key=lambda o: math.dist(box_center(o.box), center))
-    sentences = []
-    best = math.inf
+    sentences, best = [], math.inf
     for o in sorted(nearest[:1 + MAX_OTHER_CANDIDATES], key=lambda o: box_center(o.box)):
         line = f"{noun_phrase(o)} near {point_text(o.box, frame)}{facts(o)}"
-        if extreme and key(o) < best:
+        if len(objects) > 1 and extreme and key(o) < best:
             best = key(o)
             line += f", {extreme} so far"
         sentences.append(f"{line}.")
-    return [*sentences, f"so it is the one near {point_text(chosen.box, frame)}."]
+    if len(objects) > 1:
+        sentences.append(f"so it is the one near {point_text(chosen.box, frame)}.")
+    return sentences
 
 
 def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str = "") -> str:
@@ -173,10 +172,8 @@ def explain(record: Record, others: Sequence[Neighbor], frame: Frame, color: str
         "topmost": lambda o: box_center(o.box)[1], "lowest": lambda o: -box_center(o.box)[1],
         "nearest": lambda o: math.dist(box_center(o.box), origin),
         "largest": lambda o: -box_area(o.box), "smallest": lambda o: box_area(o.box)}
-
-    sizes = {}
-    for o in (target, *others):
-        sizes[o] = f", of size {round(math.sqrt(box_area(frame.to_model(o.box))))}"
+    sizes = {o: f", of size {round(math.sqrt(box_area(frame.to_model(o.box))))}"
+             for o in (target, *others)}
 
     # 2. The anchor, chosen by size if there are several of its kind.
     sentences = [f"{record.text}."]
@@ -278,29 +275,25 @@ def load_reasoning(
         path: str | Path, records: Sequence[Record]) -> dict[str, tuple[str, Frame | None] | None]:
     """{id: (think, frame), or None if refused}. Only a file with frames may lack records: a
     teacher writes it, and may not have finished."""
-    reasoning, may_lack = {}, False
+    reasoning = {}
     for number, line in read_json_lines(path):
         place = f"{path}, line {number}"
         try:
-            identity = str(line["id"])
-            if "refused" in line:
-                reasoning[identity] = None
-                continue
-            think, frame = line["think"], line.get("frame")
+            refused = "refused" in line
+            think, frame = ("", None) if refused else (line["think"], line.get("frame"))
             think.encode()                                    # fails for a lone surrogate
             if frame is not None:
                 sizes = tuple(frame["original"]), tuple(frame["resized"])
                 frame = Frame(*sizes, frame["convention"])
                 frame.to_model(frame.to_image((1, 1)))        # fails if a side is 0
-                may_lack = True
+            reasoning[str(line["id"])] = None if refused else (think, frame)
         except MALFORMED:
             raise DataError(f'{place}: not a JSON object with "id", a text "think" and, '
                             'optionally, a "frame"') from None
         if any(tag in think for tag in TAGS):
             raise DataError(f'{place}: remove the <think> and <answer> tags from "think"')
-        reasoning[identity] = think, frame
     missing = [record.id for record in records if record.id not in reasoning]
-    if missing and not may_lack:
+    if missing and not any(given and given[1] for given in reasoning.values()):
         raise DataError(f"{path}: no reasoning for {len(missing)} of {len(records)} records, "
                         f"the first is {missing[0]!r}")
     for record in records:
