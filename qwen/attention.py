@@ -55,7 +55,7 @@ a shared prefix are ours.
 """
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,28 +81,19 @@ class Piece:
     written_before: bool          # merge: an earlier piece has written these query rows
 
 
+@dataclass(eq=False)
 class Plan:
-    """Which tokens attend to which in a pass over packed tokens; the same for all layers.
-
-    lengths:  tokens of each sequence, in packed order; a token attends to its own sequence,
-              up to itself if `causal`.
-    prefix:   Q pairs (tokens of a prompt, tokens of all its completions), if the first Q
-              sequences are prompts; the others are their completions, in the same order, and
-              also attend to their whole prompt.
-    kv_cache: a list to which every layer appends its keys and values, each (N, KV, hd).
-    starts:   cumulative(lengths), if already on the device."""
-
-    def __init__(self, lengths: Iterable[int], causal: bool = True,
-                 prefix: Sequence[tuple[int, int]] = (),
-                 kv_cache: list[tuple[Tensor, Tensor]] | None = None,
-                 device: torch.device | str = "cpu", starts: Tensor | None = None) -> None:
-        # A completion of a single token has length 0 here: its last token is not fed.
-        self.lengths = [n for n in lengths if n]
-        self.causal = causal
-        self.prefix = prefix
-        self.kv_cache = kv_cache
-        self.device = device
-        self.starts = starts
+    """Which tokens attend to which in a pass over packed tokens; the same for all layers."""
+    # Tokens of each sequence, in packed order. A completion of a single token has none: its last
+    # token is not fed.
+    lengths: Sequence[int]
+    causal: bool = True           # attend to tokens up to oneself; else to the whole sequence
+    # Q pairs (tokens of a prompt, tokens of all its completions), if the first Q sequences are
+    # prompts. The others are their completions, in the same order, and also attend to their prompt.
+    prefix: Sequence[tuple[int, int]] = ()
+    kv_cache: list[tuple[Tensor, Tensor]] | None = None     # every layer appends (N, KV, hd) each
+    device: torch.device | str = "cpu"
+    starts: Tensor | None = None  # cumulative(lengths), if already on the device
 
     @functools.cached_property
     def pieces(self) -> list[Piece]:
@@ -110,7 +101,8 @@ class Plan:
         writes each row once, then completions over their prompts."""
         starts_by_length: dict[int, list[int]] = {}
         for length, end in zip(self.lengths, itertools.accumulate(self.lengths)):
-            starts_by_length.setdefault(length, []).append(end - length)
+            if length:
+                starts_by_length.setdefault(length, []).append(end - length)
         pieces = []
         for length, starts in starts_by_length.items():
             rows: Rows = slice(starts[0], starts[-1] + length)
@@ -133,7 +125,7 @@ class Plan:
         """For the variable-length kernel: at most two pieces, whatever the lengths."""
         starts = self.starts
         if starts is None:
-            [starts] = to_device([cumulative(self.lengths)], self.device)
+            [starts] = to_device([cumulative([n for n in self.lengths if n])], self.device)
         starts = starts.int()
         longest = max(self.lengths)
         rows = slice(0, sum(self.lengths))
@@ -193,17 +185,16 @@ class Cache:
         kv_cache = plan.kv_cache
         Q, P = len(plan.lengths), max(plan.lengths)
         _, KV, hd = kv_cache[0][0].shape
-        device = kv_cache[0][0].device
+        device = plan.starts.device
 
         # Prompts are padded, so that each layer needs one matrix product for all of them.
-        first_rows = plan.starts[:-1, None]                                        # (Q, 1)
-        lengths = plan.starts.diff()[:, None]
+        lengths = plan.starts.diff()[:, None]                                      # (Q, 1)
         place = torch.arange(P, device=device)
         self.unseen = torch.ones(Q, 1, 1, P + max_tokens, dtype=torch.bool, device=device)
         self.unseen[..., :P] = (place >= lengths)[:, None, None]
         # The packed row of each token of each prompt. Padding is masked, so any finite row
         # will do; it repeats the last token.
-        row = first_rows + place.clamp(max=lengths - 1)                            # (Q, P)
+        row = plan.starts[:-1, None] + place.clamp(max=lengths - 1)                # (Q, P)
         self.prompt_k = [k[row].transpose(1, 2).contiguous() for k, _ in kv_cache]
         self.prompt_v = [v[row].transpose(1, 2).contiguous() for _, v in kv_cache]
 

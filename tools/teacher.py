@@ -75,8 +75,6 @@ MIN_SECRET_LENGTH = 8         # a shorter key is no secret, such as vLLM's EMPTY
 
 @dataclass
 class Explanation:
-    """A request and its answer."""
-
     record: Record
     seed: int                     # of the sampling
     frame: Frame | None = None    # of the teacher's coordinates
@@ -158,7 +156,7 @@ def open_explanations(out: Path) -> Iterator[tuple[BinaryIO, dict[str, str | Non
         raise DataError(f"{out} can't be written ({reason}); {advice}") from None
     with file:
         file.seek(0)
-        finished, end = {}, 0         # end of the last whole line, in bytes
+        finished = {}
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
@@ -168,9 +166,8 @@ def open_explanations(out: Path) -> Iterator[tuple[BinaryIO, dict[str, str | Non
                 if line.endswith(b"\n") or not LINE_START.startswith(line[:len(LINE_START)]):
                     raise DataError(f"{out}, line {number}: not written by a teacher; "
                                     f"{advice}") from None
-                file.truncate(end)
+                file.truncate(file.tell() - len(line))
                 break
-            end += len(line)
             if not line.endswith(b"\n"):
                 file.write(b"\n")
         yield file, finished
@@ -244,14 +241,13 @@ def ask_checkpoint(args: Namespace, model: QwenVL, processor: Processor,
                 continue
             pixels, grid, resized = processor.patches(image)
             request.frame = Frame(image.size, resized, processor.convention)
-            image_tokens = int(grid.prod()) // processor.merge ** 2
+            blanks = prompt_blanks(request.record, request.frame)
             ids = processor.turns(
-                TEACHER_PROMPT, image_tokens, **prompt_blanks(request.record, request.frame))
+                TEACHER_PROMPT, int(grid.prod()) // processor.merge ** 2, **blanks)
             prompts.append(Prompt(torch.tensor(ids), pixels, grid, request.frame))
             batch.append(request)
-        seeds = [request.seed for request in batch]
-        texts = sample_texts(
-            model, processor, prompts, seeds, 1, args.max_new_tokens, args.temperature)
+        texts = sample_texts(model, processor, prompts, [request.seed for request in batch], 1,
+                             args.max_new_tokens, args.temperature)
         for request, [text] in zip(batch, texts):
             request.text = last_block(text)
             yield request
