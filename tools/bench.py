@@ -155,10 +155,9 @@ class Bench:
         rows = [p.input_ids for p in prompts]
         if len(completions):
             rows = [torch.cat(pair) for pair in zip(rows, completions)]
-        ids = pad_sequence(rows, True, padding_side="left")                # (B, T)
-        mask = pad_sequence([torch.ones_like(x) for x in rows], True, padding_side="left")
+        ids = pad_sequence(rows, True, -1, "left")                         # (B, T)
         inputs = {
-            "input_ids": ids, "attention_mask": mask,
+            "input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long(),
             "pixel_values": torch.cat([self.floats[id(p)] for p in prompts]),
             "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts]),
             # Newer versions need to know which tokens are the image's.
@@ -198,22 +197,22 @@ class Bench:
         return logp.detach()
 
     def compare(self, name: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any],
-                unit: str = "s", amount: float = 0.0) -> tuple[float, float]:
-        """Times ours() and theirs() in turn, after a warm-up of each. The rest: see `add`."""
+                *rate: Any) -> tuple[float, float]:
+        """Times ours() and theirs() in turn, after a warm-up of each. rate: see `add`."""
         for model in filter(None, (self.ours, self.theirs)):
             model.zero_grad(set_to_none=True)
         synchronize = torch.get_device_module(self.device).synchronize
         pairs = []
         for _ in tqdm(range(self.repeats + 1), desc=f"{name}, {peer}", leave=False):
-            seconds = []
+            times = []
             for work in (ours, theirs):
                 synchronize()
                 started = time.perf_counter()
                 work()
                 synchronize()
-                seconds.append(time.perf_counter() - started)
-            pairs.append(seconds)
-        return self.add(name, peer, pairs[1:], unit, amount)
+                times.append(time.perf_counter() - started)
+            pairs.append(times)
+        return self.add(name, peer, pairs[1:], *rate)
 
     def add(self, name: str, peer: str, pairs: Sequence[tuple[float, float]], unit: str = "s",
             amount: float = 0.0) -> tuple[float, float]:
@@ -243,14 +242,13 @@ def measure(b: Bench, part: str, folder: Path) -> None:
         runs = []                                # seconds and MiB: ours, theirs, ours, ...
         for _ in tqdm(range(b.repeats), desc="load", leave=False):
             for side in ("ours", "theirs"):
-                output = subprocess.run(
+                output = subprocess.check_output(
                     [sys.executable, "-c", LOADER, side, str(folder), b.report["dtype"]],
-                    stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], check=True)
-                runs.append([float(v) for v in output.stdout.split()])
-        for i, unit in enumerate(("s", "MiB at peak")):
-            figures = [run[i] for run in runs]
-            b.add("load", "transformers from_pretrained",
-                  list(zip(figures[::2], figures[1::2])), unit)
+                    text=True, cwd=Path(__file__).parents[1])
+                runs.append([float(v) for v in output.split()])
+        for unit, figures in zip(("s", "MiB at peak"), zip(*runs)):
+            pairs = list(zip(figures[::2], figures[1::2]))
+            b.add("load", "transformers from_pretrained", pairs, unit)
 
     elif part == "images":
         # An 800 x 800 picture decoded, resized, normalized and cut, eight times per call.
