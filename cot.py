@@ -37,7 +37,7 @@ import torch
 import data
 import reward
 from qwen.answer import TAGS, Box, Frame, format_box, format_ok, write
-from qwen.hub import MALFORMED
+from qwen.hub import MALFORMED, folder
 from qwen.processor import Processor
 from readers.base import DataError, Record, read_json_lines
 from report.pictures import draw_boxes
@@ -312,7 +312,7 @@ def flags() -> FlagParser:
     add("name", nargs="?", default=argparse.SUPPRESS, help="data set")
     add("--data", dest="name", metavar="NAME", help="the same")
     add("--root", help="its folder; default data/<name>")
-    add("--split", default="sft", help="split")
+    add("--split", default="sft", help="of the data set; sft.py trains on sft")
     add_reading_flags(add)
     add("--init", metavar="CKPT",
         help="checkpoint that sets the coordinates, as in sft.py (default: image pixels); with "
@@ -357,7 +357,7 @@ def main() -> None:
     if args.teacher:
         run_teacher(args, records)
         return
-    processor = Processor.from_pretrained(args.init) if args.init else None
+    processor = Processor.from_pretrained(folder(args.init)) if args.init else None
     out = Path(args.out or "cot_check.png")
     check_writable(out.parent)
     write_completion = writer(records)

@@ -45,16 +45,12 @@ def read_synth(root: Path, split: str, name: str = "synth") -> Records:
     from toy import scenes
 
     splits = scenes.WORLDS[name]
-    note = ""
-    if split == "train":
-        split, note = "rft", "train is rft, the split that rft.py trains on; sft.py trains on "
-        note += "the split sft, other scenes" if "sft" in splits else "it too"
+    split = {"train": "rft"}.get(split, split)
     if split not in splits:
         raise NoSplit(f"{name} has no split {split!r}; it has {', '.join(splits)}; sft.py trains "
                       "on sft, rft.py on rft")
     return Records([Record(f"{split}-{i}", scene, text, box, category, scene.size, kind)
-                    for i, scene, text, box, category, kind in scenes.records(splits[split])],
-                   {}, {}, note)
+                    for i, scene, text, box, category, kind in scenes.records(splits[split])], {})
 
 
 READERS: dict[str, Callable[[Path, str], Records]] = {
@@ -130,8 +126,8 @@ def read_split(name: str, root: Path, split: str) -> Records:
         raise NoSplit(f"{split} needs two usable images in train, one to hold out for validation, "
                       f"and {root} has {len(by_name)}{refused}; add images, or a split val")
     held_out = set(by_name[:max(len(by_name) // 20, 1)])
-    note = (f"validation is {len(held_out):,} of train's {len(by_name):,} images, which the splits "
-            "sft and rft, on which sft.py and rft.py train, leave out")
+    note = (f"validation is {len(held_out):,} of train's {len(by_name):,} images, which sft and "
+            "rft leave out")
     if split == "val":
         return Records([r for r in train if r.image in held_out], {}, {}, note)
     rest = [r for r in train if r.image not in held_out]

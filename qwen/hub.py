@@ -202,7 +202,7 @@ def folder(path: str | Path) -> Path:
     newest = newest_step(path)
     if not is_checkpoint(newest):
         raise CheckpointError(f"no checkpoint at {path}: no config.json there, in a folder "
-                              "`latest` or in a folder checkpoint-N; check the path")
+                              "`latest` or in a folder checkpoint-N; check the path, or train it")
     return newest
 
 

@@ -114,13 +114,10 @@ def curve(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]
     series = [(name, spread(points, CURVE_POINTS)) for name, points in series if len(points) > 1]
     if not series:
         return ""
-    xs = [x for _, points in series for x, _ in points]
-    values = [value for _, points in series for _, value in points]
-    first, last = min(xs), max(xs)
-    low, high = min(values), max(values)
+    xs, values = zip(*(point for _, points in series for point in points))
+    first, last, low, high = min(xs), max(xs), min(values), max(values)
     left, bottom = 56, height - 32
-    x_scale = (width - left - 8) / (last - first or 1)
-    y_scale = (bottom - 8) / (high - low or 1)
+    x_scale, y_scale = (width - left - 8) / (last - first or 1), (bottom - 8) / (high - low or 1)
     drawing = names = ""
     for value in sorted({low, (low + high) / 2, high}):
         y = bottom - y_scale * (value - low)
@@ -132,14 +129,14 @@ def curve(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]
     drawing += f'<path stroke="#444" fill="none" d="M{left} 8V{bottom}H{width - 8}"/>'
     for i, (name, points) in enumerate(series):
         turn, place = divmod(i, len(CURVE_COLOURS))
+        colour = CURVE_COLOURS[place]
         # Curves that repeat a colour are dashed.
-        dashes = f' stroke-dasharray="{3 * turn} 3"' if turn else ""
+        line, dashes = ("dashed", f'stroke-dasharray="{3 * turn} 3" ') if turn else ("solid", "")
         at = " ".join(f"{left + x_scale * (x - first):.1f},{bottom - y_scale * (y - low):.1f}"
                       for x, y in points)
-        drawing += (f'<polyline fill="none" stroke="{CURVE_COLOURS[place]}" stroke-width="1.5"'
-                    f'{dashes} points="{at}"/>')
-        line = "dashed" if turn else "solid"
-        names += f' <span style="border-bottom:3px {line} {CURVE_COLOURS[place]}">{name}</span>'
+        drawing += (f'<polyline {dashes}fill="none" stroke="{colour}" stroke-width="1.5" '
+                    f'points="{at}"/>')
+        names += f' <span style="border-bottom:3px {line} {colour}">{name}</span>'
     return (f'<figure><figcaption><b>{title}</b>{names}</figcaption><svg viewBox="0 0 {width} '
             f'{height}" width="{width}" height="{height}" font-size="11" fill="#444">'
             f"{drawing}</svg></figure>")

@@ -321,6 +321,9 @@ def read_settings(table: Table) -> dict[str, str]:
 
 def main() -> None:
     os.chdir(ROOT)
+    if {"-h", "--help"} & {*sys.argv}:
+        print(__doc__)
+        return
     if len(sys.argv) != 2 or sys.argv[1] not in TABLES:
         fail(f"name one table: {', '.join(TABLES)}")
     table = TABLES[sys.argv[1]]

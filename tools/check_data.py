@@ -120,8 +120,9 @@ def print_split(name: str, split: str, records: Records, places: int) -> None:
         elif n > published:
             comparison = f"{published:,} are published; more than published: another version?"
         print(f"  expressions found: {n:,}, {comparison}")
-    if split in ("sft", "rft"):
-        print(f"  {split} is the split that {split}.py trains on")
+    if data.TRAINING.fullmatch(split):
+        print("  sft.py trains on the split sft, rft.py on rft; a data set without them has train "
+              "in their place, less what is held out as val")
     if records.note:
         print(f"  {records.note}")
     for verb, reasons in (("refused", records.refused), ("repaired", records.repaired)):
