@@ -143,6 +143,18 @@ def test_no_flag_can_be_abbreviated(script: str, capsys: pytest.CaptureFixture) 
             assert "ArgumentParser(" not in file.read_text(), file
 
 
+def test_help_says_a_default_once_and_as_it_is_typed() -> None:
+    for script, flags in PARSERS.items():
+        parser = flags()
+        parser.format_help()                     # appends the defaults
+        helps = {action.option_strings[-1]: action.help or ""
+                 for action in parser._actions if action.option_strings}
+        assert all(text.count("default:") <= 1 for text in helps.values()), script
+        assert helps["--seed"].endswith(" (default: 0)")
+    words = " ".join(rft.flags().format_help().split())
+    assert "several optimizer steps (default: 0.2 0.2)" in words
+
+
 def test_the_unit_of_a_data_sets_boxes_has_one_name(
         known_flags: Callable[[str], set[str]]) -> None:
     for script in (*PARSERS, "data.py"):

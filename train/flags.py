@@ -38,10 +38,9 @@ class FlagParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """With defaults, except for flags that are off or describe their default."""
         for action in self._actions:
-            described = action.default in (None, False, argparse.SUPPRESS)
-            described = described or isinstance(action.default, dict)
-            if action.help and not described and "%(default)" not in action.help:
-                action.help += " (default: %(default)s)"
+            off = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+            if action.help and not off and "default:" not in action.help:
+                action.help += f" (default: {as_typed(action.default)})"
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
