@@ -128,6 +128,7 @@ def read_split(name: str, root: Path, split: str) -> Records:
     held_out = set(by_name[:max(len(by_name) // 20, 1)])
     note = (f"validation is {len(held_out):,} of train's {len(by_name):,} images, which sft and "
             "rft leave out")
+    note = f"{note}; {train.note}" if train.note else note
     if split == "val":
         return Records([r for r in train if r.image in held_out], {}, {}, note)
     rest = [r for r in train if r.image not in held_out]

@@ -428,6 +428,7 @@ class QwenVL(nn.Module):
         super().__init__()
         self.config = config
         self.stored_dtype = torch.bfloat16       # what save_pretrained writes
+        self.base_dtype: torch.dtype | None = None         # if it has loaded an adapter: its base's
         self.base: Path | None = None            # the folder that the weights come from
         # Qwen3-VL needs timestamps in the text between a video's frames; they are not supported.
         self.refused_id = config.video_id if config.family == "Qwen3-VL" else None

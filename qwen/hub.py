@@ -276,8 +276,11 @@ def read_weights(
         files = set(map(str, weight_map.values()))
     # An index could name any path; only files of this folder are read.
     for file in sorted(files - set(os.listdir(path))):
-        raise CheckpointError(f"no weights at {path / file}; a checkpoint is model.safetensors, or "
-                              "an index and the files that it lists")
+        pickles = ", ".join(sorted(p.name for p in path.glob("*.bin"))[:3])
+        remedy = (f"pickles are not read ({pickles}): load it in transformers and save it again "
+                  "with save_pretrained" if pickles else
+                  "a checkpoint is model.safetensors, or an index and the files that it lists")
+        raise CheckpointError(f"no weights at {path / file}; {remedy}")
     tensors: dict[str, Tensor] = {}
     stored_names: dict[str, str] = {}
     stored_dtype = torch.bfloat16

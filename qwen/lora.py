@@ -20,12 +20,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen.hub import ADAPTER_CONFIG, CheckpointError, own_name, read_json_object, read_tensors
+from qwen.hub import (
+    ADAPTER_CONFIG, CheckpointError, nested_name, own_name, read_json_object, read_tensors)
 
 WEIGHTS = "adapter_model.safetensors"
 # Linear layers under these names can have adapters; the head cannot.
@@ -37,6 +39,10 @@ PLAIN_FIELDS = {
     "revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
     "eva_config", "megatron_core", "qalora_group_size", "runtime_config"}
+# Files of weights next to an adapter, but for itself and the state of a training run.
+OTHER_WEIGHTS = re.compile(
+    r"(?!adapter_model\.|training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler"
+    r"|dl_state).+\.(bin|pt|pth|ckpt|pkl|pickle|safetensors)")
 # Supported values of some of these fields. (Other initialisations also change the base.)
 PLAIN_VALUES = {"peft_type": ("LORA",), "bias": ("none",),
                 "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
@@ -160,12 +166,30 @@ def reference(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Merges adapters into weights, in float32: bfloat16 would round small adapters away."""
+    model.stored_dtype = model.base_dtype or model.stored_dtype
     for name, layer in adapted(model).items():
         plain = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
         product = layer.lora_B.float() @ layer.lora_A.float()              # (out, in)
         plain.weight = nn.Parameter(layer.weight.float() + product * (layer.alpha / layer.rank))
         plain.bias = layer.bias
         model.set_submodule(name, plain)
+
+
+def targeted(config: dict[str, Any], name: str) -> bool:
+    """Whether adapter_config.json names this layer. PEFT's rules: a text is a pattern for the whole
+    name; a list has names or their ends, and layers_to_transform then has the numbers of blocks."""
+    found = []
+    for given in (config.get("target_modules") or (), config.get("exclude_modules") or ()):
+        found.append(re.fullmatch(given, name) if isinstance(given, str)
+                     else any(f".{name}".endswith(f".{end}") for end in given))
+    blocks = config.get("layers_to_transform")
+    if blocks not in (None, []):
+        patterns = config.get("layers_pattern") or "[^.]*"
+        patterns = patterns if isinstance(patterns, str) else "|".join(patterns)
+        block = re.match(rf"(?:.*?\.)?(?:{patterns})\.(\d+)\.", name)
+        blocks = [blocks] if isinstance(blocks, int) else blocks
+        found[0] = found[0] and block and int(block[1]) in blocks
+    return bool(found[0] and not found[1])
 
 
 def load_adapter(model: nn.Module, path: Path, dtype: torch.dtype | None,
@@ -184,8 +208,22 @@ def load_adapter(model: nn.Module, path: Path, dtype: torch.dtype | None,
         raise CheckpointError(f"{file}: r is {rank!r} and lora_alpha {alpha!r}; is this the "
                               "adapter_config.json of a LoRA adapter?")
     file = path / WEIGHTS
+    others = sorted(p.name for p in path.iterdir() if OTHER_WEIGHTS.fullmatch(p.name))
+    if others:
+        raise CheckpointError(
+            f"{path}: {', '.join(others[:3])} next to the adapter may hold more weights that were "
+            "trained, which are not read; merge all with the program that wrote them, and start "
+            "from the result, or move the file away if it holds none")
+    pickled = file.with_suffix(".bin")
+    if pickled.exists() and not file.exists():
+        raise CheckpointError(
+            f"{pickled}: pickles are not read; convert it: python -c \"import torch, "
+            "safetensors.torch as s; s.save_file({k: v.clone().contiguous() for k, v in "
+            f"torch.load('{pickled}', weights_only=True).items()}}, '{file}')\"")
     modules = dict(model.named_modules())
     pairs: dict[str, dict[str, Tensor]] = {}
+    dtypes = set()
+    name_of = str                 # our name of a module -> its name in the program that trained it
     for key, tensor in read_tensors(file).items():
         match = KEY.fullmatch(key)
         name = own_name(match[1]) if match else ""
@@ -194,8 +232,18 @@ def load_adapter(model: nn.Module, path: Path, dtype: torch.dtype | None,
                 f"{file}: {key} is not an adapter of a linear layer of the language model or "
                 "the vision tower; merge it with PEFT, and start from the result")
         pairs.setdefault(name, {})[match[2]] = tensor.to(device, dtype)
+        dtypes.add(tensor.dtype)
+        name_of = str if match[1] == name else nested_name
     if not pairs:
         raise CheckpointError(f"{file}: it holds no adapter; copy it again")
+    absent = [name for name, module in modules.items() if name not in pairs
+              and isinstance(module, (nn.Linear, nn.Embedding)) and targeted(config, name_of(name))]
+    if absent:
+        raise CheckpointError(
+            f"{file}: it has {len(pairs)} layers, but not {', '.join(absent[:3])} and the like, "
+            f"{len(absent)} in all, which {ADAPTER_CONFIG} names too; copy both again")
+    model.base_dtype = model.stored_dtype
+    model.stored_dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     for name, pair in pairs.items():
         linear = modules[name]
         shapes = {"A": (rank, linear.in_features), "B": (linear.out_features, rank)}

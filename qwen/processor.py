@@ -14,9 +14,9 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from qwen.answer import PROMPT, TAGS, Frame
+from qwen.answer import PROMPT, TAGS, THINK, Frame
 from qwen.hub import FAMILIES, CheckpointError, base_folder, newest_step, read_added_tokens
-from readers.base import ASPECT, DataError, read_json
+from readers.base import ASPECT, DataError, read_json, read_text
 from readers.images import rgb
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
@@ -31,7 +31,7 @@ IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = (
     *IMAGE_FILES, "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
     "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
-    "generation_config.json")
+    "generation_config.json", "video_preprocessor_config.json")
 # The only values that this code supports; 3 is bicubic.
 IMAGE_SETTINGS = {
     "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
@@ -123,6 +123,7 @@ class Processor:
     ids: dict[str, int | None]    # of SPECIAL and <|endoftext|>
     end_id: int                   # end of the assistant's turn
     tags: dict[str, int]          # those TAGS that are one token: Qwen3-VL's <think>
+    opening: str                  # how the chat prompt opens the answer: "<think>\n" or ""
     image_file: Path              # file of the image settings
     family: str                   # config.json's model_type
     convention: str               # of coordinates, as in Frame
@@ -153,7 +154,17 @@ class Processor:
         tags = {token.content: i for i, token in added if token.content in TAGS}
         plain = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
         ordinary = Tokenizer.from_str(json.dumps(plain))
-        return cls(tokenizer, ordinary, folder, ids, ids["<|im_end|>"], tags, **settings)
+        # The template of a Thinking model ends with "<think>\n", so its answers begin after it.
+        template = ""
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            template = read_object(folder / name).get("chat_template") or template
+        if (folder / "chat_template.jinja").exists():
+            template = read_text(folder / "chat_template.jinja")
+        _, found, end = str(template).rpartition("add_generation_prompt")
+        match = re.search(r"<think>(\\n|\n)*(?!.*</think>)", end if found else "", re.DOTALL)
+        opening = match[0].replace("\\n", "\n") if match else ""
+        return cls(
+            tokenizer, ordinary, folder, ids, ids["<|im_end|>"], tags, opening, **settings)
 
     def check_fits(self, config: Any) -> None:
         """CheckpointError unless this belongs to a model of this model.Config."""
@@ -197,7 +208,7 @@ class Processor:
             ids += [start, *self.words(f"system\n{self.system}"), end, *self.words("\n")]
         ids += [start, *self.words("user\n"), vision_start, *[image] * image_tokens, vision_end]
         ids += [*self.words(user, tags=bool(blanks), **blanks), end, *self.words("\n")]
-        return [*ids, start, *self.words("assistant\n")]
+        return [*ids, start, *self.words(f"assistant\n{self.opening}", tags=True)]
 
     def words(self, text: str, /, tags: bool = False, **blanks: str) -> list[int]:
         """Text -> ids. Special tokens are read as letters, because an expression may contain
@@ -214,15 +225,20 @@ class Processor:
         return ids
 
     def encode(self, completion: str) -> Tensor:
-        """Completion -> (L,) long, with the end of the turn."""
+        """Completion -> (L,) long, with the end of the turn, without what the prompt has opened."""
+        if self.opening:
+            thinks = completion.startswith(THINK[0])
+            completion = completion.removeprefix(THINK[0]) if thinks else THINK[1] + completion
         return torch.tensor([*self.words(completion, tags=True), self.end_id])
 
     def decode(self, ids: Tensor | list[int]) -> str:
-        """Ids -> completion, without the stop token at its end."""
+        """Ids -> completion, without the stop token at its end, with what the prompt has opened."""
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if ids and ids[-1] in (self.end_id, self.ids["<|endoftext|>"]):
             ids.pop()
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        opened = self.opening and not text.lstrip().startswith(THINK[0])
+        return THINK[0] + text if opened else text
 
     def save_pretrained(self, path: str | Path) -> None:
         """Copies the tokenizer's and processor's files, with the pixel limits in use."""

@@ -3,8 +3,10 @@
 A reader is a function (root, split) -> Records, named in data.READERS; rsvg_hr.py is the shortest.
 It passes each annotation unchanged to a Collector, and raises NoSplit if the split is missing.
 """
+import glob
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ ASPECT = 200                      # largest ratio of sides that the model famili
 MOST_UNREADABLE = 0.01            # share of records with undecodable images that ends a run
 # --data-coords: units per image side; None: a unit is a pixel.
 COORDS = {"fraction": 1, "1000": 1000, "original": None}
+# How names of archives end: .zip, .tar.gz, .zip.001, .part1.rar.
+ARCHIVE = re.compile(r"(?<=.)\.(zip|rar|7z|tar|tgz|tbz2?|txz|tzst)(\.\w+)*$", re.IGNORECASE)
 LONGEST_OBJECT = 100              # lines; if an object of a JSONL file is longer, it is broken
 Stretch = tuple[float, float]     # percentiles of each band that become black and white
 
@@ -94,10 +98,23 @@ def first_existing(root: Path, *names: str) -> Path:
     for name in names:
         if (root / name).exists():
             return root / name
-    archives = ", ".join(sorted(p.name for p in root.glob("*.zip")))
-    hint = f" ({archives} is there: unzip it)" if archives else ""
+    archives = packed(root)
+    hint = f" ({archives} is there: untar or unzip it)" if archives else ""
     raise NoSplit(f"no {' or '.join(names)} in {root}{hint}; --root must name the folder of the "
                   "data set as it was downloaded")
+
+
+def packed(folder: Path) -> str:
+    """Archives in a folder, in its subfolders or next to it, which are not unpacked in place."""
+    found = [*folder.glob("*"), *folder.glob("*/*")]
+    for path in (folder, folder.parent):
+        found += path.parent.glob(f"{glob.escape(path.name)}.*") if path.name else ()
+    names = set()
+    for path in found:
+        unpacked = path.with_name(ARCHIVE.sub("", path.name))
+        if unpacked != path and not any(unpacked.glob("[!.]*")):
+            names.add(path.name)
+    return ", ".join(sorted(names)[:3])
 
 
 def read_text(file: str | Path) -> str:

@@ -3,7 +3,9 @@ import contextvars
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,15 @@ import numpy as np
 
 from qwen.answer import Box
 from readers import images
-from readers.base import ASPECT, COORDS, DataError, Record, Records, Refused
+from readers.base import ASPECT, COORDS, DataError, Record, Records, Refused, packed
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
-# How names begin that zips (`__MACOSX`, `._x`), notebooks and editors leave in a folder.
-HIDDEN = (".", "__MACOSX")
+# How names begin that zips (`__MACOSX`, `._x`), notebooks, editors and the file servers of
+# Synology and QNAP leave in a folder.
+HIDDEN = (".", "__MACOSX", "@eaDir", "@tmp", "@Recycle", "@__thumb", "#recycle", "#snapshot",
+          "$RECYCLE.BIN")
+# Characters that are blank, although they are letters or symbols by Unicode.
+BLANK = "\u115f\u1160\u2800\u3164\uffa0"
 # Pixels. A thinner box has no area in the float32 of the rewards: any answer would score 0.
 THINNEST = 1 / 16
 Size = tuple[int, int]
@@ -38,7 +44,7 @@ class Collector:
         self.exact, self.refuse_swapped = exact, refuse_swapped
         self.kept = Records([], {}) if kept is None else kept
         self.coords, self.stretch = reading.get()
-        self.ids: set[str] = set()
+        self.ids: dict[str, int] = {}                # id -> number of its latest repetition
         self.sizes: dict[Path, Size] = {}            # to read an image of several records once
         # File -> its boxes as written, with the sizes of their images.
         self.boxes: dict[Path, list[tuple[list[float], Size | None]]] = {}
@@ -59,41 +65,50 @@ class Collector:
 
     def add(
             self, where: str, identity: str, image: Any, text: Any, box: Any, category: Any = "",
-            *, units: int | None = None, size: Size | None = None, repairs: Sequence[str] = (),
+            *, units: int | None = None, size: Any = None, repairs: Sequence[str] = (),
             file: Path | None = None, kind: str = "", unique: bool | None = None,
             grid: tuple[int, ...] | None = None) -> None:
         """One annotation, unvalidated -> a record, or a refusal.
         where: its place, for messages. image: a name or path. box: four numbers, or a text or
         list with one [...] of four. units: of the box, per side; None: pixels, or --data-coords.
-        size: the image's according to the file. file: all boxes from it have the same unit."""
+        size: the image's, if the annotation says it. An identity a that is repeated becomes a-2.
+        file: all boxes from it have the same unit."""
         units = COORDS[self.coords] if self.coords else units
+        # JSON may hold lone surrogates, which no file can be written with.
+        identity, expression, category = (
+            str(value or "").encode("utf-8", "replace").decode()
+            for value in (identity, text if isinstance(text, str) else "", category))
+        name = identity
+        while identity in self.ids:
+            self.ids[name] += 1
+            identity = f"{name}-{self.ids[name]}"
+        self.ids[identity] = 1
         image_size = None
+        sides = numbers(size)
+        annotated = (*sides,) if len(sides) == 2 and min(sides) > 0 else None
         try:
             path, image_size, renamed = self.find(str(image or ""))
-            if size not in (None, image_size):
+            # The boxes of a copy that was made smaller are usually still those of the original.
+            if annotated not in (None, image_size):
                 raise Refused("image of another size than its annotation says")
             fitted, mended = repair_box(box, image_size, units)
             if self.refuse_swapped and "swapped corners" in mended:
                 raise Refused("x1 > x2 or y1 > y2 (is it x, y, width, height?)")
-            # JSON may hold lone surrogates, which no file can be written with.
-            identity, text, category = (
-                str(value or "").encode("utf-8", "replace").decode()
-                for value in (identity, text if isinstance(text, str) else "", category))
-            if not text.strip():
+            if isinstance(text, list):
+                raise Refused("list of texts in place of one")
+            # Letters, numbers, punctuation and symbols are visible.
+            if all(unicodedata.category(c)[0] not in "LNPS" or c in BLANK for c in expression):
                 raise Refused("empty text")
-            if identity in self.ids:
-                raise Refused("id of an earlier record")
             for repair in (*repairs, *renamed, *mended):
                 self.kept.repaired.setdefault(repair, []).append(where)
-            self.ids.add(identity)
             self.kept.append(Record(
-                identity, path, text.strip(), fitted, category.strip(), image_size, kind, unique,
-                grid, self.stretch))
+                identity, path, expression.strip(), fitted, category.strip(), image_size, kind,
+                unique, grid, self.stretch))
         except Refused as reason:
             self.refuse(str(reason), where)
         values = numbers(box, bracketed=True)
         if len(values) == 4 and not units and not self.coords:
-            self.boxes.setdefault(file or self.folder, []).append((values, image_size))
+            self.boxes.setdefault(file or self.folder, []).append((values, annotated or image_size))
 
     def refuse(self, reason: str, where: str) -> None:
         self.kept.refused.setdefault(reason, []).append(where)
@@ -120,15 +135,15 @@ class Collector:
         preferred = self.preferred_folder
         paths = [p for p in paths if preferred in p.relative_to(self.folder).parts] or paths
         if len(paths) != 1:
-            raise Refused("several images of that name" if paths else "missing image")
+            raise Refused("several images of that name" if paths else self.missing)
         [path] = paths
         if path not in self.sizes:
             try:
                 with images.opened(path) as (_, _, size, deep):
                     pass
             except (OSError, images.ImageError) as error:
-                missing = isinstance(error, FileNotFoundError)
-                raise Refused("missing image" if missing else "unreadable image") from None
+                absent = isinstance(error, FileNotFoundError)
+                raise Refused(self.missing if absent else "unreadable image") from None
             if deep and self.stretch is None:
                 raise Refused(images.DEEP)
             if max(size) > ASPECT * min(size):
@@ -136,6 +151,11 @@ class Collector:
             self.sizes[path] = size
         other_suffix = [f"image called *{suffix} is *{path.suffix}"] if path.name != base else []
         return path, self.sizes[path], other_suffix
+
+    @cached_property
+    def missing(self) -> str:
+        archives = packed(self.folder)
+        return f"missing image (is {archives} unpacked?)" if archives else "missing image"
 
     @property
     def records(self) -> Records:

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from readers.base import SPLITS, DataError, NoSplit, Records, first_existing, read_text
+from readers.base import SPLITS, DataError, NoSplit, Records, first_existing, packed, read_text
 from readers.collect import Collector, visible_files
 
 # Numbers of lines of the split files that the authors of DIOR-RSVG withdrew.
@@ -31,21 +31,26 @@ def read(
     for file in visible_files(folder, "**/*.xml"):
         tree = read_xml(file)
         image_of[file] = (tree.findtext("filename") or "").strip()
+        size = [tree.findtext(f"size/{side}") for side in ("width", "height")]
         for item in tree.findall("object"):
             if count in wanted:
                 corners = [item.findtext(f"bndbox/{k}") for k in ("xmin", "ymin", "xmax", "ymax")]
+                # A tag within the description, such as <i>, does not end it.
+                description = item.find("description")
+                text = None if description is None else "".join(description.itertext())
                 collector.add(
-                    f"{file}, object {count}", str(count), image_of[file],
-                    item.findtext("description"), corners, item.findtext("name"))
+                    f"{file}, object {count}", str(count), image_of[file], text, corners,
+                    item.findtext("name"), size=size)
             count += 1
     # If another split has indices beyond the end, those of this one may be shifted.
     for other in (split, *SPLITS):
         beyond = sum(index >= count for index in splits[other])
         if beyond:
+            archives = packed(root)
             raise DataError(
                 f"{root}: {beyond} of the {len(splits[other])} indices of {other} are beyond the "
                 f"{count} objects found in {folder}; annotations are missing, or the split files "
-                "belong to other data")
+                f"belong to other data{archives and f'; is {archives} unpacked?'}")
     named = sum(map(len, splits.values()))
     # Of several annotations of one image, the one with the shortest path is the original: "1.xml",
     # not "1 (1).xml", "1 - Copy.xml", "Copy of 1.xml" or "old/1.xml".
@@ -73,10 +78,14 @@ def read_indices(root: Path, withdrawn: dict[str, int] = WITHDRAWN) -> dict[str,
     splits = {}
     for name in SPLITS:
         file = first_existing(folder, f"{name}.txt")
-        try:
-            splits[name] = [int(line) for line in read_text(file).split()]
-        except ValueError as error:
-            raise DataError(f"{file}: not one index per line ({error})") from None
+        lines = read_text(file).split()
+        wrong = [line for line in lines if not re.fullmatch("-?(0|[1-9][0-9]{0,17})", line)]
+        if wrong:
+            raise DataError(
+                f"{file}: not one index per line ({wrong[0][:60]!r}); indices count the <object> "
+                "elements from 0, and names or numbers of image files can't stand for them; take "
+                "the split files of the authors")
+        splits[name] = [int(line) for line in lines]
         if len(splits[name]) == withdrawn.get(name):
             raise DataError(
                 f"{file} has {len(splits[name])} lines: these split files were withdrawn in 2023; "

@@ -54,7 +54,7 @@ def read(root: Path, split: str) -> Records:
                         "identity": f"{part.lower()}_t-{image_id}-{k}",
                         "image": row["image_path"], "text": instance.get("description"),
                         "box": numbers(instance.get("bbox")), "category": instance.get("category"),
-                        "size": tuple(reversed(size)) if size else None})
+                        "size": size and size[::-1]})
         except (OSError, ValueError, TypeError, AttributeError, pyarrow.ArrowException) as error:
             raise DataError(
                 f"{file}: unreadable ({' '.join(str(error).split())}); download it again") from None

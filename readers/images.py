@@ -5,6 +5,7 @@ Transparent pixels are composited on white, as transformers does. Depth and tran
 the file, not from PIL's mode: PIL keeps only the high bytes of 16-bit colour, and takes any fourth
 band of a TIFF for alpha. More than 8 bits per sample, or floats, need a `Stretch` and rasterio.
 """
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from readers.base import DataError, Stretch
@@ -20,6 +21,10 @@ from readers.base import DataError, Stretch
 # Their warnings do not concern pixels, or the same problem raises an error here.
 warnings.filterwarnings("ignore", module=r"PIL\.|rasterio")
 Image.MAX_IMAGE_PIXELS = 1 << 31     # aerial scenes are large, and are no decompression bombs
+# Bytes of a PNG's texts and profile. By default PIL refuses the image after one MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
+# No others, since PIL would run Ghostscript to draw an EPS.
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "JPEG2000", "PPM", "AVIF")
 # No compression saves more than this factor: a file that claims more pixels is damaged.
 LARGEST_RATIO = 5000
 DEEP = "16-bit or float image"
@@ -41,10 +46,13 @@ def opened(path: Path) -> Iterator[
 
     Any error up to the end of the `with` block becomes ImageError, except FileNotFoundError."""
     try:
+        # To open a pipe would wait for a program that writes into it.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ImageError("not a regular file")
         with open(path, "rb") as file:
             start = file.read(16)
             if start[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-                image = Image.open(file)
+                image = Image.open(file, formats=FORMATS)
                 yield image, {}, image.size, is_deep(image)
                 return
             # The header of a BigTIFF has 16 bytes, that of a TIFF 8.
@@ -54,7 +62,7 @@ def opened(path: Path) -> Iterator[
             deep = max(tags.get(BITS, (1,))) > 8 or max(tags.get(FORMAT, (1,))) in (2, 3, 5, 6)
             image = None          # if deep, or unknown to PIL
             with suppress(UnidentifiedImageError):
-                image = None if deep else Image.open(file)
+                image = None if deep else Image.open(file, formats=FORMATS)
             yield image, dict(tags), (tags[WIDTH], tags[HEIGHT]), deep
     except (FileNotFoundError, ImageError, DataError):
         raise

@@ -6,15 +6,18 @@ from typing import Any
 from readers.base import SPLITS, DataError, NoSplit, Records, Refused, read_json_lines
 from readers.collect import Collector, numbers, visible_files
 
-SPEAKERS = {"user": "human", "assistant": "gpt", "model": "gpt"}
+ASKING, ANSWERING = ("human", "user"), ("gpt", "assistant", "model")
+# Other names of a file, or values of "split", for the split val.
+VALIDATION = ("val", "valid", "validation", "dev")
 IN_IMAGE = "(?:,? in (?:this|the) (?:image|picture))?"
 # Requests of VLM-R1 and several of Qwen. The group is the expression.
 REQUESTS = [re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in (
     "Please provide the bounding box coordinates? of the region this sentence describes: "
     r"(.*?)\.?",
-    rf"(?:Locate|Detect|Find|Ground) (.+?){IN_IMAGE},?"
-    r"(?: and|\.|;) (?:please )?(?:output|report|return|give|provide) .*",
-    r"Outline the position of (.+?) and output all the coordinates in JSON format\.?",
+    rf"(?:please )?(?:Locate|Detect|Find|Ground|Outline the position of) (.+?){IN_IMAGE}"
+    # "Find the sign, give way" is no such request.
+    r"(?:,? and|[.;]|[,:，\n](?=.*(?:box|coordinate|json)))\s*(?:then )?(?:please )?"
+    r"(?:output|report|return|give|provide)\b.*",
     r"(?:please )?(?:output|report|return|give|provide)(?: me)? the (?:bbox|bounding box|location)"
     rf"(?: coordinates?)? of (.+?){IN_IMAGE}(?:,? (?:in|as) JSON(?: format)?)?\.?",
     rf"Locate (.+?){IN_IMAGE}\.?")]
@@ -42,10 +45,12 @@ def read(root: Path, split: str) -> Records:
             "test.jsonl, or one JSONL file")
     rows: dict[str, list[tuple[Path, int, dict[str, Any] | None]]] = {}
     for file in files:
-        names_split = len(files) > 1 or file.stem in (*SPLITS, "sft", "rft")
+        names_split = len(files) > 1 or file.stem.lower() in (*SPLITS, "sft", "rft", *VALIDATION)
         for number, row in read_json_lines(file):
             row_split = (row or {}).get("split") or (file.stem if names_split else "train")
             rows.setdefault(str(row_split), []).append((file, number, row))
+    for name in [name for name in rows if name.lower() in VALIDATION]:
+        rows.setdefault("val", rows[name])
     if split not in rows:
         raise NoSplit(
             f"{root} has no records of a split {split!r}; it has {', '.join(rows) or 'none'}: "
@@ -54,41 +59,60 @@ def read(root: Path, split: str) -> Records:
     collector = Collector(folder, exact=True, refuse_swapped=True)
     for file, number, row in rows[split]:
         where = f"{file}, line {number}"
-        try:
-            if row is None:
-                raise Refused("no JSON object")
-            text, box, units, image_in_question = expression_and_box(row)
-        except Refused as reason:
-            collector.refuse(str(reason), where)
+        if row is None:
+            collector.refuse("no JSON object", where)
             continue
         image = row.get("image") or row.get("images")
         if isinstance(image, list) and len(image) == 1:
             image = image[0]
-        collector.add(
-            where, f"{file.stem}-{number}" if row.get("id") is None else str(row["id"]),
-            image if isinstance(image, str) else image_in_question, text, box,
-            row.get("category"), units=units, file=file)
-    return collector.records
+        named = ""
+        for question, answer in requests(row):
+            # Qwen-VL names the image in the first request.
+            in_question = re.search("<img>(.*?)</img>", question)
+            named = in_question[1] if in_question else named
+            try:
+                text, box, units = row.get("text"), row.get("box"), None
+                if "text" not in row and "box" not in row:
+                    text, box, units = expression_and_box(question, answer)
+                collector.add(
+                    where, f"{file.stem}-{number}" if row.get("id") is None else str(row["id"]),
+                    image if isinstance(image, str) else named, text, box, row.get("category"),
+                    units=units, file=file, size=(row.get("width"), row.get("height")))
+            except Refused as reason:
+                collector.refuse(str(reason), where)
+    records = collector.records
+    known = [rows.get(name) for name in (split, *SPLITS, "sft", "rft")]
+    unread = [name for name, own in rows.items() if own not in known]
+    records.note = f"of no split that is read by default: {', '.join(unread)}" if unread else ""
+    return records
 
 
-def expression_and_box(row: dict[str, Any]) -> tuple[Any, Any, int | None, str]:
-    """-> expression, box, units as in Collector.add, image named in the question.
-
-    A line has "text" and "box"; or a request and an answer with the box: "problem", "solution";
-    "question", "ground_truth"; or one turn each of "conversations" or "messages"."""
-    if "text" in row or "box" in row:
-        return row.get("text"), row.get("box"), None, ""
-    turns = {}
+def requests(row: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Requests and answers of a line: "problem", "solution"; "question", "ground_truth"; or those
+    of all turns of "conversations" or "messages". A line without any has one empty request."""
+    question = row.get("problem") or row.get("question") or ""
+    answer = row.get("solution") or row.get("ground_truth")
     conversation = row.get("conversations") or row.get("messages")
-    if isinstance(conversation, list):
-        said = [turn for turn in conversation if isinstance(turn, dict)]
-        said = [turn for turn in said if turn.get("from", turn.get("role")) != "system"]
-        for turn in said if len(said) == 2 else ():
-            speaker = str(turn.get("from", turn.get("role")))
-            turns[SPEAKERS.get(speaker, speaker)] = turn.get("value", turn.get("content"))
-    question = str(row.get("problem") or row.get("question") or turns.get("human") or "")
-    answer = row.get("solution") or row.get("ground_truth") or turns.get("gpt")
-    image = re.search("<img>(.*?)</img>", question)
+    pairs: list[tuple[str, Any]] = []
+    asked = None
+    for turn in conversation if isinstance(conversation, list) else ():
+        turn = turn if isinstance(turn, dict) else {}
+        speaker = str(turn.get("from", turn.get("role"))).lower()
+        content = turn.get("value", turn.get("content"))
+        if isinstance(content, list):            # parts of text and images
+            parts = [part.get("text") for part in content if isinstance(part, dict)]
+            content = "".join(part for part in parts if isinstance(part, str))
+        if speaker in ASKING:
+            asked = str(content or "")
+        elif speaker in ANSWERING and asked is not None:
+            pairs.append((asked, content))
+            asked = None
+    alone = "text" in row or "box" in row or question or answer or not pairs
+    return [(str(question), answer)] if alone else pairs
+
+
+def expression_and_box(question: str, answer: Any) -> tuple[str, Any, int | None]:
+    """-> expression, box, units as in Collector.add."""
     question = re.sub(r"(?:Picture \d+:\s*)?<img>.*?</img>|<image>", "", question).strip()
     # The expression is marked in the question or the answer; else it is part of a known request,
     # or the whole question.
@@ -106,4 +130,4 @@ def expression_and_box(row: dict[str, Any]) -> tuple[Any, Any, int | None, str]:
     points = POINTS.findall(answer) if isinstance(answer, str) else []
     if points:
         box, units = numbers(",".join(points[0])) if len(points) == 1 else [], 1000
-    return choices[0], box, units, image[1] if image else ""
+    return choices[0], box, units

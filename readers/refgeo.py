@@ -45,11 +45,10 @@ def read(root: Path, split: str) -> Records:
             if row is None:
                 collector.refuse("no JSON object", where)
                 continue
-            size = (row.get("image_width"), row.get("image_height"))
             collector.add(
                 where, f"{file.stem}-{number}", row.get("image_id"), row.get("question"),
                 row.get("bbox"), kind=part,
-                size=size if all(type(side) is int for side in size) else None)
+                size=(row.get("image_width"), row.get("image_height")))
         records = collector.records
     records.note = f"missing: {', '.join(absent)}" if absent else ""
     return records

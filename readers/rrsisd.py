@@ -1,13 +1,12 @@
 """RRSIS-D."""
 import pickle
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from readers.base import (
     SPLITS, DataError, NoSplit, Records, first_existing, read_json, read_json_lines)
-from readers.collect import Collector
+from readers.collect import Collector, numbers
 
 
 def read(root: Path, split: str) -> Records:
@@ -19,7 +18,6 @@ def read(root: Path, split: str) -> Records:
     file = first_existing(root, "rrsisd/refs(unc).p", "refs(unc).p", f"datainfo/{name}", name)
     is_pickle = file.suffix == ".p"
     collector = Collector(root, "JPEGImages", refuse_swapped=True)
-    uses: Counter[str] = Counter()                   # annotation -> its expressions so far
     for number, row in official_rows(file) if is_pickle else read_json_lines(file):
         where = f"{file}, {'ref' if is_pickle else 'line'} {number}"
         if row is None:
@@ -32,11 +30,14 @@ def read(root: Path, split: str) -> Records:
             if not is_pickle:
                 collector.refuse("of another split than its file", where)
             continue
-        identity = str(row.get("ann_id"))
-        uses[identity] += 1
+        size = row.get("width"), row.get("height")
+        # The lines have the image's size, as height and width, with the mask only.
+        masks = row.get("segmentation")
+        if isinstance(masks, list) and masks and isinstance(masks[0], dict):
+            size = numbers(masks[0].get("size"))[::-1] or size
         collector.add(
-            where, f"{identity}-{uses[identity]}" if uses[identity] > 1 else identity,
-            row.get("file_name"), row.get("sent"), row.get("bbox"), row.get("category_name"))
+            where, str(row.get("ann_id")), row.get("file_name"), row.get("sent"), row.get("bbox"),
+            row.get("category_name"), size=size)
     return collector.records
 
 
@@ -73,7 +74,8 @@ def official_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
                 # `raw` is as its author wrote it, `sent` may be in lower case.
                 "sent": sentence.get("raw") or sentence.get("sent"),
                 "file_name": image.get("file_name") or ref.get("file_name"),
-                "bbox": annotation.get("bbox"), "category_name": category.get("name")}
+                "bbox": annotation.get("bbox"), "category_name": category.get("name"),
+                "width": image.get("width"), "height": image.get("height")}
 
 
 class PlainUnpickler(pickle.Unpickler):
