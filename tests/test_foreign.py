@@ -5,8 +5,6 @@ import re
 import shutil
 import subprocess
 import time
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from data import load, open_image, refusal_summary
 from model import QwenVL
@@ -27,7 +24,7 @@ from readers import images
 from readers.base import DataError
 from readers.collect import Collector
 from test_data import annotate, chat, image, lines, own, split
-from test_lora import change_config, flags, open_peer, with_adapters
+from test_lora import flags, open_peer, with_adapters
 
 # ---------------------------------------------------------------- adapters
 
@@ -78,7 +75,8 @@ CHOICES = [
     {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*visual.*"},
     {"target_modules": ["v_proj", "q_proj"], "layers_to_transform": 1},
     {"target_modules": ["v_proj"], "layers_to_transform": [0, 1]},
-    {"target_modules": ["up_proj", "q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"target_modules": ["up_proj", "q_proj"], "layers_to_transform": [1],
+     "layers_pattern": "layers"},
     {"target_modules": ["up_proj", "qkv"], "layers_to_transform": [0],
      "layers_pattern": ["blocks"]}]
 
@@ -153,8 +151,8 @@ def test_settings_of_videos_are_carried_along(tiny_checkpoint: Path, tmp_path: P
 
 # The ends of the templates of Qwen3-VL's Thinking and Instruct models.
 TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning + "
-    "'\\n</think>\\n\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n<think>\\n' + "
+    "reasoning + '\\n</think>\\n\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\nOPENING' }}\n{%- endif %}\n")
 THINKING, INSTRUCT = (TEMPLATE.replace("OPENING", text) for text in ("<think>\\n", ""))
 
