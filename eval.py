@@ -199,7 +199,8 @@ def evaluate(
 
     own = {i: {"id": records[i].id, "box": None, "failure": predictions.UNREADABLE} for i in places}
     iou = 0.0
-    with tqdm(total=len(places), desc=label, unit="rec", leave=False, disable=rank() > 0) as bar:
+    hidden = rank() > 0 or (None if label == "val" else False)      # None: without a terminal
+    with tqdm(total=len(places), desc=label, unit="rec", leave=False, disable=hidden) as bar:
         for prompts, asked in zip(ahead(make_prompts, batches), batches):
             seeds = [seed * 1_000_003 + i for i in prompts]
             groups = sample_texts(model, processor, list(prompts.values()), seeds, samples,
@@ -232,14 +233,19 @@ def sample_texts(
 
 
 def validate(model: QwenVL, processor: Processor, records: Sequence[Record],
-             args: Namespace) -> dict[str, float]:
-    """Greedy scores during training, for the stage's log line; {} without records."""
+             args: Namespace, shown: list[Any] | None = None) -> dict[str, float]:
+    """Greedy scores during training, for the stage's log line; {} without records. The first
+    records and their answers are put into `shown`, as report.watch has them."""
     if not records:
         return {}
     longest = memory.longest_prompt(processor, records)
     with gathered(model) as whole:
         answers = evaluate(whole, processor, records, max_new_tokens=args.max_new_tokens,
                            batch=memory.validation_batch(longest), label="val")
+    for record, found in zip(records[:4], answers) if shown is not None else ():
+        box = found["box"]
+        iou = agreement(torch.tensor(box), torch.tensor(record.box)).item() if box else 0.0
+        shown.append((record, {"boxes": [box], "iou": [iou], "texts": [found.get("text", "")]}))
     row = score_predictions(records, answers, args.data in INCLUSIVE)
     failed = sum(row["failures"].values()) / row["n"]
     return {"val_mIoU": row["mIoU"], "val_Pr@0.5": row["Pr@0.5"], "val_failed": failed}

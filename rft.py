@@ -53,10 +53,10 @@ LEAST_ENTROPY = 0.01              # nats per token; below this, answers are near
 WEIGHTINGS = ("consistency", "mean", "variance", "off", "shuffled")
 # Keys of metrics.jsonl and rollouts.jsonl (docs/logs.md) that no term of the reward may use.
 RESERVED = set("""
-    step loss lr grad_norm finite warning peak_GiB val_mIoU val_Pr@0.5 val_failed unreadable reward
-    length truncated unparsable unique no_overlap_groups no_overlap_advantage dispersion entropy kl
+    step time loss lr grad_norm finite warning peak_GiB val_mIoU val_Pr@0.5 val_failed unreadable
+    reward length truncated unparsable unique no_overlap_groups no_overlap_advantage dispersion kl
     positional_alone_advantage zero_variance_groups resampled advantage consistency_weight
-    consistency_weight_min consistency_weight_max groups_with_boxes clipped clipped_completions
+    consistency_weight_min consistency_weight_max clipped clipped_completions entropy seconds
     sampled_scored_max seconds_rollout seconds_reward seconds_resample seconds_update
     id expression target boxes texts""".split())
 
@@ -83,7 +83,7 @@ def named_weights(*texts: str) -> dict[str, float]:
 def flags() -> FlagParser:
     parser = FlagParser(
         description="GRPO with a positional reward and consistency-weighted updates (stage 2)")
-    add_common_flags(parser, "rft", init="ckpt/sft", length="0.4 epochs", every=50)
+    add_common_flags(parser, "rft", init="ckpt/sft")
     add = parser.add_argument_group("rollouts").add_argument
     add("--prompts", type=positive, default=8, help="questions Q per step, over all processes")
     add("--group", type=positive, default=8, help="rollouts G per question")
@@ -500,17 +500,19 @@ def cut(
 
 # ---------------------------------------------------------------- the log
 
-def sum_over_processes(own: dict[str, Any]) -> dict[str, float]:
-    values = torch.tensor([float(v) for v in own.values()], dtype=torch.float64)
-    return dict(zip(own, dist.all_reduce(values).tolist()))
+def over_processes(means: dict[str, Any], sums: dict[str, Any]) -> dict[str, float]:
+    """This process's means and sums -> those of all processes, which have equally many groups."""
+    own = [float(v) / dist.world() for v in means.values()] + [float(v) for v in sums.values()]
+    values = dist.all_reduce(torch.tensor(own, dtype=torch.float64)).tolist()
+    return dict(zip([*means, *sums], values))
 
 
 def summary(
         groups: list[Group], advantage: Tensor, weight: Tensor, args: argparse.Namespace,
 ) -> dict[str, float]:
     """The entries of a step's log line about its rollouts, over the groups of all processes."""
-    n_groups = args.prompts
-    n = args.prompts * args.group
+    n_groups = len(groups)
+    n = n_groups * args.group
     logged = {"reward": torch.stack([group.reward for group in groups])}               # (Q, G)
     for name in groups[0].terms:
         logged[name] = torch.stack([group.terms[name] for group in groups])
@@ -520,7 +522,7 @@ def summary(
     dispersion = reward.dispersion(boxes, valid, size)
     several_boxes = valid.sum(1) >= 2
     no_overlap = logged["iou"].amax(1) == 0
-    own = {
+    means = {
         **{name: value.sum() / n for name, value in logged.items()},
         **{f"{name}_group_std": value.std(1).sum() / n_groups for name, value in logged.items()},
         "length": torch.tensor(sum(len(c) for g in groups for c in g.completions)) / n,
@@ -532,18 +534,17 @@ def summary(
         "unique": sum(len(set(group.texts)) for group in groups) / n,
         "consistency_weight": weight.sum() / n_groups,
         "advantage": advantage.abs().sum() / n,
-        "dispersion": dispersion[several_boxes].sum(),
-        "groups_with_boxes": several_boxes.sum(),
     }
+    sums = {"dispersion": dispersion[several_boxes].sum(), "several": several_boxes.sum()}
     if "positional" in args.reward:
         # Groups in which only the positional term of the reward varies.
         alone = torch.tensor(args.reward["positional"] != 0) & varies(logged["positional"])
         for name, factor in args.reward.items():
             if factor and name != "positional":
                 alone = alone & ~varies(logged[name])
-        own["positional_alone_advantage"] = advantage[alone].abs().sum() / n
-    line = sum_over_processes(own)
-    line["dispersion"] /= max(1.0, line.pop("groups_with_boxes"))
+        means["positional_alone_advantage"] = advantage[alone].abs().sum() / n
+    line = over_processes(means, sums)
+    line["dispersion"] /= max(1.0, line.pop("several"))
     # These two are logged as shares of the step's total |A|.
     for name in ("no_overlap_advantage", "positional_alone_advantage"):
         if name in line:
@@ -563,7 +564,8 @@ def update_summary(
     completions = args.prompts * args.group * args.updates
     own["clipped_completions"] = sums["clipped_completions"] / completions
     own["loss"] = sums["loss"] / (args.updates * args.minibatches)
-    line = sum_over_processes(own)
+    # Each is already divided by a number over all processes.
+    line = over_processes(means={}, sums=own)
     # Only the first optimizer step scores with the policy that sampled.
     largest = torch.tensor(max(batch.sampled_scored for batch in minibatches[0]))
     line["sampled_scored_max"] = dist.all_reduce(largest, "max").item()
@@ -593,7 +595,7 @@ def canary(
     groups = [grade(group, args) for group in sample(policy, records, prompts, seeds, args)]
     texts = [text for group in groups for text in group.texts]
     outcomes = Counter(dist.gather_lists([failure(text) or form(text) for text in texts]))
-    iou, formatted = sum_over_processes({
+    iou, formatted = over_processes({}, {
         "iou": sum(group.terms["iou"].sum() for group in groups),
         "format": sum(map(format_ok, texts))}).values()
     n = outcomes.total()
@@ -646,7 +648,7 @@ def main() -> None:
         return
     init = folder(args.init)
     records, val = load_records(args, "rft")
-    set_steps(args, len(records), args.prompts, epochs=0.4)
+    set_steps(args, "rft", len(records), args.prompts)
     run = Run(args, "rft", records, logs=("metrics.jsonl", "rollouts.jsonl"))
     policy = open_policy(init, args, records, val)
     run.begin(policy.model, policy.optimizer, policy.processor)
@@ -658,17 +660,20 @@ def main() -> None:
     for step, batch in run.steps(policy.prompt, args.prompts):
         fresh = functools.partial(fresh_records, records, args, step)
         line, groups = train_step(policy, batch.records, batch.inputs, args, step, fresh)
+        run.answers = []
+        for g in groups:
+            boxes = []
+            for box in g.boxes.tolist():
+                boxes.append(None if box[0] != box[0] else [round(v, 1) for v in box])
+            row = {"step": step + 1, "id": g.record.id, "expression": g.record.text,
+                   "target": g.record.box, "boxes": boxes}
+            for name, value in {"reward": g.reward, **g.terms}.items():
+                row[name] = [round(v, 4) for v in value.tolist()]
+            run.answers.append((g.record, {**row, "texts": g.texts}))
         if dist.rank() == 0:
             with open(run.out / "rollouts.jsonl", "a", encoding="utf-8") as file:
-                for g in groups:
-                    boxes = []
-                    for box in g.boxes.tolist():
-                        boxes.append(None if box[0] != box[0] else [round(v, 1) for v in box])
-                    row = {"step": step + 1, "id": g.record.id, "expression": g.record.text,
-                           "target": g.record.box, "boxes": boxes}
-                    for name, value in {"reward": g.reward, **g.terms}.items():
-                        row[name] = [round(v, 4) for v in value.tolist()]
-                    file.write(json.dumps({**row, "texts": g.texts}) + "\n")
+                for _, row in run.answers:
+                    file.write(json.dumps(row) + "\n")
         if run.due(step):
             line |= evaluation.validate(policy.model, policy.processor, val, args)
             if dist.rank() == 0:

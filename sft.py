@@ -41,7 +41,7 @@ from train.run import Run, launch, load_records
 def flags() -> FlagParser:
     parser = FlagParser(
         description="Supervised fine-tuning on spatial reasoning that ends in a box (stage 1)")
-    add_common_flags(parser, "sft", init="toy/base", length="1000", every=200)
+    add_common_flags(parser, "sft", init="toy/base")
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=positive, default=16, help="records per step, over all processes")
     add("--lr", nargs="+", action=Values, default=1e-5, metavar=("LR", "WARMUP"),
@@ -93,6 +93,7 @@ def train_step(
     norm = dist.update(model, optimizer, lr)
     tokens = sum(len(e.prompt.input_ids) + len(e.completion) for e in examples)
     tokens = dist.all_reduce(torch.tensor(tokens)).item()
+    seconds = time.perf_counter() - started
     return {
         "step": step + 1,
         "loss": dist.all_reduce(torch.tensor(loss_sum, dtype=torch.float64)).item(),
@@ -100,7 +101,8 @@ def train_step(
         "grad_norm": norm,
         "finite": norm < float("inf"),
         "completion_tokens": completion_tokens,
-        "tokens_per_second": tokens / (time.perf_counter() - started),
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
         "peak_GiB": dist.peak_memory(model.device),
     }
 
@@ -131,7 +133,7 @@ def main() -> None:
         processor = Processor.from_pretrained(init, max_pixels=args.max_pixels)
         memory.check_gpu(args, processor, records, val, longest_step(args, processor, records))
         return
-    set_steps(args, len(records), args.batch, steps=1000)
+    set_steps(args, "sft", len(records), args.batch)
     write_completion = cot.writer(records, args.cot, args.answer_only)
     run = Run(args, "sft", records)
     model, processor = open_model(init, max_pixels=args.max_pixels)
@@ -148,8 +150,9 @@ def main() -> None:
             lambda record: make_example(record, processor, write_completion), args.batch):
         line = train_step(model, optimizer, batch.inputs, args, step)
         if run.due(step):
-            line |= evaluation.validate(model, processor, val, args)
-        run.log(line, batch, show=("loss", "tokens_per_second", "peak_GiB", "val_mIoU"))
+            run.answers = []
+            line |= evaluation.validate(model, processor, val, args, run.answers)
+        run.log(line, batch, show=("loss", "tokens_per_second", "peak_GiB"))
     run.end()
 
 

@@ -27,10 +27,15 @@ CASES = 6                         # best, median and worst cases of a row, at mo
 BOXLESS = 3                       # cases shown for a row in which no answer has a box
 # What is drawn, with its unit -> keys of metrics.jsonl that share the drawing.
 CURVES = {
+    "validation (share)": ("val_mIoU", "val_Pr@0.5", "val_failed"), "loss": ("loss",),
+    "KL (nats per token)": ("kl",), "entropy (nats per token)": ("entropy",),
+    "length (tokens)": ("length",), "rollouts (share)": ("truncated", "unparsable"),
+    "scatter of a group's boxes (image sides)": ("dispersion",),
     "weight of a group": ("consistency_weight_min", "consistency_weight", "consistency_weight_max"),
-    "scatter of a group's boxes (image sides)": ("dispersion",), "length (tokens)": ("length",),
-    "KL (nats per token)": ("kl",), "loss": ("loss",),
-    "validation (share)": ("val_mIoU", "val_Pr@0.5")}
+    "learning rate": ("lr",), "norm of the gradient": ("grad_norm",),
+    "duration of a step (seconds)": (
+        "seconds", "seconds_rollout", "seconds_reward", "seconds_resample", "seconds_update"),
+    "speed (tokens per second)": ("tokens_per_second",)}
 STYLE = """
 body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;padding:0 12px;max-width:1200px;color:#222}
 h1{font-size:1.4em}h2{font-size:1.15em;margin-top:2em}h3{font-size:1em}h4{font-size:.9em;
@@ -44,7 +49,7 @@ min-width:7em;max-width:min(24em,36vw);white-space:normal;overflow-wrap:break-wo
 span{display:inline-block;max-width:100%;margin-left:.8em}
 figure{margin:0;width:min(320px,100%);overflow-wrap:anywhere}img,svg{max-width:100%;height:auto}
 figcaption{font-size:.85em}pre{white-space:pre-wrap;font-size:.75em;background:#f4f4f4;padding:6px;
-margin:4px 0;max-height:14em;overflow:auto}
+margin:4px 0;max-height:14em;overflow:auto}.texts{max-height:22em;overflow:auto}
 """
 Row = Mapping[str, Any]           # of eval.json, metrics.jsonl or rollouts.jsonl
 
@@ -110,17 +115,24 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
     if refused := rows[0].get("refused"):
         note = f"; {sum(refused.values()):,} more are refused ({safe(in_words(refused))})"
         note += " and not scored"
-    path.write_text(
-        "<!DOCTYPE html><html lang=en><head><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width,initial-scale=1">'
-        "<meta http-equiv=Content-Security-Policy "
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>Evaluation</title><style>{STYLE}</style></head><body><h1>Evaluation</h1>"
+    path.write_text(html_page(
+        "Evaluation",
         f"<p>{safe(rows[0]['data'])}, split {safe(rows[0]['split'])}, "
         f"{rows[0]['n']:,} records{note}</p>"
         f"<p><b>{label(row)}</b>: mIoU {row['mIoU']:.3f} [{low:.3f}, {high:.3f}], "
         f"Pr@0.5 {row['Pr@0.5']:.3f}, {sum(row['failures'].values()):,} of {row['n']:,} answers "
-        f"without a box.</p><nav>{contents}</nav>{body}</body></html>\n", encoding="utf-8")
+        f"without a box.</p><nav>{contents}</nav>{body}"), encoding="utf-8")
+
+
+def html_page(title: str, body: str, refresh: int = 0) -> str:
+    """A whole page. body is HTML; refresh: seconds after which it is loaded again, or 0."""
+    again = f"<meta http-equiv=refresh content={refresh}>" if refresh else ""
+    return ("<!DOCTYPE html><html lang=en><head><meta charset=utf-8>"
+            f'<meta name=viewport content="width=device-width,initial-scale=1">{again}'
+            "<meta http-equiv=Content-Security-Policy "
+            "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+            f"<title>{safe(title)}</title><style>{STYLE}</style></head>"
+            f"<body><h1>{safe(title)}</h1>{body}</body></html>\n")
 
 
 def safe(value: object) -> str:
@@ -184,13 +196,15 @@ def score_section(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     return section + html_table(head, differences, "Second minus first, the same images")
 
 
-def training_section(name: str, folder: Path, groups: Sequence[tuple[Row, Record]]) -> str:
-    """A run's curves and some of its groups of rollouts; "" without logs."""
-    lines = read_log(folder / "metrics.jsonl")
+def curves(lines: Sequence[Row]) -> str:
+    """Drawings of what metrics.jsonl has, over steps and hours."""
+    times = [(line.get("step"), line.get("time")) for line in lines]
+    times = [pair for pair in times if all(type(v) in (int, float) for v in pair)]
+    hours = {step: (time - times[0][1]) / 3600 for step, time in times}
     # Every term of the reward has a key NAME_group_std next to its own.
     deviations = dict.fromkeys(k for line in lines for k in line if k.endswith("_group_std"))
     rewards = [key.removesuffix("_group_std") for key in deviations]
-    curves = figures = section = ""
+    figures = ""
     drawings = {"reward and its terms": rewards, "standard deviation in a group": deviations}
     for title, keys in (drawings | CURVES).items():
         series = []
@@ -201,13 +215,20 @@ def training_section(name: str, folder: Path, groups: Sequence[tuple[Row, Record
                 if all(type(v) in (int, float) and math.isfinite(v) for v in point):
                     points.append(point)
             series.append((safe(key), points))
-        curves += curve(title, series)
+        figures += curve(title, series, hours)
+    return figures
+
+
+def training_section(name: str, folder: Path, groups: Sequence[tuple[Row, Record]]) -> str:
+    """A run's curves and some of its groups of rollouts; "" without logs."""
+    lines = read_log(folder / "metrics.jsonl")
+    drawn, figures, section = curves(lines), "", ""
     for line, record in groups:
         caption = f"<b>step {safe(line['step'])}</b> {safe(record.text)}<br>rewards "
         caption += ", ".join(f"{reward:.2f}" for reward in line["reward"])
         figures += html_figure(record, line["boxes"], line["reward"], caption, line["texts"][0])
-    if curves:
-        section = f"<h3>Training: {safe(name)}</h3><div class=row>{curves}</div>"
+    if drawn:
+        section = f"<h3>Training: {safe(name)}</h3><div class=row>{drawn}</div>"
     if figures:
         section += f"<h3>Groups of rollouts: {safe(name)}</h3><div class=row>{figures}</div>"
     return section

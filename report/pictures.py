@@ -3,7 +3,7 @@
 Boxes are (x1, y1, x2, y2) in pixels of the image on which they are drawn. A colour is a name that
 PIL knows, or (red, green, blue), 0 to 255.
 """
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -107,15 +107,15 @@ def draw_rollouts(image: Image.Image, boxes: Sequence[Box | None], rewards: Sequ
 
 
 def curve(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
-          x_name: str = "step", width: int = 320, height: int = 180) -> str:
+          hours: Mapping[float, float], width: int = 320, height: int = 180) -> str:
     """One drawing of all curves -> an HTML figure with an SVG; "" if no curve has two points.
-    title: what is drawn and its unit; series: (name, points), a point is (x, value). Title and
-    names are HTML."""
+    title: what is drawn and its unit; series: (name, points), a point is (step, value); hours:
+    since the first step, if known. Title and names are HTML."""
     series = [(name, spread(points, CURVE_POINTS)) for name, points in series if len(points) > 1]
     if not series:
         return ""
-    xs, values = zip(*(point for _, points in series for point in points))
-    first, last, low, high = min(xs), max(xs), min(values), max(values)
+    steps, values = zip(*(point for _, points in series for point in points))
+    first, last, low, high = min(steps), max(steps), min(values), max(values)
     left, bottom = 56, height - 32
     x_scale, y_scale = (width - left - 8) / (last - first or 1), (bottom - 8) / (high - low or 1)
     drawing = names = ""
@@ -123,9 +123,14 @@ def curve(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]
         y = bottom - y_scale * (value - low)
         drawing += (f'<path stroke="#ddd" d="M{left} {y:.1f}H{width - 8}"/><text x="{left - 6}" '
                     f'y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    for x, anchor, words in ((left, "start", f"{first:.4g}"), (width - 8, "end", f"{last:.4g}"),
-                             ((left + width - 8) / 2, "middle", x_name)):
-        drawing += f'<text x="{x}" y="{bottom + 16}" text-anchor="{anchor}">{words}</text>'
+    middle = min(steps, key=lambda step: abs(step - (first + last) / 2))
+    anchors = {middle: "middle", first: "start", last: "end"}
+    for step, anchor in sorted(anchors.items()):
+        x = left + x_scale * (step - first)
+        words = [f"step {step:,}", f"{hours[step]:.3g} h"] if step in hours else [f"step {step:,}"]
+        for i, word in enumerate(words, 1):
+            drawing += (f'<text x="{x:.1f}" y="{bottom + 13 * i}" text-anchor="{anchor}">'
+                        f"{word}</text>")
     drawing += f'<path stroke="#444" fill="none" d="M{left} 8V{bottom}H{width - 8}"/>'
     for i, (name, points) in enumerate(series):
         turn, place = divmod(i, len(CURVE_COLOURS))

@@ -123,7 +123,8 @@ def test_replacements_are_counted_named_once_and_kept(
         run.count_unreadable(line, met)
         return line
 
-    args = SimpleNamespace(out=tmp_path, resume=True, data="jsonl", root=None, device="cpu")
+    args = SimpleNamespace(out=tmp_path, resume=True, data="jsonl", root=None, device="cpu",
+                           track=None)
     records = Records([Record("r", tmp_path, "x", (0, 0, 1, 1), "", (9, 9))] * 300, {})
     run = training.Run(args, "sft", records)
     assert counted(run, 1) == {"step": 1}
@@ -158,7 +159,7 @@ def log_of(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     lines = []
     for text in (out / name).read_text().splitlines():
         line = json.loads(text)
-        for key in [k for k in line if k.startswith(("seconds", "peak", "tokens_per"))]:
+        for key in [k for k in line if k.startswith(("seconds", "peak", "tokens_per", "time"))]:
             del line[key]
         lines.append(line)
     return lines

@@ -289,7 +289,7 @@ def compare_lines(got: dict[str, Any], want: dict[str, Any], within: float) -> N
     """Two log lines say the same, but for time and memory."""
     assert got.keys() == want.keys()
     for name, value in want.items():
-        if not name.startswith(("seconds", "peak", "tokens_per", "sampled_scored")):
+        if not name.startswith(("seconds", "peak", "time", "tokens_per", "sampled_scored")):
             assert math.isclose(got[name], value, rel_tol=within, abs_tol=within), name
 
 

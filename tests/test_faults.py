@@ -95,7 +95,8 @@ def log_of(out: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what is measured, which differs from run to run."""
     lines = []
     for line in runtime.read_log(out / "metrics.jsonl"):
-        lines.append({k: v for k, v in line.items() if "second" not in k and k != "peak_GiB"})
+        measured = [k for k in line if "second" in k or k in ("peak_GiB", "time")]
+        lines.append({k: v for k, v in line.items() if k not in measured})
     return lines
 
 
@@ -421,6 +422,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_goes_on(
     process = start("rft", "--out", out, "--resume")
     assert process.wait() == 0
     warnings = [line for line in process.lines() if line.startswith("warning: ")]
+    # Its eight steps are warned about, too.
+    warnings = [line for line in warnings if "steps are too few" not in line]
     assert len(warnings) == 1 and f"step_000006/{name}" in warnings[0]
     assert warnings[0].endswith("continuing from step_000003")
     assert_same_run(out, straight("rft"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import rft
 import sft
-from train.flags import set_steps
+from train.flags import default_epochs, set_steps
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,10 +26,14 @@ def test_steps_by_number_of_records_are_those_of_the_stages() -> None:
     assert f"steps of {batch} records" in README and f"steps of {prompts} questions" in README
     for records, *columns in rows:
         n = int(records.replace(",", ""))
-        for epochs, steps, per_step in zip(columns[::2], columns[1::2], (batch, prompts)):
-            args = argparse.Namespace(steps=None, epochs=float(epochs))
-            set_steps(args, n, per_step)
+        stages = ("sft", "rft")
+        for stage, epochs, steps, per_step in zip(
+                stages, columns[::2], columns[1::2], (batch, prompts)):
+            args = argparse.Namespace(steps=None, epochs=float(epochs), every=None)
+            set_steps(args, stage, n, per_step)
             assert args.steps == int(steps.replace(",", ""))
+            # They are what a stage chooses by itself.
+            assert default_epochs(stage, n) == float(epochs)
 
 
 def test_formulas_have_the_defaults_of_the_code() -> None:

@@ -304,12 +304,15 @@ def test_the_legend_is_in_the_picture_and_lines_have_a_dark_edge() -> None:
 
 
 def test_a_curve_has_axes_with_numbers_and_its_unit() -> None:
-    drawn = pictures.curve("length (tokens)", [("length", [(5, 30.0), (10, 40.0), (25, 60.0)])])
+    points = [(5, 30.0), (10, 40.0), (25, 60.0)]
+    drawn = pictures.curve("length (tokens)", [("length", points)], {5: 0.0, 25: 1.25})
     assert "<figcaption><b>length (tokens)</b>" in drawn
-    # Lowest, middle and highest value, first and last step, the name of the x axis.
-    assert re.findall(r">([^<>]+)</text>", drawn) == ["30", "45", "60", "5", "25", "step"]
+    # Lowest, middle and highest value; the first step, the one nearest to the middle, the last;
+    # the hours of steps of which they are known.
+    assert re.findall(r">([^<>]+)</text>", drawn) == [
+        "30", "45", "60", "step 5", "0 h", "step 10", "step 25", "1.25 h"]
     # The plot is 256 x 140 from (56, 8): step 10 is a quarter of the way, 40 a third.
     assert 'points="56.0,148.0 120.0,101.3 312.0,8.0"' in drawn
-    assert pictures.curve("loss", [("loss", [(1, 2.0)])]) == ""
-    flat = pictures.curve("loss", [("loss", [(1, 2.0), (2, 2.0)])])
-    assert re.findall(r">([^<>]+)</text>", flat) == ["2", "1", "2", "step"]
+    assert pictures.curve("loss", [("loss", [(1, 2.0)])], {}) == ""
+    flat = pictures.curve("loss", [("loss", [(1, 2.0), (2, 2.0)])], {})
+    assert re.findall(r">([^<>]+)</text>", flat) == ["2", "step 1", "step 2"]

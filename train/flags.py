@@ -3,12 +3,13 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from readers.base import COORDS
+from readers.base import COORDS, read_json
 from train import dist
 from train.checkpoints import read_run
 
@@ -16,14 +17,18 @@ from train.checkpoints import read_run
 FREE_ON_RESUME = (
     "out", "resume", "root", "steps", "epochs", "device", "micro_tokens", "every", "val",
     "gradient_checkpointing", "deterministic", "plan", "gpus", "memory", "image", "keep",
-    "keep_weights")
+    "keep_weights", "track", "track_id", "config")
 # Names in run.json with a value that another flag sets.
 FLAG_OF = {"lora_alpha": "lora", "keep_weights": "keep", "lambdas": "weighting",
            "weight_of": "weighting", "warmup": "lr", "coords": "data-coords"}
 # Values of flags that the run.json of earlier versions lacks.
-NEW_FLAGS = {"warmup": None, "weight_of": "iou"}
+NEW_FLAGS = {"warmup": None, "weight_of": "iou", "track": None, "track_id": None, "config": None}
 # Flags of earlier versions, which run.json may still hold, and the only value that still works.
 REMOVED_FLAGS = {"kl": "k3", "dual_clip": None, "importance_cap": None}
+# Passes over 10,000 records or more, and steps between checkpoints, of runs that choose neither.
+PASSES = {"sft": 1.0, "rft": 0.4}
+EVERY = {"sft": 200, "rft": 50}
+FEW_STEPS, MANY_PASSES = 20, 20   # fewer steps, or more passes, bring a warning
 DEVICE_FLAG = {"choices": ("cuda", "cpu"),
                "help": "where to compute; default: cuda if torch can use it"}
 
@@ -114,9 +119,8 @@ def add_reading_flags(add: Callable[..., argparse.Action], *other: str) -> None:
         "in 2 98; else these are refused")
 
 
-def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, length: str,
-                     every: int) -> None:
-    """The flags of both stages. init, every: defaults; length: the default number of steps."""
+def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str) -> None:
+    """The flags of both stages. init: its default."""
     run = parser.add_argument_group("run")
     add = run.add_argument
     add("--data", default="synth", help="data set: a name that data.py knows")
@@ -125,18 +129,24 @@ def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, len
     add("--init", default=init, help="folder to start from: a checkpoint in hub layout, or a stage")
     add("--out", default=f"ckpt/{stage}", help="folder for checkpoints, log and pictures")
     either = run.add_mutually_exclusive_group()
-    either.add_argument("--steps", type=positive, help=f"optimizer steps; default {length}")
+    either.add_argument("--steps", type=positive, help="optimizer steps, instead of --epochs")
     either.add_argument("--epochs", type=above_zero,
-                        help="passes over the records, instead of --steps; may be a fraction")
+                        help=f"passes over the records, may be a fraction; default: "
+                        f"{PASSES[stage]:g} from 10,000 records on, more for fewer records")
     add("--seed", type=natural, default=0, help="seed of data order and sampling")
     add("--resume", action="store_true",
         help="continue from the newest checkpoint in --out, with the flags in its run.json")
+    add("--config", metavar="RUN.JSON",
+        help="repeat the run that wrote this file: its flags are the defaults of this run")
     add("--device", **DEVICE_FLAG)
     add("--deterministic", action="store_true",
         help="slower CUDA kernels: a resumed run equals an unbroken one to the bit, as on the CPU")
     add = parser.add_argument_group("watching").add_argument
-    add("--every", type=positive, default=every,
-        help="steps between checkpoints, validations and pictures")
+    add("--every", type=positive,
+        help="steps between checkpoints, validations, pictures and writings of report.html; "
+        f"default: a fifth of the steps, {EVERY[stage]} at most")
+    add("--track", choices=("wandb", "tensorboard", "trackio"),
+        help="send the figures of metrics.jsonl there as well")
     add("--val", type=natural, default=64, help="records of the val split to validate on; 0: none")
     add = parser.add_argument_group("disk").add_argument
     add("--keep", nargs="+", action=Values, default=2, metavar=("STATES", "WEIGHTS"),
@@ -167,12 +177,42 @@ def add_common_flags(parser: argparse.ArgumentParser, stage: str, init: str, len
         "does not fit. Needs no GPU, and no data if the images' WIDTH HEIGHT follow; "
         "default: 1 80")
     parser.set_defaults(
-        keep_weights=None, lora_alpha=None, warmup=None, gpus=1, memory=80.0, image=None)
+        keep_weights=None, lora_alpha=None, warmup=None, gpus=1, memory=80.0, image=None,
+        track_id=None)
 
 
 def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
-    """The command line. With --resume, defaults are run.json's, and few of them may change."""
+    """The command line. With --resume, defaults are run.json's, and few of them may change. With
+    --config, the flags of a run.json come first, as words of a command line."""
     args = parser.parse_args()
+    if args.config and args.resume:
+        dist.fail("--config starts another run, and --resume continues one; leave one of them out")
+    if args.config:
+        run = read_json(Path(args.config))
+        recorded = run.get("flags") if isinstance(run, dict) else None
+        if not isinstance(recorded, dict) or run.get("stage") != stage:
+            dist.fail(f"--config {args.config}, but that is no run.json of a run of {stage}.py")
+        # Some belong to that run alone, and --epochs replaces --steps.
+        own = ["config", "track_id", "plan", "gpus", "memory", "image", "workers"]
+        own += ["steps"] if args.epochs else []
+        flags = {k: v for k, v in recorded.items()
+                 if k not in own and (k, v) not in REMOVED_FLAGS.items()}
+        words: list[str] = []
+        for action in parser._actions:
+            several = isinstance(action, Values)
+            names = [part[0] for part in action.const] if several else [action.dest]
+            value, *others = [flags.pop(name, None) for name in names]
+            if isinstance(value, bool):
+                # The second spelling of --gradient-checkpointing is --no-gradient-checkpointing.
+                words += action.option_strings[:1] if value else action.option_strings[1:]
+            elif value is not None:
+                words.append(action.option_strings[0])
+                for part in (value, *(other for other in others if other is not None)):
+                    typed = as_typed(part)
+                    words += typed.split() if isinstance(part, (dict, list)) else [typed]
+        if flags:
+            dist.fail(f"--config {args.config}: this version has no flag {min(flags)}")
+        args = parser.parse_args([*words, *sys.argv[1:]])
     # run.json has it, and eval.py may run in another folder.
     args.root = args.root and os.path.abspath(args.root)
     if args.resume:
@@ -222,10 +262,40 @@ def as_typed(value: Any) -> str:
     return str(value)
 
 
-def set_steps(args: argparse.Namespace, records: int, per_step: int, **default: float) -> None:
-    """Sets args.steps, from --epochs or from the stage's default (steps=... or epochs=...)."""
+def default_epochs(stage: str, records: int) -> float:
+    """Passes over the records, to one digit: 10, 3, 1 over 100, 1,000, 10,000 for CoT-SFT."""
+    return float(f"{PASSES[stage] * min(10.0, max(1.0, (10_000 / records) ** 0.5)):.1g}")
+
+
+def set_steps(args: argparse.Namespace, stage: str, records: int, per_step: int) -> None:
+    """Sets args.steps and args.every, and prints what was chosen by the number of records."""
+    chosen = []
     if args.steps is None and args.epochs is None:
-        vars(args).update(default)
+        args.epochs = default_epochs(stage, records)
+        chosen.append(f"--epochs {args.epochs:g}")
     if args.epochs is not None:
         args.steps = max(1, round(args.epochs * records / per_step))
         args.epochs = None
+    if args.every is None:
+        args.every = min(EVERY[stage], -(-args.steps // 5))
+        chosen.append(f"--every {args.every}")
+    if chosen and dist.rank() == 0:
+        print(f"chosen for {records:,} records: {' '.join(chosen)}")
+
+
+def too_long_or_short(args: argparse.Namespace, stage: str, records: int,
+                      per_step: int) -> list[str]:
+    """Warnings about the length of a run, each with a length that would suit."""
+    passes, batch = args.steps * per_step / records, per_step
+    epochs = default_epochs(stage, records)
+    if epochs * records / batch < FEW_STEPS:
+        batch = max(1, int(epochs * records / FEW_STEPS / dist.world())) * dist.world()
+    flag = "--batch" if stage == "sft" else "--prompts"
+    suits = (f"{flag} {batch} " * (batch != per_step)
+             + f"--epochs {epochs:g} would be {epochs * records / batch:,.0f} steps")
+    found = []
+    if passes > MANY_PASSES:
+        found.append(f"{passes:.3g} passes over the same records teach them by heart; {suits}")
+    if args.steps < FEW_STEPS:
+        found.append(f"{args.steps} steps are too few to learn much; {suits}")
+    return found

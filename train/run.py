@@ -6,12 +6,14 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,14 +31,19 @@ from qwen.hub import CheckpointError
 from qwen.processor import prompt_hash
 from readers.base import (
     MOST_UNREADABLE, DataError, Record, Records, UnreadableImage, read_log)
+from report import watch
 from train import checkpoints, dist
 from train.ahead import ahead
+from train.flags import too_long_or_short
 
 STOP_AFTER_SKIPPED = 5             # steps in a row without a finite gradient
 # Schedulers and users send these signals to end a run. It stops after the current step.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_REQUESTED = threading.Event()
 UNREADABLE_LOG = "unreadable.jsonl"
+# The time left is in the postfix: tqdm's own counts validations as training.
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+PLAIN_EVERY = 60                   # seconds between lines about progress without a terminal
 # Disk full, quota used up, file larger than the shell's limit.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -170,6 +177,9 @@ class Run:
         self.out = Path(args.out)
         self.lines: list[dict[str, Any]] = []     # of metrics.jsonl
         self.unreadable: dict[str, str] = {}      # id -> image of records that were replaced
+        self.answers: list[watch.Answers] = []    # the last ones, for report.html
+        self.send = self.end_tracking = lambda *_: None      # functions of --track
+        self.printed = -math.inf                  # when a plain line about progress was
         if dist.rank():
             return                  # check_writable makes a trial file, which others would find
         dist.check_writable(self.out)
@@ -194,17 +204,25 @@ class Run:
             torch.distributed.barrier()
         self.lines = read_log(self.out / "metrics.jsonl")
         self.unreadable = {bad["id"]: bad["image"] for bad in read_log(self.out / UNREADABLE_LOG)}
+        if self.args.track and dist.rank() == 0:
+            try:
+                self.send, self.end_tracking = watch.open_tracker(self.args, self.first)
+            except Exception as error:      # it is not installed, has no key, no network
+                dist.fail(f"--track {self.args.track}: {error}; pip install it, or log in to it")
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                             check=False, cwd=Path(__file__).parent)
         packages = ("torch", "numpy", "pillow", "safetensors", "tokenizers")
         # run.json has all that is needed to repeat the run and to evaluate it.
         self.description = {
             "stage": self.stage,
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": commit(),
+            "commit": git.stdout.strip() or None,
             "data": self.args.data, "root": self.args.root, "records": len(self.records),
             "data_hash": self.records.hash, "prompt_hash": prompt_hash(),
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "processes": dist.world(), "device": self.args.device,
-            "flags": {k: v for k, v in vars(self.args).items() if k != "resume"},
+            "flags": {k: v for k, v in vars(self.args).items()
+                      if k not in ("resume", "config")},
         }
 
     def batch(self, make: Callable[[Record], Any], size: int, step: int) -> Batch:
@@ -231,10 +249,17 @@ class Run:
 
     def steps(self, make: Callable[[Record], Any], size: int) -> Iterator[tuple[int, Batch]]:
         """Yields the remaining steps with their batches, until a signal or a file `stop`."""
-        steps = range(self.first, self.args.steps)
+        args, n = self.args, len(self.records)
+        steps = range(self.first, args.steps)
+        if dist.rank() == 0:
+            after = f"; continuing after step {self.first:,}" * bool(self.first)
+            print(f"{n:,} records; {args.steps:,} steps of {size} = {args.steps * size / n:.3g} "
+                  f"passes; saves each {args.every} to {self.out}{after}", flush=True)
+            for words in too_long_or_short(args, self.stage, n, size):
+                print(f"warning: {words}", file=sys.stderr)
         batches = ahead(functools.partial(self.batch, make, size), steps)
-        with tqdm(initial=self.first, total=self.args.steps, desc=self.stage,
-                  disable=dist.rank() > 0) as self.bar:
+        with tqdm(initial=self.first, total=args.steps, desc=self.stage, bar_format=BAR,
+                  disable=dist.rank() > 0 or None) as self.bar:
             for step, batch in zip(steps, batches):
                 # All processes stop together, even if only one got the signal.
                 stop = STOP_REQUESTED.is_set() or dist.rank() == 0 and (self.out / "stop").exists()
@@ -250,6 +275,7 @@ class Run:
             show: Sequence[str] = ()) -> None:
         """Logs a step, saves a checkpoint if one is due, and stops a run that cannot continue.
         warnings: sentences about the step. show: keys of the line for the progress bar."""
+        line["time"] = round(time.time(), 3)
         self.lines.append(line)
         self.count_unreadable(line, batch.unreadable)
         warnings = list(warnings)
@@ -264,17 +290,46 @@ class Run:
                 tqdm.write(f"warning, step {line['step']}: {line['warning']}", file=sys.stderr)
         append_line(self.out / "metrics.jsonl", line)
         # The checkpoint comes last, so it never covers a step that is not logged.
-        if self.due(line["step"] - 1):
+        due = self.due(line["step"] - 1)
+        if due:
             self.save(line)
-        shown = [f"{key.removeprefix('val_')} {line[key]:.4g}" for key in show if key in line]
-        self.bar.set_postfix_str(" ".join(shown + ["warning"] * bool(warnings)), refresh=False)
+        words = f"{watch.time_left(self.lines, self.args.steps)} left"
+        for key in show:
+            words += f", {key} {line[key]:.4g}" if key in line else ""
+        words += ", warning" * bool(warnings)
+        self.bar.set_postfix_str(words, refresh=False)
         self.bar.update()
+        if dist.rank() == 0:
+            if self.bar.disable and (due or time.monotonic() - self.printed > PLAIN_EVERY):
+                self.printed = time.monotonic()
+                print(f"{self.stage}: step {line['step']:,} of {self.args.steps:,}, {words}",
+                      file=sys.stderr)
+            if scores := watch.validation_words(line):
+                tqdm.write(f"step {line['step']:,}: {scores}")
+            figures = {k: v for k, v in line.items() if type(v) in (int, float)}
+            self.attempt(f"--track {self.args.track}", self.send, figures, line["step"])
+        if due and line["step"] < self.args.steps:      # end() writes the last one
+            self.report()
         # A run does not recover from several skipped steps in a row, and must not end on one.
         skipped = trailing(self.lines, lambda line: not line["finite"])
         if skipped >= STOP_AFTER_SKIPPED or skipped and line["step"] == self.args.steps:
+            self.report("stopped: no gradient is finite")
             dist.fail(f"no gradient is finite from step {line['step'] + 1 - skipped} on; lower "
                       f"--lr; {self.out} has the checkpoints before that, and its metrics.jsonl "
                       "names the records")
+
+    def report(self, ended: str = "") -> None:
+        """Writes report.html, on the first process. ended: how the run has ended, in words."""
+        if dist.rank() == 0:
+            self.attempt("report.html is not written", watch.write_report, self.out / "report.html",
+                         self.description, self.args.steps, self.lines, self.answers, ended)
+
+    def attempt(self, what: str, do: Callable[..., Any], *args: Any) -> None:
+        """Calls what only shows the run: no error of it may stop the training."""
+        try:
+            do(*args)
+        except Exception as error:
+            tqdm.write(f"warning: {what}: {error}", file=sys.stderr)
 
     def count_unreadable(self, line: dict[str, Any], met: Sequence[dict[str, Any]]) -> None:
         """Logs the records that any process replaced; stops the run if there are too many."""
@@ -316,12 +371,30 @@ class Run:
             return
         # Remove the stop file, or the next run would stop at once.
         (self.out / "stop").unlink(missing_ok=True)
+        self.attempt(f"--track {self.args.track}", self.end_tracking)
         if done == 0:
             # A new run needs an empty folder.
             (self.out / UNREADABLE_LOG).unlink(missing_ok=True)
             print("stopped before the first step: nothing is lost; the same command starts again")
-        elif done < self.args.steps:
-            print(f"stopped after step {done} of {self.args.steps}; resume with: {resume}")
+            return
+        if done < self.args.steps:
+            words = f"stopped after step {done} of {self.args.steps}; resume with: {resume}"
+        else:
+            words = f"finished: {self.out / 'latest'} is step {done}"
+            if best := watch.best(self.lines):
+                words += (f", {self.out / 'best'} step {best['step']} "
+                          f"(val mIoU {best['val_mIoU']:.3f})")
+            # After CoT-SFT, RFT on the same data with a tenth of the learning rate; then eval.py.
+            folder, next_ = Path(sys.argv[0]).parent, ["eval.py", str(self.out)]
+            if self.stage == "sft":
+                next_ = ["rft.py", "--init", str(self.out), "--out", str(self.out.with_name("rft")),
+                         "--lr", f"{self.args.lr / 10:g}"]
+                for flag in ("data", "root", "data-coords", "lora"):
+                    value = getattr(self.args, flag.removeprefix("data-"))
+                    next_ += [] if value is None else [f"--{flag}", str(value)]
+            words += f"; next: {shlex.join([*launcher, str(folder / next_[0]), *next_[1:]])}"
+        self.report(words)
+        print(words)
 
 
 def trailing(lines: Sequence[dict[str, Any]], holds: Callable[[dict[str, Any]], bool]) -> int:
@@ -354,13 +427,6 @@ def cut_log(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(earlier, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def commit() -> str | None:
-    """Hash of the commit that this code is at; None outside of a repository."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False,
-                         cwd=Path(__file__).parent)
-    return git.stdout.strip() or None
 
 
 def print_parameters(model: nn.Module) -> None:
