@@ -209,14 +209,12 @@ class Run:
                 self.send, self.end_tracking = watch.open_tracker(self.args, self.first)
             except Exception as error:      # it is not installed, has no key, no network
                 dist.fail(f"--track {self.args.track}: {error}; pip install it, or log in to it")
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                             check=False, cwd=Path(__file__).parent)
         packages = ("torch", "numpy", "pillow", "safetensors", "tokenizers")
         # run.json has all that is needed to repeat the run and to evaluate it.
         self.description = {
             "stage": self.stage,
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": git.stdout.strip() or None,
+            "commit": commit(),
             "data": self.args.data, "root": self.args.root, "records": len(self.records),
             "data_hash": self.records.hash, "prompt_hash": prompt_hash(),
             "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -427,6 +425,13 @@ def cut_log(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(earlier, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def commit() -> str | None:
+    """Hash of the commit that this code is at; None outside of a repository."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False,
+                         cwd=Path(__file__).parent)
+    return git.stdout.strip() or None
 
 
 def print_parameters(model: nn.Module) -> None:
