@@ -211,9 +211,8 @@ def load_adapter(model: nn.Module, path: Path, dtype: torch.dtype | None,
     others = sorted(p.name for p in path.iterdir() if OTHER_WEIGHTS.fullmatch(p.name))
     if others:
         raise CheckpointError(
-            f"{path}: {', '.join(others[:3])} next to the adapter may hold more weights that were "
-            "trained, which are not read; merge all with the program that wrote them, and start "
-            "from the result, or move the file away if it holds none")
+            f"{path}: {', '.join(others[:3])} next to the adapter may hold more trained weights, "
+            "which are not read; merge all where they were trained, or move away what is not used")
     pickled = file.with_suffix(".bin")
     if pickled.exists() and not file.exists():
         raise CheckpointError(

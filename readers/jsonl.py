@@ -1,4 +1,5 @@
 """Your own data, also in the formats of VLM-R1 and Qwen-VL: one JSON object per line."""
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,10 @@ def read(root: Path, split: str) -> Records:
                     units=units, file=file, size=(row.get("width"), row.get("height")))
             except Refused as reason:
                 collector.refuse(str(reason), where)
-    records = collector.records
     known = [rows.get(name) for name in (split, *SPLITS, "sft", "rft")]
-    unread = [name for name, own in rows.items() if own not in known]
-    records.note = f"of no split that is read by default: {', '.join(unread)}" if unread else ""
-    return records
+    unread = ", ".join(name for name, own in rows.items() if own not in known)
+    collector.kept.note = unread and f"of no split that is read by default: {unread}"
+    return collector.records
 
 
 def requests(row: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -93,20 +93,17 @@ def requests(row: dict[str, Any]) -> list[tuple[str, Any]]:
     question = row.get("problem") or row.get("question") or ""
     answer = row.get("solution") or row.get("ground_truth")
     conversation = row.get("conversations") or row.get("messages")
-    pairs: list[tuple[str, Any]] = []
-    asked = None
+    said = []                     # (speaker, content)
     for turn in conversation if isinstance(conversation, list) else ():
         turn = turn if isinstance(turn, dict) else {}
-        speaker = str(turn.get("from", turn.get("role"))).lower()
         content = turn.get("value", turn.get("content"))
         if isinstance(content, list):            # parts of text and images
-            parts = [part.get("text") for part in content if isinstance(part, dict)]
-            content = "".join(part for part in parts if isinstance(part, str))
-        if speaker in ASKING:
-            asked = str(content or "")
-        elif speaker in ANSWERING and asked is not None:
-            pairs.append((asked, content))
-            asked = None
+            texts = [part.get("text") for part in content if isinstance(part, dict)]
+            content = "".join(text for text in texts if isinstance(text, str))
+        said.append((str(turn.get("from", turn.get("role"))).lower(), content))
+    pairs = [(str(request or ""), reply)
+             for (first, request), (second, reply) in itertools.pairwise(said)
+             if first in ASKING and second in ANSWERING]
     alone = "text" in row or "box" in row or question or answer or not pairs
     return [(str(question), answer)] if alone else pairs
 
