@@ -67,24 +67,22 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
     """Writes the page of an evaluation: its scores, then the stages, the last one first.
     rows: of eval.json; cases: those of each row; stages: (name, folder with metrics.jsonl);
     records: for the images of rollouts; summary: the rest of eval.json (centre_box, comparison)."""
-    by_id = {record.id: record for record in records}
+    # Another data set may have the same id, with another expression.
+    known = {(record.id, record.text): record for record in records}
     groups: dict[str, Sequence[tuple[Row, Record]]] = {}
     for name, folder in stages:
-        rollouts = read_log(folder / "rollouts.jsonl")
-        pairs = [(line, by_id.get(line.get("id"))) for line in rollouts]
-        # Another data set may have the same id, with another expression.
-        known = [(line, r) for line, r in pairs if r and r.text == line.get("expression")]
-        groups[name] = spread(known, GROUPS)
+        lines = read_log(folder / "rollouts.jsonl")
+        pairs = [(line, known.get((line.get("id"), line.get("expression")))) for line in lines]
+        groups[name] = spread([pair for pair in pairs if pair[1]], GROUPS)
     # Cases share the pictures that are left after the groups of rollouts.
     left = PICTURES - sum(map(len, groups.values()))
     cases_each = max(0, min(CASES, left // (3 * max(1, len(rows)))))
     sections = [("Scores", score_section(rows, summary or {}))]
-    by_stage: dict[str, str] = {}
+    by_stage = dict.fromkeys([*(row["stage"] for row in rows), *groups], "")
     for row, some in zip(rows, cases):
-        name = row["stage"]
-        by_stage[name] = by_stage.get(name, "") + case_section(row, some, cases_each)
+        by_stage[row["stage"]] += case_section(row, some, cases_each)
     for name, folder in stages:
-        by_stage[name] = by_stage.get(name, "") + training_section(name, folder, groups[name])
+        by_stage[name] += training_section(name, folder, groups[name])
     sections += [(safe(name), section) for name, section in reversed(by_stage.items())]
     # A table for each property: mIoU and Pr@0.5 of every row, for each value.
     section = ""

@@ -107,7 +107,7 @@ def draw_rollouts(image: Image.Image, boxes: Sequence[Box | None], rewards: Sequ
 
 
 def curve(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
-          hours: Mapping[float, float], width: int = 320, height: int = 180) -> str:
+          hours: Mapping[float, float]) -> str:
     """One drawing of all curves -> an HTML figure with an SVG; "" if no curve has two points.
     title: what is drawn and its unit; series: (name, points), a point is (step, value); hours:
     since the first step, if known. Title and names are HTML."""
@@ -116,7 +116,7 @@ def curve(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]
         return ""
     steps, values = zip(*(point for _, points in series for point in points))
     first, last, low, high = min(steps), max(steps), min(values), max(values)
-    left, bottom = 56, height - 32
+    width, height, left, bottom = 320, 180, 72, 148
     x_scale, y_scale = (width - left - 8) / (last - first or 1), (bottom - 8) / (high - low or 1)
     drawing = names = ""
     for value in sorted({low, (low + high) / 2, high}):
@@ -133,8 +133,7 @@ def curve(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]
                         f"{word}</text>")
     drawing += f'<path stroke="#444" fill="none" d="M{left} 8V{bottom}H{width - 8}"/>'
     for i, (name, points) in enumerate(series):
-        turn, place = divmod(i, len(CURVE_COLOURS))
-        colour = CURVE_COLOURS[place]
+        turn, colour = i // len(CURVE_COLOURS), CURVE_COLOURS[i % len(CURVE_COLOURS)]
         # Curves that repeat a colour are dashed.
         line, dashes = ("dashed", f'stroke-dasharray="{3 * turn} 3" ') if turn else ("solid", "")
         at = " ".join(f"{left + x_scale * (x - first):.1f},{bottom - y_scale * (y - low):.1f}"

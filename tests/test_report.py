@@ -311,8 +311,10 @@ def test_a_curve_has_axes_with_numbers_and_its_unit() -> None:
     # the hours of steps of which they are known.
     assert re.findall(r">([^<>]+)</text>", drawn) == [
         "30", "45", "60", "step 5", "0 h", "step 10", "step 25", "1.25 h"]
-    # The plot is 256 x 140 from (56, 8): step 10 is a quarter of the way, 40 a third.
-    assert 'points="56.0,148.0 120.0,101.3 312.0,8.0"' in drawn
+    # The plot is 240 x 140 from (72, 8): step 10 is a quarter of the way, 40 a third. The longest
+    # numbers, such as -0.000123, fit in the 66 on its left: a digit is 0.64 x 11 wide in DejaVu.
+    assert 'points="72.0,148.0 132.0,101.3 312.0,8.0"' in drawn
+    assert all(len(f"{v:.3g}") * 0.64 * 11 < 66 for v in (-0.000123, -1.23e-05, 0.000123))
     assert pictures.curve("loss", [("loss", [(1, 2.0)])], {}) == ""
     flat = pictures.curve("loss", [("loss", [(1, 2.0), (2, 2.0)])], {})
     assert re.findall(r">([^<>]+)</text>", flat) == ["2", "step 1", "step 2"]
