@@ -3,10 +3,10 @@
 Prints a table, and writes eval.json (keys: docs/logs.md), report.html, predictions and pictures.
 
 Boxes are clamped to the image and compared in pixels of the original image, as floats (no +1
-pixel). A box counts if IoU > t, as in DIOR-RSVG's evaluation (IoU >= t on opt, as in OPT-RSVG's);
-DIOR-RSVG's script also cuts true boxes to whole pixels of a 640 px letterbox, which is not copied
-here. An answer without a box has IoU 0. The columns "lenient" read the same answers with
-`answer.parse_box_lenient`, for models not trained on our format. Intervals: 95%, over images.
+pixel). A box counts if IoU > t (IoU >= t on opt). An answer without a box has IoU 0. The columns
+"lenient" read the same answers with `answer.parse_box_lenient`, for models not trained on our
+format. What the script of the data set's authors would print is in `official` (docs/data.md).
+Intervals: 95%, over images.
 
     python eval.py ckpt/                           greedy, test split of the data trained on
     python eval.py ckpt/ --temperature 0 1         a row for greedy, a row for sampled
@@ -76,9 +76,10 @@ def flags() -> FlagParser:
     add("--image", help="a picture, turned upright by its EXIF: print the box that the last stage "
         "in CKPT answers to --text, and draw it")
     add("--text", help="what to look for in --image")
-    add("--coords", choices=("original", "resized", "1000", "fraction"), help="coordinates of "
-        "predicted boxes and of texts without a frame: pixels of the original image, pixels of it "
-        "as CKPT's processor resizes it, 1000ths or fractions of its sides; else as --data-coords")
+    add("--coords", choices=("original", "resized", "1000", "100", "fraction"), help="coordinates "
+        "of predicted boxes and of texts without a frame: pixels of the original image, pixels of "
+        "it as CKPT's processor resizes it, 1000ths, 100ths or fractions of its sides; else as "
+        "--data-coords")
     # Without these flags, those that the checkpoint was trained with are used.
     add_reading_flags(add)
     add("--seed", type=int, default=0, help="of sampling")
@@ -271,13 +272,12 @@ def details(records: Sequence[Record], answers: predictions.Predictions, name: s
     rates = {rate: (values, None) for rate, values in scores.items()}
     rates["cIoU"] = (overlap.intersection, overlap.union)
     properties = metrics.properties(records, train, split)
-    row = {"ci": {rate: ci for rate, (_, ci) in metrics.bootstrap(records, rates).items()},
+    row = {"images": len({record.image for record in records}),
+           "ci": {rate: ci for rate, (_, ci) in metrics.bootstrap(records, rates).items()},
            "breakdowns": metrics.breakdowns(properties, overlap.iou, inclusive)}
-    if name == "vrsbench":
-        boxes = predictions.strict_boxes(records, answers, flat=True)
-        row["vrsbench"] = metrics.vrsbench(
-            boxes, target, size, [record.unique for record in records],
-            metrics.box_tensor([record.grid for record in records]))
+    official = metrics.official(name, predictions.raw_boxes(answers), records)
+    if official:
+        row["official"] = official
     if any(p and "samples" in p for p in answers):
         boxes = predictions.sampled_boxes(records, answers)
         row |= metrics.sampled(boxes, target, size, inclusive)
@@ -304,6 +304,13 @@ def print_report(
         if failures:
             at = f" T={temperature}" if temperature else ""
             notes.append(f"{stage}{at}: {', '.join(f'{k} {v}' for k, v in failures.items())}")
+        if row["images"] < metrics.FEW_IMAGES:
+            ci = metrics.interval_text(row["ci"]["mIoU"], row["images"])
+            notes.append(f"{stage}: mIoU {row['mIoU']:.3f}, {ci}")
+        for part, scores in metrics.official_parts(row):
+            figures = [f"{rate} {value:.3f}" for rate, value in scores.items() if rate != "n"]
+            notes.append(f"{stage}{temperature and f' T={temperature}'}, as the authors of "
+                         f"{row['data']} count, {part} ({scores['n']}): {', '.join(figures)}")
         known = row.get("trained_on", {})
         if known.get("unread"):
             notes.append(f"{stage}: its training data can't be read "
@@ -319,9 +326,9 @@ def print_report(
         notes.append(f"not scored: {refused}")
     for name, test in summary.get("comparison", {}).items():
         if isinstance(test, dict):               # the other entries are the files' paths
-            low, high = test["ci"]
+            p = f", p {test['p']:.3f}" if test["ci"] else ""
             notes.append(f"B - A: {name} {test['difference']:+.3f} "
-                         f"(95% {low:+.3f} to {high:+.3f}), p {test['p']:.3f}")
+                         f"({metrics.interval_text(test['ci'], rows[0]['images'], '+')}){p}")
     print(*notes, sep="\n")
 
 
@@ -349,7 +356,8 @@ def ask(stage: Stage, device: torch.device, args: Namespace) -> None:
         model, processor, [prompt], [args.seed], 1, args.max_new_tokens, args.temperature[0])
     print(f"{stage.name}: {text}")
     strict = answer.locate(answer.parse_box(text), prompt.frame)
-    box = strict or answer.locate(answer.parse_box_lenient(text), prompt.frame)
+    box = strict or answer.locate(
+        answer.parse_box_lenient(text, prompt.frame.extent), prompt.frame)
     if not box:
         print(f"no box: {answer.failure(text) or 'outside image'}")
         return
@@ -408,6 +416,8 @@ def main() -> None:
 
     device = None if files else dist.start(dist.choose_device(args.device))
     stages = find_stages(args.ckpt) if args.ckpt else []
+    if files and not args.data and not any("data" in stage.run for stage in stages):
+        fail("predictions are scored on the records of a data set: name it with --data")
     if args.image:
         return ask(stages[-1], device, args)
 

@@ -157,22 +157,38 @@ def checked(value: Any) -> tuple[Box | None, str | None]:
 # At most 15 digits, to keep the search linear.
 NUMBER = r"\s*(-?[0-9]{1,15}(?:\.[0-9]{1,15})?(?:[eE][+-]?[0-9]{1,3})?)\s*"
 POINT = rf"\({NUMBER},{NUMBER}\)"
-# A list of four numbers, or two corners. With a third corner it is a polygon.
+LIST = rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]"
+# A list of four numbers, or two corners. With a third corner it is a polygon. The first three forms
+# have a unit of their own, and end with an empty group of its name: VRSBench's {<x1><y1><x2><y2>}
+# and GeoChat's {<x1><y1><x2><y2>|<angle>}, InternVL's <box>[[...]]</box>, and Gemini's "box_2d".
 FOUR_NUMBERS = re.compile(
-    rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]|{POINT}\s*,\s*{POINT}(?P<polygon>\s*,\s*\()?")
+    rf"<{NUMBER}>\s*<{NUMBER}>\s*<{NUMBER}>\s*<{NUMBER}>(?!\s*<{NUMBER}>)(?P<hundredths>)"
+    rf"|<box>\s*\[\s*{LIST}(?P<thousandths>)|[\"']box_2d[\"']\s*:\s*{LIST}(?P<y_first>)"
+    rf"|{LIST}|{POINT}\s*,\s*{POINT}(?P<polygon>\s*,\s*\()?")
+UNITS = {"hundredths": 100, "thousandths": 1000, "y_first": 1000}    # per side of the image
 
 
-def parse_box_lenient(text: str) -> Box | None:
-    """The box of `parse_box`, else the first four numbers after the last <answer> (or </think>).
-
-    Used only in reports, for models not trained on our format. It needs no tags, and reads
-    Qwen2-VL's <|box_start|>(x1,y1),(x2,y2)<|box_end|>.
-    """
-    if box := parse_box(text):
-        return box
+def read_lenient(
+        text: str, extent: tuple[float, float] | None = None) -> tuple[Box | None, str | None]:
+    """As `read_answer`, but without its box, the first four numbers after the last <answer> (or
+    </think>) count. It needs no tags, and reads Qwen2-VL's <|box_start|>(x1,y1),(x2,y2)<|box_end|>.
+    extent: the frame's, in which boxes with a unit of their own are returned; else as written."""
+    box, why = read_answer(text)
     tag = ANSWER[0] if ANSWER[0] in text else THINK[1]
     match = FOUR_NUMBERS.search(text, max(text.rfind(tag), 0))
-    if match is None or match["polygon"]:
-        return None
-    box, why = checked([float(x) for x in match.groups() if x is not None])
+    unit = match and match.lastgroup
+    if match is None or unit == "polygon" or (box and unit not in UNITS):
+        return box, why
+    values = [float(x) for x in match.groups() if x]
+    if unit == "y_first":
+        y1, x1, y2, x2 = values
+        values = [x1, y1, x2, y2]
+    if unit in UNITS and extent:
+        values = [v * extent[i % 2] / UNITS[unit] for i, v in enumerate(values)]
+    return checked(values)
+
+
+def parse_box_lenient(text: str, extent: tuple[float, float] | None = None) -> Box | None:
+    """The box of `read_lenient`. Used only in reports, for models not trained on our format."""
+    box, why = read_lenient(text, extent)
     return None if why else box

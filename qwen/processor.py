@@ -261,8 +261,8 @@ class Processor:
 
 def frame_by_coords(size: tuple[int, int], coords: str, processor: Processor | None) -> Frame:
     """size: (width, height). coords: original (pixels), resized (pixels after the processor's
-    resizing), 1000 or fraction (of the sides)."""
-    resized = (1, 1) if coords == "fraction" else size
+    resizing), 1000, 100 or fraction (of the sides)."""
+    resized = {"fraction": (1, 1), "100": (100, 100)}.get(coords, size)
     if coords == "resized":
         factor = processor.patch * processor.merge
         resized = smart_resize(*size, factor, processor.min_pixels, processor.max_pixels)

@@ -19,7 +19,7 @@ SPLITS = ("train", "val", "test")
 ASPECT = 200                      # largest ratio of sides that the model families accept
 MOST_UNREADABLE = 0.01            # share of records with undecodable images that ends a run
 # --data-coords: units per image side; None: a unit is a pixel.
-COORDS = {"fraction": 1, "1000": 1000, "original": None}
+COORDS = {"fraction": 1, "100": 100, "1000": 1000, "original": None}
 # How names of archives end: .zip, .tar.gz, .zip.001, .part1.rar.
 ARCHIVE = re.compile(r"(?<=.)\.(zip|rar|7z|tar|tgz|tbz2?|txz|tzst)(\.\w+)*$", re.IGNORECASE)
 LONGEST_OBJECT = 100              # lines; if an object of a JSONL file is longer, it is broken
@@ -53,6 +53,7 @@ class Record:
     kind: str = ""                # of expression, if known; for `refgeo` the source data set
     unique: bool | None = None    # VRSBench: is the object the only one of its category?
     grid: tuple[int, ...] | None = None            # VRSBench: the box in whole hundredths
+    uncut: Box | None = None      # the box before it was cut to the image, if it was
     stretch: Stretch | None = None                 # for images of more than 8 bits per sample
 
     @property

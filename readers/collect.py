@@ -91,7 +91,7 @@ class Collector:
             # The boxes of a copy that was made smaller are usually still those of the original.
             if annotated not in (None, image_size):
                 raise Refused("image of another size than its annotation says")
-            fitted, mended = repair_box(box, image_size, units)
+            fitted, mended, uncut = repair_box(box, image_size, units)
             if self.refuse_swapped and "swapped corners" in mended:
                 raise Refused("x1 > x2 or y1 > y2 (is it x, y, width, height?)")
             if isinstance(text, list):
@@ -103,7 +103,7 @@ class Collector:
                 self.kept.repaired.setdefault(repair, []).append(where)
             self.kept.append(Record(
                 identity, path, expression.strip(), fitted, category.strip(), image_size, kind,
-                unique, grid, self.stretch))
+                unique, grid, uncut if uncut != fitted else None, self.stretch))
         except Refused as reason:
             self.refuse(str(reason), where)
         values = numbers(box, bracketed=True)
@@ -181,20 +181,29 @@ def refuse_other_unit(
             return                # it may be a pixel in the corner
         unit, sign = "fraction", "all lie in [0, 1]"
     else:
-        n = max(np.isfinite(sides).all(1).sum(), 1)
+        known = np.isfinite(sides).all(1)
+        n = max(known.sum(), 1)
         outside = (np.minimum(low, high) >= sides).any(1).sum() / n
         far = (np.maximum(low, high) > 1.5 * sides).any(1).sum() / n
         # If fewer boxes are outside, or half a side past an edge, they are single mistakes.
-        if outside < 0.01 and (n == 1 or far < 0.5):
+        inside = outside < 0.01 and (n == 1 or far < 0.5)
+        # How much likelier hundredths make it than pixels that no number is above 100, if boxes
+        # may lie anywhere: 100 / side for each side of each box. Copies of a box tell nothing new.
+        boxes_and_sides = np.unique(np.hstack((values, sides))[known], axis=0)
+        pixels_likely = np.minimum(100 / boxes_and_sides[:, 4:], 1).prod() > 1e-3
+        if inside and (values.max() > 100 + rounding or pixels_likely):
             return
         unit, sign = "1000", "all lie in 0..1000, and some outside their images"
+        if values.max() <= 100 + rounding:
+            unit, sign = "100", "all lie in 0..100, less than their images have pixels"
     raise DataError(
-        f"{subject} {sign}: are they fractions or thousandths of the image's sides? Give {flag} "
-        f"{unit}, or {flag} original if they are pixels")
+        f"{subject} {sign}: are they fractions, hundredths or thousandths of the image's sides? "
+        f"Give {flag} {unit}, or {flag} original if they are pixels")
 
 
-def repair_box(values: Any, size: Size, units: int | None = None) -> tuple[Box, list[str]]:
-    """Four numbers -> a box within the image, and the repairs. units: as in `add`."""
+def repair_box(values: Any, size: Size, units: int | None = None) -> tuple[Box, list[str], Box]:
+    """Four numbers -> a box within the image, the repairs, the box before it was cut to the image.
+    units: as in `add`."""
     box = numbers(values, bracketed=True)
     if len(box) != 4:
         raise Refused("no box")
@@ -209,7 +218,7 @@ def repair_box(values: Any, size: Size, units: int | None = None) -> tuple[Box, 
         "decimal comma": isinstance(values, list) and any("," in str(v) for v in values),
         "swapped corners": ordered != tuple(box),
         "box past the edge": clamped != ordered}
-    return clamped, [repair for repair, is_so in found.items() if is_so]
+    return clamped, [repair for repair, is_so in found.items() if is_so], ordered
 
 
 def numbers(value: Any, bracketed: bool = False) -> list[float]:

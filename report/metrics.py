@@ -18,10 +18,15 @@ from readers.base import Record
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 INTERVAL = (2.5, 97.5)            # percentiles that enclose 95%
 DRAWS = 2000                      # of the bootstrap
+FEW_IMAGES = 20                   # with fewer images, intervals come with a warning
+OFFICIAL = ("dior", "opt", "rrsisd", "rsvg-hr", "vrsbench")      # data sets that `official` knows
+LETTERBOX = 640                   # pixels, side of the padded images in scripts for dior and opt
+BOTH_ENDS = torch.tensor([0, 0, 1, 1])
 SMALL_AREA, MEDIUM_AREA = 32 ** 2, 96 ** 2       # square pixels; COCO's limits
 Scores = dict[str, float | int | None]
 # Name of a rate -> values (N,), weights (N,) or None. The rate is sum(values) / sum(weights).
 Rates = Mapping[Any, tuple[Tensor, Tensor | None]]
+Interval = list[float] | None     # [low, high]
 Properties = dict[str, list[str | None]]         # property -> N values, None if unknown
 
 
@@ -89,37 +94,56 @@ def centre_box(records: Sequence[Record]) -> Scores:
     return metrics(guess, gt, size)
 
 
-def vrsbench_iou(pred: Tensor, gt: Tensor, size: Tensor, grid: Tensor | None = None) -> Tensor:
-    """IoU as VRSBench's evaluation computes it: pred, gt (N, 4), size (N, 2) -> (N,).
-    Coordinates are rounded down to whole hundredths of the image's sides, and both ends count (+1),
-    so a line or a point has an area. grid (N, 4): targets as the data set rounds them, or NaN."""
-    corner = size.double().repeat(1, 2)                               # (N, 4)
-    cells = []
-    for boxes in (pred, gt):
-        share = boxes.double().clamp(min=0).minimum(corner) / corner
-        # 29% of a side may come back from pixels as 28.999..., so add a little before the floor.
-        cells.append((100 * share + 1e-6).floor())
-    pred, gt = cells
-    if grid is not None:
-        gt = torch.where(grid.isnan(), gt, grid.double())
-    both_ends = torch.tensor([0, 0, 1, 1])
-    intersection, union = reward.intersection_union(pred + both_ends, gt + both_ends)
-    return (intersection / union).nan_to_num(0.0)
-
-
-def vrsbench(pred: Tensor, gt: Tensor, size: Tensor, unique: Sequence[bool | None],
-             grid: Tensor | None = None) -> dict[str, Scores]:
-    """-> {"n", "Acc@0.5", "Acc@0.7"} of "all", "unique" and "non_unique" records, if there are any.
-    unique: is the target the only object of its category in its image?"""
-    iou = vrsbench_iou(pred, gt, size, grid)
-    parts = {"all": (True, False, None), "unique": (True,), "non_unique": (False,)}
-    scores = {}
+def official(name: str, pred: Tensor, records: Sequence[Record]) -> dict[str, Any] | None:
+    """What the script of a data set's authors would print (docs/logs.md); None for other data.
+    pred (N, 4): answers in original pixels, not cut to the image; NaN for none."""
+    if name not in OFFICIAL:
+        return None
+    gt, size = targets(records)
+    corner = size.repeat(1, 2)                                        # (N, 4)
+    if name == "vrsbench":
+        # Whole hundredths of the sides; both ends count, so a line has an area. 29% of a side may
+        # come back from pixels as 28.999..., so add a little before the floor. The script finds
+        # digits, so it does not see a minus sign.
+        pred = (100 * pred.abs() / corner + 1e-6).floor() + BOTH_ENDS
+        grid = box_tensor([record.grid for record in records])
+        gt = torch.where(grid.isnan(), (100 * gt / corner + 1e-6).floor(), grid) + BOTH_ENDS
+    elif name == "rsvg-hr":
+        gt = box_tensor([record.uncut or record.box for record in records])
+    scale = LETTERBOX / size.amax(1, keepdim=True)                    # (N, 1)
+    if name == "dior":
+        # Targets are truncated to whole pixels of an image padded to LETTERBOX x LETTERBOX.
+        padding = (LETTERBOX - (size * scale).round()).repeat(1, 2) / 2
+        gt = ((gt.trunc() * scale + padding).trunc() - padding) / scale
+    if name in ("dior", "opt", "rrsisd"):
+        pred, gt = (boxes.clamp(min=0).minimum(corner) for boxes in (pred, gt))
+    valid = reward.has_area(pred)
+    pred = torch.where(valid[:, None], pred, gt[:, :2].repeat(1, 2))
+    intersection, union = reward.intersection_union(pred, gt)
+    little = 1e-6 if name == "rsvg-hr" else 0.0
+    iou = ((intersection + little) / (union + little)).masked_fill(~valid, 0)
+    scores = record_scores(iou, inclusive=name in ("opt", "rrsisd", "vrsbench"))
+    weight = scale[:, 0] ** 2 if name == "opt" else torch.ones(len(records))
+    parts = {"all": (True, False, None)}
+    if name == "vrsbench":
+        # Its script leaves answers without a box out of cIoU.
+        weight = valid.double()
+        parts |= {"unique": (True,), "non_unique": (False,)}
+        scores = {f"Acc@{t}": scores[f"Pr@{t}"] for t in (0.5, 0.7)} | {"mIoU": iou}
+    found = {}
     for part, values in parts.items():
-        rows = [i for i, value in enumerate(unique) if value in values]
+        rows = [i for i, record in enumerate(records) if record.unique in values]
         if rows:
-            right = {f"Acc@{t}": (iou[rows] >= t).double().mean().item() for t in (0.5, 0.7)}
-            scores[part] = {"n": len(rows), **right}
-    return scores
+            found[part] = {rate: x[rows].mean().item() for rate, x in scores.items()}
+            shared, covered = (((x * weight)[rows]).sum().item() for x in (intersection, union))
+            found[part] |= {"cIoU": shared / max(covered, 1e-12), "n": len(rows)}
+    return found if name == "vrsbench" else found["all"]
+
+
+def official_parts(row: Mapping[str, Any]) -> list[tuple[str, Scores]]:
+    """A row of eval.json -> (part of the records, scores) of what is in `official`."""
+    scores = row.get("official", {})
+    return list(scores.items()) if "all" in scores else [("all", scores)] if scores else []
 
 
 def properties(records: Sequence[Record], train: Sequence[Record] | None,
@@ -189,9 +213,9 @@ def sampled(boxes: Tensor, target: Tensor, size: Tensor, inclusive: bool) -> dic
 
 
 def bootstrap(
-        records: Sequence[Record], rates: Rates) -> dict[Any, tuple[np.ndarray, list[float]]]:
+        records: Sequence[Record], rates: Rates) -> dict[Any, tuple[np.ndarray, Interval]]:
     """Resamples images, because records of one image are hard for the same reasons.
-    -> name of a rate -> its values (DRAWS,), and their 95% interval [low, high]."""
+    -> name of a rate -> its values (DRAWS,), and their 95% interval, None from a single image."""
     numbers: dict[Any, int] = {}
     image = np.array([numbers.setdefault(record.image, len(numbers)) for record in records])
     n = len(numbers)
@@ -203,14 +227,15 @@ def bootstrap(
         numerator = counts @ np.bincount(image, values, n)            # (DRAWS,)
         denominator = counts @ np.bincount(image, weights, n)
         rate = numerator / np.maximum(denominator, 1e-12)
-        drawn[name] = rate, np.percentile(rate, INTERVAL).tolist()
+        drawn[name] = rate, np.percentile(rate, INTERVAL).tolist() if n > 1 else None
     return drawn
 
 
 def paired(records: Sequence[Record], a: Tensor, b: Tensor,
            inclusive: bool = False) -> dict[str, dict[str, Any]]:
     """Is B better than A? a, b (N,): their IoU on the same records.
-    -> score -> {"difference": B - A, "ci": its 95% interval [low, high], "p": two-sided}."""
+    -> score -> {"difference": B - A, "ci": its 95% interval [low, high], "p": two-sided}; with a
+    single image the last two are None."""
     of_a, of_b = record_scores(a, inclusive), record_scores(b, inclusive)
     differences = {name: (of_b[name] - of_a[name], None) for name in of_a}
     tests = {}
@@ -218,5 +243,14 @@ def paired(records: Sequence[Record], a: Tensor, b: Tensor,
         # Twice the share of draws with the rarer sign or 0; one more draw is added, so p > 0.
         rarer = 1 + min((drawn <= 0).sum(), (drawn >= 0).sum())
         tests[name] = {"difference": differences[name][0].mean().item(), "ci": ci,
-                       "p": min(1.0, 2 * (rarer / (len(drawn) + 1)))}
+                       "p": min(1.0, 2 * (rarer / (len(drawn) + 1))) if ci else None}
     return tests
+
+
+def interval_text(ci: Interval, images: int, sign: str = "") -> str:
+    """In words; it says if the images are too few to rely on it."""
+    if not ci:
+        return "no interval from 1 image"
+    low, high = ci
+    few = f" from only {images} images" if images < FEW_IMAGES else ""
+    return f"[{low:{sign}.3f}, {high:{sign}.3f}]{few}"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from data import open_image
 from readers.base import Record, in_words, read_log
+from report import metrics
 from report.pictures import (
     ANSWER, LEGEND, TARGET, curve, draw_boxes, draw_rollouts, spread)
 
@@ -108,7 +109,7 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
 
     # The headline is for the last stage's first temperature.
     row = next(row for row in rows if row["stage"] == rows[-1]["stage"])
-    low, high = row["ci"]["mIoU"]
+    ci = metrics.interval_text(row["ci"]["mIoU"], row["images"])
     note = ""
     if refused := rows[0].get("refused"):
         note = f"; {sum(refused.values()):,} more are refused ({safe(in_words(refused))})"
@@ -117,7 +118,7 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
         "Evaluation",
         f"<p>{safe(rows[0]['data'])}, split {safe(rows[0]['split'])}, "
         f"{rows[0]['n']:,} records{note}</p>"
-        f"<p><b>{label(row)}</b>: mIoU {row['mIoU']:.3f} [{low:.3f}, {high:.3f}], "
+        f"<p><b>{label(row)}</b>: mIoU {row['mIoU']:.3f} {ci}, "
         f"Pr@0.5 {row['Pr@0.5']:.3f}, {sum(row['failures'].values()):,} of {row['n']:,} answers "
         f"without a box.</p><nav>{contents}</nav>{body}"), encoding="utf-8")
 
@@ -164,28 +165,29 @@ def html_table(head: Sequence[str], lines: Sequence[Sequence[object]], title: st
 def score_section(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     names = list(rows[0]["ci"])
     sample_counts = sorted({k for row in rows for k in row.get("pass", ())}, key=int)
-    scores, vrsbench, differences = [], [], []
+    scores, official, official_rates, differences = [], [], [], []
     for row in rows:
         cells = [label(row)]
         for name in names:
-            low, high = row["ci"][name]
-            cells.append(f"{row[name]:.3f} <small>[{low:.3f}, {high:.3f}]</small>")
+            ci = metrics.interval_text(row["ci"][name], row["images"])
+            cells.append(f"{row[name]:.3f} <small>{ci}</small>")
         for k in sample_counts:
             cells.append(f"{row['pass'][k]:.3f}" if k in row.get("pass", ()) else "-")
         scores.append([*cells, f"{sum(row['failures'].values()) / row['n']:.3f}"])
-        for part, score in row.get("vrsbench", {}).items():
-            vrsbench.append([label(row), safe(part), score["n"], f"{score['Acc@0.5']:.3f}",
-                             f"{score['Acc@0.7']:.3f}"])
+        for part, score in metrics.official_parts(row):
+            official_rates = [rate for rate in score if rate != "n"]
+            values = [f"{score[rate]:.3f}" for rate in official_rates]
+            official.append([label(row), part, score["n"], *values])
     for name, test in summary.get("comparison", {}).items():
         # The comparison also holds the paths of both files.
         if isinstance(test, dict):
-            low, high = test["ci"]
-            cell = f"{test['difference']:+.3f} <small>[{low:+.3f}, {high:+.3f}]</small>"
-            differences.append([safe(name), cell, f"{test['p']:.3f}"])
+            ci = metrics.interval_text(test["ci"], rows[0]["images"], "+")
+            cell = f"{test['difference']:+.3f} <small>{ci}</small>"
+            differences.append([safe(name), cell, f"{test['p']:.3f}" if test["ci"] else "-"])
     head = ["stage", *names, *(f"pass@{k}" for k in sample_counts), "failed"]
     section = "<p>In brackets: 95% intervals, resampled over images.</p>" + html_table(head, scores)
-    head = ["stage", "part", "n", "Acc@0.5", "Acc@0.7"]
-    section += html_table(head, vrsbench, "VRSBench's own metric")
+    head = ["stage", "part", "n", *official_rates]
+    section += html_table(head, official, f"As the authors of {safe(rows[0]['data'])} count")
     if summary:
         guess = summary["centre_box"]
         section += ("<p>A box of the median size in the middle of each image: "

@@ -1,6 +1,6 @@
 """Predictions: reading a file of them, and the boxes that they contain.
 
-A prediction is a line of a JSONL file, as a dict. If it has a frame, its text counts, else its box:
+A prediction is a line of a JSONL file, as a dict. If it has a text, this counts, else its box:
 
     id         of the record
     text       the answer
@@ -26,6 +26,7 @@ from readers.collect import refuse_other_unit
 from report.metrics import box_tensor
 
 UNREADABLE = "unreadable image"
+SAME_CORNER = 1.0                                # pixels by which a line's text and box may differ
 Prediction = dict[str, Any]
 Predictions = Sequence[Prediction | None]        # of N records; None if a record has none
 
@@ -62,10 +63,9 @@ def read_predictions(path: str | Path, records: Sequence[Record], coords: str | 
 def parse_prediction(value: dict[str, Any], record: Record, coords: str | None,
                      processor: Processor | None) -> Prediction:
     """value: a line's JSON object. A ValueError has the mistake in it."""
-    text, frame = value.get("text"), value.get("frame")
-    if coords and not (isinstance(text, str) and frame):
-        frame = asdict(frame_by_coords(record.size, coords, processor))
-    if isinstance(text, str) and frame:
+    text, frame, box = (value.get(key) for key in ("text", "frame", "box"))
+    own_frame = isinstance(text, str) and bool(frame)
+    if own_frame:
         try:
             Frame(**frame)
             sides = (*frame["original"], *frame["resized"])
@@ -78,23 +78,36 @@ def parse_prediction(value: dict[str, Any], record: Record, coords: str | None,
         if tuple(frame["original"]) != tuple(record.size):
             raise ValueError(f"the frame is of an image of {frame['original']}, the record's is "
                              f"{list(record.size)}: it belongs to other data")
-        prediction = {"id": record.id, "text": text, "frame": frame}
-        samples = value.get("samples")
-        if samples is not None:
-            if not isinstance(samples, list) or not all(isinstance(x, str) for x in samples):
-                raise ValueError('"samples" is not a list of texts')
-            prediction["samples"] = samples
-        return prediction
-    if "box" not in value:
-        needs = 'a text without a "frame" needs --coords original, resized, 1000 or fraction'
-        raise ValueError(needs if isinstance(text, str) else 'neither a "text" nor a "box"')
-    box = value["box"]
+    elif coords or box is not None:
+        frame = asdict(frame_by_coords(record.size, coords or "original", processor))
+    elif isinstance(text, str) and ("box" not in value or answer.parse_box_lenient(text)):
+        raise ValueError('a text without a "frame" needs --coords original, resized, 1000, 100 or '
+                         "fraction")
+    elif "box" not in value:
+        raise ValueError('neither a "text" nor a "box"')
     if box is not None:
         # A boolean is an int by isinstance, but no number here.
         numbers = isinstance(box, list) and all(type(x) in (int, float) for x in box)
         if not numbers or len(box) != 4:
             raise ValueError('"box" is neither four numbers nor null')
-        box = [float(x) for x in (Frame(**frame).to_image(box) if coords else box)]
+        box = [float(x) for x in (box if own_frame or not coords else Frame(**frame).to_image(box))]
+    if isinstance(text, str) and frame:
+        where = Frame(**frame)
+        said = locate(answer.parse_box_lenient(text, where.extent), where)
+        given = box and answer.clamp_box(box, record.size)
+        far = [abs(a - b) > SAME_CORNER for a, b in zip(said or (), given or (math.inf,) * 4)]
+        if box and any(far):
+            raise ValueError(f'its text says the box {[round(v, 1) for v in said]}, its "box" is '
+                             f"{[round(v, 1) for v in box]} (pixels); give one of the two")
+        # A given box counts unless `parse_box` reads the same from the text.
+        if box is None or (said and said == locate(answer.parse_box(text), where)):
+            prediction = {"id": record.id, "text": text, "frame": frame}
+            samples = value.get("samples")
+            if samples is not None:
+                if not isinstance(samples, list) or not all(isinstance(x, str) for x in samples):
+                    raise ValueError('"samples" is not a list of texts')
+                prediction["samples"] = samples
+            return prediction
     prediction = {"id": record.id, "box": box}
     if not box and value.get("failure") == UNREADABLE:
         prediction["failure"] = UNREADABLE
@@ -113,7 +126,7 @@ def read_prediction(
         text, frame = prediction["text"], Frame(**prediction["frame"])
         failure = answer.failure(text)
         box = locate(answer.parse_box(text), frame)
-        lenient = locate(answer.parse_box_lenient(text), frame)
+        lenient = locate(answer.parse_box_lenient(text, frame.extent), frame)
     else:
         box = prediction["box"]
         box, failure = answer.checked(box) if box else (None, "no answer")
@@ -123,20 +136,23 @@ def read_prediction(
     return box, lenient, failure
 
 
-def strict_boxes(records: Sequence[Record], predictions: Predictions, flat: bool = False) -> Tensor:
-    """-> (N, 4), double, NaN for no box. flat: lines and points in the image count as boxes."""
+def strict_boxes(records: Sequence[Record], predictions: Predictions) -> Tensor:
+    """-> (N, 4), double, NaN for no box."""
+    return box_tensor([read_prediction(prediction, record)[0]
+                       for prediction, record in zip(predictions, records, strict=True)])
+
+
+def raw_boxes(predictions: Predictions) -> Tensor:
+    """As other people's scripts get them -> (N, 4), double, in original pixels, NaN for no box:
+    read leniently, not cut to the image, lines and points as well."""
     boxes = []
-    for prediction, record in zip(predictions, records, strict=True):
-        box, _, failure = read_prediction(prediction, record)
-        if flat and failure == "no area":
-            box = prediction.get("box")
-            if "text" in prediction:
-                box, _ = answer.read_answer(prediction["text"])
-                box = Frame(**prediction["frame"]).to_image(box)
-            x1, y1, x2, y2 = box
-            width, height = record.size
-            if not (0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height):
-                box = None
+    for prediction in predictions:
+        box = (prediction or {}).get("box")
+        box = box and answer.checked(box)[0]
+        if "text" in (prediction or {}):
+            frame = Frame(**prediction["frame"])
+            box, _ = answer.read_lenient(prediction["text"], frame.extent)
+            box = box and frame.to_image(box)
         boxes.append(box)
     return box_tensor(boxes)
 

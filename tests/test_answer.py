@@ -213,6 +213,12 @@ HOSTILE = {
     "box markers": "<|box_start|>(" * 50_000,
     "newlines": '{"bbox_2d": [1, 2, 3,' + "\n" * 300_000,
     "backticks": "`" * 300_000,
+    "hundredths": "{<1><2><3>" * 50_000,
+    "hundredths apart": "<1>" + (" " * 1000 + "<1>") * 500,
+    "five hundredths": "<1>" * 100_000,
+    "box tags": "<box>[[1,2,3," * 50_000,
+    "box tags apart": ("<box>" + " " * 1000) * 1000,
+    "y first": '"box_2d": [1,2,3,' * 30_000,
     "fences": "```json\n" * 50_000,
     "fences apart": ("```" + " " * 1000) * 1000,
     "lists of four": "[" + "[1,2,3,4]," * 30_000 + "0]",
@@ -301,6 +307,28 @@ def test_any_json_at_all() -> None:
 ])
 def test_lenient_reading(text: str, want: Box | None) -> None:
     assert parse_box_lenient(text) == want and parse_box(text) is None
+
+
+@pytest.mark.parametrize("text, want", [
+    # In a frame of 200 x 400: hundredths are 2 and 4, thousandths 0.2 and 0.4.
+    ("{<25><40><33><60>}", (50, 160, 66, 240)),
+    ("The ship is at {<25><40><33><60>|<30>}.", (50, 160, 66, 240)),
+    ("{<25><40><33><60>}|<30>", (50, 160, 66, 240)),
+    (answer("{<25> <40> <33> <60>}"), (50, 160, 66, 240)),
+    ("{<25><40><33><60>}<delim>{<1><2><3><4>}", (50, 160, 66, 240)),
+    ("{<1><2><3><2><3><4><1><4>}", None),                        # four corners
+    ("{<33><40><25><60>}", None),
+    ("<ref>the ship</ref><box>[[250, 400, 335, 600]]</box>", (50, 160, 67, 240)),
+    ('```json\n[{"box_2d": [400, 250, 600, 335], "label": "ship"}]\n```', (50, 160, 67, 240)),
+    (answer('{"box_2d": [400, 250, 600, 335]}'), (50, 160, 67, 240)),
+    # A key or brackets of another kind: the frame's own unit, x first.
+    ('[{"bbox_2d": [40, 25, 60, 33]}]', (40, 25, 60, 33)),
+    ("<box>[40, 25, 60, 33]</box>", (40, 25, 60, 33)),
+    ("[[40, 25, 60, 33]]", (40, 25, 60, 33)),
+])
+def test_boxes_with_a_unit_of_their_own(text: str, want: Box | None) -> None:
+    assert parse_box_lenient(text, (200, 400)) == (want and pytest.approx(want))
+    assert parse_box("{<25><40><33><60>}") is None
 
 
 @pytest.mark.parametrize("text, ok", [

@@ -189,14 +189,25 @@ def test_metrics_equal_brute_force_on_random_pairs() -> None:
 
 # ---------------------------------------------------------------- VRSBench's own metric
 
+def official_vrsbench(
+        pred: Any, target: Any, side: int = 100, unique: Sequence[bool | None] | None = None,
+        grid: Sequence[tuple | None] | None = None) -> dict[str, Any]:
+    """Square images; pred, target (N, 4) in pixels."""
+    records = []
+    for i, box in enumerate(target):
+        box = tuple(map(float, box))
+        records.append(Record(str(i), f"{i}.png", "", box, "ship", (side, side),
+                              unique=unique[i] if unique else None, grid=grid[i] if grid else None))
+    return metrics.official("vrsbench", torch.as_tensor(pred).double(), records)
+
+
 def test_vrsbench_takes_the_data_sets_own_cells_where_it_gives_them() -> None:
     """The precise box says cells 10 to 20, the file 11 to 21: the file counts."""
-    size = torch.tensor([[100.0, 100.0]] * 2)
-    pred = torch.tensor([[11.2, 11.2, 21.2, 21.2]] * 2)
-    target = torch.tensor([[10.9, 10.9, 20.9, 20.9]] * 2)
-    grid = torch.tensor([[11.0, 11, 21, 21], NAN])
-    iou = metrics.vrsbench_iou(pred, target, size, grid)
-    assert iou.tolist() == pytest.approx([1.0, 100 / (121 + 121 - 100)])
+    pred = [[11.2, 11.2, 21.2, 21.2]] * 2
+    target = [[10.9, 10.9, 20.9, 20.9]] * 2
+    got = official_vrsbench(pred, target, grid=[(11, 11, 21, 21), None])["all"]
+    assert got["mIoU"] == pytest.approx((1 + 100 / (121 + 121 - 100)) / 2)
+    assert got["cIoU"] == pytest.approx((121 + 100) / (121 + 142))
 
 
 def cells_of(box: Sequence[int]) -> set[tuple[int, int]]:
@@ -221,28 +232,33 @@ def test_vrsbench_counts_cells() -> None:
     for x1, y1, x2, y2 in gt:
         left = x1 + rng.randint(-2, 2) if x1 > 2 else x1
         pred.append([left, y1, x2 + rng.randint(2, 4), y2 + rng.randint(0, 2)])
-    size = torch.tensor([[512.0, 512.0]]).repeat(10_000, 1)
-    got = metrics.vrsbench_iou(in_pixels(pred), in_pixels(gt), size)
-    for p, g, value in zip(pred, gt, got.tolist()):
+    got = official_vrsbench(in_pixels(pred), in_pixels(gt), 512)["all"]
+    ious = []
+    for p, g in zip(pred, gt):
         a = cells_of(p)
         b = cells_of(g)
-        assert value == pytest.approx(len(a & b) / len(a | b), abs=1e-12)
+        ious.append(len(a & b) / len(a | b))
+    assert got["mIoU"] == pytest.approx(sum(ious) / 10_000, abs=1e-12)
+    for t in (0.5, 0.7):
+        assert got[f"Acc@{t}"] == sum(iou >= t for iou in ious) / 10_000
 
 
 def test_vrsbench_hits_a_target_of_no_area_which_the_pixel_metric_never_can() -> None:
-    size = torch.tensor([[512.0, 512.0]] * 4)
-    pred = torch.tensor([[100.0, 100, 102, 102], [100, 100, 102, 102], NAN, [100, 100, 150, 150]])
-    target = torch.tensor([[101.0, 101, 101, 101]] * 4)          # a point in cell 19, 19
-    target[1] = torch.tensor([200.0, 100, 200, 100])
-    iou = metrics.vrsbench_iou(pred, target, size)
-    assert iou.tolist() == [1, 0, 0, pytest.approx(1 / 121)]
-    assert metrics.metrics(pred[:1], target[:1], size[:1])["Pr@0.5"] == 0
-    official = metrics.vrsbench(pred, target, size, [True, False, None, False])
-    assert official == {
-        "all": {"n": 4, "Acc@0.5": 0.25, "Acc@0.7": 0.25},
-        "unique": {"n": 1, "Acc@0.5": 1.0, "Acc@0.7": 1.0},
-        "non_unique": {"n": 2, "Acc@0.5": 0.0, "Acc@0.7": 0.0},
-    }
+    """A point in cell 19, 19; a line far away; no answer; a point in 11 x 11 cells. Cells: 1 of 1,
+    0 of 2 + 39 - 0 or so, none, 1 of 121."""
+    pred = [[100.0, 100, 102, 102], [100, 100, 102, 102], NAN, [100, 100, 150, 150]]
+    target = [[101.0, 101, 101, 101]] * 4
+    target[1] = [200.0, 100, 200, 100]
+    got = official_vrsbench(pred, target, 512, [True, False, None, False])
+    assert metrics.metrics(torch.tensor(pred[:1]), torch.tensor(target[:1]),
+                           torch.tensor([[512, 512]]))["Pr@0.5"] == 0
+    # The answer without a box is no part of cIoU.
+    assert got == {
+        "all": {"n": 4, "Acc@0.5": 0.25, "Acc@0.7": 0.25, "mIoU": pytest.approx((1 + 1 / 121) / 4),
+                "cIoU": pytest.approx(2 / (1 + 2 + 121))},
+        "unique": {"n": 1, "Acc@0.5": 1.0, "Acc@0.7": 1.0, "mIoU": 1.0, "cIoU": 1.0},
+        "non_unique": {"n": 2, "Acc@0.5": 0.0, "Acc@0.7": 0.0, "mIoU": pytest.approx(1 / 242),
+                       "cIoU": pytest.approx(1 / 123)}}
 
 
 @pytest.mark.parametrize("side", (512, 640, 700, 1024))
@@ -263,7 +279,7 @@ def test_vrsbench_cells_survive_their_way_through_pixels(
     text = f'<think>a</think><answer>{{"bbox_2d": {written}}}</answer>'
     predictions = [{"id": "0", "text": text, "frame": frame}]
     row = evaluation.details([record], predictions, "vrsbench", None, [record])
-    assert row["vrsbench"]["all"]["Acc@0.7"] == accuracy
+    assert row["official"]["all"]["Acc@0.7"] == accuracy
     assert evaluation.score_predictions([record], predictions)["failures"]["no area"] == no_area
 
 
@@ -672,7 +688,9 @@ def test_every_key_of_eval_json_is_explained_and_no_other(
     fakes("--compare", *files, "--data", "vrsbench", "--root", root, "--out", tmp_path / "both")
     content = json.loads((tmp_path / "both" / "eval.json").read_text())
     model_rows = rows(folder)
-    file_rows = content.pop("rows")
+    monkeypatch.setitem(data.READERS, "dior", tiny)
+    fakes("--predictions", files[0], "--data", "dior", "--root", root, "--out", tmp_path / "dior")
+    file_rows = content.pop("rows") + rows(tmp_path / "dior")
     for keys, values in ((explained("## eval.json"), [*model_rows, *file_rows]),
                          (explained("next to `rows`"), [content])):
         fitting = set()

@@ -357,7 +357,7 @@ def test_a_box_is_repaired_said_and_within_or_refused(
         values: list[Any], size: tuple[int, int], units: int | None,
 ) -> None:
     try:
-        box, repairs = collect.repair_box(values, size, units)
+        box, repairs, _ = collect.repair_box(values, size, units)
     except Refused as reason:
         assert str(reason) in ("no box", "empty box", "box outside the image")
         return

@@ -145,7 +145,7 @@ def test_hostile_texts_stay_texts(page: str) -> None:
 def test_the_page_shows_every_part(page: str) -> None:
     for words in (
             "20 records; 1,234 more are refused (&lt;script&gt;", "Scores",
-            "in the middle of each image: mIoU 0.0", "Breakdowns", "VRSBench", "By size",
+            "in the middle of each image: mIoU 0.0", "Breakdowns", "authors of", "By size",
             "By region", "By distractors", "By train image", "Training: ", "length (tokens)",
             "Groups of rollouts", "Best", "Median", "Worst", "IoU", "no box",
             "width=device-width"):
