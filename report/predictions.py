@@ -37,7 +37,7 @@ def read_predictions(path: str | Path, records: Sequence[Record], coords: str | 
     DataError if the file does not fit the records."""
     by_id = {record.id: record for record in records}
     predictions: dict[str, Prediction] = {}
-    boxes = []                                   # of lines without text, with image sizes
+    boxes = []                                   # with the sizes of their images
     for number, value in read_json_lines(path):
         try:
             if value is None or type(value.get("id")) not in (str, int):
@@ -53,7 +53,8 @@ def read_predictions(path: str | Path, records: Sequence[Record], coords: str | 
             predictions[key] = parse_prediction(value, by_id[key], coords, processor)
         except (ValueError, OverflowError) as error:
             raise DataError(f"{path}, line {number}: {error}") from None
-        box = predictions[key].get("box")
+        # A text with its own frame comes with a box in pixels.
+        box = None if "frame" in value and "text" in predictions[key] else value.get("box")
         if box and not coords and all(map(math.isfinite, box)):
             boxes.append((box, by_id[key].size))
     refuse_other_unit(boxes, f"{path}: its boxes", "--coords")

@@ -198,6 +198,11 @@ def test_boxes_in_hundredths_are_read_with_the_flag(score: Script, tmp_path: Pat
     score("theirs", records, lines, "--coords", "original")
     assert row(tmp_path)["mIoU"] < 0.5
     texts = [{"text": json.dumps({"bbox_2d": line["box"]})} for line in lines]
+    with pytest.raises(DataError, match="--coords 100, or"):
+        score("theirs", records, [{**text, **line} for text, line in zip(texts, lines)])
+    score("theirs", records, [{**text, **line} for text, line in zip(texts, lines)],
+          "--coords", "100")
+    assert row(tmp_path)["mIoU"] == pytest.approx(1)
     score("theirs", records, texts, "--coords", "100")
     assert row(tmp_path)["lenient"]["mIoU"] == pytest.approx(1)
 
