@@ -345,7 +345,6 @@ def flags() -> FlagParser:
 
 def main() -> None:
     args = flags().parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")        # characters that it cannot show
     if not args.name:
         fail("name a data set: python cot.py dior")
     check_teacher_flags(args)

@@ -18,7 +18,6 @@ Intervals: 95%, over images.
 """
 import functools
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -95,18 +94,18 @@ class Stage(NamedTuple):
 
 def find_stages(path: str | Path) -> list[Stage]:
     """The folder of a checkpoint or stage -> that one; any other folder -> every stage in it."""
-    path = Path(path)
+    path = newest_step(path) if Path(path).is_file() else Path(path)     # `latest` without links
     found = {}                                   # name -> checkpoint
     if is_checkpoint(path):
         here = path.resolve()
         parent = f"{here.parent.name}_" if here.name.startswith("step_") else ""
         found[parent + here.name] = path
     else:
-        for folder in [path] if is_checkpoint(path / "latest") else path.glob("*"):
+        newest = newest_step(path)
+        is_run = newest != path and not newest.name.startswith("checkpoint-")
+        for folder in [path] if is_run else path.glob("*"):
             step = newest_step(folder)
             if is_checkpoint(step):
-                # Show the name of the step, not of the link "latest".
-                step = folder if step == folder else folder / step.resolve().name
                 found[folder.name or folder.resolve().name] = step
     if not found:
         raise CheckpointError(
@@ -388,8 +387,6 @@ def stage_answers(args: Namespace, stages: Sequence[Stage], records: Sequence[Re
 
 def main() -> None:
     args = flags().parse_args()
-    # Answers and paths may hold characters that the terminal's encoding lacks.
-    sys.stdout.reconfigure(errors="backslashreplace")
     files = args.compare or ([args.predictions] if args.predictions else [])
     several = args.samples > 1 or len(args.temperature) > 1 or world() > 1
     if args.coords in COORDS and args.data and not files:

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,16 +186,30 @@ def by_number(path: str | Path) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
+def named_step(link: Path) -> Path | None:
+    """The folder that `latest` or `best` names, even if it is missing. Each is a link, or a file
+    with the folder's name if the file system has no links. None if it is neither."""
+    with suppress(OSError, ValueError):
+        name = os.readlink(link) if link.is_symlink() else link.read_text(encoding="utf-8")
+        return link.parent / name.strip()
+    return None
+
+
 def newest_step(path: str | Path) -> Path:
-    """A folder with several steps -> its newest; any other path -> itself."""
+    """A folder with several steps -> the one that `latest` names, or else the newest; `latest` or
+    `best` -> the step that it names; any other path -> itself."""
     path = Path(path)
     if is_checkpoint(path):
         return path
-    if (path / "latest").exists():
-        return path / "latest"
-    # Other programs write checkpoint-500, checkpoint-1500 and no link to the latest.
-    steps = [p for p in path.glob("checkpoint-*") if re.fullmatch("[0-9]+", p.name[11:])]
-    return max(filter(is_checkpoint, steps), key=by_number, default=path)
+    link = path if path.name in ("latest", "best") else path / "latest"
+    named = named_step(link)
+    if named and is_checkpoint(named):
+        return named
+    # Copies of a run may lack `latest`, or have a folder in its place. Other programs write
+    # checkpoint-500, checkpoint-1500 and no link.
+    steps = [p for p in path.glob("*") if re.fullmatch("(step_|checkpoint-)[0-9]+", p.name)]
+    return max(filter(is_checkpoint, steps), key=by_number,
+               default=link if is_checkpoint(link) else path)
 
 
 def folder(path: str | Path) -> Path:
@@ -202,7 +217,7 @@ def folder(path: str | Path) -> Path:
     newest = newest_step(path)
     if not is_checkpoint(newest):
         raise CheckpointError(f"no checkpoint at {path}: no config.json there, in a folder "
-                              "`latest` or in a folder checkpoint-N; check the path, or train it")
+                              "`latest`, step_N or checkpoint-N; check the path, or train it")
     return newest
 
 
@@ -346,8 +361,6 @@ def write_tensors(
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}")
             for piece in tensor.detach().reshape(-1).split(PIECE):
                 stream.write(piece.to(dtype).cpu().contiguous().view(torch.uint8).numpy())
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def read_token_ids(path: Path) -> dict[str, int]:

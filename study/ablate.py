@@ -43,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 from data import load, open_image  # noqa: E402
 from qwen.answer import Box  # noqa: E402
 from qwen.hub import is_checkpoint, newest_step  # noqa: E402
+from train.checkpoints import steps_so_far  # noqa: E402
 from train.dist import fail  # noqa: E402
 
 STEPS = {"sft.py": 1000, "rft.py": 90}
@@ -259,19 +260,19 @@ def trained(name: str, seed: str, settings: dict[str, str]) -> tuple[Path, str]:
     out = Path(settings["STUDY"]) / seed / name
     if (out / "done").exists():
         if (out / "done").read_text(encoding="utf-8") != f"{recipe}\n":
-            fail(f"{out} was trained with other settings; remove it, or name another STUDY")
+            fail(f"{out} was trained with other settings; move it away, or name another STUDY")
         return out, recipe
     if arm.spread:
         moved_boxes = out.with_name(f"{name}-boxes")
         if not (moved_boxes / "sft.jsonl").exists():
             write_coarse(moved_boxes, arm.spread, seed)
         flags += ["--data", "jsonl", "--root", moved_boxes, "--val", 0]
-    resume = (out / "latest").is_symlink()
+    resume = any(out.glob("step_*")) or (out / "latest").exists()
     if not resume:
         shutil.rmtree(out, ignore_errors=True)
     command(script, *flags, "--init", init, "--out", out, *["--resume"] * resume)
     # A stage that is stopped saves a checkpoint and exits with 0, too.
-    run = json.loads((out / "latest" / "run.json").read_text(encoding="utf-8"))
+    run = json.loads((steps_so_far(out)[0] / "run.json").read_text(encoding="utf-8"))
     if run["step"] != run["flags"]["steps"]:
         print(f"ablate.py: stopped in {out}; the same command resumes", file=sys.stderr)
         sys.exit(130)

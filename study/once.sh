@@ -5,6 +5,8 @@
 # not say so: a stage that is stopped saves a checkpoint and exits with 0, too.
 finished() {
   local run=$1/latest/run.json
+  # `latest` may be a file with the name of the step, or missing in a copy.
+  [ -e "$run" ] || run=$(ls -d "$1"/step_*/run.json 2>/dev/null | sort | tail -n 1)
   [ -e "$run" ] || return 1
   [ "$(number step "$run")" = "$(number steps "$run")" ]
 }
@@ -20,7 +22,7 @@ train() {
   shift
   if [ -e "$out/done" ]; then return; fi
   # A folder without a checkpoint was stopped before its first.
-  if [ -L "$out/latest" ]; then resume=--resume; else rm -rf "$out"; fi
+  if [ -e "$out/latest" ] || ls -d "$out"/step_* >/dev/null 2>&1; then resume=--resume; else rm -rf "$out"; fi
   $RUN "$@" --out "$out" $resume
   if ! finished "$out"; then
     echo "$(basename "$0"): stopped in $out; the same command resumes" >&2

@@ -592,7 +592,7 @@ def test_a_name_means_one_setting_in_a_study(
     run_table(monkeypatch, tmp_path, "ladder", **settings)
     with pytest.raises(AssertionError):    # exit status 2, not 130
         run_table(monkeypatch, tmp_path, "ladder", **settings | changed)
-    assert "was trained with other settings; remove it" in capsys.readouterr().err
+    assert "was trained with other settings; move it away" in capsys.readouterr().err
 
 
 def test_ablate_sh_runs_ablate_py() -> None:

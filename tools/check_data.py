@@ -37,8 +37,6 @@ def main() -> None:
     add("--show", type=int, default=12, help="records of one data set on its contact sheet")
     add("--out", default="data_check.png", help="file of the contact sheet")
     args = parser.parse_args()
-    # A name in a data set may hold characters that no encoding has.
-    sys.stdout.reconfigure(errors="backslashreplace")
     if not args.names:
         raise DataError("name a data set: python data.py dior")
     several = len(args.names) > 1

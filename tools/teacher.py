@@ -153,7 +153,9 @@ def open_explanations(out: Path) -> Iterator[tuple[BinaryIO, dict[str, str | Non
     except OSError as error:
         busy = isinstance(error, BlockingIOError)
         reason = "it is being written by another process" if busy else error.strerror
-        raise DataError(f"{out} can't be written ({reason}); {advice}") from None
+        if busy or error.filename:         # open() names the file; flock() does not
+            raise DataError(f"{out} can't be written ({reason}); {advice}") from None
+        print(f"warning: {out} can't be locked ({reason}); start only one teacher for it")
     with file:
         file.seek(0)
         finished = {}
@@ -181,7 +183,7 @@ def run_teacher(args: Namespace, records: Records) -> None:
     elif args.coords == "resized":
         processor = Processor.from_pretrained(args.init)
     out = Path(args.out or f"cot_{args.name.replace('/', '_')}_{args.split}.jsonl")
-    check_writable(out.parent)
+    check_writable(out.parent, append=True)
     with open_explanations(out) as (file, finished):
         counts = Counter(finished.values())        # reason -> lines; None: kept
         done_before = len(finished)

@@ -14,7 +14,9 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from tqdm import tqdm
 from model import QwenVL
 from qwen import lora
 from qwen.hub import (
-    MALFORMED, MANIFEST, CheckpointError, by_number, write_json, write_tensors)
+    ADAPTER_CONFIG, MALFORMED, MANIFEST, CheckpointError, base_folder, by_number,
+    is_checkpoint, named_step, newest_step, write_json, write_tensors)
 from qwen.processor import Processor
 from readers.base import read_json
 from train import dist
@@ -35,6 +38,8 @@ from train.dist import fail, gather_lists, raise_on_all_processes, rank, world
 
 # Bytes of a checkpoint's small files, at most: tokenizer, settings, manifest.
 SMALL_FILES = 2 ** 24
+# Disk full, quota used up, file larger than the shell's limit.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_model(
@@ -50,15 +55,10 @@ def open_model(
 
 def read_run(out: Path) -> dict[str, Any]:
     """The newest undamaged run.json of a run to resume."""
-    latest = out / "latest"
-    if not os.path.lexists(latest):
+    steps = steps_so_far(out)
+    if not steps:
         fail(f"--resume, but there is no checkpoint in {out}; "
              "leave --resume out, or name the --out of the run")
-    if not latest.is_symlink():     # save() can replace a link, but not a folder
-        newest = max((p.name for p in out.glob("step_*")), key=by_number, default="copy")
-        fail(f"{latest} is a folder, but must be a link to a step's folder (cp -rL follows links); "
-             f"mv {latest} {out / 'copy'} && ln -s {newest} {latest}")
-    steps = steps_so_far(out)
     step = next((step for step in steps if damage(step, "run.json") is None), steps[0])
     run = read_json(step / "run.json")
     if not isinstance(run, dict) or not {"stage", "data_hash", "flags"} <= run.keys():
@@ -69,29 +69,64 @@ def read_run(out: Path) -> dict[str, Any]:
 
 def steps_so_far(out: Path) -> list[Path]:
     """The folders of a run's steps, newest first. The first is the one that `latest` names, even if
-    it is missing; later steps are ignored, because the run has gone back to before them."""
-    latest = out / os.readlink(out / "latest")
+    it is missing. Steps later than `latest` are ignored, because the run has gone back to it. In a
+    partial copy, where `latest` or its step is missing, all steps count."""
+    latest = named_step(out / "latest")
     steps = [p for p in out.glob("step_*") if p.name.removeprefix("step_").isdecimal()]
-    earlier = [p for p in steps if by_number(p) < by_number(latest)]
-    return [latest, *sorted(earlier, key=by_number, reverse=True)]
+    if latest and latest.exists():
+        steps = [p for p in steps if by_number(p) < by_number(latest)]
+    steps.sort(key=by_number, reverse=True)
+    if latest:
+        return [latest, *steps]
+    # Perhaps only `latest` was copied, as a folder.
+    return steps or [out / "latest"] * is_checkpoint(out / "latest")
 
 
 def sync(path: Path) -> None:
-    """Forces a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Forces a file, or the names in a folder, to the disk, if the file system can do that."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (*DISK_FULL, errno.EIO):
+            raise
 
 
 def point(link: Path, target: str) -> None:
-    """Points a link at a target. Atomic: a new link replaces the old one."""
+    """Points a link at a target; without links, writes a file with the target's name instead.
+    Atomic: the new one replaces the old one. A folder in its place gets another name."""
     other = link.with_name(f".{link.name}.tmp")
     other.unlink(missing_ok=True)
-    other.symlink_to(target)
+    try:
+        other.symlink_to(target)
+    except OSError:
+        other.write_text(f"{target}\n", encoding="utf-8")
+        sync(other)
+    if link.is_dir() and not link.is_symlink():
+        os.replace(link, tempfile.mkdtemp(prefix=f"{link.name}-copy-", dir=link.parent))
     os.replace(other, link)
     sync(link.parent)
+
+
+def try_disk(out: Path) -> None:
+    """Does twice what a save does, in a trial folder; ends the script if the file system can't."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=out) as trial:
+            hidden, step = Path(trial, "hidden"), Path(trial, "step")
+            for _ in range(2):
+                hidden.mkdir()
+                write_json(hidden / "run.json", {"free": shutil.disk_usage(out).free})
+                sync(hidden / "run.json")
+                sync(hidden)
+                remove_folder(step, Path(trial, "old"))
+                os.replace(hidden, step)
+                point(Path(trial, "latest"), step.name)
+    except OSError as error:
+        fail(f"no checkpoint can be saved in {out}: files and folders can't be renamed and "
+             f"replaced there ({error.strerror or error}); name another folder with --out")
 
 
 def remove_folder(folder: Path, aside: Path) -> None:
@@ -223,6 +258,17 @@ def manifest_entry(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest}
 
 
+def content_hash(path: str | Path) -> str:
+    """64 hex characters for the bytes of a file, or of a checkpoint's weights and its base's."""
+    path = newest_step(path)
+    files = [path] if path.is_file() else []
+    for folder in dict.fromkeys((path, base_folder(path))):
+        files += sorted(folder.glob("*.safetensors"))
+    with ThreadPoolExecutor() as pool:
+        digests = [entry["sha256"] for entry in pool.map(manifest_entry, files)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def damage(step: Path, only: str | None = None) -> str | None:
     """What is wrong with a checkpoint's files, in words; None if they are as written.
     only: a file that this process checks. Without it, the files are split over all processes."""
@@ -241,6 +287,8 @@ def damage(step: Path, only: str | None = None) -> str | None:
         file = step / name
         if not file.is_file():
             found.append(f"{file} is missing")
+        elif name == ADAPTER_CONFIG:
+            continue      # if the base has moved, the user sets its folder in this file
         elif name in listed and file.stat().st_size != listed[name]["bytes"]:
             found.append(f"{file} has {file.stat().st_size:,} bytes, but had "
                          f"{listed[name]['bytes']:,} when it was written")
@@ -271,10 +319,11 @@ def restore(out: Path, model: nn.Module, opt: torch.optim.Optimizer) -> int:
     else:
         raise CheckpointError(f"{damages[0]}; no earlier step in {out} is whole and has its "
                               "training state; start a new run with --init")
-    if damages and rank() == 0:
+    if rank() == 0:
         for problem in damages:
             tqdm.write(f"warning: {problem}; continuing from {step.name}", file=sys.stderr)
-        point(out / "latest", step.name)
+        if step.name != "latest":
+            point(out / "latest", step.name)
     paths = sorted((step / "state").glob("rank_*.safetensors"))
     if not paths or len(paths) != int(paths[0].stem[-5:]):
         raise CheckpointError(f"{step / 'state'}: files of the training state are missing; "

@@ -150,13 +150,20 @@ def raise_on_all_processes() -> Iterator[None]:
         raise own if first == rank() else OSError()
 
 
-def check_writable(folder: str | Path) -> Path:
-    """Makes a folder with its parents; ends the script if no file can be written there."""
+def check_writable(folder: str | Path, append: bool = False) -> Path:
+    """Makes a folder with its parents; ends the script if no file can be written there, or, with
+    `append`, if no line can be appended to one."""
+    work = "written to"
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.NamedTemporaryFile(dir=folder) as trial:
+            if append:
+                work = "appended to a file in"
+                for _ in range(2):
+                    with open(trial.name, "a", encoding="utf-8") as log:
+                        log.write("{}\n")
     except OSError as error:
-        fail(f"nothing can be written to {folder} ({error.strerror}); "
+        fail(f"nothing can be {work} {folder} ({error.strerror}); "
              "name another folder with --out")
     return Path(folder)
 

@@ -225,7 +225,10 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
         old_flags |= {k: v for k, v in run["flags"].items() if k not in dropped}
         parser.set_defaults(**{k: v for k, v in old_flags.items() if k in known})
         args = parser.parse_args()
-        for name in {*known, *old_flags} - {*FREE_ON_RESUME}:
+        # What has moved can be named anew: Run compares the content with the run's, if it has it.
+        moved = {name for name in ("init", "cot") if run.get("hashes", {}).get(name)
+                 or not os.path.exists(old_flags.get(name) or ".")}
+        for name in {*known, *old_flags} - {*FREE_ON_RESUME} - moved:
             flag = f"--{FLAG_OF.get(name, name).replace('_', '-')}"
             if name not in old_flags or name not in known and (
                     old_flags[name] != REMOVED_FLAGS.get(name)):
@@ -239,6 +242,9 @@ def parse(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
             if name in known and json.dumps(new) != json.dumps(old) and not same_path:
                 dist.fail(f"--resume with {flag} {as_typed(new)}, but the run in {args.out} has "
                           f"{as_typed(old)}; leave the flag out, or name another --out")
+        if not os.path.exists(args.init):
+            dist.fail(f"--resume, but the run's --init {args.init} is not there; if it has moved, "
+                      "name its new place with --init")
     if args.lora_vision and not args.lora:
         dist.fail("--lora-vision without --lora; give the adapters' rank too")
     if args.lora_vision and args.freeze_vision:

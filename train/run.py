@@ -1,6 +1,5 @@
 """What both stages share: the order of the data, the log, and how a run starts and stops."""
 import argparse
-import errno
 import faulthandler
 import functools
 import importlib.metadata
@@ -27,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import load, refusal_summary
-from qwen.hub import CheckpointError
+from qwen.hub import CheckpointError, newest_step
 from qwen.processor import prompt_hash
 from readers.base import (
     MOST_UNREADABLE, DataError, Record, Records, UnreadableImage, read_log)
@@ -44,8 +43,6 @@ UNREADABLE_LOG = "unreadable.jsonl"
 # The time left is in the postfix: tqdm's own counts validations as training.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 PLAIN_EVERY = 60                   # seconds between lines about progress without a terminal
-# Disk full, quota used up, file larger than the shell's limit.
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def load_records(args: argparse.Namespace, split: str) -> tuple[Records, list[Record]]:
@@ -84,6 +81,9 @@ def launch(main: Callable[[], None], catch_signals: bool = False) -> NoReturn:
         for number in STOP_SIGNALS:
             signal.signal(number, lambda number, frame: None)
         threading.Thread(target=read_signals, args=(read_end,), daemon=True).start()
+    # Texts and paths may hold characters that the terminal's encoding lacks.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     status = 0
     try:
         try:
@@ -94,7 +94,7 @@ def launch(main: Callable[[], None], catch_signals: bool = False) -> NoReturn:
         except (DataError, CheckpointError) as error:
             dist.fail(error)
         except OSError as error:
-            if error.errno not in DISK_FULL:
+            if error.errno not in checkpoints.DISK_FULL:
                 raise
             dist.fail(f"{error.strerror}: {error.filename or 'a log'} could not be written; free "
                       "some space and continue with --resume")
@@ -180,16 +180,25 @@ class Run:
         self.answers: list[watch.Answers] = []    # the last ones, for report.html
         self.send = self.end_tracking = lambda *_: None      # functions of --track
         self.printed = -math.inf                  # when a plain line about progress was
+        self.hashes: dict[str, str | None] = {}   # of what --init and --cot name
         if dist.rank():
-            return                  # check_writable makes a trial file, which others would find
-        dist.check_writable(self.out)
-        if (self.out / "latest").exists() and not args.resume:
-            dist.fail(f"{self.out} already holds a run, up to "
-                      f"{(self.out / 'latest').resolve().name}; continue it with --resume, or name "
-                      "another --out")
+            return                  # trial files are made, which others would find
+        dist.check_writable(self.out, append=True)
+        newest = newest_step(self.out)
+        if newest != self.out and not args.resume:
+            dist.fail(f"{self.out} already holds a run, up to {newest.name}; continue it with "
+                      "--resume, or name another --out")
         if any(self.out.iterdir()) and not args.resume:
-            dist.fail(f"{self.out} is not empty, but holds no checkpoint; remove it, or name "
-                      "another --out")
+            dist.fail(f"{self.out} is not empty, but holds no checkpoint; name another --out")
+        checkpoints.try_disk(self.out)
+        # What --init and --cot name may move during a run, but not change.
+        old = checkpoints.read_run(self.out).get("hashes", {}) if args.resume else {}
+        for flag in {"init", "cot"} & vars(args).keys():
+            path = getattr(args, flag)
+            self.hashes[flag] = path and checkpoints.content_hash(path)
+            if old.get(flag, self.hashes[flag]) != self.hashes[flag]:
+                dist.fail(f"--resume, but --{flag} {path} has changed since the run in {self.out} "
+                          "began; name what it was, or start another run with another --out")
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, processor: Any) -> None:
         """On --resume, restores the newest checkpoint and cuts logs. Prints what is trained."""
@@ -216,7 +225,7 @@ class Run:
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "commit": commit(),
             "data": self.args.data, "root": self.args.root, "records": len(self.records),
-            "data_hash": self.records.hash, "prompt_hash": prompt_hash(),
+            "data_hash": self.records.hash, "prompt_hash": prompt_hash(), "hashes": self.hashes,
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "processes": dist.world(), "device": self.args.device,
             "flags": {k: v for k, v in vars(self.args).items()
