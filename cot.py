@@ -135,7 +135,6 @@ def choice(objects: Sequence[Neighbor], chosen: Neighbor, frame: Frame,
            facts: Callable[[Neighbor], str], extreme: str = "",
            key: Callable[[Neighbor], float] | None = None) -> list[str]:
     """Sentences that choose an object: it and nearby ones from left to right, then the choice.
-
     facts: text that follows an object's place. extreme: how the chosen one compares ("leftmost"),
     which makes its key the smallest; every object that leads so far is called so."""
     center = box_center(chosen.box)
@@ -240,7 +239,6 @@ def other_objects(record: Record, same_image: Sequence[Record]) -> list[Neighbor
 def writer(records: Sequence[Record], file: str | Path | None = None,
            answer_only: bool = False) -> Callable[[Record, Frame], str]:
     """-> function (record, frame) -> completion.
-
     file: JSONL of reasoning. Annotations are used if it refuses or (a teacher's) lacks a record."""
     reasoning = load_reasoning(file, records) if file and not answer_only else {}
     by_image = defaultdict(list)

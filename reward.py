@@ -45,7 +45,6 @@ def centers(boxes: Tensor) -> Tensor:
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """a, b (..., 4), broadcast -> intersection over union (...) in [0, 1]; 0 if either has no area.
-
     The paper's IoU reward is VLM-R1's (second-hand); docs/method.md has the differences."""
     intersection, union = intersection_union(a, b)
     return torch.where(union > 0, intersection / union, torch.zeros_like(union))
@@ -53,7 +52,6 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 def giou(pred: Tensor, gt: Tensor) -> Tensor:
     """pred, gt (..., 4), broadcast -> (1 + GIoU) / 2 (...) in [0, 1].
-
     GIoU is IoU minus the share of the hull that neither box covers (arXiv 1902.09630). The paper
     compares the positional term with it (second-hand); the mapping to [0, 1] is ours."""
     a, b = pred.double(), gt.double()
@@ -66,7 +64,6 @@ def giou(pred: Tensor, gt: Tensor) -> Tensor:
 
 def diou(pred: Tensor, gt: Tensor) -> Tensor:
     """pred, gt (..., 4), broadcast -> (1 + DIoU) / 2 (...) in [0, 1].
-
     DIoU is IoU minus the squared distance of the centres over the squared diagonal of the hull
     (arXiv 1911.08287). The paper compares it too (second-hand); the mapping is ours."""
     a, b = pred.double(), gt.double()
@@ -79,7 +76,6 @@ def diou(pred: Tensor, gt: Tensor) -> Tensor:
 
 def center_distance(pred: Tensor, gt: Tensor, size: Tensor) -> Tensor:
     """Distance of the centres, x in image widths and y in image heights, over sqrt(2).
-
     pred, gt (..., 4), size (..., 2) as (W, H), broadcast -> (...) in [0, 1] for boxes within the
     image; NaN for NaN rows."""
     return (centers(pred) / size - centers(gt) / size).norm(dim=-1) / math.sqrt(2)
@@ -171,7 +167,6 @@ def consistency_weight(
 
 def dispersion(boxes: Tensor, valid: Tensor, size: Tensor) -> Tensor:
     """Scatter of the centres of a group's valid boxes, for the log: sqrt(Var x + Var y). Ours.
-
     boxes (Q, G, 4), valid (Q, G) bool, size (Q, 2) as (W, H) -> (Q,) in [0, sqrt(1/2)], in image
     sides; population variance, 0 with fewer than two valid boxes."""
     position = centers(boxes) / size[:, None]                             # (Q, G, 2)

@@ -31,7 +31,6 @@ def generate(model: QwenVL, prompts: Sequence[Prompt], group: int, max_new_token
              cuda_graphs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Q prompts, G rollouts of each (group), temperature (0 is greedy), seeds (Q,) long
     -> tokens (Q, G, L) long, logprobs (Q, G, L) float32, lengths (Q, G) long.
-
     L is the longest rollout; shorter ones are padded with 0. A rollout includes its stop token.
     Log-probabilities are those at the sampling temperature (at 1 if greedy)."""
     logits, cache, positions = model.prefill(prompts, group, max_new_tokens)

@@ -130,9 +130,8 @@ def print_split(name: str, split: str, records: Records, places: int) -> None:
         boxes = np.array([r.box for r in records])                             # (N, 4)
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         percent = areas / np.array([r.size for r in records]).prod(1) * 100
-        shares = (5, 25, 50, 75, 95)
-        quantiles = zip(shares, np.percentile(percent, shares))
-        words = ", ".join(f"{share}% {value:.3g}" for share, value in quantiles)
+        words = ", ".join(f"{share}% {np.percentile(percent, share):.3g}"
+                          for share in (5, 25, 50, 75, 95))
         print(f"  box area in % of the image, quantiles: {words}; below 1%: "
               f"{(percent < 1).mean():.1%} of the boxes")
 

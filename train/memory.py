@@ -85,9 +85,8 @@ class ByteCounter(TorchDispatchMode):
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self.peak = 0
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-        self.live = 0
+        self.live = self.peak = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (),
                            kwargs: Any = None) -> Any:
@@ -260,9 +259,8 @@ def check_gpu(args: argparse.Namespace, processor: Processor, records: Sequence[
         return
     needs = f"the run needs {peak / GIB:.1f} GiB of a GPU that has {available / GIB:.1f}"
     # What costs only speed comes first, then what changes the run.
-    init = folder(args.init)
-    adapter = (init / ADAPTER_CONFIG).exists()
-    lora_rank = read_json_object(init / ADAPTER_CONFIG)["r"] if adapter else 64
+    adapter = folder(args.init) / ADAPTER_CONFIG
+    lora_rank = read_json_object(adapter)["r"] if adapter.exists() else 64
     remedies = {
         "--gradient-checkpointing": {"gradient_checkpointing": True},
         "--micro-tokens 1024": {"micro_tokens": 1024},
