@@ -110,8 +110,8 @@ def percentiles(low: float, high: float) -> list[float]:
 def add_reading_flags(add: Callable[..., argparse.Action], *other: str) -> None:
     """add: a parser's add_argument. other: --coords, in scripts where it means the same."""
     add("--data-coords", *other, dest="coords" if other else "data_coords", choices=list(COORDS),
-        help="unit of the boxes, if the data set leaves it open: fractions, 100ths or 1000ths of the "
-        "image's sides, or pixels (the default)")
+        help="unit of the boxes, if the data set leaves it open: fractions, 100ths or 1000ths of "
+        "the image's sides, or pixels (the default)")
     add("--stretch", type=float, nargs=2, action=Values, metavar=("LOW", "HIGH"),
         const=[("stretch", percentiles, 2)],
         help="percentiles of each band that become black and white in 16-bit or float images, as "
