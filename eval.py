@@ -13,11 +13,14 @@ Intervals: 95%, over images.
     torchrun --nproc_per_node 8 eval.py ckpt/rft   the same report from eight GPUs
     python eval.py ckpt/ --temperature 1 --samples 8               adds pass@k and dispersion
     python eval.py ckpt/ --image scene.jpg --text "the white plane left of the hangar"
+    python eval.py ckpt/rft --image tiles/ --text "the pool"       or "*.tif", or list.jsonl
     python eval.py --predictions theirs.jsonl --data dior --coords original
     python eval.py --compare a.jsonl b.jsonl --data dior           is B better than A?
 """
 import functools
+import itertools
 import json
+import math
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,43 +29,47 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import ExifTags, ImageOps
 from tqdm import tqdm
 
 import data
 from model import QwenVL
 from qwen import answer
+from qwen.answer import Box
 from qwen.generate import generate
 from qwen.hub import CheckpointError, by_number, is_checkpoint, newest_step
-from qwen.processor import Processor, Prompt, prompt_hash
+from qwen.processor import Processor, Prompt, frame_by_coords, prompt_hash
+from readers import views
 from readers.base import COORDS, DataError, Record, Records, Stretch, UnreadableImage, read_json
-from readers.images import ImageError, read_orientation, read_rgb
 from report import metrics, page, pictures, predictions
 from reward import agreement
 from train import dist, memory
 from train.ahead import ahead
 from train.checkpoints import open_model
 from train.dist import check_writable, fail, gather_lists, gathered, rank, world
-from train.flags import DEVICE_FLAG, FlagParser, add_reading_flags, not_negative, positive
+from train.flags import DEVICE_FLAG, FlagParser, add_reading_flags, natural, not_negative, positive
 from train.run import launch
 
 INCLUSIVE = ("opt",)              # data sets that count IoU >= t
 OUTCOMES = (*answer.FAILURES, "outside image", "no prediction", predictions.UNREADABLE)
 STAGE_ORDER = ("base", "pretrain", "direct", "sft", "rft")      # in the table; others follow
 RED = (255, 64, 64)
+SIDES = ("left", "top", "right", "bottom")
+EDGE = 2                          # pixels: a box that ends nearer to an edge touches it
 load_once = functools.cache(data.load)           # stages may share training data
+open_once = functools.lru_cache(maxsize=1)(open_model)
 
 
 def flags() -> FlagParser:
     parser = FlagParser(
         description="Scores every stage in a folder, or predictions: a table, and a report.")
     add = parser.add_argument
-    add("ckpt", nargs="?", help="folder of a checkpoint, of a stage, or of several stages")
+    add("ckpt", nargs="*", help="folders of checkpoints, of stages, or of several stages each")
     add("--data", help="data set; default: the one recorded in the checkpoint, else synth")
     add("--root", help="its folder; default: as recorded, else data/<name>")
     add("--split", default="test", help="of the data set")
     add("--limit", type=positive, help="score only the first LIMIT records")
-    add("--out", help="folder of the report; default CKPT/eval, or named after the predictions")
+    add("--out", help="folder of the report; default: named after the predictions, or CKPT/eval, "
+        "or for several CKPT and a folder of weights ckpt/eval_NAME")
     add("--temperature", type=not_negative, nargs="+", default=[0.0], help="a row each; 0: greedy")
     add("--samples", type=positive, default=1, help="sampled answers to each record, for pass@k")
     add("--max-new-tokens", type=positive, default=256, help="of an answer with its reasoning")
@@ -72,9 +79,13 @@ def flags() -> FlagParser:
     either("--predictions", help="score this JSONL file instead of a model; its lines are "
         '{"id": ..., "text": ...} or {"id": ..., "box": [x1, y1, x2, y2] or null}')
     either("--compare", nargs=2, metavar=("A", "B"), help="two such files: is B better than A?")
-    add("--image", help="a picture, turned upright by its EXIF: print the box that the last stage "
-        "in CKPT answers to --text, and draw it")
+    add("--image", nargs="+", help="pictures, turned upright by their EXIF: print and draw the box "
+        "that the last stage in CKPT answers to --text. Files, folders, patterns such as 'a/*.tif' "
+        'or JSONL files with lines {"image": path from the file, "text": ...}')
     add("--text", help="what to look for in --image")
+    add("--tile", type=positive, help="ask about each tile of --image, of this side in pixels, and "
+        "take the likeliest answer that has a box")
+    add("--overlap", type=natural, default=0, help="pixels that neighbours of --tile share")
     add("--coords", choices=("original", "resized", "1000", "100", "fraction"), help="coordinates "
         "of predicted boxes and of texts without a frame: pixels of the original image, pixels of "
         "it as CKPT's processor resizes it, 1000ths, 100ths or fractions of its sides; else as "
@@ -92,25 +103,30 @@ class Stage(NamedTuple):
     run: dict[str, Any]           # content of its run.json; {} without one
 
 
-def find_stages(path: str | Path) -> list[Stage]:
-    """The folder of a checkpoint or stage -> that one; any other folder -> every stage in it."""
-    path = newest_step(path) if Path(path).is_file() else Path(path)     # `latest` without links
+def find_stages(*paths: str | Path) -> list[Stage]:
+    """A folder of a checkpoint or stage -> that one; any other folder -> every stage in it."""
     found = {}                                   # name -> checkpoint
-    if is_checkpoint(path):
-        here = path.resolve()
-        parent = f"{here.parent.name}_" if here.name.startswith("step_") else ""
-        found[parent + here.name] = path
-    else:
-        newest = newest_step(path)
-        is_run = newest != path and not newest.name.startswith("checkpoint-")
-        for folder in [path] if is_run else path.glob("*"):
-            step = newest_step(folder)
-            if is_checkpoint(step):
-                found[folder.name or folder.resolve().name] = step
-    if not found:
-        raise CheckpointError(
-            f"no checkpoint at {path}: no config.json or latest/config.json in it or in its "
-            "subfolders; train one with sft.py, or name a downloaded one")
+    for path in paths:
+        path = newest_step(path) if Path(path).is_file() else Path(path)     # `latest` without links
+        steps = {}
+        if is_checkpoint(path):
+            here = path.resolve()
+            parent = f"{here.parent.name}_" if here.name.startswith("step_") else ""
+            steps[parent + here.name] = path
+        else:
+            newest = newest_step(path)
+            is_run = newest != path and not newest.name.startswith("checkpoint-")
+            for folder in [path] if is_run else path.glob("*"):
+                step = newest_step(folder)
+                if is_checkpoint(step):
+                    steps[folder.name or folder.resolve().name] = step
+        if not steps:
+            raise CheckpointError(
+                f"no checkpoint at {path}: no config.json or latest/config.json in it or in its "
+                "subfolders; train one with sft.py, or name a downloaded one")
+        for name, step in steps.items():
+            # Stages of one name in several runs are told apart by their paths.
+            found["_".join(step.parts).strip("/_") if name in found else name] = step
     names = sorted(found, key=lambda name: ((*STAGE_ORDER, name).index(name), by_number(name)))
     return [Stage(name, found[name], read_json(found[name] / "run.json") or {}) for name in names]
 
@@ -203,33 +219,36 @@ def evaluate(
     with tqdm(total=len(places), desc=label, unit="rec", leave=False, disable=hidden) as bar:
         for prompts, asked in zip(ahead(make_prompts, batches), batches):
             seeds = [seed * 1_000_003 + i for i in prompts]
-            groups = sample_texts(model, processor, list(prompts.values()), seeds, samples,
-                                  max_new_tokens, temperature)
-            for (i, prompt), texts in zip(prompts.items(), groups):
+            groups, scores = sample_texts(model, processor, list(prompts.values()), seeds, samples,
+                                          max_new_tokens, temperature)
+            for (i, prompt), texts, means in zip(prompts.items(), groups, scores):
                 box = answer.locate(answer.parse_box(texts[0]), prompt.frame)
                 own[i] = {"id": records[i].id, "text": texts[0], "box": box,
-                          "frame": asdict(prompt.frame)}
+                          "frame": asdict(prompt.frame), "score": round(means[0], 6)}
                 if samples > 1:
                     own[i]["samples"] = texts
-                if box:
+                if box and records[i].box:
                     iou += agreement(torch.tensor(box), torch.tensor(records[i].box)).item()
             bar.update(len(asked))
-            bar.set_postfix(mIoU=f"{iou / max(1, bar.n):.3f}")
+            if records[0].box:
+                bar.set_postfix(mIoU=f"{iou / max(1, bar.n):.3f}")
     everyone = dict(gather_lists(list(own.items())))
     return [everyone[i] for i in range(n)]
 
 
 def sample_texts(
         model: QwenVL, processor: Processor, prompts: Sequence[Prompt], seeds: Sequence[int],
-        samples: int, max_new_tokens: int, temperature: float) -> list[list[str]]:
+        samples: int, max_new_tokens: int, temperature: float,
+) -> tuple[list[list[str]], list[list[float]]]:
+    """-> each prompt's texts, and the mean log-probability of a token of each text."""
     if not prompts:
-        return []
-    tokens, _, lengths = generate(
+        return [], []
+    tokens, logprobs, lengths = generate(
         model, prompts, samples, max_new_tokens, temperature, torch.tensor(seeds))
     groups = []
     for group, group_lengths in zip(tokens.cpu(), lengths.tolist()):  # (G, L), G
         groups.append([processor.decode(ids[:n]) for ids, n in zip(group, group_lengths)])
-    return groups
+    return groups, (logprobs.sum(-1) / lengths).tolist()
 
 
 def validate(model: QwenVL, processor: Processor, records: Sequence[Record],
@@ -331,40 +350,86 @@ def print_report(
     print(*notes, sep="\n")
 
 
-def ask(stage: Stage, device: torch.device, args: Namespace) -> None:
-    """--image and --text: prints the answer, and draws its box."""
-    path = Path(args.image)
-    try:
-        # Viewers turn a picture upright, and the question is about what the user sees.
-        orientation = read_orientation(path)
-        image = read_rgb(path, args.stretch or (stage.run.get("flags") or {}).get("stretch"))
-        image.getexif()[ExifTags.Base.Orientation] = orientation
-        image = ImageOps.exif_transpose(image)
-    except (OSError, ImageError) as error:
-        raise DataError(f"--image {path}: unreadable ({error})") from None
-    out = check_writable(args.out or Path(args.ckpt) / "eval")
+def ask(checkpoint: str | Path, image: str | Path, text: str, tile: int | None = None,
+        overlap: int = 0, max_new_tokens: int = 256,
+        device: str | None = None) -> tuple[Box | None, str, float]:
+    """For Python: the greedy answer of the last stage in a folder about a picture -> box in pixels
+    of the picture (turned upright by its EXIF), reasoning and answer, mean log-probability of a
+    token. The model stays loaded until another one is asked."""
+    stage = find_stages(checkpoint)[-1]
+    model, processor = open_once(stage.folder.resolve(), torch.device(dist.choose_device(device)))
+    stretch = (stage.run.get("flags") or {}).get("stretch")
+    views.read_picture.cache_clear()             # the file may have changed
+    records = views.view_records("", Path(image), text, stretch, tile, overlap)
+    line = likeliest(records, evaluate(model, processor, records, max_new_tokens=max_new_tokens))
+    return line["box"], line["text"], line["score"]
+
+
+def likeliest(
+        records: Sequence[Record], answers: Sequence[predictions.Prediction]) -> dict[str, Any]:
+    """Answers about each view of a picture -> the one with the highest score, or, if some have a
+    box, the highest of those: a line of answers.jsonl."""
+    lines = []
+    for record, prediction in zip(records, answers, strict=True):
+        strict, lenient, failure = predictions.read_prediction(prediction, record)
+        x, y, right, bottom = tile = record.image.window
+        box, touches = strict or lenient, []
+        if box:
+            gaps = (box[0], box[1], right - x - box[2], bottom - y - box[3])
+            touches = [side for side, gap in zip(SIDES, gaps) if gap < EDGE]
+            box = (box[0] + x, box[1] + y, box[2] + x, box[3] + y)
+        line = {"text": "", "score": -math.inf, **prediction, "image": str(record.image.path),
+                "expression": record.text, "box": box, "failure": failure, "touches": touches}
+        if len(records) > 1:      # the coordinates in the text are those of the tile
+            line |= {"tile": tile, "frame": None}
+        lines.append(line)
+    return max(lines, key=lambda line: (line["box"] is not None, line["score"]))
+
+
+def ask_pictures(stage: Stage, device: torch.device, args: Namespace, out: str | Path) -> None:
+    """--image: prints answers, and writes them as JSON lines, drawings and GeoJSON."""
+    stretch = args.stretch or (stage.run.get("flags") or {}).get("stretch")
+    asked, errors = [], []
+    for question in views.read_questions(args.image, args.text):
+        try:
+            asked.append(views.view_records(*question, stretch, args.tile, args.overlap))
+        except UnreadableImage as error:
+            errors.append(error)
+    if not asked:
+        raise errors[0]
+    one = len(asked) + len(errors) == 1
+    stem = f"{asked[0][0].image.path.stem}_answer" if one else "answers"
+    out = check_writable(out)
     model, processor = open_model(stage.folder, device)
-    prompt = processor(image, args.text)
-    width, height = image.size
-    unit = processor.patch * processor.merge
-    if round(width / unit) * round(height / unit) * unit ** 2 > processor.max_pixels:
-        print(f"{path} has {width} x {height} pixels, more than the model's limit of "
-              f"{processor.max_pixels:,}: it is shrunk to", "{} x {}".format(*prompt.frame.resized),
-              "and small objects may be lost; cut it into parts to keep them")
-    [[text]] = sample_texts(
-        model, processor, [prompt], [args.seed], 1, args.max_new_tokens, args.temperature[0])
-    print(f"{stage.name}: {text}")
-    strict = answer.locate(answer.parse_box(text), prompt.frame)
-    box = strict or answer.locate(
-        answer.parse_box_lenient(text, prompt.frame.extent), prompt.frame)
-    if not box:
-        print(f"no box: {answer.failure(text) or 'outside image'}")
-        return
-    drawing = out / f"{path.stem}_answer.png"
-    pictures.overlay(image, [(box, args.text[:60], RED)]).save(drawing)
-    upright = "" if orientation == 1 else ", turned upright by its EXIF"
-    print(f"box in pixels of the picture{upright}: {', '.join(f'{v:.1f}' for v in box)}"
-          f"{'' if strict else ' (read leniently)'}\ndrawn: {drawing}")
+    answers = iter(evaluate(
+        model, processor, [*itertools.chain(*asked)], temperature=args.temperature[0],
+        max_new_tokens=args.max_new_tokens, batch=args.batch, seed=args.seed, label=stage.name))
+    lines = [likeliest(records, [*itertools.islice(answers, len(records))]) for records in asked]
+    (out / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    places = []                                  # of boxes on a map
+    for i, ([record, *_], line) in enumerate(zip(asked, lines), 1):
+        path, box = record.image.path, line["box"]
+        # A line for each question, or several lines for a single one.
+        said = [f"{stage.name}: {line['text']}"] if one else [f"{path}, {record.text}"]
+        w, h = record.size
+        if w * h > processor.max_pixels:
+            resized = frame_by_coords(record.size, "resized", processor).resized
+            said.append(f"{w} x {h} pixels, more than the model's limit of "
+                        f"{processor.max_pixels:,}, are shrunk to {resized[0]} x {resized[1]}: "
+                        "small objects may be lost; --tile asks about parts")
+        if box:
+            image, turned, transform, crs = views.read_picture(path, record.stretch)
+            drawing = out / f"{path.stem}_answer{'' if one else f'_{i}'}.png"
+            pictures.overlay(image, [(box, record.text[:60], RED)]).save(drawing)
+            said += [f"box in pixels of the picture{', turned upright by its EXIF' * turned}: "
+                     + ", ".join(f"{v:.1f}" for v in box), f"score {line['score']:.3f}"]
+            said += [f"read leniently: {line['failure']}"] * bool(line["failure"])
+            said += [f"it may be cut at the {side}" for side in line["touches"]]
+            said.append(f"drawn: {drawing}")
+            places += [(transform, crs, line)] * bool(crs)
+        print(*said, *[f"no box: {line['failure']}"] * (not box), sep="\n" if one else "; ")
+    print(*[f"not asked: {error}" for error in errors], f"answers: {out / stem}.jsonl", sep="\n")
+    views.write_geojson(out / stem, places)
 
 
 def stage_answers(args: Namespace, stages: Sequence[Stage], records: Sequence[Record],
@@ -394,8 +459,10 @@ def main() -> None:
     mistakes = (
         (not args.ckpt and not files,
          "name a checkpoint's folder (python eval.py ckpt/), or a file with --predictions"),
-        (bool(args.image) != bool(args.text), "--image and --text go together; give both of them"),
-        (args.image and (not args.ckpt or files or args.blind or several),
+        (args.text and not args.image or not args.text and any(
+            not name.endswith(".jsonl") for name in args.image or ()),
+         "--image and --text go together; give both of them"),
+        (args.image and (len(args.ckpt) != 1 or files or args.blind or several),
          "--image asks one checkpoint once: one process, one --temperature, no --predictions, "
          "--compare, --samples or --blind"),
         (args.samples > 1 and (files or max(args.temperature) == 0),
@@ -406,17 +473,27 @@ def main() -> None:
          f"the boxes of --data NAME: {', '.join(COORDS)}"),
         (files and (args.blind or args.temperature != [0.0]),
          "predictions are scored as they are; --blind and --temperature belong to a checkpoint"),
+        (args.tile and not args.image, "--tile is about --image; python data.py --tile cuts data"),
+        (args.overlap >= (args.tile or 1), "--overlap must be smaller than --tile"),
         (len(set(args.temperature)) < len(args.temperature), "give each --temperature once"))
     for is_mistake, message in mistakes:
         if is_mistake:
             fail(message)
 
     device = None if files else dist.start(dist.choose_device(args.device))
-    stages = find_stages(args.ckpt) if args.ckpt else []
+    stages = find_stages(*args.ckpt)
     if files and not args.data and not any("data" in stage.run for stage in stages):
         fail("predictions are scored on the records of a data set: name it with --data")
+    stem = "_vs_".join(Path(file).stem for file in files)
+    out = args.out
+    if not out and files:
+        out = Path(files[0]).with_name(stem)
+    elif not out and len(args.ckpt) == 1 and not is_checkpoint(Path(args.ckpt[0])):
+        out = Path(args.ckpt[0]) / "eval"
+    elif not out:                 # a folder of weights stays as it is
+        out = Path("ckpt", "_".join(["eval", *(stage.name for stage in stages)]))
     if args.image:
-        return ask(stages[-1], device, args)
+        return ask_pictures(stages[-1], device, args, out)
 
     # 1. Records, predictions from files, and the report's folder, before a model runs.
     records, train, stretch = load_split(args, stages)
@@ -438,9 +515,7 @@ def main() -> None:
         a, b = (metrics.overlaps(pred, target, size).iou for pred in boxes)
         tests = metrics.paired(scored, a, b, inclusive)
         summary["comparison"] = {"a": files[0], "b": files[1], **tests}
-    stem = "_vs_".join(Path(file).stem for file in files)
-    out = check_writable(
-        args.out or (Path(files[0]).with_name(stem) if files else Path(args.ckpt) / "eval"))
+    out = check_writable(out)
 
     # 2. A row for each file, or for each stage and temperature; eval.json grows with them.
     rows, cases = [], []

@@ -6,6 +6,7 @@ A prediction is a line of a JSONL file, as a dict. If it has a text, this counts
     text       the answer
     frame      a `Frame` as a dict: the coordinates of the text
     box        [x1, y1, x2, y2] in original pixels, or null
+    score      mean log-probability of a token of the text
     samples    all texts, if there are several; text is the first
     failure    "unreadable image": the model could not be asked
 """

@@ -264,9 +264,9 @@ def test_a_validation_answers_fewer_records_of_longer_prompts_at_once(
     records = load("synth", None, "val")[:5]
     batches = []
 
-    def count(model: QwenVL, processor: Processor, prompts: Any, *rest: Any) -> list[list[str]]:
+    def count(model: QwenVL, processor: Processor, prompts: Any, *rest: Any) -> tuple[list, list]:
         batches.append(len(prompts))
-        return [["no box"]] * len(prompts)
+        return [["no box"]] * len(prompts), [[0.0]] * len(prompts)
     monkeypatch.setattr(evaluation, "sample_texts", count)
     model = QwenVL.from_pretrained(tiny_checkpoint, torch.float32)
     longest = memory.longest_prompt(processor, records)

@@ -15,7 +15,8 @@ from tqdm import tqdm
 import data
 from readers.base import MOST_UNREADABLE, SPLITS, DataError, NoSplit, Record, Records
 from report.pictures import contact_sheet, draw_boxes
-from train.flags import FlagParser, add_reading_flags
+from tools import tiles
+from train.flags import FlagParser, add_reading_flags, natural, positive
 from train.run import launch
 
 
@@ -23,7 +24,10 @@ def main() -> None:
     parser = FlagParser(
         description="Checks a data set: counts next to the published ones, refused and repaired "
         "records, sizes of the boxes, images that splits share or that can't be decoded, a contact "
-        "sheet. With several: records that are trained on in one and scored in another")
+        "sheet. With several: records that are trained on in one and scored in another. With "
+        "--tile: cuts the images in the folder SCENES, and their boxes if it has JSONL files as "
+        "--data jsonl reads them, into the new folder OUT", usage="%(prog)s name [name ...] "
+        "[options]\n       %(prog)s --tile N --overlap N SCENES OUT [options]")
     add = parser.add_argument
     add("names", nargs="*", default=argparse.SUPPRESS, metavar="name",
         help=f"one of {', '.join(data.READERS)}, or a mixture like dior+vrsbench:0.5")
@@ -36,9 +40,17 @@ def main() -> None:
     add("--places", type=int, default=20, help="places listed for each reason; 0: all")
     add("--show", type=int, default=12, help="records of one data set on its contact sheet")
     add("--out", default="data_check.png", help="file of the contact sheet")
+    add("--tile", type=positive, help="side of the tiles, pixels")
+    add("--overlap", type=natural, default=0, help="pixels that neighbouring tiles share")
+    add("--keep-places", action="store_true", help="keep expressions such as 'the leftmost ship' "
+        "and 'the ship at the top', which may not hold in a tile")
     args = parser.parse_args()
     if not args.names:
         raise DataError("name a data set: python data.py dior")
+    if args.tile:
+        if len(args.names) != 2 or args.overlap >= args.tile:
+            raise DataError("--tile needs two folders, SCENES and OUT, and a smaller --overlap")
+        return tiles.cut_scenes(args)
     several = len(args.names) > 1
     if len(set(args.names)) < len(args.names):
         raise DataError(f"{' '.join(args.names)}: a data set comes twice; name each once")

@@ -248,8 +248,8 @@ def ask_checkpoint(args: Namespace, model: QwenVL, processor: Processor,
                 TEACHER_PROMPT, int(grid.prod()) // processor.merge ** 2, **blanks)
             prompts.append(Prompt(torch.tensor(ids), pixels, grid, request.frame))
             batch.append(request)
-        texts = sample_texts(model, processor, prompts, [request.seed for request in batch], 1,
-                             args.max_new_tokens, args.temperature)
+        texts, _ = sample_texts(model, processor, prompts, [request.seed for request in batch], 1,
+                                args.max_new_tokens, args.temperature)
         for request, [text] in zip(batch, texts):
             request.text = last_block(text)
             yield request
