@@ -107,7 +107,8 @@ def find_stages(*paths: str | Path) -> list[Stage]:
     """A folder of a checkpoint or stage -> that one; any other folder -> every stage in it."""
     found = {}                                   # name -> checkpoint
     for path in paths:
-        path = newest_step(path) if Path(path).is_file() else Path(path)     # `latest` without links
+        # A file: `latest`, on a file system without links.
+        path = newest_step(path) if Path(path).is_file() else Path(path)
         steps = {}
         if is_checkpoint(path):
             here = path.resolve()
