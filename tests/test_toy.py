@@ -414,13 +414,19 @@ def test_the_base_in_the_repository() -> None:
     miou = float(re.search(r"mean IoU of the box (\d\.\d+)", card)[1])
     named = float(re.search(r"right for (\d\.\d+)", card)[1])
     assert abs(scores["pointing_mIoU"] - miou) < 0.1 and abs(scores["named"] - named) < 0.15
-    # It answers the request of the stages badly: RFT starts there and has room above.
+    # It answers the request of the stages, and the best of eight answers leaves room for RFT.
     zero_shot = pretrain.zero_shot_scores(model, processor, 60)
     greedy = float(re.search(r"greedy mean IoU (\d\.\d+)", card)[1])
     best = float(re.search(r"has IoU above 0\.5 for (\d\.\d+)", card)[1])
-    assert abs(zero_shot["zero_shot_mIoU"] - greedy) < 0.15 and 0.15 < greedy < 0.40
+    assert abs(zero_shot["zero_shot_mIoU"] - greedy) < 0.15
     assert abs(zero_shot["pass_8"] - best) < 0.2
-    assert zero_shot["pass_8"] > zero_shot["zero_shot_Pr50"]
+    assert zero_shot["pass_8"] > zero_shot["zero_shot_Pr50"] + 0.05
+    # The card's tables: shares of all kinds and numbers of objects, whose records add up.
+    for name in ("kind", "objects in the scene"):
+        rows = re.search(rf"\| {name} \|.*\n\|---.*\n((?:\|.*\n)+)", card)[1]
+        cells = [row.split("|") for row in rows.splitlines()]
+        assert sum(int(row[2]) for row in cells) == 500
+        assert all(0 <= float(row[3]) <= 1 for row in cells) and len(cells) >= 6
 
 
 def test_a_missing_base_leaves_the_output_unchanged(

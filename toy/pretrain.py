@@ -61,7 +61,7 @@ from qwen.hub import folder, read_token_ids  # noqa: E402
 from qwen.processor import WORDS, Processor, Prompt  # noqa: E402
 from readers.base import Record, Records  # noqa: E402
 from report import metrics  # noqa: E402
-from report.predictions import sampled_boxes  # noqa: E402
+from report.predictions import sampled_boxes, strict_boxes  # noqa: E402
 from toy import scenes  # noqa: E402
 from train.dist import fail  # noqa: E402
 from train.flags import FlagParser, natural, positive  # noqa: E402
@@ -750,11 +750,12 @@ def scores(model: QwenVL, processor: Processor, n: int = 400) -> dict[str, float
 SAMPLES = 8                    # answers to a record, like a group of RFT
 
 
-def zero_shot_scores(model: QwenVL, processor: Processor, n: int = 500) -> dict[str, float]:
+def zero_shot_scores(model: QwenVL, processor: Processor, n: int = 500) -> dict[str, Any]:
     """Scores of the base on n val records, with the prompt of the stages.
 
     zero_shot_mIoU, zero_shot_Pr50, no_box: of greedy answers. pass_8: the probability that the
-    best of eight answers sampled at T=1 has IoU above 0.5. asked: the number of records.
+    best of eight answers sampled at T=1 has IoU above 0.5. asked: the number of records. tables:
+    Markdown, greedy IoU above 0.5 by kind of expression and by the scene's number of objects.
     """
     records = load("synth", None, "val")[:n]
     greedy = evaluation.evaluate(model, processor, records, max_new_tokens=MAX_NEW_TOKENS)
@@ -763,10 +764,20 @@ def zero_shot_scores(model: QwenVL, processor: Processor, n: int = 500) -> dict[
         model, processor, records, temperature=1.0, samples=SAMPLES,
         max_new_tokens=MAX_NEW_TOKENS)
     boxes = sampled_boxes(records, predictions)               # (N, samples, 4)
-    sampled = metrics.sampled(boxes, *metrics.targets(records), inclusive=False)
+    target, size = metrics.targets(records)
+    sampled = metrics.sampled(boxes, target, size, inclusive=False)
+    properties = {
+        "kind": [record.kind for record in records],
+        "objects in the scene": [f"{len(record.objects):2}" for record in records]}
+    iou = metrics.overlaps(strict_boxes(records, greedy), target, size).iou
+    tables = []
+    for name, rows in metrics.breakdowns(properties, iou, inclusive=False).items():
+        tables.append(f"| {name} | records | IoU above 0.5 |\n|---|---|---|\n" + "".join(
+            f"| {value.strip()} | {row['n']} | {row['Pr@0.5']:.3f} |\n"
+            for value, row in rows.items()))
     return {"zero_shot_mIoU": row["mIoU"], "zero_shot_Pr50": row["Pr@0.5"],
             "no_box": sum(row["failures"].values()) / len(records), "asked": len(records),
-            "pass_8": sampled["pass"][str(SAMPLES)]}
+            "pass_8": sampled["pass"][str(SAMPLES)], "tables": "\n".join(tables)}
 
 
 CARD = """# toy/base: a small Qwen2.5-VL shape that knows the embedded world
@@ -790,7 +801,8 @@ Asked as the stages ask, for the val split's expressions of all kinds ({asked}):
 greedy mean IoU {zero_shot_mIoU:.3f}, IoU above 0.5 for {zero_shot_Pr50:.3f},
 no box in the format for {no_box:.3f}; \
 the best of eight answers at T=1 has IoU above 0.5 for {pass_8:.3f}.
-"""
+
+{tables}"""
 
 
 def write_card(out: Path, args: argparse.Namespace) -> None:
