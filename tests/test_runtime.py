@@ -489,7 +489,7 @@ def test_an_output_that_cant_be_written_to_is_refused_before_anything_is_loaded(
 def parse(monkeypatch: pytest.MonkeyPatch, *words: object) -> argparse.Namespace:
     """A stage's flags, as read from this command line."""
     parser = flags.FlagParser()
-    flags.add_common_flags(parser, "sft", "toy/base", "1000", every=200)
+    flags.add_common_flags(parser, "sft", "toy/base")
     parser.add_argument("--lr", type=flags.above_zero, default=1e-5)
     parser.add_argument("--weights", type=float, nargs=3, default=(1.0, 0.5, 0.5))
     monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, words)])
