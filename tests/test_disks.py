@@ -279,7 +279,7 @@ def test_what_the_message_says_to_edit_is_no_damage(
     done = run("eval.py", out, "--device", "cpu", "--max-new-tokens", 4)
     assert done.returncode == 0, done.stderr
     status, said = sft(out, "--resume", "--steps", 3, "--init", moved)
-    assert status == 0 and "warning" not in said and steps_of(out) == [1, 2, 3], said
+    assert status == 0 and "continuing from" not in said and steps_of(out) == [1, 2, 3], said
 
 
 # ---------------------------------------------------------------- terminals
