@@ -17,9 +17,9 @@ setting() {
   printf -v "$1" %s "${!1:-$2}"
   if [ "${!1}" -lt "$2" ]; then look+=" $1=${!1}"; fi
 }
-setting SFT 400               # steps of CoT-SFT
-setting DIRECT 30             # steps of GRPO from the base: as many as of RFT
-setting RFT 30                # steps of RFT from CoT-SFT
+setting SFT 800               # steps of CoT-SFT
+setting DIRECT 40             # steps of GRPO from the base: as many as of RFT
+setting RFT 40                # steps of RFT from CoT-SFT
 setting TEST 500              # test scenes
 
 # 1. The six packages.
