@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The method from a fresh machine, in about ten minutes on two CPU cores: environment -> a small
+# The method from a fresh machine, in about 15 minutes on two CPU cores: environment -> a small
 # base -> GRPO from the base -> CoT-SFT -> RSGround-R1 -> one table, one picture, and what the
 # reasoning adds. Stop it at any time: the same command resumes, and does not repeat what is
 # finished. All output is in ckpt/; delete that folder to begin anew.

@@ -24,7 +24,7 @@ Settings are environment variables. A quick look, a variant of your own, and one
 STUDY: output folder (ckpt/study). SEEDS: some of the table's. BASES: bases of seeds that have
 their own, as in "3=ckpt/base3 4=ckpt/base4" (toy/base). ARMS: other arms than the table's. OWN:
 flags of rft.py for the arm `own`; a study has one such arm. SFT, RFT: steps of the arms cot and
-cot-rft (1000, 90); the steps of all other arms follow in proportion. TEST: scenes to score at
+cot-rft (1000, 40); the steps of all other arms follow in proportion. TEST: scenes to score at
 most (2000).
 """
 import json
@@ -46,14 +46,15 @@ from qwen.hub import is_checkpoint, newest_step  # noqa: E402
 from train.checkpoints import steps_so_far  # noqa: E402
 from train.dist import fail  # noqa: E402
 
-STEPS = {"sft.py": 1000, "rft.py": 90}
+STEPS = {"sft.py": 1000, "rft.py": 40}
 TOKENS = "--max-new-tokens 192"
 SFT = f"sft.py --batch 16 --lr 1.5e-3 --freeze-vision --keep 1 1 {TOKENS}"
 GRPO = ("rft.py --prompts 32 --temperature 0.8 --beta 0 --micro-tokens 16384 --freeze-vision "
         f"--keep 1 1 {TOKENS}")
 # Where the table `settings` starts, and what it chose for all other tables.
-LR = 7e-5
-FIRST = f"{GRPO} --data synth --lr {LR} --no-std"
+LR = 2e-4
+WARMUP = 3                     # steps
+FIRST = f"{GRPO} --data synth --lr {LR} {WARMUP} --no-std"
 RFT = FIRST
 # Of the curve. Undivided, a group in which all answers miss has hardly any weight, because only
 # the positional term differs there; so advantages are divided by their deviation.
@@ -92,9 +93,9 @@ ARMS = {
 for name, title, flags in (
         ("first", "first settings", FIRST),
         ("first-std", "divided by the deviation", FIRST.replace(" --no-std", "")),
-        ("first-lr-half", "lr / 2", f"{FIRST} --lr {LR / 2:g}"),
-        ("first-lr-2", "lr x 2", f"{FIRST} --lr {2 * LR:g}"),
-        ("first-lr-4", "lr x 4", f"{FIRST} --lr {4 * LR:g}"),
+        ("first-lr-half", "lr / 2", f"{FIRST} --lr {LR / 2:g} {WARMUP}"),
+        ("first-lr-2", "lr x 2", f"{FIRST} --lr {2 * LR:g} {WARMUP}"),
+        ("first-lr-4", "lr x 4", f"{FIRST} --lr {4 * LR:g} {WARMUP}"),
         ("first-g16", "G 16, Q 16", f"{FIRST} --group 16 --prompts 16"),
         ("first-g4", "G 4, Q 64", f"{FIRST} --group 4 --prompts 64"),
         ("first-kl", "KL 0.04", f"{FIRST} --beta 0.04"),
@@ -124,7 +125,7 @@ for spread, seeds in SPREADS.items():
     ARMS[start] = Arm(f"SFT on boxes moved by {spread}", "base", SFT, 0.1, seeds, spread)
     for name, (title, flags) in TERMS.items():
         ARMS[f"{start}-{name}"] = Arm(
-            f"{title}, {spread}", start, f"{MISSING} {flags} {OFF}", 20 / 90, seeds)
+            f"{title}, {spread}", start, f"{MISSING} {flags} {OFF}", 0.5, seeds)
 CURVE = tuple(name for name in ARMS if name.startswith("coarse"))
 CURVE_PAIRS = (*((name, "iou") for name in TERMS if name != "iou"), ("hard-positional", "hard"))
 

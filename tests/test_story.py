@@ -17,7 +17,7 @@ import rft
 from data import load
 from readers.base import Record
 from report import metrics
-from study import picture, story
+from study import ablate, picture, story
 from toy import scenes
 
 ROOT = Path(__file__).parents[1]
@@ -378,6 +378,11 @@ def test_both_runs_of_grpo_have_the_same_settings(tmp_path: Path) -> None:
     assert different == {"init", "out", "reward", "weighting"}
     assert direct["reward"] == {"iou": 1.0, "format": 1.0} and direct["weighting"] == "off"
     assert direct["init"] == "toy/base" and rsground["init"].endswith("ckpt/sft")
+    # As in the study, apart from what neither teaches nor scores.
+    script, *words = ablate.ARMS["paper"].command.split()
+    study = vars(rft.flags().parse_args([*words, "--steps", str(ablate.STEPS[script])]))
+    different = {key for key in study if study[key] != rsground[key]}
+    assert different == {"init", "out", "every", "keep", "keep_weights"}
     # The paper's reward and weights are the defaults.
     default = rft.flags().parse_args([])
     assert (rsground["reward"], rsground["weighting"]) == (default.reward, default.weighting)
@@ -394,7 +399,7 @@ def test_the_speedrun_leaves_the_files_that_the_story_reads(tmp_path: Path) -> N
         sampled = args.temperature == [1.0]
         assert args.samples == (8 if sampled else 1)
         suffix = "_T1" * sampled + "_blind" * args.blind
-        stage = Path(args.ckpt).name
+        stage = Path(args.ckpt[0]).name
         for name in picture.STAGES if stage == "ckpt" else [stage]:
             files.add(f"{Path(args.out).name}/predictions_{name}{suffix}.jsonl")
     assert files == set(FILES.values())
@@ -406,7 +411,7 @@ def test_a_quick_look_says_so(tmp_path: Path) -> None:
         "This was a quick look (SFT=60 DIRECT=4 RFT=6 TEST=40, less than the default): "
         "its figures mean nothing.")
     assert "--steps 60 " in commands[1] and "--limit 40 " in commands[3]
-    _, output, _ = speedrun(tmp_path, RFT="29")
-    assert "(RFT=29, less than" in output
+    _, output, _ = speedrun(tmp_path, RFT="39")
+    assert "(RFT=39, less than" in output
     for settings in ({}, {"SFT": "4000", "TEST": "2000"}):
         assert "look" not in speedrun(tmp_path, **settings)[1]

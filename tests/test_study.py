@@ -451,7 +451,7 @@ def test_every_arm_is_trained_as_its_name_says(
 
     rewards = flags["0/cot-rft"]
     assert rewards["reward"] == {"iou": 1, "format": 1} and rewards["weighting"] == "off"
-    assert rewards["steps"] == 90 and rewards["prompts"] == 32 and rewards["data"] == "synth"
+    assert rewards["steps"] == 40 and rewards["prompts"] == 32 and rewards["data"] == "synth"
     for arm in ("direct", "boxes-rft", "first"):
         assert not differing(arm, "cot-rft")
     paper = {"iou": 1, "positional": 0.1, "format": 1}
@@ -468,7 +468,7 @@ def test_every_arm_is_trained_as_its_name_says(
     lr = rewards["lr"]
     changes = {
         "std": {"no_std": False}, "lr-half": {"lr": lr / 2}, "lr-2": {"lr": 2 * lr},
-        "lr-4": {"lr": 4 * lr}, "longer": {"steps": 180}, "g16": {"group": 16, "prompts": 16},
+        "lr-4": {"lr": 4 * lr}, "longer": {"steps": 80}, "g16": {"group": 16, "prompts": 16},
         "g4": {"group": 4, "prompts": 64}, "kl": {"beta": 0.04},
         "warmup": {"warmup": 10}}
     for name, change in changes.items():
