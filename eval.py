@@ -39,7 +39,7 @@ from qwen.generate import generate
 from qwen.hub import CheckpointError, by_number, is_checkpoint, newest_step
 from qwen.processor import Processor, Prompt, frame_by_coords, prompt_hash
 from readers import views
-from readers.base import COORDS, DataError, Record, Records, Stretch, UnreadableImage, read_json
+from readers.base import COORDS, DataError, Record, Records, UnreadableImage, read_json
 from report import metrics, page, pictures, predictions
 from reward import agreement
 from train import dist, memory
@@ -118,8 +118,7 @@ def find_stages(*paths: str | Path) -> list[Stage]:
             newest = newest_step(path)
             is_run = newest != path and not newest.name.startswith("checkpoint-")
             for folder in [path] if is_run else path.glob("*"):
-                step = newest_step(folder)
-                if is_checkpoint(step):
+                if is_checkpoint(step := newest_step(folder)):
                     steps[folder.name or folder.resolve().name] = step
         if not steps:
             raise CheckpointError(
@@ -132,10 +131,9 @@ def find_stages(*paths: str | Path) -> list[Stage]:
     return [Stage(name, found[name], read_json(found[name] / "run.json") or {}) for name in names]
 
 
-def load_split(
-        args: Namespace, stages: Sequence[Stage]) -> tuple[Records, Records | None, Stretch | None]:
-    """-> the split; the training records (None if this is a training split, or there are none);
-    their stretch. Sets --data and --root to the last stage's if not given."""
+def load_split(args: Namespace, stages: Sequence[Stage]) -> tuple[Records, Records | None]:
+    """-> the split; the training records (None if this is a training split, or there are none).
+    Sets --data and --root to the last stage's if not given."""
     recorded = next((stage.run for stage in reversed(stages) if "data" in stage.run), {})
     args.data = args.data or recorded.get("data", "synth")
     trained_with = {}
@@ -155,7 +153,7 @@ def load_split(
         split = "sft" if args.split == "val" else "train"
         with suppress(DataError):
             train = data.load(args.data, args.root, split, coords, stretch)
-    return records, train, stretch
+    return records, train
 
 
 def training_overlap(stage: Stage, records: Sequence[Record], answers: predictions.Predictions,
@@ -181,9 +179,9 @@ def training_overlap(stage: Stage, records: Sequence[Record], answers: predictio
     found = {"records": len(records) - len(rest), "images": len(records) - shared.count(None),
              "unread": list(dict.fromkeys(unread))}
     if 0 < len(rest) < len(records):
-        others = [records[i] for i in rest]
-        boxes = predictions.strict_boxes(others, [answers[i] for i in rest])
-        found["rest"] = metrics.metrics(boxes, *metrics.targets(others), inclusive)
+        boxes = predictions.strict_boxes(records, answers)
+        rows = (values[rest] for values in (boxes, *metrics.targets(records)))
+        found["rest"] = metrics.metrics(*rows, inclusive)
     return found
 
 
@@ -294,8 +292,7 @@ def details(records: Sequence[Record], answers: predictions.Predictions, name: s
     row = {"images": len({record.image for record in records}),
            "ci": {rate: ci for rate, (_, ci) in metrics.bootstrap(records, rates).items()},
            "breakdowns": metrics.breakdowns(properties, overlap.iou, inclusive)}
-    official = metrics.official(name, predictions.raw_boxes(answers), records)
-    if official:
+    if official := metrics.official(name, predictions.raw_boxes(answers), records):
         row["official"] = official
     if any(p and "samples" in p for p in answers):
         boxes = predictions.sampled_boxes(records, answers)
@@ -320,16 +317,16 @@ def print_report(
         cells = ["-" if value is None else f"{value:.3f}" for value in scores]
         cells = [f"{cell:>{max(6, len(name))}}" for name, cell in zip(head, cells)]
         print(f"{stage:{width}} {temperature:>4} {n:>6}", *cells, *[" (blind)"] * row["blind"])
+        at = f" T={temperature}" if temperature else ""
         if failures:
-            at = f" T={temperature}" if temperature else ""
             notes.append(f"{stage}{at}: {', '.join(f'{k} {v}' for k, v in failures.items())}")
         if row["images"] < metrics.FEW_IMAGES:
             ci = metrics.interval_text(row["ci"]["mIoU"], row["images"])
             notes.append(f"{stage}: mIoU {row['mIoU']:.3f}, {ci}")
         for part, scores in metrics.official_parts(row):
             figures = [f"{rate} {value:.3f}" for rate, value in scores.items() if rate != "n"]
-            notes.append(f"{stage}{temperature and f' T={temperature}'}, as the authors of "
-                         f"{row['data']} count, {part} ({scores['n']}): {', '.join(figures)}")
+            notes.append(f"{stage}{at}, as the authors of {row['data']} count, {part} "
+                         f"({scores['n']}): {', '.join(figures)}")
         known = row.get("trained_on", {})
         if known.get("unread"):
             notes.append(f"{stage}: its training data can't be read "
@@ -337,8 +334,7 @@ def print_report(
         if known.get("records"):
             notes.append(f"{stage}: {known['records']:,} of {n:,} scored records were in its "
                          "training data, by image and box")
-        rest = known.get("rest")
-        if rest:
+        if rest := known.get("rest"):
             notes.append(f"{stage}: the other {rest['n']:,}: mIoU {rest['mIoU']:.3f}, "
                          f"Pr@0.5 {rest['Pr@0.5']:.3f}")
     if refused:
@@ -399,14 +395,14 @@ def ask_pictures(stage: Stage, device: torch.device, args: Namespace, out: str |
     if not asked:
         raise errors[0]
     one = len(asked) + len(errors) == 1
-    stem = f"{asked[0][0].image.path.stem}_answer" if one else "answers"
     out = check_writable(out)
+    file = out / (f"{asked[0][0].image.path.stem}_answer.jsonl" if one else "answers.jsonl")
     model, processor = open_model(stage.folder, device)
     answers = iter(evaluate(
         model, processor, [*itertools.chain(*asked)], temperature=args.temperature[0],
         max_new_tokens=args.max_new_tokens, batch=args.batch, seed=args.seed, label=stage.name))
     lines = [likeliest(records, [*itertools.islice(answers, len(records))]) for records in asked]
-    (out / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     places = []                                  # of boxes on a map
     for i, ([record, *_], line) in enumerate(zip(asked, lines), 1):
         path, box = record.image.path, line["box"]
@@ -428,18 +424,20 @@ def ask_pictures(stage: Stage, device: torch.device, args: Namespace, out: str |
             said += [f"it may be cut at the {side}" for side in line["touches"]]
             said.append(f"drawn: {drawing}")
             places += [(transform, crs, line)] * bool(crs)
-        print(*said, *[f"no box: {line['failure']}"] * (not box), sep="\n" if one else "; ")
-    print(*[f"not asked: {error}" for error in errors], f"answers: {out / stem}.jsonl", sep="\n")
-    views.write_geojson(out / stem, places)
+        else:
+            said.append(f"no box: {line['failure']}")
+        print(*said, sep="\n" if one else "; ")
+    print(*[f"not asked: {error}" for error in errors], f"answers: {file}", sep="\n")
+    views.write_geojson(file.with_suffix(""), places)
 
 
 def stage_answers(args: Namespace, stages: Sequence[Stage], records: Sequence[Record],
-                  stretch: Stretch | None, device: torch.device) -> Iterator[tuple[Any, ...]]:
+                  device: torch.device) -> Iterator[tuple[Any, ...]]:
     """Yields stage, temperature, the records as the stage sees them, its answers."""
     for stage in stages:
         # A stage gets images stretched as in its training.
-        own = args.stretch or (stage.run.get("flags") or {}).get("stretch") or stretch
-        seen = [replace(record, stretch=tuple(own) if own else None) for record in records]
+        own = args.stretch or (stage.run.get("flags") or {}).get("stretch")
+        seen = [replace(r, stretch=tuple(own) if own else r.stretch) for r in records]
         model, processor = open_model(stage.folder, device)
         if rank() == 0 and stage.run.get("prompt_hash", prompt_hash()) != prompt_hash():
             print(f"{stage.folder}: not trained with answer.PROMPT; expect lower scores")
@@ -485,19 +483,18 @@ def main() -> None:
     stages = find_stages(*args.ckpt)
     if files and not args.data and not any("data" in stage.run for stage in stages):
         fail("predictions are scored on the records of a data set: name it with --data")
-    stem = "_vs_".join(Path(file).stem for file in files)
-    out = args.out
-    if not out and files:
-        out = Path(files[0]).with_name(stem)
-    elif not out and len(args.ckpt) == 1 and not is_checkpoint(Path(args.ckpt[0])):
+    if files:
+        out = Path(files[0]).with_name("_vs_".join(Path(file).stem for file in files))
+    elif len(args.ckpt) == 1 and not is_checkpoint(Path(args.ckpt[0])):
         out = Path(args.ckpt[0]) / "eval"
-    elif not out:                 # a folder of weights stays as it is
+    else:                         # a folder of weights stays as it is
         out = Path("ckpt", "_".join(["eval", *(stage.name for stage in stages)]))
+    out = args.out or out
     if args.image:
         return ask_pictures(stages[-1], device, args, out)
 
     # 1. Records, predictions from files, and the report's folder, before a model runs.
-    records, train, stretch = load_split(args, stages)
+    records, train = load_split(args, stages)
     scored = records[:args.limit]
     inclusive = args.data in INCLUSIVE
     summary = {"centre_box": metrics.centre_box(scored)}
@@ -520,7 +517,7 @@ def main() -> None:
 
     # 2. A row for each file, or for each stage and temperature; eval.json grows with them.
     rows, cases = [], []
-    found = found or stage_answers(args, stages, scored, stretch, device)
+    found = found or stage_answers(args, stages, scored, device)
     for stage, temperature, scored, answers in found:
         if rank() > 0:
             continue

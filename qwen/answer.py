@@ -181,8 +181,7 @@ def read_lenient(
         return box, why
     values = [float(x) for x in match.groups() if x]
     if unit == "y_first":
-        y1, x1, y2, x2 = values
-        values = [x1, y1, x2, y2]
+        values = [values[i] for i in (1, 0, 3, 2)]
     if unit in UNITS and extent:
         values = [v * extent[i % 2] / UNITS[unit] for i, v in enumerate(values)]
     return checked(values)

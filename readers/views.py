@@ -72,8 +72,8 @@ def windows(size: tuple[int, int], tile: int, overlap: int) -> list[Window]:
     for side in size:
         steps = range(0, max(side - overlap, 1), tile - overlap)
         starts.append(sorted({min(start, max(side - tile, 0)) for start in steps}))
-    corners = [(x, y) for y in starts[1] for x in starts[0]]
-    return [(x, y, min(x + tile, size[0]), min(y + tile, size[1])) for x, y in corners]
+    return [(x, y, min(x + tile, size[0]), min(y + tile, size[1]))
+            for y in starts[1] for x in starts[0]]
 
 
 def view_records(identity: str, path: Path, text: str, stretch: Stretch | None,
@@ -116,25 +116,23 @@ def write_geojson(stem: Path, places: Sequence[tuple[Any, Any, dict[str, Any]]])
     """places: transform, coordinate system and line of answers.jsonl of each box. Every system has
     a file, since a GeoJSON file has only one. The property lon_lat has the corners in degrees."""
     stem.with_name(f"{stem.name}.geojson").unlink(missing_ok=True)       # of an earlier question
-    for k, system in enumerate(dict.fromkeys(crs for _, crs, _ in places), 1):
+    systems: dict[Any, list[dict[str, Any]]] = {}
+    for (a, b, c, d, e, f, *_), crs, line in places:
+        x1, y1, x2, y2 = line["box"]
+        # Counterclockwise on the map, where y points up, also if the image is mirrored.
+        corners = [(x1, y1), (x1, y2), (x2, y2), (x2, y1)][::-1 if a * e > b * d else 1]
+        ring = [(a * x + b * y + c, d * x + e * y + f) for x, y in corners]
+        keys = ("id", "image", "expression", "box", "score", "touches")
+        properties = {key: line[key] for key in keys}
+        with suppress(Exception):                # of any type, if it is no place on the earth
+            from rasterio.warp import transform
+            properties["lon_lat"] = list(zip(*transform(crs, "EPSG:4326", *zip(*ring))))
+        systems.setdefault(crs, []).append({
+            "type": "Feature", "properties": properties,
+            "geometry": {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}})
+    for k, (system, features) in enumerate(systems.items(), 1):
         authority = system.to_authority()
         name = "urn:ogc:def:crs:{}::{}".format(*authority) if authority else system.to_wkt()
-        features = []
-        for (a, b, c, d, e, f, *_), crs, line in places:
-            if crs != system:
-                continue
-            x1, y1, x2, y2 = line["box"]
-            # Counterclockwise on the map, where y points up, also if the image is mirrored.
-            corners = [(x1, y1), (x1, y2), (x2, y2), (x2, y1)][::-1 if a * e > b * d else 1]
-            ring = [(a * x + b * y + c, d * x + e * y + f) for x, y in corners]
-            keys = ("id", "image", "expression", "box", "score", "touches")
-            properties = {key: line[key] for key in keys}
-            with suppress(Exception):            # of any type, if it is no place on the earth
-                from rasterio.warp import transform
-                properties["lon_lat"] = list(zip(*transform(crs, "EPSG:4326", *zip(*ring))))
-            features.append({
-                "type": "Feature", "properties": properties,
-                "geometry": {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}})
         file = stem.with_name(f"{stem.name}{f'_{k}' if k > 1 else ''}.geojson")
         file.write_text(json.dumps({
             "type": "FeatureCollection", "features": features,

@@ -75,9 +75,8 @@ def metrics(pred: Tensor, gt: Tensor, size: Tensor, inclusive: bool = False) -> 
 
 def targets(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
     """-> boxes (N, 4), image sizes (N, 2), double."""
-    boxes = torch.tensor([record.box for record in records], dtype=torch.float64)
     sizes = torch.tensor([record.size for record in records], dtype=torch.float64)
-    return boxes, sizes
+    return box_tensor([record.box for record in records]), sizes
 
 
 def box_tensor(boxes: Sequence[Sequence[float] | None]) -> Tensor:
@@ -184,13 +183,13 @@ def properties(records: Sequence[Record], train: Sequence[Record] | None,
 
 def breakdowns(values: Properties, iou: Tensor, inclusive: bool) -> dict[str, dict[str, Scores]]:
     """IoU (N,) -> property -> value -> {"n", "mIoU", "Pr@0.5"}, without unknown properties."""
-    right = record_scores(iou, inclusive)["Pr@0.5"]
+    scores = record_scores(iou, inclusive)
     tables = defaultdict(dict)
     for name, of_records in values.items():
         for value in sorted(set(of_records) - {None}):
             rows = [i for i, other in enumerate(of_records) if other == value]
-            tables[name][value] = {"n": len(rows), "mIoU": iou[rows].mean().item(),
-                                   "Pr@0.5": right[rows].mean().item()}
+            means = {rate: scores[rate][rows].mean().item() for rate in ("mIoU", "Pr@0.5")}
+            tables[name][value] = {"n": len(rows), **means}
     return dict(tables)
 
 
@@ -204,7 +203,7 @@ def sampled(boxes: Tensor, target: Tensor, size: Tensor, inclusive: bool) -> dic
     right = record_scores(iou, inclusive)["Pr@0.5"]                   # (k, N)
     counts = right.sum(0).int().tolist()                              # N
     chances = {}
-    for j in sorted({1, k, *(2 ** i for i in range(1, k.bit_length()))}):
+    for j in sorted({k, *(2 ** i for i in range(k.bit_length()))}):
         chances[str(j)] = sum(1 - math.comb(k - c, j) / math.comb(k, j) for c in counts) / n
     valid = ~boxes[..., 0].isnan()                                    # (N, k)
     scatter = reward.dispersion(boxes, valid, size)[valid.sum(1) >= 2]
@@ -248,9 +247,7 @@ def paired(records: Sequence[Record], a: Tensor, b: Tensor,
 
 
 def interval_text(ci: Interval, images: int, sign: str = "") -> str:
-    """In words; it says if the images are too few to rely on it."""
     if not ci:
         return "no interval from 1 image"
-    low, high = ci
     few = f" from only {images} images" if images < FEW_IMAGES else ""
-    return f"[{low:{sign}.3f}, {high:{sign}.3f}]{few}"
+    return f"[{ci[0]:{sign}.3f}, {ci[1]:{sign}.3f}]{few}"

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from data import open_image
 from readers.base import Record, in_words, read_log
 from report import metrics
-from report.pictures import (
-    ANSWER, LEGEND, TARGET, curve, draw_boxes, draw_rollouts, spread)
+from report.pictures import ANSWER, LEGEND, TARGET, curve, draw_boxes, draw_rollouts, spread
 
 PICTURES = 200                    # pictures on a page, at most
 PICTURE_BYTES = 12_000            # bytes of a picture, at most
@@ -112,8 +111,8 @@ def write_page(path: Path, rows: Sequence[Row], cases: Sequence[Sequence[Case]],
     ci = metrics.interval_text(row["ci"]["mIoU"], row["images"])
     note = ""
     if refused := rows[0].get("refused"):
-        note = f"; {sum(refused.values()):,} more are refused ({safe(in_words(refused))})"
-        note += " and not scored"
+        note = (f"; {sum(refused.values()):,} more are refused ({safe(in_words(refused))}) "
+                "and not scored")
     path.write_text(html_page(
         "Evaluation",
         f"<p>{safe(rows[0]['data'])}, split {safe(rows[0]['split'])}, "
@@ -198,8 +197,12 @@ def score_section(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
 
 def curves(lines: Sequence[Row]) -> str:
     """Drawings of what metrics.jsonl has, over steps and hours."""
-    times = [(line.get("step"), line.get("time")) for line in lines]
-    times = [pair for pair in times if all(type(v) in (int, float) for v in pair)]
+    def points(key: str) -> list[tuple[float, float]]:
+        pairs = [(line.get("step"), line.get(key)) for line in lines]
+        return [pair for pair in pairs
+                if all(type(v) in (int, float) and math.isfinite(v) for v in pair)]
+
+    times = points("time")
     hours = {step: (time - times[0][1]) / 3600 for step, time in times}
     # Every term of the reward has a key NAME_group_std next to its own.
     deviations = dict.fromkeys(k for line in lines for k in line if k.endswith("_group_std"))
@@ -207,22 +210,13 @@ def curves(lines: Sequence[Row]) -> str:
     figures = ""
     drawings = {"reward and its terms": rewards, "standard deviation in a group": deviations}
     for title, keys in (drawings | CURVES).items():
-        series = []
-        for key in keys:
-            points = []
-            for line in lines:
-                point = (line.get("step"), line.get(key))
-                if all(type(v) in (int, float) and math.isfinite(v) for v in point):
-                    points.append(point)
-            series.append((safe(key), points))
-        figures += curve(title, series, hours)
+        figures += curve(title, [(safe(key), points(key)) for key in keys], hours)
     return figures
 
 
 def training_section(name: str, folder: Path, groups: Sequence[tuple[Row, Record]]) -> str:
     """A run's curves and some of its groups of rollouts; "" without logs."""
-    lines = read_log(folder / "metrics.jsonl")
-    drawn, figures, section = curves(lines), "", ""
+    drawn, figures, section = curves(read_log(folder / "metrics.jsonl")), "", ""
     for line, record in groups:
         caption = f"<b>step {safe(line['step'])}</b> {safe(record.text)}<br>rewards "
         caption += ", ".join(f"{reward:.2f}" for reward in line["reward"])

@@ -32,7 +32,14 @@ def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, Colour]], caption:
         pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=4)
         pen.rectangle((x1, y1, x2, y2), outline=colour, width=2)
     font = ImageFont.load_default(13)
-    lines = wrap(caption, font, width - 8) if caption else []
+    lines: list[str] = []
+    # The font has only ASCII letters.
+    for word in caption.encode("ascii", "replace").decode().split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) < width - 8:
+            lines[-1] = longer
+        else:
+            lines.append(word)
     height = picture.height + 16 * len(lines) + 22 * bool(legend) + 6 * bool(lines)
     captioned = Image.new("RGB", (width, height), "white")
     captioned.paste(picture)
@@ -46,31 +53,15 @@ def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, Colour]], caption:
     return captioned
 
 
-def wrap(text: str, font: Any, width: float) -> list[str]:
-    """The text in lines of at most `width` pixels, unless a word is longer."""
-    lines = [""]
-    # The font has only ASCII letters.
-    for word in text.encode("ascii", "replace").decode().split():
-        longer = f"{lines[-1]} {word}".strip()
-        if not lines[-1] or font.getlength(longer) < width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
 def contact_sheet(images: Sequence[Image.Image], columns: int = 4) -> Image.Image:
     """Images of the same width, in rows."""
     column_width = images[0].width + 8
-    corners = []
-    top = 0
-    for first in range(0, len(images), columns):
-        row = images[first:first + columns]
-        corners += [(column * column_width, top) for column in range(len(row))]
-        top += max(image.height for image in row) + 8
-    sheet = Image.new("RGB", (min(columns, len(images)) * column_width, top), "white")
-    for image, corner in zip(images, corners):
-        sheet.paste(image, corner)
+    rows = [images[first:first + columns] for first in range(0, len(images), columns)]
+    heights = [max(image.height for image in row) + 8 for row in rows]
+    sheet = Image.new("RGB", (len(rows[0]) * column_width, sum(heights)), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        sheet.paste(image, (column * column_width, sum(heights[:row])))
     return sheet
 
 
@@ -78,9 +69,8 @@ def overlay(image: Image.Image, boxes: Sequence[tuple[Box, str, Colour]]) -> Ima
     """A copy of the image in full size with (box, label, colour)."""
     image = image.convert("RGB")
     pen = ImageDraw.Draw(image)
-    longer_side = max(image.size)
-    line_width = max(1, round(longer_side / 200))
-    font = ImageFont.load_default(max(10, longer_side // 40))
+    line_width = max(1, round(max(image.size) / 200))
+    font = ImageFont.load_default(max(10, max(image.size) // 40))
     for (x1, y1, x2, y2), label, colour in boxes:
         # PIL includes the last pixel; a box ends before it.
         corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
@@ -127,7 +117,7 @@ def curve(title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]
     anchors = {middle: "middle", first: "start", last: "end"}
     for step, anchor in sorted(anchors.items()):
         x = left + x_scale * (step - first)
-        words = [f"step {step:,}", f"{hours[step]:.3g} h"] if step in hours else [f"step {step:,}"]
+        words = [f"step {step:,}"] + ([f"{hours[step]:.3g} h"] if step in hours else [])
         for i, word in enumerate(words, 1):
             drawing += (f'<text x="{x:.1f}" y="{bottom + 13 * i}" text-anchor="{anchor}">'
                         f"{word}</text>")

@@ -45,10 +45,10 @@ def read_predictions(path: str | Path, records: Sequence[Record], coords: str | 
                 raise ValueError('not a JSON object with an "id" that is a text or whole number')
             key = str(value["id"])
             if key not in by_id:
-                refusals = getattr(records, "refusals", {})
-                advice = f"; it may be one of those refused ({in_words(refusals)})"
+                refusals = in_words(getattr(records, "refusals", {}))
+                advice = f"; it may be one of those refused ({refusals})" if refusals else ""
                 raise ValueError(f"no record of this split has the id {key!r}; check --data, "
-                                 f"--root and --split{advice if refusals else ''}")
+                                 f"--root and --split{advice}")
             if key in predictions:
                 raise ValueError(f"the id {key!r} comes a second time; give each record one line")
             predictions[key] = parse_prediction(value, by_id[key], coords, processor)
@@ -69,8 +69,7 @@ def parse_prediction(value: dict[str, Any], record: Record, coords: str | None,
     own_frame = isinstance(text, str) and bool(frame)
     if own_frame:
         try:
-            Frame(**frame)
-            sides = (*frame["original"], *frame["resized"])
+            sides = (*Frame(**frame).original, *frame["resized"])
             whole = len(sides) == 4 and all(type(v) is int and v > 0 for v in sides)
         except TypeError:
             whole = False

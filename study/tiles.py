@@ -17,6 +17,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -36,19 +37,6 @@ NAMES = ("category", "attribute")
 TILES = 3                         # in a row and in a column
 
 
-class Tile:
-    """A scene within the large one: the image of a Record, as readers.views.View is."""
-
-    def __init__(self, scene: scenes.Scene, window: tuple[int, int, int, int]) -> None:
-        self.path, self.window, self.draw = Path("scene"), window, scene.draw
-
-
-def noun_phrase(record: Record) -> str:
-    """Of an expression that names its object: "red ship" of "the largest red ship"."""
-    phrases = scenes.noun_phrases(record.image)
-    return max((p for p in phrases if record.text.endswith(f" {p}")), key=len)
-
-
 def large_scenes(
         records: Sequence[Record], n: int, seed: int) -> list[tuple[Record, int, list[Record]]]:
     """-> target, place of its tile, and the nine tiles as records with the target's expression."""
@@ -56,7 +44,9 @@ def large_scenes(
     drawn = []
     targets = [record for record in records if record.kind in NAMES]
     for target in rng.sample(targets, len(targets))[:n]:
-        phrase = noun_phrase(target)
+        # "red ship" of "the red ship", which also ends with "ship".
+        phrases = scenes.noun_phrases(target.image)
+        phrase = max((p for p in phrases if target.text.endswith(f" {p}")), key=len)
         others = []
         while len(others) < TILES ** 2 - 1:
             other = rng.choice(records).image
@@ -65,8 +55,11 @@ def large_scenes(
         place = rng.randrange(TILES ** 2)
         others.insert(place, target.image)
         places = windows((TILES * scenes.SIDE,) * 2, scenes.SIDE, 0)
-        tiles = [Record(target.id, Tile(scene, window), target.text, None, "", target.size)
-                 for scene, window in zip(others, places)]
+        tiles = []
+        for scene, window in zip(others, places):
+            # As readers.views.View is.
+            tile = SimpleNamespace(path=Path("scene"), window=window, draw=scene.draw)
+            tiles.append(Record(target.id, tile, target.text, None, "", target.size))
         drawn.append((target, place, tiles))
     return drawn
 
