@@ -32,14 +32,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, Colour]], caption:
         pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=4)
         pen.rectangle((x1, y1, x2, y2), outline=colour, width=2)
     font = ImageFont.load_default(13)
-    lines: list[str] = []
-    # The font has only ASCII letters.
-    for word in caption.encode("ascii", "replace").decode().split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) < width - 8:
-            lines[-1] = longer
-        else:
-            lines.append(word)
+    lines = wrap(caption, font, width - 8)
     height = picture.height + 16 * len(lines) + 22 * bool(legend) + 6 * bool(lines)
     captioned = Image.new("RGB", (width, height), "white")
     captioned.paste(picture)
@@ -51,6 +44,19 @@ def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, Colour]], caption:
         x += 34 + font.getlength(name)
     pen.text((4, y + 22 * bool(legend)), "\n".join(lines), fill="black", font=font, spacing=2)
     return captioned
+
+
+def wrap(text: str, font: Any, width: float) -> list[str]:
+    """The text in lines of at most `width` pixels, unless a word is longer."""
+    lines: list[str] = []
+    # The font has only ASCII letters.
+    for word in text.encode("ascii", "replace").decode().split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) < width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 4) -> Image.Image:
