@@ -361,9 +361,8 @@ def main() -> None:
     pictures = []
     for record in records[::max(1, len(records) // args.show)][:args.show]:    # evenly spread
         image = data.open_image(record)
-        frame = Frame(image.size, image.size, "absolute")
-        if processor is not None:
-            frame = processor(image, record.text).frame
+        frame = (processor(image, record.text).frame if processor
+                 else Frame(image.size, image.size, "absolute"))
         text = write_completion(record, frame)
         if not format_ok(text):
             sys.exit(f"cot.py: the text of record {record.id} breaks the answer format: {text}")

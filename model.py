@@ -19,12 +19,13 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from qwen import lora
 from qwen.attention import Cache, Plan, Rows, attention, cumulative, to_device
@@ -52,6 +53,7 @@ Rotation = tuple[Tensor, Tensor]          # cos, signed sin of rotary angles, (N
 # the pack, and features (image tokens, D) for each of these layers.
 Deepstack = tuple[Tensor, list[Tensor]]
 ALL_ROWS = slice(None)
+checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
 # ---------------------------------------------------------------- layers of both towers
@@ -234,10 +236,8 @@ class VisionTower(nn.Module):
         deepstack = []
         for i, block in enumerate(self.blocks):
             plan = within_frame if i in c.full_blocks else within_window
-            if self.checkpointing:
-                x = checkpoint(block, x, rotation, plan, use_reentrant=False)
-            else:
-                x = block(x, rotation, plan)
+            run = partial(checkpoint, block) if self.checkpointing else block
+            x = run(x, rotation, plan)
             if i in c.deepstack:
                 deepstack_merger = self.deepstack_merger_list[c.deepstack.index(i)]
                 deepstack.append(deepstack_merger(x.unflatten(0, (-1, joined))))
@@ -320,10 +320,8 @@ class LanguageModel(nn.Module):
         skipping = len(self.layers) > len(features)
         for i, layer in enumerate(self.layers):
             rows = output_rows if skipping and layer is self.layers[-1] else ALL_ROWS
-            if self.checkpointing:
-                x = checkpoint(layer, x, rotation, plan, rows, use_reentrant=False)
-            else:
-                x = layer(x, rotation, plan, rows)
+            run = partial(checkpoint, layer) if self.checkpointing else layer
+            x = run(x, rotation, plan, rows)
             if i < len(features):
                 x = x.index_add(0, image_rows, features[i])
         return self.norm(x if skipping else x[output_rows])
@@ -378,8 +376,8 @@ def mrope_positions(sequences: Sequence[Tensor], grids: Sequence[Grid], image_id
 
 def completion_layout(
         prompt_lengths: Sequence[int], first_positions: Sequence[int],
-        completion_lengths: Sequence[Sequence[int]],
-) -> tuple[list[int], list[tuple[int, int]], Tensor, Tensor]:
+        completion_lengths: Sequence[Sequence[int]]) -> tuple[
+            list[int], list[tuple[int, int]], Tensor, Tensor]:
     """Layout of completions in a pack: they follow all prompts, ordered by question and rollout.
     Token 0 is predicted by the prompt's last row, token k by the row of token k - 1. So the last
     of L tokens is not fed: a completion has L - 1 rows. Fed token k has position first + k.
@@ -569,10 +567,8 @@ class QwenVL(nn.Module):
         # and again in the backward pass.
         limit = LOGITS_PER_CHUNK if hidden.device.type == "cpu" else CUDA_LOGITS_PER_CHUNK
         size = max(1, limit // self.config.vocab)
-        scores = []
-        for chunk in zip(hidden.split(size), targets.split(size)):
-            scores.append(checkpoint(score_chunk, *chunk, use_reentrant=False))
-        logps, entropies = zip(*scores)
+        chunks = zip(hidden.split(size), targets.split(size))
+        logps, entropies = zip(*(checkpoint(score_chunk, *chunk) for chunk in chunks))
         return torch.cat(logps), torch.cat(entropies)
 
     # ---------------------------------------------------------------- checkpoints

@@ -7,9 +7,7 @@ answer did not parse, or its box has no area within the image.
 To add a term, write a function here and add it to TERMS. `rft.py --reward NAME=WEIGHT` then
 accepts it, and metrics.jsonl, the report's curves and the study's tables show it.
 
-Source: RSGround-R1 (arXiv 2601.21634), sections 3.3 and 3.4. Each docstring states the evidence:
-"partial" if we read part of it on the paper's page, "second-hand" if we have it from two readers of
-the paper, "ours" if we chose it.
+docs/method.md has each formula's source: RSGround-R1 (arXiv 2601.21634), others, or ourselves.
 """
 import math
 
@@ -44,34 +42,29 @@ def centers(boxes: Tensor) -> Tensor:
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """a, b (..., 4), broadcast -> intersection over union (...) in [0, 1]; 0 if either has no area.
-    The paper's IoU reward is VLM-R1's (second-hand); docs/method.md has the differences."""
+    """a, b (..., 4), broadcast -> IoU (...) in [0, 1]; 0 if either has no area."""
     intersection, union = intersection_union(a, b)
     return torch.where(union > 0, intersection / union, torch.zeros_like(union))
 
 
 def giou(pred: Tensor, gt: Tensor) -> Tensor:
     """pred, gt (..., 4), broadcast -> (1 + GIoU) / 2 (...) in [0, 1].
-    GIoU is IoU minus the share of the hull that neither box covers (arXiv 1902.09630). The paper
-    compares the positional term with it (second-hand); the mapping to [0, 1] is ours."""
+    GIoU is IoU minus the share of the hull that neither box covers."""
     a, b = pred.double(), gt.double()
     _, union = intersection_union(a, b)
     hull_sides = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     hull = hull_sides.prod(-1)
-    value = iou(a, b) - (hull - union) / hull
-    return where_boxes((1 + value) / 2, pred, gt)
+    return where_boxes((1 + (iou(a, b) - (hull - union) / hull)) / 2, pred, gt)
 
 
 def diou(pred: Tensor, gt: Tensor) -> Tensor:
     """pred, gt (..., 4), broadcast -> (1 + DIoU) / 2 (...) in [0, 1].
-    DIoU is IoU minus the squared distance of the centres over the squared diagonal of the hull
-    (arXiv 1911.08287). The paper compares it too (second-hand); the mapping is ours."""
+    DIoU is IoU minus the squared ratio of the centres' distance to the hull's diagonal."""
     a, b = pred.double(), gt.double()
     distance = (centers(a) - centers(b)).square().sum(-1)
     hull_sides = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
-    diagonal = hull_sides.square().sum(-1)
-    value = iou(a, b) - distance / diagonal
-    return where_boxes((1 + value) / 2, pred, gt)
+    penalty = distance / hull_sides.square().sum(-1)
+    return where_boxes((1 + (iou(a, b) - penalty)) / 2, pred, gt)
 
 
 def center_distance(pred: Tensor, gt: Tensor, size: Tensor) -> Tensor:
@@ -82,7 +75,7 @@ def center_distance(pred: Tensor, gt: Tensor, size: Tensor) -> Tensor:
 
 
 def center(pred: Tensor, gt: Tensor, size: Tensor) -> Tensor:
-    """1 - center_distance, in [0, 1]. The paper compares it (second-hand); its scale is ours."""
+    """1 - center_distance, in [0, 1]."""
     distance = center_distance(pred.double(), gt.double(), size.double())
     return where_boxes((1 - distance).clamp(min=0), pred, gt)
 
@@ -99,10 +92,8 @@ def positional(pred: Tensor, gt: Tensor, size: Tensor | None = None, alpha: floa
     It is above 0 (until it underflows) for boxes so far apart that their IoU is 0. At alpha 2.5 a
     perfect box scores 0.9486; a smaller box at the same centre scores more, up to 1.
 
-    Section 3.3: the kernel (equation 2), alpha 2.5 and the mean are partial; the closed form,
-    which replaces a grid of pixels, is ours. On an axis, with u = (x - cx) / (sx sqrt(2)), the
-    kernel is exp(-u^2), and its mean over [u0, u1] is
-    sqrt(pi) / 2 (erf(u1) - erf(u0)) / (u1 - u0)."""
+    No grid of pixels is needed: on an axis, with u = (x - cx) / (sx sqrt(2)), the kernel is
+    exp(-u^2), and its mean over [u0, u1] is sqrt(pi) / 2 (erf(u1) - erf(u0)) / (u1 - u0)."""
     start, end = pred[..., :2].double(), pred[..., 2:].double()            # (..., 2): x, y
     gt_start, gt_end = gt[..., :2].double(), gt[..., 2:].double()
     scale = alpha * (gt_end - gt_start) / 2 * math.sqrt(2)
@@ -127,8 +118,7 @@ def agreement(pred: Tensor, gt: Tensor) -> Tensor:
 
 
 def hard(agreement: Tensor) -> Tensor:
-    """1 above 0.5, else 0: VLM-R1's first IoU reward. It is unknown whether the paper's weight uses
-    this one or the continuous one."""
+    """1 above 0.5, else 0."""
     return (agreement > 0.5).to(agreement.dtype)
 
 
@@ -142,31 +132,26 @@ TERMS = {
     "diou": lambda pred, target, size: diou(pred, target),
     "center": center,
 }
-# The paper's reward (second-hand).
 DEFAULT_REWARD = {"iou": 1.0, "positional": 0.1, "format": 1.0}
 
 
 # ---------------------------------------------------------------- consistency of a group
 
-def consistency_weight(
-        iou: Tensor, mean: float = 1.2, variance: float = 1.0, low: float = 0.5,
-        high: float = 3.0) -> Tensor:
+def consistency_weight(iou: Tensor, mean: float = 1.2, variance: float = 1.0, low: float = 0.5,
+                       high: float = 3.0) -> Tensor:
     """Weight of each group in the loss, from the IoU of its rollouts: (Q, G) -> (Q,), no gradient.
 
         w = exp(mean (1 - m) + variance v), clipped to [low, high]
 
     m is the mean of a group's IoU, v its population variance: groups that miss or scatter weigh
-    more. With the paper's values w is at least 1, so `low` has no effect.
-
-    Section 3.4: formula, 1.2, 1 and the bounds are second-hand (one of the two readers gave a
-    garbled first term); population variance and "no gradient" are ours."""
+    more. With the paper's values w is at least 1, so `low` has no effect."""
     iou = iou.detach()
     exponent = mean * (1 - iou.mean(1)) + variance * iou.var(1, unbiased=False)
     return exponent.exp().clamp(low, high)
 
 
 def dispersion(boxes: Tensor, valid: Tensor, size: Tensor) -> Tensor:
-    """Scatter of the centres of a group's valid boxes, for the log: sqrt(Var x + Var y). Ours.
+    """Scatter of the centres of a group's valid boxes, for the log: sqrt(Var x + Var y).
     boxes (Q, G, 4), valid (Q, G) bool, size (Q, 2) as (W, H) -> (Q,) in [0, sqrt(1/2)], in image
     sides; population variance, 0 with fewer than two valid boxes."""
     position = centers(boxes) / size[:, None]                             # (Q, G, 2)

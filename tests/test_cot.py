@@ -1294,7 +1294,8 @@ def test_a_single_answer_without_reasoning_is_asked_again_or_refused(
             first = server.requests[0] is request
         return answer_with(request, {"content": "{box}"}) if first else right_answer(request)
     server.respond = respond
-    assert {line["think"] for line in teach("--limit", 5)} == {"by the pier."}
+    lines = teach("--limit", 5, "--parallel", 1)         # so that no other answer comes before
+    assert {line["think"] for line in lines} == {"by the pier."}
     server.respond = lambda request: answer_with(request, {"content": "{box}"})
     assert [line["refused"] for line in teach("--limit", 2)[5:]] == ["incomplete chain"] * 2
 

@@ -247,8 +247,8 @@ def measure(b: Bench, part: str, folder: Path) -> None:
                     text=True, cwd=Path(__file__).parents[1])
                 runs.append([float(v) for v in output.split()])
         for unit, figures in zip(("s", "MiB at peak"), zip(*runs)):
-            pairs = list(zip(figures[::2], figures[1::2]))
-            b.add("load", "transformers from_pretrained", pairs, unit)
+            b.add("load", "transformers from_pretrained",
+                  list(zip(figures[::2], figures[1::2])), unit)
 
     elif part == "images":
         # An 800 x 800 picture decoded, resized, normalized and cut, eight times per call.

@@ -40,13 +40,12 @@ def find_proxy(address: str) -> SplitResult | None:
     for entry in proxies.get("no", "").lower().split(","):
         name = entry.strip().removeprefix(f"{url.scheme}://")
         name = name.removesuffix(f":{port}").strip("[]")
-        try:
-            listed = ip_address(host) in ip_network(name, strict=False)
-        except ValueError:
-            domain = name.removeprefix("*").removeprefix(".")      # .a.org: b.a.org, but not a.org
-            listed = host == name or host.endswith(f".{domain}")
-        if listed or name == "*":
+        domain = name.removeprefix("*").removeprefix(".")          # .a.org: b.a.org, but not a.org
+        if name in ("*", host) or host.endswith(f".{domain}"):
             return None
+        with suppress(ValueError):
+            if ip_address(host) in ip_network(name, strict=False):
+                return None
     proxy = proxies.get(url.scheme) or proxies.get("all")
     return urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
 

@@ -1,13 +1,8 @@
 """A teacher gets the image, the expression and the true box, and explains how to find the object.
 
-    python cot.py dior --teacher CKPT
-    python cot.py dior --teacher http://localhost:8000/v1 --model Qwen2.5-VL-72B-Instruct \\
-        --coords resized --init Qwen2.5-VL-3B-Instruct/ --parallel 32 --want 30000
-
-A server must offer OpenAI's chat-completions protocol, as vLLM and SGLang do. cot.py describes the
-file. The same command continues after a stop and asks again for records without a whole answer.
-Like the paper (second-hand), this refuses incomplete chains, inconsistent coordinates and wrong
-boxes. It also refuses reasoning that contains the box; this rule is ours.
+It is a checkpoint, or a server with OpenAI's chat-completions protocol: docs/running.md has the
+commands, cot.py the form of the file. Like the paper (second-hand), this refuses incomplete chains,
+inconsistent coordinates and wrong boxes, and also reasoning that contains the box (ours).
 """
 import base64
 import fcntl
@@ -236,16 +231,15 @@ def ask_checkpoint(args: Namespace, model: QwenVL, processor: Processor,
         batch, prompts = [], []
         for request in requests[i:i + args.batch]:
             try:
-                image = data.open_image(request.record)
+                pixels, grid, resized = processor.patches(data.open_image(request.record))
             except UnreadableImage as error:
                 request.failure = str(error)
                 yield request
                 continue
-            pixels, grid, resized = processor.patches(image)
-            request.frame = Frame(image.size, resized, processor.convention)
+            request.frame = Frame(request.record.size, resized, processor.convention)
             blanks = prompt_blanks(request.record, request.frame)
-            ids = processor.turns(
-                TEACHER_PROMPT, int(grid.prod()) // processor.merge ** 2, **blanks)
+            tokens = int(grid.prod()) // processor.merge ** 2
+            ids = processor.turns(TEACHER_PROMPT, tokens, **blanks)
             prompts.append(Prompt(torch.tensor(ids), pixels, grid, request.frame))
             batch.append(request)
         texts, _ = sample_texts(model, processor, prompts, [request.seed for request in batch], 1,

@@ -194,13 +194,12 @@ def plan(args: argparse.Namespace, step: Step, gpus: int, longest: Prompt,
     passes = largest_passes(model, args, step, gpus, longest, longest_val)
     adapters = bool(lora.adapted(model))
     reference = bool(getattr(args, "beta", 0))
-    modules = (model, *model.model.layers, *model.visual.blocks)
-    counts, trained_counts = [], []
-    for module in modules:
-        counts.append(sum(p.numel() for p in module.parameters()))
-        trained_counts.append(sum(p.numel() for p in module.parameters() if p.requires_grad))
-    total, *layers = counts
-    trained, *trained_layers = trained_counts
+    counts = []
+    for module in (model, *model.model.layers, *model.visual.blocks):
+        numbers = [(p.numel(), p.numel() * p.requires_grad) for p in module.parameters()]
+        counts.append(map(sum, zip(*numbers)))
+    (total, trained), *layers = counts
+    layers, trained_layers = zip(*layers)
     always = {
         "trained weights, float32": 4 * trained / gpus,
         # Under adapters the base is stored in the compute dtype.
