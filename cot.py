@@ -53,14 +53,12 @@ REGIONS = (("upper left", "top", "upper right"), ("left", "center", "right"),
 ROUNDING = 0.02               # of places and distances, as a fraction of the longer side
 MAX_OTHER_CANDIDATES = 5      # beside the chosen object
 SIZE_WORDS = re.compile(
-    r"\b(?:large|larger|largest|big|bigger|biggest|huge"
-    r"|small|smaller|smallest|tiny|tinier|tiniest|little)\b")
+    r"\b(?:large(?:r|st)?|big(?:ger|gest)?|huge|small(?:er|est)?|tiny|tinier|tiniest|little)\b")
 DISTANCE_WORDS = re.compile(r"\b(?:near|nearest|close|closest|next|beside)\b")
 SIDE_WORDS = re.compile(
     r"\b(?:left|right|above|below|over|under|higher|lower|upper|further|top|bottom)\b")
 RELATION_WORDS = re.compile(
-    r"\b(?:left of|right of|above|below|over|under|beside|near|nearest|closest|next|of"
-    r"|higher|further)\b")
+    r"\b(?:above|below|over|under|beside|near|nearest|closest|next|of|higher|further)\b")
 # Name of an extreme in the text -> words that ask for it.
 EXTREMES = {
     "leftmost": "leftmost|farthest to the left",

@@ -66,15 +66,11 @@ SHAPES = {
 # Prints seconds and peak MiB of loading. Weights may be a memory map, so it reads all pages.
 LOADER = """
 import sys, time, torch
-side, folder, dtype = sys.argv[1:]
-if side == "ours":
-    from model import QwenVL as Model
-else:
-    from transformers import AutoModelForImageTextToText as Model
+from {} as Model
 def mib(key):
     return next(int(x.split()[1]) / 1024 for x in open("/proc/self/status") if x.startswith(key))
 before, started = mib("VmRSS"), time.perf_counter()
-model = Model.from_pretrained(folder, dtype=getattr(torch, dtype))
+model = Model.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
 touched = sum(p.detach().flatten()[::512].float().sum().item() for p in model.parameters())
 print(time.perf_counter() - started, mib("VmHWM") - before)
 """
@@ -241,9 +237,9 @@ def measure(b: Bench, part: str, folder: Path) -> None:
     if part == "load":
         runs = []                                # seconds and MiB: ours, theirs, ours, ...
         for _ in tqdm(range(b.repeats), desc="load", leave=False):
-            for side in ("ours", "theirs"):
+            for name in ("model import QwenVL", "transformers import AutoModelForImageTextToText"):
                 output = subprocess.check_output(
-                    [sys.executable, "-c", LOADER, side, str(folder), b.report["dtype"]],
+                    [sys.executable, "-c", LOADER.format(name), str(folder), b.report["dtype"]],
                     text=True, cwd=Path(__file__).parents[1])
                 runs.append([float(v) for v in output.split()])
         for unit, figures in zip(("s", "MiB at peak"), zip(*runs)):

@@ -2,12 +2,8 @@
 
 Weights, gradients and moments follow from the number of parameters. Activations are counted, not
 estimated: the largest passes of a step run on the meta device, on which tensors have shapes but
-no data, and a tensor's bytes count from its creation until it is freed. So a plan needs no GPU.
-
-    python rft.py --plan 8 80 800 800 --init Qwen2.5-VL-7B-Instruct/
-
-On a GPU the same passes also run for real before step 1 (`try_out`), so a run that does not fit
-fails in its first minute.
+no data, and a tensor's bytes count from its creation until it is freed. On a GPU the same passes
+also run for real before step 1 (`try_out`).
 """
 import argparse
 import weakref
