@@ -498,6 +498,7 @@ def main() -> None:
     scored = records[:args.limit]
     inclusive = args.data in INCLUSIVE
     summary = {"centre_box": metrics.centre_box(scored)}
+    target, size = metrics.targets(scored)
     resizer = Processor.from_pretrained(stages[-1].folder) if args.coords == "resized" else None
     stems = [Path(file).stem.removeprefix("predictions_") for file in files]
     found = []
@@ -507,7 +508,6 @@ def main() -> None:
         name = stem if stems.count(stem) == 1 else f"{Path(file).resolve().parent.name}_{stem}"
         answers = [by_id.get(record.id) for record in scored]
         found.append((Stage(name, file, {}), None, scored, answers))
-    target, size = metrics.targets(scored)
     if args.compare:
         boxes = [predictions.strict_boxes(scored, answers) for *_, answers in found]
         a, b = (metrics.overlaps(pred, target, size).iou for pred in boxes)

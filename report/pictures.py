@@ -89,8 +89,7 @@ def overlay(image: Image.Image, boxes: Sequence[tuple[Box, str, Colour]]) -> Ima
 def draw_rollouts(image: Image.Image, boxes: Sequence[Box | None], rewards: Sequence[float],
                   target: Box, text: str = "", width: int = 336) -> Image.Image:
     """A group's boxes on its image, from ANSWER for the lowest reward to BEST for the highest.
-    boxes: one per rollout, None or NaN without one. text: of a caption. The target is drawn last.
-    """
+    boxes: one per rollout, None or NaN without one. The target is drawn last."""
     lowest, highest = min(rewards), max(rewards)
     coloured: list[tuple[Box, Colour]] = []
     for box, reward in zip(boxes, rewards):

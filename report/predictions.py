@@ -148,13 +148,12 @@ def raw_boxes(predictions: Predictions) -> Tensor:
     read leniently, not cut to the image, lines and points as well."""
     boxes = []
     for prediction in predictions:
-        box = (prediction or {}).get("box")
-        box = box and answer.checked(box)[0]
         if "text" in (prediction or {}):
             frame = Frame(**prediction["frame"])
             box, _ = answer.read_lenient(prediction["text"], frame.extent)
-            box = box and frame.to_image(box)
-        boxes.append(box)
+            boxes.append(box and frame.to_image(box))
+        else:
+            boxes.append(answer.checked((prediction or {}).get("box"))[0])
     return box_tensor(boxes)
 
 

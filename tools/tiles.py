@@ -55,18 +55,18 @@ def cut_scenes(args: Namespace) -> None:
         for window in places:
             x, y, right, bottom = window
             name = f"{stem}_{x}_{y}{'.tif' if crs else '.png'}"
-            kept = []
+            kept = set()
             for split, record in holding:
                 x1, y1, x2, y2 = record.box
                 box = clamp_box((x1 - x, y1 - y, x2 - x, y2 - y), (right - x, bottom - y))
                 inside = (box[2] - box[0]) * (box[3] - box[1]) if box else 0
                 if inside >= KEPT_AREA * (x2 - x1) * (y2 - y1):
-                    kept.append((split, record.id))
+                    kept.add((split, record.id))
                     lines[split].append(json.dumps({
                         "image": name, "id": f"{record.id}_{x}_{y}", "text": record.text,
                         "box": box, "category": record.category, "scene": str(scene),
                         "corner": [x, y]}) + "\n")
-            placed.update(kept)
+            placed |= kept
             if kept or not found:
                 tiles += 1
                 save_tile(out / name, image, window, transform, crs)
