@@ -34,8 +34,7 @@ from readers import collect, dior, geopix, images, jsonl, refgeo, rrsisd, rsvg_h
 from readers.base import (
     DataError, NoSplit, Record, Records, Stretch, UnreadableImage, in_words, sha256)
 
-# Two boxes in an image belong to the same object if their IoU is at least this.
-SAME_BOX = 0.9
+SAME_BOX = 0.9                    # two boxes with this IoU or more belong to the same object
 # Splits to train on. refGeo has "rsvg_train" and "rsvg_train_v2".
 TRAINING = re.compile(r"sft(-\d)?|rft|.*train(_v2)?")
 
@@ -127,8 +126,7 @@ def read_split(name: str, root: Path, split: str) -> Records:
                       f"and {root} has {len(by_name)}{refused}; add images, or a split val")
     held_out = set(by_name[:max(len(by_name) // 20, 1)])
     note = (f"validation is {len(held_out):,} of train's {len(by_name):,} images, which sft and "
-            "rft leave out")
-    note = f"{note}; {train.note}" if train.note else note
+            f"rft leave out{train.note and f'; {train.note}'}")
     if split == "val":
         return Records([r for r in train if r.image in held_out], {}, {}, note)
     rest = [r for r in train if r.image not in held_out]
@@ -143,10 +141,9 @@ def mixture(names: str, root: Path, split: str) -> Records:
     notes: dict[str, str] = {}
     for part in names.split("+"):
         name, colon, weight_text = part.partition(":")
-        try:
-            weight = float(weight_text) if colon else 1.0
-        except ValueError:
-            weight = 0
+        weight = 0.0 if colon else 1.0
+        with suppress(ValueError):
+            weight = float(weight_text)
         if name not in READERS or name in notes or not 0 < weight < 1000:
             raise DataError(f"{part!r} can't be a part of the mixture {names!r}; give each data "
                             "set's name once, then :WEIGHT if not 1, above 0 and below 1000; there "
@@ -204,10 +201,9 @@ def find_shared(records: Sequence[Record], training: Sequence[Record],
     by_image = defaultdict(list)  # boxes trained on, as fractions of the image's sides
     shared: list[str | None] = []
     for i, r in enumerate([*training, *records]):
+        key = r.image.stem if isinstance(r.image, Path) else r.image
         if pixels is not None:
             key = pixels.get(r.image, r.image)
-        else:
-            key = r.image.stem if isinstance(r.image, Path) else r.image
         box = [v / side for v, side in zip(r.box, (*r.size, *r.size))]
         if i < len(training):
             by_image[key].append(box)

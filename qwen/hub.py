@@ -1,8 +1,7 @@
 """A checkpoint's folder: config.json, names of tensors, safetensors in and out, token ids.
 
 A folder holds a model (config.json, *.safetensors, tokenizer files) or an adapter
-(adapter_config.json, which names its base). CheckpointError if files are missing or do not fit.
-"""
+(adapter_config.json, which names its base). CheckpointError if files are missing or do not fit."""
 from __future__ import annotations
 
 import json
@@ -205,8 +204,7 @@ def newest_step(path: str | Path) -> Path:
     named = named_step(link)
     if named and is_checkpoint(named):
         return named
-    # Copies of a run may lack `latest`, or have a folder in its place. Other programs write
-    # checkpoint-500, checkpoint-1500 and no link.
+    # In copies of a run `latest` may be missing, or a folder. Other programs write no link.
     steps = [p for p in path.glob("*") if re.fullmatch("(step_|checkpoint-)[0-9]+", p.name)]
     return max(filter(is_checkpoint, steps), key=by_number,
                default=link if is_checkpoint(link) else path)
@@ -276,10 +274,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
                               "from where it came from") from None
 
 
-def read_weights(
-        path: Path, shapes: Mapping[str, Sequence[int]], tied: bool,
-        dtype: torch.dtype | None, device: torch.device | str,
-) -> tuple[dict[str, Tensor], torch.dtype]:
+def read_weights(path: Path, shapes: Mapping[str, Sequence[int]], tied: bool,
+                 dtype: torch.dtype | None, device: torch.device | str,
+                 ) -> tuple[dict[str, Tensor], torch.dtype]:
     """Tensors of exactly these names and shapes, and the stored dtype of the embedding.
     dtype None: no conversion. A tied checkpoint may also hold the head, equal to the embedding."""
     index = path / WEIGHT_INDEX
@@ -340,9 +337,8 @@ def read_weights(
     return tensors, stored_dtype
 
 
-def write_tensors(
-        file: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype,
-        tensors: Iterator[Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(file: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype,
+                  tensors: Iterator[Tensor], metadata: Mapping[str, str]) -> None:
     """Writes the same bytes as safetensors' save_file, but copies only PIECE elements to the host.
     tensors: sorted by name, on any device, of any dtype; each is requested when it is written."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -365,8 +361,7 @@ def write_tensors(
 
 def read_token_ids(path: Path) -> dict[str, int]:
     """Token text -> id, from tokenizer.json, else vocab.json with added tokens; {} without both."""
-    choices = (path / "tokenizer.json", path / "vocab.json")
-    file = next(filter(Path.exists, choices), None)
+    file = next(filter(Path.exists, (path / "tokenizer.json", path / "vocab.json")), None)
     if file is None:
         return {}
     content = read_json_object(file)

@@ -1,14 +1,11 @@
 """LoRA: adapters on frozen linear layers; made, read and written in PEFT's layout, merged.
 
-An adapted layer computes W x + b + alpha / rank * B (A x). W and b are frozen; A and B are
-trained: at rank 64, 3% of the parameters of a 3B model. B is 0 at first, so the model starts
-as its base.
-
-A run that starts from an adapter continues to train it. So a checkpoint holds one adapter and the
-path of its base, and PEFT can load it. The reference policy uses a copy of the adapters at the
-start, or no adapters if B was 0 (`reference`).
-
+An adapted layer computes W x + b + alpha / rank * B (A x). W and b are frozen; A and B are trained:
+at rank 64, 3% of the parameters of a 3B model. B is 0 at first, so the model starts as its base.
 Source: LoRA (arXiv 2106.09685). Names, files and initialisation are PEFT's. No dropout.
+
+A run that starts from an adapter continues to train it, so a checkpoint holds one adapter and the
+path of its base. The reference policy uses a copy of the adapters at the start, or none if B was 0.
 
     python sft.py --lora 64 ...                      trains, saves and resumes only adapters
     python -m tools.merge_lora ckpt/sft merged/      full weights, which transformers loads
@@ -30,8 +27,7 @@ from qwen.hub import (
     ADAPTER_CONFIG, CheckpointError, nested_name, own_name, read_json_object, read_tensors)
 
 WEIGHTS = "adapter_model.safetensors"
-# Linear layers under these names can have adapters; the head cannot.
-PARTS = ("model.layers.", "visual.")
+PARTS = ("model.layers.", "visual.")      # their linear layers can have adapters; not the head
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Supported fields of adapter_config.json. If another one is set, the adapter is not plain LoRA.
 PLAIN_FIELDS = {
@@ -63,8 +59,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        A = self.start_A if self.at_start else self.lora_A
-        B = self.start_B if self.at_start else self.lora_B
+        A, B = (self.start_A, self.start_B) if self.at_start else (self.lora_A, self.lora_B)
         if A is None:
             return y
         # One kernel scales, multiplies and adds.
@@ -72,7 +67,6 @@ class LoRALinear(nn.Linear):
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers with adapters, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
@@ -148,10 +142,9 @@ def keep_start(model: nn.Module) -> None:
 
 @contextmanager
 def reference(model: nn.Module) -> Iterator[None]:
-    """Context in which the adapters are those of `keep_start`.
-    Gradients stay on, so the vision tower runs in one pass, as it does for the policy. So results
-    are equal to the bit, and all processes of a sharded model run the same number of passes. All
-    tensors used are frozen, so nothing is stored for a backward pass."""
+    """Context in which the adapters are those of `keep_start`. Gradients stay on, so the vision
+    tower runs in one pass, as for the policy: results are equal to the bit, and all processes of a
+    sharded model run equally many passes. All tensors used are frozen, so nothing is stored."""
     layers = adapted(model).values()
     for layer in layers:
         layer.at_start = True
@@ -208,8 +201,7 @@ def load_adapter(model: nn.Module, path: Path, dtype: torch.dtype | None,
         raise CheckpointError(f"{file}: r is {rank!r} and lora_alpha {alpha!r}; is this the "
                               "adapter_config.json of a LoRA adapter?")
     file = path / WEIGHTS
-    others = sorted(p.name for p in path.iterdir() if OTHER_WEIGHTS.fullmatch(p.name))
-    if others:
+    if others := sorted(p.name for p in path.iterdir() if OTHER_WEIGHTS.fullmatch(p.name)):
         raise CheckpointError(
             f"{path}: {', '.join(others[:3])} next to the adapter may hold more trained weights, "
             "which are not read; merge all where they were trained, or move away what is not used")
@@ -245,8 +237,7 @@ def load_adapter(model: nn.Module, path: Path, dtype: torch.dtype | None,
     model.stored_dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     for name, pair in pairs.items():
         linear = modules[name]
-        shapes = {"A": (rank, linear.in_features), "B": (linear.out_features, rank)}
-        for part, shape in shapes.items():
+        for part, shape in (("A", (rank, linear.in_features)), ("B", (linear.out_features, rank))):
             there = tuple(pair[part].shape) if part in pair else "missing"
             if there != shape:
                 raise CheckpointError(f"{file}: lora_{part} of {name} is {there}, but base and "

@@ -38,9 +38,8 @@ IMAGE_SETTINGS = {
     "do_center_crop": False, "resample": 3, "rescale_factor": 1 / 255}
 COPY_AGAIN = "copy the file again from the hub page"
 # Qwen's pre-tokenizer cuts a text into these pieces before merges apply.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def smart_resize(
@@ -53,12 +52,10 @@ def smart_resize(
     w, h = round(width / factor) * factor, round(height / factor) * factor
     if w * h > max_pixels:
         shrink = math.sqrt(width * height / max_pixels)
-        w = max(factor, math.floor(width / shrink / factor) * factor)
-        h = max(factor, math.floor(height / shrink / factor) * factor)
+        w, h = (max(factor, math.floor(v / shrink / factor) * factor) for v in (width, height))
     elif w * h < min_pixels:
         grow = math.sqrt(min_pixels / (width * height))
-        w = math.ceil(width * grow / factor) * factor
-        h = math.ceil(height * grow / factor) * factor
+        w, h = (math.ceil(v * grow / factor) * factor for v in (width, height))
     return w, h
 
 

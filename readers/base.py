@@ -1,8 +1,7 @@
 """What every reader needs: records, errors, and text, JSON and JSONL files.
 
 A reader is a function (root, split) -> Records, named in data.READERS; rsvg_hr.py is the shortest.
-It passes each annotation unchanged to a Collector, and raises NoSplit if the split is missing.
-"""
+It passes each annotation unchanged to a Collector, and raises NoSplit if the split is missing."""
 import glob
 import hashlib
 import json
@@ -66,13 +65,10 @@ class Records(list[Record]):
     """A split's usable records. refused: reason -> places of records that can't be used. repaired:
     repair -> places of records with a mistake that has only one correction."""
 
-    def __init__(
-            self, records: Iterable[Record], refused: dict[str, list[str]],
-            repaired: dict[str, list[str]] | None = None, note: str = "") -> None:
+    def __init__(self, records: Iterable[Record], refused: dict[str, list[str]],
+                 repaired: dict[str, list[str]] | None = None, note: str = "") -> None:
         super().__init__(records)
-        self.refused = refused
-        self.repaired = repaired or {}
-        self.note = note
+        self.refused, self.repaired, self.note = refused, repaired or {}, note
 
     @property
     def refusals(self) -> dict[str, int]:
@@ -119,7 +115,6 @@ def packed(folder: Path) -> str:
 
 
 def read_text(file: str | Path) -> str:
-    """UTF-8, with "\\n" at line ends."""
     try:
         return Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -137,14 +132,11 @@ def read_json(file: Path) -> Any:
 def read_log(file: Path) -> list[dict[str, Any]]:
     """The JSON objects of a run's log, a line each; none if there is no file."""
     text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-    objects = []
+    values = []
     for line in text.split("\n"):
-        # The last line is incomplete while a run is writing it.
-        with suppress(ValueError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                objects.append(value)
-    return objects
+        with suppress(ValueError):       # the last line is incomplete while a run is writing it
+            values.append(json.loads(line))
+    return [value for value in values if isinstance(value, dict)]
 
 
 def read_json_lines(file: str | Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
@@ -164,10 +156,9 @@ def read_json_lines(file: str | Path) -> Iterator[tuple[int, dict[str, Any] | No
         unfinished = f"{unfinished}\n{line}" if unfinished else line.strip()
         if not unfinished:
             continue
-        try:
+        value = None
+        with suppress(ValueError, RecursionError):
             value = json.loads(unfinished, strict=False)     # a string may hold a line break
-        except (ValueError, RecursionError):
-            value = None
         is_object = isinstance(value, dict)
         if is_object or not unfinished.startswith("{") or number - start >= LONGEST_OBJECT:
             yield start, value if is_object else None

@@ -16,14 +16,11 @@ from readers import images
 from readers.base import ASPECT, COORDS, DataError, Record, Records, Refused, packed
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
-# How names begin that zips (`__MACOSX`, `._x`), notebooks, editors and the file servers of
-# Synology and QNAP leave in a folder.
+# How names begin that zips, notebooks, editors, Synology's and QNAP's servers leave in a folder.
 HIDDEN = (".", "__MACOSX", "@eaDir", "@tmp", "@Recycle", "@__thumb", "#recycle", "#snapshot",
           "$RECYCLE.BIN")
-# Characters that are blank, although they are letters or symbols by Unicode.
-BLANK = "\u115f\u1160\u2800\u3164\uffa0"
-# Pixels. A thinner box has no area in the float32 of the rewards: any answer would score 0.
-THINNEST = 1 / 16
+BLANK = "\u115f\u1160\u2800\u3164\uffa0"            # although letters or symbols by Unicode
+THINNEST = 1 / 16                 # pixels; a thinner box has no area in the rewards' float32
 Size = tuple[int, int]
 # The (coords, stretch) that `load` got, so that readers need not pass it on.
 reading = contextvars.ContextVar("reading", default=(None, None))
@@ -31,15 +28,13 @@ reading = contextvars.ContextVar("reading", default=(None, None))
 
 class Collector:
     """Turns annotations into `records`. Counts what it repairs and what it refuses.
-
     Images are found by base name in all of `folder`; if several match, the end of the annotation's
     path decides, then a folder called `preferred_folder`. exact: image paths start in `folder`.
     refuse_swapped: refuses x1 > x2, which may mean x, y, width, height; else it is repaired.
     kept: records of earlier Collectors, to which this one adds its own."""
 
-    def __init__(
-            self, folder: Path, preferred_folder: str = "", exact: bool = False,
-            refuse_swapped: bool = False, kept: Records | None = None) -> None:
+    def __init__(self, folder: Path, preferred_folder: str = "", exact: bool = False,
+                 refuse_swapped: bool = False, kept: Records | None = None) -> None:
         self.folder, self.preferred_folder = folder, preferred_folder
         self.exact, self.refuse_swapped = exact, refuse_swapped
         self.kept = Records([], {}) if kept is None else kept
@@ -63,8 +58,7 @@ class Collector:
                 if suffix.lower() in IMAGE_SUFFIXES and not name.startswith(HIDDEN):
                     self.paths.setdefault(stem, []).append(Path(directory, name))
 
-    def add(
-            self, where: str, identity: str, image: Any, text: Any, box: Any, category: Any = "",
+    def add(self, where: str, identity: str, image: Any, text: Any, box: Any, category: Any = "",
             *, units: int | None = None, size: Any = None, repairs: Sequence[str] = (),
             file: Path | None = None, kind: str = "", unique: bool | None = None,
             grid: tuple[int, ...] | None = None) -> None:
@@ -83,8 +77,7 @@ class Collector:
             self.ids[name] += 1
             identity = f"{name}-{self.ids[name]}"
         self.ids[identity] = 1
-        image_size = None
-        sides = numbers(size)
+        image_size, sides = None, numbers(size)
         annotated = (*sides,) if len(sides) == 2 and min(sides) > 0 else None
         try:
             path, image_size, renamed = self.find(str(image or ""))
@@ -164,9 +157,8 @@ class Collector:
         return self.kept
 
 
-def refuse_other_unit(
-        boxes: Sequence[tuple[Sequence[float], Size | None]], subject: str,
-        flag: str = "--data-coords") -> None:
+def refuse_other_unit(boxes: Sequence[tuple[Sequence[float], Size | None]], subject: str,
+                      flag: str = "--data-coords") -> None:
     """DataError, which names the flag, if these (box, size of its image) can't be in pixels."""
     values = np.array([box for box, _ in boxes]).reshape(-1, 4)
     sides = np.array([size or (np.inf, np.inf) for _, size in boxes]).reshape(-1, 2)
@@ -177,25 +169,25 @@ def refuse_other_unit(
     if not solid or values.min() < -rounding or values.max() > 1000 + rounding:
         return
     if values.max() <= 1 + rounding:
-        if np.isin(values, (0, 1)).all():
-            return                # it may be a pixel in the corner
         unit, sign = "fraction", "all lie in [0, 1]"
+        in_pixels = np.isin(values, (0, 1)).all()            # they may be a pixel in the corner
     else:
         known = np.isfinite(sides).all(1)
         n = max(known.sum(), 1)
         outside = (np.minimum(low, high) >= sides).any(1).sum() / n
         far = (np.maximum(low, high) > 1.5 * sides).any(1).sum() / n
         # If fewer boxes are outside, or half a side past an edge, they are single mistakes.
-        inside = outside < 0.01 and (n == 1 or far < 0.5)
+        in_pixels = outside < 0.01 and (n == 1 or far < 0.5)
         # How much likelier hundredths make it than pixels that no number is above 100, if boxes
         # may lie anywhere: 100 / side for each side of each box. Copies of a box tell nothing new.
         boxes_and_sides = np.unique(np.hstack((values, sides))[known], axis=0)
         pixels_likely = np.minimum(100 / boxes_and_sides[:, 4:], 1).prod() > 1e-3
-        if inside and (values.max() > 100 + rounding or pixels_likely):
-            return
         unit, sign = "1000", "all lie in 0..1000, and some outside their images"
         if values.max() <= 100 + rounding:
+            in_pixels = in_pixels and pixels_likely
             unit, sign = "100", "all lie in 0..100, less than their images have pixels"
+    if in_pixels:
+        return
     raise DataError(
         f"{subject} {sign}: are they fractions, hundredths or thousandths of the image's sides? "
         f"Give {flag} {unit}, or {flag} original if they are pixels")
@@ -218,7 +210,7 @@ def repair_box(values: Any, size: Size, units: int | None = None) -> tuple[Box, 
         "decimal comma": isinstance(values, list) and any("," in str(v) for v in values),
         "swapped corners": ordered != tuple(box),
         "box past the edge": clamped != ordered}
-    return clamped, [repair for repair, is_so in found.items() if is_so], ordered
+    return clamped, [repair for repair in found if found[repair]], ordered
 
 
 def numbers(value: Any, bracketed: bool = False) -> list[float]:

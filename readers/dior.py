@@ -15,9 +15,8 @@ XML_ENCODING = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([^"']*)["']""
 LARGER_ENCODINGS = {"gb2312": "gb18030", "gbk": "gb18030"}
 
 
-def read(
-        root: Path, split: str, name: str = "dior", image_folder: str = "JPEGImages",
-        withdrawn: dict[str, int] = WITHDRAWN) -> Records:
+def read(root: Path, split: str, name: str = "dior", image_folder: str = "JPEGImages",
+         withdrawn: dict[str, int] = WITHDRAWN) -> Records:
     """Annotations/*.xml, images, and split files of indices, in root or root/split. Indices count
     <object> elements, refused ones too, from 0 over all XML files sorted by path."""
     if split not in SPLITS:
@@ -38,14 +37,12 @@ def read(
                 # A tag within the description, such as <i>, does not end it.
                 description = item.find("description")
                 text = None if description is None else "".join(description.itertext())
-                collector.add(
-                    f"{file}, object {count}", str(count), image_of[file], text, corners,
-                    item.findtext("name"), size=size)
+                collector.add(f"{file}, object {count}", str(count), image_of[file], text,
+                              corners, item.findtext("name"), size=size)
             count += 1
     # If another split has indices beyond the end, those of this one may be shifted.
     for other in (split, *SPLITS):
-        beyond = sum(index >= count for index in splits[other])
-        if beyond:
+        if beyond := sum(index >= count for index in splits[other]):
             archives = packed(root)
             raise DataError(
                 f"{root}: {beyond} of the {len(splits[other])} indices of {other} are beyond the "
@@ -54,9 +51,9 @@ def read(
     named = sum(map(len, splits.values()))
     # Of several annotations of one image, the one with the shortest path is the original: "1.xml",
     # not "1 (1).xml", "1 - Copy.xml", "Copy of 1.xml" or "old/1.xml".
-    original: dict[str | Path, Path] = {}
-    for file in sorted(image_of, key=lambda f: (len(f.as_posix()), f.as_posix())):
-        original.setdefault(image_of[file] or file, file)
+    longest_first = sorted(
+        image_of, key=lambda f: (len(f.as_posix()), f.as_posix()), reverse=True)
+    original = {image_of[file] or file: file for file in longest_first}
     copies = [str(f.relative_to(root)) for f in image_of if original[image_of[f] or f] != f]
     if copies and count > named:
         more = f" and {len(copies) - 5} more" if len(copies) > 5 else ""
@@ -73,7 +70,6 @@ def read(
 
 
 def read_indices(root: Path, withdrawn: dict[str, int] = WITHDRAWN) -> dict[str, list[int]]:
-    """Split -> its indices."""
     folder = first_existing(root, "train.txt", "split/train.txt").parent
     splits = {}
     for name in SPLITS:
@@ -88,15 +84,13 @@ def read_indices(root: Path, withdrawn: dict[str, int] = WITHDRAWN) -> dict[str,
         splits[name] = [int(line) for line in lines]
         if len(splits[name]) == withdrawn.get(name):
             raise DataError(
-                f"{file} has {len(splits[name])} lines: these split files were withdrawn in 2023; "
-                "mixed with the current ones, test leaks into train; download the current "
-                "train.txt, val.txt, test.txt")
+                f"{file} has {len(lines)} lines: these split files were withdrawn in 2023; mixed "
+                "with the current ones, test leaks into train; download the current train.txt, "
+                "val.txt, test.txt")
     counts = Counter(itertools.chain.from_iterable(splits.values()))
-    wrong = [index for index, n in counts.items() if n > 1 or index < 0]
-    if wrong:
-        raise DataError(
-            f"{root}: the split files overlap, or repeat an index or hold one below 0 "
-            f"({wrong[:3]}), so test could leak into train; download them again")
+    if wrong := [index for index, n in counts.items() if n > 1 or index < 0]:
+        raise DataError(f"{root}: the split files overlap, or repeat an index or hold one below 0 "
+                        f"({wrong[:3]}), so test could leak into train; download them again")
     return splits
 
 

@@ -25,10 +25,9 @@ def read(root: Path, split: str) -> Records:
             if split in (of_split, f"{part[1].lower()}_t_{of_split}"):
                 files.append((file, part[1]))
     if not files:
-        raise NoSplit(
-            f"no *.parquet of a split {split!r} under {root}; geopix has train and test in files "
-            "like train.FAST_T.parquet and valid.FAST_T.parquet, and those of one part, like "
-            "fast_t_test; val is held out of train")
+        raise NoSplit(f"no *.parquet of a split {split!r} under {root}; geopix has train and test "
+                      "in files like train.FAST_T.parquet and valid.FAST_T.parquet, and those of "
+                      "one part, like fast_t_test; val is held out of train")
     try:
         import pyarrow.parquet  # optional: only this data set needs it
     except ImportError:
@@ -39,8 +38,7 @@ def read(root: Path, split: str) -> Records:
         found = []                                   # arguments of collector.add
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            absent = sorted(set(COLUMNS) - set(table.schema_arrow.names))
-            if absent:
+            if absent := sorted(set(COLUMNS) - set(table.schema_arrow.names)):
                 raise ValueError(f"no column {', '.join(absent)}")
             batches = table.iter_batches(batch_size=256, columns=COLUMNS)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)

@@ -3,8 +3,7 @@
 No orientation (of EXIF or a TIFF tag) is applied, because boxes refer to the stored pixels.
 Transparent pixels are composited on white, as transformers does. Depth and transparency come from
 the file, not from PIL's mode: PIL keeps only the high bytes of 16-bit colour, and takes any fourth
-band of a TIFF for alpha. More than 8 bits per sample, or floats, need a `Stretch` and rasterio.
-"""
+band of a TIFF for alpha. More than 8 bits per sample, or floats, need a `Stretch` and rasterio."""
 import stat
 import warnings
 from collections.abc import Iterator
@@ -25,8 +24,7 @@ Image.MAX_IMAGE_PIXELS = 1 << 31     # aerial scenes are large, and are no decom
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 # No others, since PIL would run Ghostscript to draw an EPS.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "JPEG2000", "PPM", "AVIF")
-# No compression saves more than this factor: a file that claims more pixels is damaged.
-LARGEST_RATIO = 5000
+LARGEST_RATIO = 5000              # no compression saves more; a file that claims so is damaged
 DEEP = "16-bit or float image"
 STRETCH_IT = f"{DEEP}, scale it to 8 bits or give --stretch 2 98"
 # TIFF tags, and values of the photometric tag.
@@ -43,7 +41,6 @@ def opened(path: Path) -> Iterator[
         tuple[Image.Image | None, dict[int, Any], tuple[int, int], bool]]:
     """Yields the image as PIL opens it, not yet decoded; its TIFF tags, or {}; the stored (width,
     height); whether it is deep, which means samples of more than 8 bits, signed samples or floats.
-
     Any error up to the end of the `with` block becomes ImageError, except FileNotFoundError."""
     try:
         # To open a pipe would wait for a program that writes into it.
@@ -97,8 +94,7 @@ def read_rgb(path: Path, stretch: Stretch | None = None) -> Image.Image:
             pixels = np.broadcast_to(pixels.astype(np.uint8), (*pixels.shape[:2], 3))
             return Image.fromarray(pixels.copy())
         if tags:
-            # On loading, PIL would turn a TIFF by its orientation, unlike other formats. The copy
-            # has the size of the stored pixels, which the opened image need not have.
+            # PIL would turn a TIFF on loading. The copy has the size of the stored pixels.
             image.getexif()[Base.Orientation] = 1
             image = image.copy()
             if image.mode == "RGBA" and EXTRA_BANDS not in tags:

@@ -27,8 +27,7 @@ REFERENCE = re.compile(
     r"<ref>(.*?)</ref>|<\|object_ref_start\|>(.*?)<\|object_ref_end\|>|<p>(.*?)</p>", re.DOTALL)
 # Words of an instruction, which do not occur in the description of an object.
 INSTRUCTION = re.compile(
-    r"\bbbox|bounding[- ]box|\bcoordinates?\b|\bjson\b|<box>|<\|box_|<\|?object_ref|<ref>",
-    re.IGNORECASE)
+    r"(?i)\bbbox|bounding[- ]box|\bcoordinates?\b|\bjson\b|<box>|<\|box_|<\|?object_ref|<ref>")
 # Boxes of Qwen-VL and Qwen2-VL, in thousandths of the image's sides.
 POINTS = re.compile(
     r"(?:<box>|<\|box_start\|>)\s*\((.*?)\)\s*,\s*\((.*?)\)\s*(?:</box>|<\|box_end\|>)")
@@ -36,14 +35,12 @@ POINTS = re.compile(
 
 def read(root: Path, split: str) -> Records:
     """SPLIT.jsonl; or a single file (root, or in root): "train" unless its lines name a split.
-
     {"image": path from root, "text": ..., "box": [x1, y1, x2, y2] in pixels}, and optional "id",
     "category", "split"."""
     files = [root] if root.is_file() else visible_files(root, "*.jsonl")
     if not files:
-        raise DataError(
-            f"no *.jsonl in {root}; --root must name a folder with train.jsonl, val.jsonl, "
-            "test.jsonl, or one JSONL file")
+        raise DataError(f"no *.jsonl in {root}; --root must name a folder with train.jsonl, "
+                        "val.jsonl, test.jsonl, or one JSONL file")
     rows: dict[str, list[tuple[Path, int, dict[str, Any] | None]]] = {}
     for file in files:
         names_split = len(files) > 1 or file.stem.lower() in (*SPLITS, "sft", "rft", *VALIDATION)
@@ -123,8 +120,7 @@ def expression_and_box(question: str, answer: Any) -> tuple[str, Any, int | None
         choices = [text for text in choices if not INSTRUCTION.search(text)]
     if not choices:
         raise Refused("request with no clear expression within its instruction")
-    box, units = answer, None
     points = POINTS.findall(answer) if isinstance(answer, str) else []
-    if points:
-        box, units = numbers(",".join(points[0])) if len(points) == 1 else [], 1000
-    return choices[0], box, units
+    if not points:
+        return choices[0], answer, None
+    return choices[0], numbers(",".join(points[0])) if len(points) == 1 else [], 1000

@@ -11,8 +11,7 @@ PARTS = ("dior_rsvg", "rsvg", "geochat", "vrsbench", "avvg")
 def read(root: Path, split: str) -> Records:
     """metainfo/*.jsonl: a split of all its data sets, or of one ("rsvg_test"). xyxy pixels.
     A repack has metainfo_v2/*_train_v2.jsonl, which is read if metainfo/ lacks that file."""
-    files = []
-    absent = []
+    files, absent = [], []
     names = [f"{part}_{split}" for part in PARTS] if split in SPLITS else [split]
     for name in names:
         places = (f"metainfo/{name}", f"metainfo_v2/{name}", f"metainfo_v2/{name}_v2")
@@ -47,8 +46,7 @@ def read(root: Path, split: str) -> Records:
                 continue
             collector.add(
                 where, f"{file.stem}-{number}", row.get("image_id"), row.get("question"),
-                row.get("bbox"), kind=part,
-                size=(row.get("image_width"), row.get("image_height")))
+                row.get("bbox"), size=(row.get("image_width"), row.get("image_height")), kind=part)
         records = collector.records
     records.note = f"missing: {', '.join(absent)}" if absent else ""
     return records

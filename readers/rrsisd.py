@@ -35,9 +35,8 @@ def read(root: Path, split: str) -> Records:
         masks = row.get("segmentation")
         if isinstance(masks, list) and masks and isinstance(masks[0], dict):
             size = numbers(masks[0].get("size"))[::-1] or size
-        collector.add(
-            where, str(row.get("ann_id")), row.get("file_name"), row.get("sent"), row.get("bbox"),
-            row.get("category_name"), size=size)
+        collector.add(where, str(row.get("ann_id")), row.get("file_name"), row.get("sent"),
+                      row.get("bbox"), row.get("category_name"), size=size)
     return collector.records
 
 

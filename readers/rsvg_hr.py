@@ -26,9 +26,8 @@ def read(root: Path, split: str) -> Records:
             continue
         for i in commas:
             fields[i:i + 2] = [f"{fields[i]}.{fields[i + 1]}"]
-        collector.add(
-            where, f"{split}-{number}", image.strip(), ",".join(fields[4:]), fields[:4],
-            repairs=["decimal comma"] if commas else [])
+        collector.add(where, f"{split}-{number}", image.strip(), ",".join(fields[4:]), fields[:4],
+                      repairs=["decimal comma"] if commas else [])
     return collector.records
 
 

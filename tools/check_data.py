@@ -93,8 +93,7 @@ def main() -> None:
         for (_, split), records in loaded.items():
             whole = [r for r in records if r.image not in broken]
             # Spread evenly over the first split with records.
-            shown = whole[::max(1, len(whole) // args.show)][:args.show]
-            if shown:
+            if shown := whole[::max(1, len(whole) // args.show)][:args.show]:
                 boxes = [draw_boxes(data.open_image(r), [(r.box, "red")], r.text) for r in shown]
                 save_sheet(boxes, args.out)
                 print(f"{len(shown)} records of {split} with their boxes: {args.out}")
@@ -116,14 +115,12 @@ def pixel_hash(record: Record) -> str | DataError:
 
 
 def print_split(name: str, split: str, records: Records, places: int) -> None:
-    refused = sum(records.refusals.values())
-    n = len(records) + refused
-    print(f"{name} {split}: {len(records):,} records, {refused:,} refused, "
+    n = len(records) + sum(records.refusals.values())
+    print(f"{name} {split}: {len(records):,} records, {n - len(records):,} refused, "
           f"{sum(map(len, records.repaired.values())):,} repairs, "
           f"{len({r.image for r in records}):,} images, {len({r.category for r in records})} "
           f"categories, hash {records.hash}")
-    published = data.PUBLISHED.get(name, {}).get(split)
-    if published:
+    if published := data.PUBLISHED.get(name, {}).get(split):
         comparison = "as published"
         if n < published:
             comparison = f"{published:,} are published; a subset, {n / published:.1%} of it"
@@ -142,8 +139,7 @@ def print_split(name: str, split: str, records: Records, places: int) -> None:
         boxes = np.array([r.box for r in records])                             # (N, 4)
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         percent = areas / np.array([r.size for r in records]).prod(1) * 100
-        words = ", ".join(f"{share}% {np.percentile(percent, share):.3g}"
-                          for share in (5, 25, 50, 75, 95))
+        words = ", ".join(f"{k}% {np.percentile(percent, k):.3g}" for k in (5, 25, 50, 75, 95))
         print(f"  box area in % of the image, quantiles: {words}; below 1%: "
               f"{(percent < 1).mean():.1%} of the boxes")
 
