@@ -192,7 +192,8 @@ class Run:
             dist.fail(f"{self.out} is not empty, but holds no checkpoint; name another --out")
         checkpoints.try_disk(self.out)
         # What --init and --cot name may move during a run, but not change.
-        old = checkpoints.read_run(self.out).get("hashes", {}) if args.resume else {}
+        resumed = args.resume and newest != self.out
+        old = checkpoints.read_run(self.out).get("hashes", {}) if resumed else {}
         for flag in {"init", "cot"} & vars(args).keys():
             path = getattr(args, flag)
             self.hashes[flag] = path and checkpoints.content_hash(path)
