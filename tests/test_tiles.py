@@ -138,6 +138,24 @@ def test_splits_are_those_of_the_files(cut: Cut) -> None:
     assert lines(Path("hard/hard.jsonl"))[0]["image"] == "images/2_0_0.png"
 
 
+def test_tiles_held_out_of_train_share_their_scene(cut: Cut) -> None:
+    """Without val.jsonl, the two tiles of a scene may be on both sides, so the cut says so."""
+    scene(Path("scenes/a.png"))
+    scene(Path("scenes/b.png"))
+    boat = {"text": "the boat at the pier", "box": [1, 1, 9, 9]}
+    write(Path("scenes/train.jsonl"), {"image": "a.png", **boat},
+          {"image": "a.png", **boat, "box": [110, 1, 119, 9]})
+    assert "no val: training will hold out tiles" in cut("--tile", 100, "scenes", "out")
+    held_out, = data.load("jsonl", Path("out"), "val")
+    trained, = data.load("jsonl", Path("out"), "sft")
+    assert {held_out.image.name, trained.image.name} == {"a_0_0.png", "a_100_0.png"}
+
+    assert "no val" not in cut("--tile", 200, "scenes", "whole")
+    write(Path("scenes/valid.jsonl"), {"image": "b.png", **boat})
+    assert "no val" not in cut("--tile", 100, "scenes", "apart")
+    assert [row["scene"] for row in lines(Path("apart/val.jsonl"))] == ["b.png"]
+
+
 def test_images_without_boxes(cut: Cut) -> None:
     """All tiles are written. Two images of one stem keep their suffixes apart."""
     scene(Path("scenes/a.png"))

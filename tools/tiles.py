@@ -80,6 +80,10 @@ def cut_scenes(args: Namespace) -> None:
     if missed:
         print(f"left out: {missed:,} records: no tile has {KEPT_AREA:.0%} of the box")
     print(f"{tiles:,} tiles of {len(by_image):,} images: {out}")
+    if "train" in lines and "val" not in lines and tiles > len(by_image):
+        print("no val: training will hold out tiles, which may share objects with other tiles of "
+              "their scene; to hold out whole scenes, write their records into val.jsonl and cut "
+              "again")
 
 
 def read_scenes(scenes: Path, args: Namespace) -> dict[Path, list[tuple[str, Record]]]:
