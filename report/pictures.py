@@ -82,7 +82,11 @@ def overlay(image: Image.Image, boxes: Sequence[tuple[Box, str, Colour]]) -> Ima
         corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
         pen.rectangle(corners, outline=colour, width=line_width)
         label = label.encode("ascii", "replace").decode()
-        pen.text((x1 + line_width, y1 + line_width), label, fill=colour, font=font)
+        # Inside the image, and with a white edge: trees and roofs have many colours.
+        left = min(x1 + line_width, image.width - font.getlength(label) - 2)
+        top = min(y1 + line_width, image.height - 1.3 * font.size)
+        pen.text((max(left, 2), max(top, 0)), label, fill=colour, font=font,
+                 stroke_width=line_width, stroke_fill="white")
     return image
 
 

@@ -1093,6 +1093,16 @@ def test_overlay_draws_on_a_copy() -> None:
     assert drawn.size == (200, 100)
 
 
+def test_a_label_is_inside_the_image_with_a_white_edge() -> None:
+    """The box is in the lower right corner of a red image; the label is red, as the box is."""
+    image, box = Image.new("RGB", (200, 100), evaluation.RED), (190, 90, 200, 100)
+    drawn = np.asarray(pictures.overlay(image, [(box, "ship", evaluation.RED)]))
+    edge_y, edge_x = (drawn != evaluation.RED).any(-1).nonzero()
+    # Four letters of a font of 10 pixels, and their edge of 1, end 2 pixels from the right.
+    assert 170 < edge_x.min() < 185 and 195 <= edge_x.max() < 200
+    assert 86 <= edge_y.min() < 92 and 95 <= edge_y.max() < 100
+
+
 @pytest.fixture
 def ask(
         root: Path, fakes: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str],
