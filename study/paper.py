@@ -8,6 +8,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from readers.base import read_json  # noqa: E402
+from report.metrics import interval_text  # noqa: E402
 from train.dist import fail  # noqa: E402
 from train.flags import FlagParser  # noqa: E402
 from train.run import launch  # noqa: E402
@@ -35,8 +36,8 @@ def table(tables: dict[str, list[dict[str, Any]]]) -> str:
         cells = [first["stage"]]
         for rows in tables.values():
             for metric in METRICS:
-                low, high = rows[i]["ci"][metric]
-                cells.append(f"{rows[i][metric]:.3f} [{low:.3f}, {high:.3f}]")
+                ci = interval_text(rows[i]["ci"][metric], rows[i]["images"])
+                cells.append(f"{rows[i][metric]:.3f} {ci}")
         lines.append(cells)
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 

@@ -54,10 +54,13 @@ def gain(records: Sequence[Record], ious: dict[str, Tensor]) -> str:
         return f"{name}: none of the {len(records)} scenes has an expression of a place"
     test = metrics.paired(
         [records[i] for i in places], ious["direct"][places], ious["rft"][places])["Pr@0.5"]
-    low, high = test["ci"]
+    interval = "no interval over one scene"
+    if test["ci"]:
+        low, high = test["ci"]
+        interval = f"95% interval over scenes {low:+.3f} to {high:+.3f}"
     return (f"{name}, Pr@0.5 on the same {len(places)} places: {test['difference']:+.3f}, "
-            f"95% interval over scenes {low:+.3f} to {high:+.3f}. One seed is one seed: seeds "
-            "differ too, and the interval does not cover that.")
+            f"{interval}. One seed is one seed: seeds differ too, and the interval does not "
+            "cover that.")
 
 
 def main() -> None:

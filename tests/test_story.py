@@ -104,6 +104,8 @@ def test_the_last_line_is_about_places_and_warns_about_seeds() -> None:
     # Names do not count.
     rft_iou[4:] = 1
     assert story.gain(records, {"direct": direct, "rft": rft_iou}) == line
+    one = {"direct": direct[:1], "rft": rft_iou[:1]}
+    assert "1 places: +1.000, no interval over one scene. One seed" in story.gain(records[:1], one)
     assert "none of the 2 scenes" in story.gain(
         NAMES[:2], {"direct": direct[:2], "rft": rft_iou[:2]})
 
