@@ -344,7 +344,8 @@ def test_the_papers_table_has_a_row_a_stage_and_columns_a_data_set(tmp_path: Pat
         for j, stage in enumerate(("base", "sft", "rft")):
             scores = {metric: (i + j) / 10 for metric in paper.METRICS}
             ci = {metric: [0.0, 1.0] for metric in paper.METRICS}
-            rows.append({"stage": stage, "data": name, "split": "test", "n": 7, **scores, "ci": ci})
+            rows.append({"stage": stage, "data": name, "split": "test", "n": 7, "images": 70,
+                         **scores, "ci": ci})
         (tmp_path / f"eval_{name}").mkdir()
         (tmp_path / f"eval_{name}" / "eval.json").write_text(json.dumps({"rows": rows}))
     lines = paper.table(paper.read_rows(tmp_path)).splitlines()
